@@ -1,0 +1,76 @@
+# kvzip.c: `make demo` shows the main job on a real model, `make test` proves it, `make help` lists the rest.
+# CFLAGS may be overridden; werror=1 turns warnings into errors.
+
+CC ?= cc
+CFLAGS ?= -O3
+PYTHON ?= python3
+ALL_CFLAGS = -std=c11 -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(CFLAGS)
+LDLIBS = -lm -lpthread
+
+PARTS = tensors kernels tokenizer kvcache model policies
+PROGRAM = $(PARTS) bench run
+TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+BUILD ?= build
+VENV = .venv/bin/python
+
+all: run
+
+run: $(PROGRAM:%=$(BUILD)/%.o)
+	$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(BUILD)/%.o: %.c | $(BUILD)
+	$(CC) $(ALL_CFLAGS) -MMD -c -o $@ $<
+
+$(BUILD)/test_%: tests/test_%.c $(PARTS:%=$(BUILD)/%.o)
+	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(BUILD):
+	mkdir -p $@
+
+# ---- tests ----
+
+tests: $(TESTS:%=$(BUILD)/%)
+
+test: run tests
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) sh tests/run.sh $(TESTS)
+
+# The C tests again, under the address and undefined-behaviour sanitizers.
+asan:
+	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" tests
+	@BUILD=build/asan C_ONLY=1 sh tests/run.sh $(TESTS)
+
+valgrind: tests
+	@BUILD=$(BUILD) C_ONLY=1 WRAP="valgrind -q --error-exitcode=9" sh tests/run.sh $(TESTS)
+
+# libFuzzer over the file header and the tokenizer; FUZZ_SECONDS each.
+FUZZ_SECONDS ?= 30
+fuzz: | $(BUILD)
+	for t in tensors tokenizer; do \
+	    clang -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c tensors.c \
+	        tokenizer.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
+	done
+
+# ---- Python and models ----
+
+.venv/ok: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install -q -r requirements.txt
+	@touch $@
+
+venv: .venv/ok
+
+clean:
+	rm -rf $(BUILD) run
+
+help:
+	@echo "make            build ./run"
+	@echo "make demo       fetch and convert SmolLM2-135M-Instruct once, compress a document, ask it eight questions"
+	@echo "make test       build and run all tests; no download needed"
+	@echo "make venv       the local Python environment that export.py needs (.venv)"
+	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
+	@echo "make valgrind   C tests under valgrind"
+	@echo "make fuzz       fuzz the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
+	@echo "make clean      remove what make built; models and .venv stay"
+
+-include $(wildcard $(BUILD)/*.d)
+.PHONY: all tests test asan valgrind fuzz venv clean help

@@ -1,0 +1,42 @@
+// bench.h: how fast this machine runs a model: prefill, decode, scoring and loading, row by row.
+#ifndef BENCH_H
+#define BENCH_H
+#include "policies.h"
+
+enum { BENCH_LIST = 16 };
+
+typedef struct {
+    double v[BENCH_LIST];
+    int n;
+} BenchList;
+
+typedef struct {
+    const char *work;        // prefill, decode, score, load
+    const char *score_attn;  // full or local for score, else NULL
+    int n;                   // tokens computed (load: tokens the cache has read)
+    int depth;               // tokens read before the work starts
+    double ratio;            // share of their pairs that is still there
+    int batch;               // sequences decoding together, on one shared context
+    double tokens_per_s;     // of all sequences together
+    double seconds;          // median of the repetitions
+    double gb_per_s;         // decode: weights and the shared cache once a step; load: the file
+    size_t cache_bytes;      // of one sequence when the work starts
+} BenchRow;
+
+typedef struct {
+    RunState *state;         // max_logits at least the largest batch
+    const Tokenizer *tok;
+    KVType kv;
+    int n;                   // tokens of a decode run
+    int chunk;               // ids per repeat pass
+    BenchList prompts, depths, ratios, batches;
+    int (*row)(void *arg, const BenchRow *row);  // called as rows are done; nonzero ends the bench
+    void *arg;
+} Bench;
+
+// Bytes of weights that one decode step reads: every matrix once, the embedding only as the head.
+size_t bench_weight_bytes(const Model *m);
+
+// Runs all of it. Returns 0, or -1 with err.
+int bench_run(const Bench *b, char *err);
+#endif

@@ -1,0 +1,790 @@
+// kernels.c: the arithmetic, once as plain C and once per instruction set, and the thread pool.
+//
+// The scalar function is the definition; each variant stands under it, and tests hold the two against
+// each other for every tail length. Everything heavy is one of two products. Weights in 16-bit and
+// 32-bit floats are unpacked, some columns at a time, to f32 [columns][16 rows] and multiplied like any
+// small matrix; q8 and q4 are unpacked to 16-bit integers [columns/2][16 rows][2] and multiplied with
+// activations that were rounded to 8 bits in groups of 32. The unpacked block stays in the first-level
+// cache while all tokens of the call pass over it. The fact that must stay true: the sum for one output
+// runs over the columns in order, whatever the tile, so any batch and any thread count give the same bits.
+#define _POSIX_C_SOURCE 200809L
+#define _DARWIN_C_SOURCE
+#include "kernels.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+Kernels kern;
+
+// ---- half precision ----
+
+static inline uint32_t bits(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
+static inline float from_bits(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+float f16_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = h >> 10 & 31, man = h & 0x3ff;
+    if (exp == 0) return from_bits(sign | bits((float)man * 0x1p-24f));
+    if (exp == 31) return from_bits(sign | 0x7f800000 | man << 13);
+    return from_bits(sign | (exp + 112) << 23 | man << 13);
+}
+
+uint16_t f32_f16(float f) {
+    uint32_t u = bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);   // NaN
+    if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds to infinity
+    if (a < 0x38800000) {                                   // subnormal: let the adder round
+        return (uint16_t)(sign | (bits(from_bits(a) + 0.5f) - bits(0.5f)));
+    }
+    uint32_t odd = a >> 13 & 1;
+    return (uint16_t)(sign | (a - 0x38000000 + 0xfff + odd) >> 13);
+}
+
+static void f16_to_f32_scalar(float *out, const uint16_t *in, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = f16_f32(in[i]);
+}
+
+static void f32_to_f16_scalar(uint16_t *out, const float *in, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = f32_f16(in[i]);
+}
+
+// ---- scalar: vectors ----
+
+static void rmsnorm_scalar(float *out, const float *x, const float *w, int n, float eps) {
+    float ss = 0.0f;
+    for (int i = 0; i < n; i++) ss += x[i] * x[i];
+    float r = 1.0f / sqrtf(ss / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = x[i] * r * w[i];
+}
+
+static void add_scalar(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] += y[i];
+}
+
+static void scale_scalar(float *x, float a, int n) {
+    for (int i = 0; i < n; i++) x[i] *= a;
+}
+
+static void silu_mul_scalar(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] = x[i] / (1.0f + expf(-x[i])) * y[i];
+}
+
+// 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3); arXiv 1606.08415
+#define GELU_A 1.5957691216057308f  // 2 sqrt(2/pi)
+#define GELU_B 0.044715f
+
+static void gelu_mul_scalar(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) {
+        float u = GELU_A * (x[i] + GELU_B * x[i] * x[i] * x[i]);
+        x[i] = x[i] / (1.0f + expf(-u)) * y[i];
+    }
+}
+
+static float max64_scalar(const float *s) {
+    float m = s[0];
+    for (int i = 1; i < PAGE; i++) m = s[i] > m ? s[i] : m;
+    return m;
+}
+
+static float exp64_scalar(float *s, float m) {
+    float sum = 0.0f;
+    for (int i = 0; i < PAGE; i++) sum += s[i] = expf(s[i] - m);
+    return sum;
+}
+
+static void max_into_scalar(float *run, const float *s, float b) {
+    for (int i = 0; i < PAGE; i++) run[i] = s[i] + b > run[i] ? s[i] + b : run[i];
+}
+
+static void quantize_scalar(const Acts *a, int t0, int t1) {
+    for (int t = t0; t < t1; t++) {
+        for (int g = 0; g < a->stride / QGROUP; g++) {
+            size_t at = (size_t)t * a->stride + (size_t)g * QGROUP, group = at / QGROUP;
+            float max = 0.0f;
+            for (int i = 0; i < QGROUP; i++) max = fmaxf(max, fabsf(a->x[at + i]));
+            float scale = max / 127.0f, inv = max > 0.0f ? 127.0f / max : 0.0f;
+            int sum = 0;
+            for (int i = 0; i < QGROUP; i++) sum += a->q[at + i] = (int16_t)lrintf(a->x[at + i] * inv);
+            a->scale[group] = scale;
+            a->sum[group] = scale * (float)sum;
+        }
+    }
+}
+
+// ---- scalar: products ----
+
+static void gemm_f32_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
+                            int cols, bool add) {
+    const float *bf = b;
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = add ? c[i * ldc + j] : 0.0f;
+            for (int k = 0; k < inner; k++) sum += a[i * lda + k] * bf[(size_t)k * cols + j];
+            c[i * ldc + j] = sum;
+        }
+    }
+}
+
+static void gemm_f16_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
+                            int cols, bool add) {
+    const uint16_t *bh = b;
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = add ? c[i * ldc + j] : 0.0f;
+            for (int k = 0; k < inner; k++) sum += a[i * lda + k] * f16_f32(bh[(size_t)k * cols + j]);
+            c[i * ldc + j] = sum;
+        }
+    }
+}
+
+// Columns unpacked at a time: 16 rows x 256 columns of f32 are 16 KB, half of a first-level cache.
+enum { BLOCK = 256 };
+
+// A block of a panel as f32 [cols][16], columns c0 .. c0 + cols.
+static void unpack_float_scalar(float *out, const Matrix *w, int panel, int c0, int cols) {
+    size_t at = ((size_t)panel * w->cols_padded + c0) * PANEL;
+    if (w->type == W_F32) {
+        memcpy(out, (const float *)w->data + at, (size_t)cols * PANEL * sizeof(float));
+        return;
+    }
+    const uint16_t *in = (const uint16_t *)w->data + at;
+    for (int c = 0; c < cols; c++) {
+        for (int r = 0; r < PANEL; r++) {
+            uint16_t h = in[(c / 2 * PANEL + r) * 2 + c % 2];
+            out[c * PANEL + r] = w->type == W_F16 ? f16_f32(h) : from_bits((uint32_t)h << 16);
+        }
+    }
+}
+
+// A block of a quantized panel: w [cols/2][16][2], and per group of 32 columns scale [16] and offset [16].
+typedef struct {
+    int16_t w[BLOCK * PANEL];
+    float scale[BLOCK / QGROUP * PANEL], offset[BLOCK / QGROUP * PANEL];
+} IntBlock;
+
+static void unpack_int_scalar(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
+    const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
+    size_t group = ((size_t)panel * w->cols_padded + c0) / QGROUP * PANEL;
+    for (int i = 0; i < cols / QGROUP * PANEL; i++) {
+        b->scale[i] = f16_f32(w->scale[group + i]);
+        if (w->offset) b->offset[i] = f16_f32(w->offset[group + i]);
+    }
+    for (int c = 0; c < cols; c++) {
+        for (int r = 0; r < PANEL; r++) {
+            int v;
+            if (w->type == W_Q8) {
+                v = (int8_t)line[(c / 4 * PANEL + r) * 4 + c % 4];
+            } else {
+                int byte = line[(c / 8 * PANEL + r) * 4 + c % 4];
+                v = (c % 8 < 4 ? byte & 15 : byte >> 4) - (w->offset ? 0 : 8);
+            }
+            b->w[(c / 2 * PANEL + r) * 2 + c % 2] = (int16_t)v;
+        }
+    }
+}
+
+static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    float b[BLOCK * PANEL];
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        unpack_float_scalar(b, w, panel, c0, cols);
+        gemm_f32_scalar(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols,
+                        PANEL, c0 > 0);
+    }
+}
+
+static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    IntBlock b;
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        unpack_int_scalar(&b, w, panel, c0, cols);
+        for (int t = t0; t < t1; t++) {
+            const int16_t *q = x->q + (size_t)t * x->stride + c0;
+            size_t group = ((size_t)t * x->stride + c0) / QGROUP;
+            for (int r = 0; r < PANEL; r++) {
+                float sum = c0 > 0 ? out[t * ld + r] : 0.0f;
+                for (int g = 0; g < cols / QGROUP; g++) {
+                    int dot = 0;
+                    for (int c = g * QGROUP; c < (g + 1) * QGROUP; c++) {
+                        dot += b.w[(c / 2 * PANEL + r) * 2 + c % 2] * q[c];
+                    }
+                    sum += (float)dot * (b.scale[g * PANEL + r] * x->scale[group + g]);
+                    if (w->offset) sum += b.offset[g * PANEL + r] * x->sum[group + g];
+                }
+                out[t * ld + r] = sum;
+            }
+        }
+    }
+}
+
+static const Kernels scalar_kernels = {
+    .name = "scalar",
+    .matmul = {matmul_float_scalar, matmul_float_scalar, matmul_float_scalar, matmul_int_scalar, matmul_int_scalar},
+    .quantize = quantize_scalar,
+    .gemm_f32 = gemm_f32_scalar,
+    .gemm_f16 = gemm_f16_scalar,
+    .rmsnorm = rmsnorm_scalar,
+    .add = add_scalar,
+    .scale = scale_scalar,
+    .silu_mul = silu_mul_scalar,
+    .gelu_mul = gelu_mul_scalar,
+    .max64 = max64_scalar,
+    .exp64 = exp64_scalar,
+    .max_into = max_into_scalar,
+    .f16_to_f32 = f16_to_f32_scalar,
+    .f32_to_f16 = f32_to_f16_scalar,
+};
+
+// ---- AVX2 with FMA and F16C: x86-64 since Haswell (2013) ----
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#define UNROLL _Pragma("GCC unroll 16")
+
+AVX2_INLINE float hsum(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+AVX2_INLINE float hmax(__m256 v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln2 / 2, a polynomial of degree 6 for exp(r). Within 2 ulp (tests measure
+// 1.1) of the true value; below -87.3 the result is 0, above 88.3 it stays at exp(88.3).
+AVX2_INLINE __m256 exp_avx2(__m256 x) {
+    const __m256 lo = _mm256_set1_ps(-87.33f), hi = _mm256_set1_ps(88.37f);
+    __m256 in_range = _mm256_cmp_ps(x, lo, _CMP_NLT_UQ);  // true for NaN, which must stay one
+    x = _mm256_min_ps(hi, x);
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
+    __m256 p = _mm256_set1_ps(1.0f / 720);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), e));
+    return _mm256_and_ps(p, in_range);
+}
+
+AVX2 static void f16_to_f32_avx2(float *out, const uint16_t *in, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(in + i))));
+    f16_to_f32_scalar(out + i, in + i, n - i);
+}
+
+AVX2 static void f32_to_f16_avx2(uint16_t *out, const float *in, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm_storeu_si128((void *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    f32_to_f16_scalar(out + i, in + i, n - i);
+}
+
+AVX2 static void rmsnorm_avx2(float *out, const float *x, const float *w, int n, float eps) {
+    __m256 acc = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + 8 <= n; i += 8) acc = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i), acc);
+    float ss = hsum(acc);
+    for (; i < n; i++) ss += x[i] * x[i];
+    float r = 1.0f / sqrtf(ss / (float)n + eps);
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(r));
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(v, _mm256_loadu_ps(w + i)));
+    }
+    for (; i < n; i++) out[i] = x[i] * r * w[i];
+}
+
+AVX2 static void add_avx2(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    add_scalar(x + i, y + i, n - i);
+}
+
+AVX2 static void scale_avx2(float *x, float a, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(a)));
+    scale_scalar(x + i, a, n - i);
+}
+
+// x / (1 + exp(-u)) * y
+AVX2_INLINE __m256 gate_avx2(__m256 x, __m256 u, __m256 y) {
+    __m256 e = exp_avx2(_mm256_sub_ps(_mm256_setzero_ps(), u));
+    return _mm256_mul_ps(_mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e)), y);
+}
+
+AVX2 static void silu_mul_avx2(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        _mm256_storeu_ps(x + i, gate_avx2(v, v, _mm256_loadu_ps(y + i)));
+    }
+    silu_mul_scalar(x + i, y + i, n - i);
+}
+
+AVX2 static void gelu_mul_avx2(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i), v2 = _mm256_mul_ps(v, v);
+        __m256 u = _mm256_fmadd_ps(_mm256_mul_ps(v2, v), _mm256_set1_ps(GELU_B), v);
+        u = _mm256_mul_ps(u, _mm256_set1_ps(GELU_A));
+        _mm256_storeu_ps(x + i, gate_avx2(v, u, _mm256_loadu_ps(y + i)));
+    }
+    gelu_mul_scalar(x + i, y + i, n - i);
+}
+
+AVX2 static float max64_avx2(const float *s) {
+    __m256 m = _mm256_loadu_ps(s);
+    for (int i = 8; i < PAGE; i += 8) m = _mm256_max_ps(m, _mm256_loadu_ps(s + i));
+    return hmax(m);
+}
+
+AVX2 static float exp64_avx2(float *s, float m) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int i = 0; i < PAGE; i += 8) {
+        __m256 e = exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(s + i), _mm256_set1_ps(m)));
+        _mm256_storeu_ps(s + i, e);
+        sum = _mm256_add_ps(sum, e);
+    }
+    return hsum(sum);
+}
+
+AVX2 static void max_into_avx2(float *run, const float *s, float b) {
+    for (int i = 0; i < PAGE; i += 8) {
+        __m256 v = _mm256_add_ps(_mm256_loadu_ps(s + i), _mm256_set1_ps(b));
+        _mm256_storeu_ps(run + i, _mm256_max_ps(v, _mm256_loadu_ps(run + i)));
+    }
+}
+
+AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
+    const __m256 abs = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    for (size_t at = (size_t)t0 * a->stride; at < (size_t)t1 * a->stride; at += QGROUP) {
+        __m256 v[4], m = _mm256_setzero_ps();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(a->x + at + 8 * i);
+            m = _mm256_max_ps(m, _mm256_and_ps(v[i], abs));
+        }
+        float max = hmax(m), scale = max / 127.0f;
+        __m256 inv = _mm256_set1_ps(max > 0.0f ? 127.0f / max : 0.0f);
+        __m256i q[4];
+        for (int i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inv));
+        __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+        for (int i = 0; i < 4; i += 2) {
+            __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[i], q[i + 1]), 0xd8);
+            _mm256_storeu_si256((void *)(a->q + at + 8 * i), packed);
+        }
+        a->scale[at / QGROUP] = scale;
+        a->sum[at / QGROUP] = scale * hsum(_mm256_cvtepi32_ps(sum));
+    }
+}
+
+AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
+    if (half) return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)b + i)));
+    return _mm256_loadu_ps((const float *)b + i);
+}
+
+typedef struct {
+    float *c;
+    const float *a;
+    const void *b;
+    size_t ldc, lda, ldb;
+    int n, inner, cols;
+    bool add;
+} Gemm;
+
+// R rows by C vectors of c, from row i and column j, stay in registers while all of inner passes:
+// R * C + C + 1 <= 16.
+AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
+    float *c = g->c + (size_t)i * g->ldc + j;
+    const float *a = g->a + (size_t)i * g->lda;
+    __m256 acc[6][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            acc[r][v] = g->add ? _mm256_loadu_ps(c + r * g->ldc + 8 * v) : _mm256_setzero_ps();
+        }
+    }
+    for (int k = 0; k < g->inner; k++) {
+        __m256 b[4];
+        UNROLL for (int v = 0; v < C; v++) b[v] = load8(g->b, k * g->ldb + (size_t)(j + 8 * v), half);
+        UNROLL for (int r = 0; r < R; r++) {
+            __m256 ar = _mm256_broadcast_ss(a + r * g->lda + k);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_fmadd_ps(ar, b[v], acc[r][v]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) _mm256_storeu_ps(c + r * g->ldc + 8 * v, acc[r][v]);
+    }
+}
+
+// R rows over all columns, C vectors at a time while they last, then one.
+AVX2_INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const bool half) {
+    int j = 0;
+    for (; j + 8 * C <= g->cols; j += 8 * C) gemm_tile(g, i, j, R, C, half);
+    for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, half);
+}
+
+AVX2_INLINE void gemm_avx2(const Gemm *g, const bool half) {
+    int i = 0;
+    for (; i + 6 <= g->n; i += 6) gemm_rows(g, i, 6, 2, half);
+    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, 4, half);
+    for (; i < g->n; i++) gemm_rows(g, i, 1, 4, half);
+}
+
+AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
+                               int cols, bool add) {
+    if (cols % 8) {
+        gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
+        return;
+    }
+    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+}
+
+AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
+                               int cols, bool add) {
+    if (cols % 8) {
+        gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
+        return;
+    }
+    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+}
+
+// A line of 16-bit weights is [16 rows][2 columns]. bf16: the two columns are the halves of 32-bit lanes.
+// f16: bytes are shuffled so that four rows of one column lie together, then converted.
+AVX2 static void unpack_16bit_avx2(float *out, const Matrix *w, int panel, int c0, int cols) {
+    const uint8_t *in = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL * 2;
+    const __m256i split = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                           0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    for (int c = 0; c < cols; c += 2, in += 64, out += 2 * PANEL) {
+        for (int half = 0; half < 2; half++) {
+            __m256i v = _mm256_loadu_si256((const void *)(in + 32 * half));
+            __m256 even, odd;
+            if (w->type == W_BF16) {
+                even = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+                odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)));
+            } else {
+                v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, split), 0xd8);
+                even = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+                odd = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+            }
+            _mm256_storeu_ps(out + 8 * half, even);
+            _mm256_storeu_ps(out + PANEL + 8 * half, odd);
+        }
+    }
+}
+
+AVX2 static void matmul_float_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    float block[BLOCK * PANEL];
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        const float *b = block;
+        if (w->type == W_F32) b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+        else unpack_16bit_avx2(block, w, panel, c0, cols);
+        gemm_f32_avx2(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols, PANEL,
+                      c0 > 0);
+    }
+}
+
+// 64 bytes [16 rows][4 columns] to 16-bit integers [2][16 rows][2]. Within eight rows the two halves of a
+// register interleave, so rows come out in the order 0 1 4 5 2 3 6 7; scales and sums follow it.
+AVX2_INLINE void widen_line(int16_t *out, __m256i rows0_7, __m256i rows8_15) {
+    for (int half = 0; half < 2; half++) {
+        __m256i v = half ? rows8_15 : rows0_7;
+        __m256 lo = _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(v)));
+        __m256 hi = _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(v, 1)));
+        _mm256_storeu_ps((float *)(out + 16 * half), _mm256_shuffle_ps(lo, hi, 0x88));
+        _mm256_storeu_ps((float *)(out + 32 + 16 * half), _mm256_shuffle_ps(lo, hi, 0xdd));
+    }
+}
+
+AVX2_INLINE __m256 swap_rows(__m256 v) {  // 0 1 2 3 4 5 6 7 <-> 0 1 4 5 2 3 6 7
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+}
+
+AVX2_INLINE void unpack_scales(float *out, const uint16_t *in, int n) {
+    for (int i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, swap_rows(load8(in, (size_t)i, true)));
+}
+
+AVX2 static void unpack_int_avx2(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
+    size_t group = ((size_t)panel * w->cols_padded + c0) / QGROUP * PANEL;
+    unpack_scales(b->scale, w->scale + group, cols / QGROUP * PANEL);
+    if (w->offset) unpack_scales(b->offset, w->offset + group, cols / QGROUP * PANEL);
+    const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
+    if (w->type == W_Q8) {
+        for (int c = 0; c < cols; c += 4, line += 64) {
+            widen_line(b->w + c * PANEL, _mm256_loadu_si256((const void *)line),
+                       _mm256_loadu_si256((const void *)(line + 32)));
+        }
+        return;
+    }
+    const __m256i low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(w->offset ? 0 : 8);
+    for (int c = 0; c < cols; c += 8, line += 64) {
+        __m256i v0 = _mm256_loadu_si256((const void *)line), v1 = _mm256_loadu_si256((const void *)(line + 32));
+        widen_line(b->w + c * PANEL, _mm256_sub_epi8(_mm256_and_si256(v0, low), zero),
+                   _mm256_sub_epi8(_mm256_and_si256(v1, low), zero));
+        v0 = _mm256_srli_epi16(v0, 4), v1 = _mm256_srli_epi16(v1, 4);
+        widen_line(b->w + (c + 4) * PANEL, _mm256_sub_epi8(_mm256_and_si256(v0, low), zero),
+                   _mm256_sub_epi8(_mm256_and_si256(v1, low), zero));
+    }
+}
+
+// T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns in 32-bit
+// integers, then scaled. sum [T][16] are the running results.
+AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0, int cols,
+                          const bool offset, const int T) {
+    const int16_t *q = x->q + (size_t)t * x->stride + c0;
+    for (int g = 0; g < cols / QGROUP; g++) {
+        __m256i acc[4][2];
+        UNROLL for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+        const int16_t *w = b->w + g * QGROUP * PANEL;
+        UNROLL for (int c = 0; c < QGROUP; c += 2) {
+            __m256i w0 = _mm256_loadu_si256((const void *)(w + c * PANEL));
+            __m256i w1 = _mm256_loadu_si256((const void *)(w + c * PANEL + 16));
+            UNROLL for (int i = 0; i < T; i++) {
+                int pair;
+                memcpy(&pair, q + (size_t)i * x->stride + g * QGROUP + c, 4);
+                __m256i a = _mm256_set1_epi32(pair);
+                acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(w0, a));
+                acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(w1, a));
+            }
+        }
+        UNROLL for (int i = 0; i < T; i++) {
+            size_t at = ((size_t)(t + i) * x->stride + c0) / QGROUP + g;
+            UNROLL for (int h = 0; h < 2; h++) {
+                __m256 s = _mm256_mul_ps(_mm256_loadu_ps(b->scale + g * PANEL + 8 * h), _mm256_set1_ps(x->scale[at]));
+                __m256 v = _mm256_loadu_ps(sum[i] + 8 * h);
+                v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][h]), s, v);
+                if (offset) {
+                    __m256 o = _mm256_loadu_ps(b->offset + g * PANEL + 8 * h);
+                    v = _mm256_fmadd_ps(o, _mm256_set1_ps(x->sum[at]), v);
+                }
+                _mm256_storeu_ps(sum[i] + 8 * h, v);
+            }
+        }
+    }
+}
+
+// Tokens [t, t + T) of one block; sums rest in out in memory order between blocks.
+AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts *x, int t, int c0, int cols,
+                            const bool offset, const int T) {
+    float sum[4][PANEL];
+    for (int i = 0; i < T; i++) {
+        for (int h = 0; h < PANEL; h += 8) {
+            __m256 v = c0 ? swap_rows(_mm256_loadu_ps(out + (t + i) * ld + h)) : _mm256_setzero_ps();
+            _mm256_storeu_ps(sum[i] + h, v);
+        }
+    }
+    int_tile(sum, b, x, t, c0, cols, offset, T);
+    for (int i = 0; i < T; i++) {
+        for (int h = 0; h < PANEL; h += 8) {
+            _mm256_storeu_ps(out + (t + i) * ld + h, swap_rows(_mm256_loadu_ps(sum[i] + h)));
+        }
+    }
+}
+
+AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
+                            const bool offset) {
+    IntBlock b;
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK, t = t0;
+        unpack_int_avx2(&b, w, panel, c0, cols);
+        for (; t + 4 <= t1; t += 4) int_tokens(out, ld, &b, x, t, c0, cols, offset, 4);
+        for (; t < t1; t++) int_tokens(out, ld, &b, x, t, c0, cols, offset, 1);
+    }
+}
+
+AVX2 static void matmul_int_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    if (w->offset) matmul_int(out, ld, w, panel, x, t0, t1, true);
+    else matmul_int(out, ld, w, panel, x, t0, t1, false);
+}
+
+static const Kernels avx2_kernels = {
+    .name = "avx2",
+    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_int_avx2, matmul_int_avx2},
+    .quantize = quantize_avx2,
+    .gemm_f32 = gemm_f32_avx2,
+    .gemm_f16 = gemm_f16_avx2,
+    .rmsnorm = rmsnorm_avx2,
+    .add = add_avx2,
+    .scale = scale_avx2,
+    .silu_mul = silu_mul_avx2,
+    .gelu_mul = gelu_mul_avx2,
+    .max64 = max64_avx2,
+    .exp64 = exp64_avx2,
+    .max_into = max_into_avx2,
+    .f16_to_f32 = f16_to_f32_avx2,
+    .f32_to_f16 = f32_to_f16_avx2,
+};
+
+static bool has_avx2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
+}
+#endif
+
+// ---- choosing ----
+
+typedef struct {
+    const Kernels *set;
+    bool (*usable)(void);
+} Isa;
+
+static bool always(void) { return true; }
+
+static const Isa isas[] = {  // best first
+#ifdef __x86_64__
+    {&avx2_kernels, has_avx2},
+#endif
+    {&scalar_kernels, always},
+};
+
+int kernels_init(const char *isa) {
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if ((!isa || !strcmp(isa, isas[i].set->name)) && isas[i].usable()) {
+            kern = *isas[i].set;
+            return 0;
+        }
+    }
+    return -1;
+}
+
+const Kernels *kernels_scalar(void) { return &scalar_kernels; }
+
+// ---- threads ----
+
+// A job is a function and a counter; whoever is free takes the next index. Workers spin for a moment
+// after a job, because the next one usually follows within microseconds, then sleep: an idle program
+// costs nothing.
+enum { SPINS = 20000 };
+
+struct ThreadPool {
+    int n_workers;
+    pthread_t *workers;
+    void (*fn)(void *ctx, int i);
+    void *ctx;
+    int n;
+    atomic_int next;       // index to take
+    atomic_int busy;       // workers that have not finished the current job
+    atomic_uint job;       // counts jobs; a change wakes the workers
+    atomic_bool closing;
+    atomic_int sleepers;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+};
+
+// A hint to the core that this is a waiting loop.
+static inline void relax(int spin) {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+    if (spin % 1024 == 1023) sched_yield();  // more threads than cores: let the others work
+}
+
+static void take_work(ThreadPool *p) {
+    for (int i; (i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < p->n;) p->fn(p->ctx, i);
+}
+
+static void wait_for_job(ThreadPool *p, unsigned seen) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (atomic_load_explicit(&p->job, memory_order_acquire) != seen) return;
+        relax(spin);
+    }
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->sleepers, 1);
+    while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    atomic_fetch_sub(&p->sleepers, 1);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void *worker(void *arg) {
+    ThreadPool *p = arg;
+    for (unsigned seen = 0;; seen++) {
+        wait_for_job(p, seen);
+        if (atomic_load(&p->closing)) return NULL;
+        take_work(p);
+        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
+    }
+}
+
+static void post_job(ThreadPool *p) {
+    atomic_fetch_add(&p->job, 1);
+    if (atomic_load(&p->sleepers) > 0) {
+        pthread_mutex_lock(&p->mutex);
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->mutex);
+    }
+}
+
+ThreadPool *pool_open(int n_threads) {
+    ThreadPool *p = calloc(1, sizeof *p);
+    if (!p) return NULL;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->workers = calloc((size_t)n_threads, sizeof *p->workers);
+    sigset_t all, old;  // signals are for the caller's thread, so that Ctrl-C interrupts its reads
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    for (int i = 1; p->workers && i < n_threads; i++) {
+        if (pthread_create(&p->workers[p->n_workers], NULL, worker, p) != 0) break;
+        p->n_workers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (p->n_workers == n_threads - 1) return p;
+    pool_close(p);
+    return NULL;
+}
+
+void pool_close(ThreadPool *p) {
+    if (!p) return;
+    atomic_store(&p->closing, true);
+    post_job(p);
+    for (int i = 0; i < p->n_workers; i++) pthread_join(p->workers[i], NULL);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->mutex);
+    free(p->workers);
+    free(p);
+}
+
+int pool_threads(const ThreadPool *p) { return p ? p->n_workers + 1 : 1; }
+
+void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx) {
+    if (!p || p->n_workers == 0 || n <= 1) {
+        for (int i = 0; i < n; i++) fn(ctx, i);
+        return;
+    }
+    p->fn = fn, p->ctx = ctx, p->n = n;
+    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
+    atomic_store_explicit(&p->busy, p->n_workers, memory_order_relaxed);
+    post_job(p);
+    take_work(p);
+    for (int spin = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; spin++) relax(spin);
+}
+
+int cores_online(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+}

@@ -1,0 +1,97 @@
+// kernels.h: the arithmetic, one table of functions per instruction set, and the thread pool.
+//
+// Weights lie in panels of 16 rows. A 64-byte line of a panel holds 4 bytes of each of the 16 rows, so
+// k = 1 column for f32, 2 for bf16 and f16, 4 for q8, 8 for q4: [rows/16][cols/k][16][k]. One 512-bit
+// load, two of 256 bits or four of 128 take a line and no instruction set needs a horizontal sum.
+// q8 and q4 carry one f16 scale per row and 32 columns, [rows/16][cols/32][16]; q4 may carry offsets of
+// the same shape. A q4 line holds columns 0..3 in the low and 4..7 in the high half of its bytes:
+// w = scale * nibble + offset, where offset is -8 * scale when the file has none.
+#ifndef KERNELS_H
+#define KERNELS_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { PANEL = 16, QGROUP = 32, PAGE = 64 };
+
+// ---- threads ----
+
+typedef struct ThreadPool ThreadPool;
+
+// n_threads - 1 workers beside the caller. NULL when threads cannot be made.
+ThreadPool *pool_open(int n_threads);
+void pool_close(ThreadPool *p);  // NULL allowed
+int pool_threads(const ThreadPool *p);
+
+// Runs fn(ctx, i) for each i < n and returns when all are done; p may be NULL (a plain loop). Each i must
+// write only its own results, so the same bits come out for any number of threads.
+void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx);
+
+int cores_online(void);
+
+// ---- matrices ----
+
+typedef enum { W_F32, W_F16, W_BF16, W_Q8, W_Q4, W_TYPES } WType;
+
+typedef struct {
+    WType type;
+    int rows, cols;          // as the model means them
+    int panels, cols_padded; // ceil(rows/16); cols rounded up to 32 (q8, q4) or k, padding is zero
+    const uint8_t *data;     // [panels][cols_padded/k][16][k]
+    const uint16_t *scale;   // f16 [panels][cols_padded/32][16], q8 and q4
+    const uint16_t *offset;  // f16, same shape, q4 only, may be NULL
+} Matrix;
+
+// The input of a matrix product, n rows. f32 and 16-bit weights read x, q8 and q4 weights read q.
+typedef struct {
+    int cols, stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
+    float *x;          // [n][stride]
+    int16_t *q;        // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns
+    float *scale;      // [n][stride/32]
+    float *sum;        // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
+} Acts;
+
+static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
+
+// ---- the table ----
+
+typedef struct {
+    const char *name;
+
+    // out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and t0 <= t < t1.
+    void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1);
+    // q, scale and sum of rows [t0, t1) from x.
+    void (*quantize)(const Acts *x, int t0, int t1);
+
+    // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b a page
+    // of transposed keys this is q . k, with a page of values it is p v. f16: b is half precision.
+    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner, int cols,
+                     bool add);
+    void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner, int cols,
+                     bool add);
+
+    void (*rmsnorm)(float *out, const float *x, const float *w, int n, float eps);  // arXiv 1910.07467
+    void (*add)(float *x, const float *y, int n);                                   // x += y
+    void (*scale)(float *x, float a, int n);                                        // x *= a
+    void (*silu_mul)(float *x, const float *y, int n);                              // x = silu(x) * y
+    void (*gelu_mul)(float *x, const float *y, int n);                              // x = gelu_tanh(x) * y
+
+    // One row of 64 scores: its maximum; s = exp(s - m), which is 0 where s is -inf, and the sum.
+    float (*max64)(const float *s);
+    float (*exp64)(float *s, float m);
+    void (*max_into)(float *run, const float *s, float b);  // run[j] = max(run[j], s[j] + b) for 64 scores
+
+    void (*f16_to_f32)(float *out, const uint16_t *in, size_t n);
+    void (*f32_to_f16)(uint16_t *out, const float *in, size_t n);  // round to nearest even
+} Kernels;
+
+extern Kernels kern;  // filled once by kernels_init, before threads start
+
+// isa: "scalar", "avx2", "avx512", "neon", or NULL for the best this machine has. Returns 0, or -1 when the
+// machine (or this build) does not have it.
+int kernels_init(const char *isa);
+const Kernels *kernels_scalar(void);  // the definition, for tests
+
+float f16_f32(uint16_t h);
+uint16_t f32_f16(float f);
+#endif

@@ -1,0 +1,541 @@
+// model.c: the converted file as a transformer, and forward(), its table of contents.
+//
+// A batch is a list of rows, each one token that continues some sequence: prefill in blocks, one token of
+// decoding and eight questions at once take the same path. Weights are used where the file is mapped.
+// The fact that must stay true: a row's result depends on its own sequence alone, never on which other
+// rows share the batch, so blocks of any size give the same bits in every matrix product.
+#include "model.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+// ---- opening the file ----
+
+static int open_config(Config *c, const TensorFile *f, char *err) {
+    const struct {
+        const char *key;
+        int *out, lo;
+    } ints[] = {{"dim", &c->dim, 1},           {"hidden_dim", &c->hidden_dim, 1}, {"n_layers", &c->n_layers, 1},
+                {"n_heads", &c->n_heads, 1},   {"n_kv_heads", &c->n_kv_heads, 1}, {"head_dim", &c->head_dim, 2},
+                {"rotary_dim", &c->rotary_dim, 0}, {"vocab_size", &c->vocab_size, 1}, {"seq_len", &c->seq_len, 1}};
+    for (size_t i = 0; i < sizeof ints / sizeof *ints; i++) {
+        if (tensors_meta_int(f, ints[i].key, ints[i].lo, 1 << 24, ints[i].out, err) != 0) return -1;
+    }
+    const struct {
+        const char *key;
+        float *out;
+    } floats[] = {{"norm_eps", &c->norm_eps},         {"attn_scale", &c->attn_scale},
+                  {"embed_scale", &c->embed_scale},   {"attn_softcap", &c->attn_softcap},
+                  {"final_softcap", &c->final_softcap}};
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) {
+        if (tensors_meta_float(f, floats[i].key, 0.0, 1e6, floats[i].out, err) != 0) return -1;
+    }
+    const char *act = tensors_meta(f, "act");
+    if (!act || (strcmp(act, "silu") != 0 && strcmp(act, "gelu_tanh") != 0)) {
+        return fail(err, "act is \"%s\", not \"silu\" or \"gelu_tanh\"", act ? act : "");
+    }
+    c->act_gelu = strcmp(act, "gelu_tanh") == 0;
+    if (c->n_heads % c->n_kv_heads || c->rotary_dim % 2 || c->rotary_dim > c->head_dim) {
+        return fail(err, "%d heads, %d kv heads, head_dim %d and rotary_dim %d do not fit together", c->n_heads,
+                    c->n_kv_heads, c->head_dim, c->rotary_dim);
+    }
+    if ((long)c->n_heads * c->head_dim > 1 << 20) return fail(err, "%d heads of %d", c->n_heads, c->head_dim);
+    c->q_dim = c->n_heads * c->head_dim;
+    c->kv_dim = c->n_kv_heads * c->head_dim;
+    return 0;
+}
+
+static int open_rope(Config *c, const TensorFile *f, char *err) {
+    const Tensor *freq = tensors_get(f, err, "rope.inv_freq", T_F32, 2, -1, c->rotary_dim / 2);
+    if (!freq) return -1;
+    c->n_ropes = (int)freq->shape[0];
+    const Tensor *scale = tensors_get(f, err, "rope.scale", T_F32, 1, c->n_ropes);
+    const Tensor *rope = scale ? tensors_get(f, err, "layer.rope", T_I32, 1, c->n_layers) : NULL;
+    const Tensor *window = rope ? tensors_get(f, err, "layer.window", T_I32, 1, c->n_layers) : NULL;
+    if (!window) return -1;
+    c->inv_freq = freq->data, c->rope_mscale = scale->data, c->rope = rope->data, c->window = window->data;
+    for (int l = 0; l < c->n_layers; l++) {
+        if (c->rope[l] < -1 || c->rope[l] >= c->n_ropes) return fail(err, "layer %d: no rope table %d", l, c->rope[l]);
+        if (c->window[l] < 0) return fail(err, "layer %d: a window of %d", l, c->window[l]);
+    }
+    return 0;
+}
+
+static WType weight_type(DType t) {
+    return t == T_F32 ? W_F32 : t == T_F16 ? W_F16 : t == T_BF16 ? W_BF16 : t == T_I8 ? W_Q8 : t == T_U8 ? W_Q4 : W_TYPES;
+}
+
+// A matrix of rows x cols in panels, see kernels.h.
+static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols, char *err) {
+    char scale_name[160], offset_name[160];
+    const Tensor *t = tensors_find(f, name);
+    if (!t) return fail(err, "tensor %s is missing", name);
+    WType type = weight_type(t->dtype);
+    if (type == W_TYPES) return fail(err, "tensor %s: weights of type %s are not supported", name, dtype_name(t->dtype));
+    int k = wtype_k(type), unit = type == W_Q8 || type == W_Q4 ? QGROUP : k;
+    *m = (Matrix){type, rows, cols, (rows + PANEL - 1) / PANEL, (cols + unit - 1) / unit * unit, t->data, NULL, NULL};
+    if (!tensors_get(f, err, name, t->dtype, 4, m->panels, m->cols_padded / k, PANEL, type == W_Q4 ? 4 : k)) return -1;
+    if (unit != QGROUP) return 0;
+    snprintf(scale_name, sizeof scale_name, "%s.scale", name);
+    snprintf(offset_name, sizeof offset_name, "%s.offset", name);
+    t = tensors_get(f, err, scale_name, T_F16, 3, m->panels, m->cols_padded / QGROUP, PANEL);
+    if (!t) return -1;
+    m->scale = t->data;
+    if (type != W_Q4 || !tensors_find(f, offset_name)) return 0;
+    t = tensors_get(f, err, offset_name, T_F16, 3, m->panels, m->cols_padded / QGROUP, PANEL);
+    if (!t) return -1;
+    m->offset = t->data;
+    return 0;
+}
+
+static int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional, char *err) {
+    *v = NULL;
+    if (optional && !tensors_find(f, name)) return 0;
+    const Tensor *t = tensors_get(f, err, name, T_F32, 1, n);
+    if (!t) return -1;
+    *v = t->data;
+    return 0;
+}
+
+static int open_layer(Layer *w, const TensorFile *f, const Config *c, int l, char *err) {
+    char name[64];
+    const struct {
+        const char *name;
+        const float **v;
+        int n;
+        bool optional;
+    } vectors[] = {{"rms_att", &w->rms_att, c->dim, false},
+                   {"rms_ffn", &w->rms_ffn, c->dim, false},
+                   {"rms_att_post", &w->rms_att_post, c->dim, true},
+                   {"rms_ffn_post", &w->rms_ffn_post, c->dim, true},
+                   {"q_norm", &w->q_norm, c->head_dim, true},
+                   {"k_norm", &w->k_norm, c->head_dim, true},
+                   {"bq", &w->bq, c->q_dim, true},
+                   {"bk", &w->bk, c->kv_dim, true},
+                   {"bv", &w->bv, c->kv_dim, true}};
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
+        snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
+        if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0) return -1;
+    }
+    const struct {
+        const char *name;
+        Matrix *m;
+        int rows, cols;
+    } matrices[] = {{"wq", &w->wq, c->q_dim, c->dim},      {"wk", &w->wk, c->kv_dim, c->dim},
+                    {"wv", &w->wv, c->kv_dim, c->dim},     {"wo", &w->wo, c->dim, c->q_dim},
+                    {"w1", &w->w1, c->hidden_dim, c->dim}, {"w2", &w->w2, c->dim, c->hidden_dim},
+                    {"w3", &w->w3, c->hidden_dim, c->dim}};
+    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
+        snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
+        if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0) return -1;
+    }
+    return 0;
+}
+
+static int open_weights(Model *m, char *err) {
+    const Config *c = &m->config;
+    const TensorFile *f = &m->file;
+    m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
+    if (!m->layers) return fail(err, "out of memory for %d layers", c->n_layers);
+    if (open_matrix(&m->tok_embed, f, "tok_embed", c->vocab_size, c->dim, err) != 0 ||
+        open_vector(&m->rms_final, f, "rms_final", c->dim, false, err) != 0) return -1;
+    m->wcls = m->tok_embed;
+    if (tensors_find(f, "wcls") && open_matrix(&m->wcls, f, "wcls", c->vocab_size, c->dim, err) != 0) return -1;
+    for (int l = 0; l < c->n_layers; l++) {
+        if (open_layer(&m->layers[l], f, c, l, err) != 0) return -1;
+    }
+    return 0;
+}
+
+static int check_format(Model *m, char *err) {
+    const char *format = tensors_meta(&m->file, "format"), *name = tensors_meta(&m->file, "name");
+    if (!format || strcmp(format, "kvzip.c model 1") != 0) {
+        return fail(err, "not a converted model: its format is \"%s\", not \"kvzip.c model 1\" (use export.py)",
+                    format ? format : "");
+    }
+    m->fingerprint = tensors_meta(&m->file, "fingerprint");
+    m->name = name ? name : "";
+    return m->fingerprint ? 0 : fail(err, "the model has no fingerprint");
+}
+
+int model_open(Model *m, const char *path, char *err) {
+    *m = (Model){0};
+    if (tensors_open(&m->file, path, err) == 0 && check_format(m, err) == 0 &&
+        open_config(&m->config, &m->file, err) == 0 && open_rope(&m->config, &m->file, err) == 0 &&
+        open_weights(m, err) == 0) return 0;
+    model_close(m);
+    return -1;
+}
+
+void model_close(Model *m) {
+    tensors_close(&m->file);
+    free(m->layers);
+    *m = (Model){0};
+}
+
+KVShape model_kv_shape(const Model *m) {
+    const Config *c = &m->config;
+    return (KVShape){c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim, c->attn_scale, c->attn_softcap, c->window};
+}
+
+// ---- scratch ----
+
+// Hands out 64-byte aligned pieces of one block; with no block yet it only counts.
+static void *take(RunState *s, size_t n, size_t size) {
+    void *p = s->block ? (uint8_t *)s->block + s->bytes : NULL;
+    s->bytes += (n * size + 63) / 64 * 64;
+    return p;
+}
+
+static Acts take_acts(RunState *s, int cols) {
+    Acts a = {.cols = cols, .stride = (cols + QGROUP - 1) / QGROUP * QGROUP};
+    size_t n = (size_t)s->max_rows * a.stride;
+    a.x = take(s, n, sizeof *a.x);
+    a.q = take(s, n, sizeof *a.q);
+    a.scale = take(s, n / QGROUP, sizeof *a.scale);
+    a.sum = take(s, n / QGROUP, sizeof *a.sum);
+    return a;
+}
+
+static void take_all(RunState *s) {
+    const Config *c = &s->model->config;
+    size_t n = (size_t)s->max_rows;
+    s->bytes = 0;
+    s->x = take(s, n * c->dim, sizeof *s->x);
+    s->q = take(s, n * c->q_dim, sizeof *s->q);
+    s->k = take(s, n * c->kv_dim, sizeof *s->k);
+    s->v = take(s, n * c->kv_dim, sizeof *s->v);
+    s->add = take(s, n * c->dim, sizeof *s->add);
+    s->hb = take(s, n * c->hidden_dim, sizeof *s->hb);
+    s->xb = take_acts(s, c->dim);
+    s->ab = take_acts(s, c->q_dim);
+    s->fb = take_acts(s, c->hidden_dim);
+    s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
+    s->x_norm = take(s, n, sizeof *s->x_norm);
+    s->pos = take(s, n, sizeof *s->pos);
+    s->runs = take(s, n, sizeof *s->runs);
+    s->logits = take(s, (size_t)s->max_logits * c->vocab_size, sizeof *s->logits);
+}
+
+int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits, char *err) {
+    *s = (RunState){.model = m, .pool = pool, .max_rows = max_rows, .max_logits = max_logits};
+    take_all(s);  // counts
+    if (posix_memalign(&s->block, 64, s->bytes) != 0) {
+        s->block = NULL;
+        return fail(err, "out of memory: %zu MB of scratch for %d rows", s->bytes >> 20, max_rows);
+    }
+    memset(s->block, 0, s->bytes);  // columns after the last one stay zero
+    take_all(s);
+    return 0;
+}
+
+void state_close(RunState *s) {
+    free(s->block);
+    *s = (RunState){0};
+}
+
+// ---- matrix products ----
+
+// out [n][ld] = W x; several matrices that read the same input make one job.
+typedef struct {
+    const Matrix *w;
+    float *out;
+    int ld;
+} Product;
+
+typedef struct {
+    const Acts *x;
+    const Product *p;
+    int n_products, n_panels, n;
+} Products;
+
+enum { TOKEN_BLOCK = 128 };  // tokens whose activations stay in the second-level cache while panels pass
+
+static void product_panel(void *ctx, int i) {
+    const Products *j = ctx;
+    const Product *p = j->p;
+    int t0 = i / j->n_panels * TOKEN_BLOCK, t1 = t0 + TOKEN_BLOCK < j->n ? t0 + TOKEN_BLOCK : j->n;
+    int panel = i % j->n_panels;
+    while (panel >= p->w->panels) panel -= p++->w->panels;
+    int rows = p->w->rows - panel * PANEL;
+    if (rows >= PANEL) {
+        kern.matmul[p->w->type](p->out + panel * PANEL, (size_t)p->ld, p->w, panel, j->x, t0, t1);
+        return;
+    }
+    for (int t = t0; t < t1; t++) {  // the padded rows of the last panel must not reach the next output row
+        float last[PANEL], *out = p->out + (size_t)t * p->ld + panel * PANEL;
+        Acts row = *j->x;
+        row.x += (size_t)t * row.stride, row.q += (size_t)t * row.stride;
+        row.scale += (size_t)t * row.stride / QGROUP, row.sum += (size_t)t * row.stride / QGROUP;
+        kern.matmul[p->w->type](last, PANEL, p->w, panel, &row, 0, 1);
+        memcpy(out, last, (size_t)rows * sizeof(float));
+    }
+}
+
+typedef struct {
+    const Acts *x;
+    int n;
+} Quantize;
+
+static void quantize_rows(void *ctx, int i) {
+    const Quantize *q = ctx;
+    kern.quantize(q->x, i * 16, i * 16 + 16 < q->n ? i * 16 + 16 : q->n);
+}
+
+static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
+
+static void multiply(RunState *s, const Acts *x, int n, const Product *p, int n_products) {
+    Products j = {x, p, n_products, 0, n};
+    bool ints = false;
+    for (int i = 0; i < n_products; i++) j.n_panels += p[i].w->panels, ints |= reads_ints(p[i].w);
+    if (ints) parallel_for(s->pool, (n + 15) / 16, quantize_rows, &(Quantize){x, n});
+    parallel_for(s->pool, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_panels, product_panel, &j);
+}
+
+// One entry of a matrix: for embeddings, and for what policies look up.
+static float matrix_at(const Matrix *w, int r, int c) {
+    size_t panel = (size_t)(r / PANEL), k = (size_t)wtype_k(w->type), i = (size_t)(r % PANEL);
+    size_t line = (panel * w->cols_padded / k + c / k) * PANEL + i, j = c % k;
+    size_t group = (panel * w->cols_padded / QGROUP + c / QGROUP) * PANEL + i;
+    switch (w->type) {
+    case W_F32: return ((const float *)w->data)[line];
+    case W_F16: return f16_f32(((const uint16_t *)w->data)[line * 2 + j]);
+    case W_BF16: {
+        uint32_t u = (uint32_t)((const uint16_t *)w->data)[line * 2 + j] << 16;
+        float f;
+        memcpy(&f, &u, 4);
+        return f;
+    }
+    case W_Q8: return f16_f32(w->scale[group]) * (float)((const int8_t *)w->data)[line * 4 + j];
+    default: {
+        int byte = w->data[line * 4 + j % 4], nibble = j < 4 ? byte & 15 : byte >> 4;
+        float scale = f16_f32(w->scale[group]);
+        return w->offset ? scale * (float)nibble + f16_f32(w->offset[group]) : scale * (float)(nibble - 8);
+    }
+    }
+}
+
+// ---- the steps of forward ----
+
+typedef struct {
+    RunState *s;
+    const Row *rows;
+    int l;
+} Step;
+
+// Rows of work per index of a parallel loop over rows.
+static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
+    parallel_for(n >= 16 ? s->pool : NULL, n, fn, ctx);
+}
+
+static void embed_row(void *ctx, int i) {
+    const Step *st = ctx;
+    const Model *m = st->s->model;
+    float *x = st->s->x + (size_t)i * m->config.dim;
+    for (int j = 0; j < m->config.dim; j++) x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->rows[i].token, j);
+}
+
+// cos and sin of every row's position, one table per rope base (arXiv 2104.09864). In float32, as transformers.
+static void rope_row(void *ctx, int i) {
+    RunState *s = ((const Step *)ctx)->s;
+    const Config *c = &s->model->config;
+    int half = c->rotary_dim / 2;
+    for (int r = 0; r < c->n_ropes; r++) {
+        float *table = s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim;
+        for (int j = 0; j < half; j++) {
+            float angle = (float)s->pos[i] * c->inv_freq[r * half + j];
+            table[2 * j] = cosf(angle) * c->rope_mscale[r];
+            table[2 * j + 1] = sinf(angle) * c->rope_mscale[r];
+        }
+    }
+}
+
+static void rotate(float *v, const float *table, int half) {
+    for (int j = 0; j < half; j++) {
+        float a = v[j], b = v[j + half], cosine = table[2 * j], sine = table[2 * j + 1];
+        v[j] = a * cosine - b * sine;
+        v[j + half] = b * cosine + a * sine;
+    }
+}
+
+static void heads_row(float *v, int n_heads, const float *bias, const float *norm, const float *rope, const Config *c) {
+    for (int i = 0; bias && i < n_heads * c->head_dim; i++) v[i] += bias[i];
+    for (int h = 0; h < n_heads; h++, v += c->head_dim) {
+        if (norm) kern.rmsnorm(v, v, norm, c->head_dim, c->norm_eps);
+        if (rope) rotate(v, rope, c->rotary_dim / 2);
+    }
+}
+
+static void qkv_row(void *ctx, int i) {
+    const Step *st = ctx;
+    RunState *s = st->s;
+    const Config *c = &s->model->config;
+    const Layer *w = &s->model->layers[st->l];
+    int r = c->rope[st->l];
+    const float *rope = r < 0 ? NULL : s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim;
+    heads_row(s->q + (size_t)i * c->q_dim, c->n_heads, w->bq, w->q_norm, rope, c);
+    heads_row(s->k + (size_t)i * c->kv_dim, c->n_kv_heads, w->bk, w->k_norm, rope, c);
+    heads_row(s->v + (size_t)i * c->kv_dim, c->n_kv_heads, w->bv, NULL, NULL, c);
+}
+
+// q, k, v of layer l from the normed residual stream, rotated to their positions.
+static void project_qkv(RunState *s, int l, int n) {
+    const Config *c = &s->model->config;
+    const Layer *w = &s->model->layers[l];
+    multiply(s, &s->xb, n, (Product[]){{&w->wq, s->q, c->q_dim}, {&w->wk, s->k, c->kv_dim}, {&w->wv, s->v, c->kv_dim}}, 3);
+    each_row(s, n, qkv_row, &(Step){s, NULL, l});
+}
+
+typedef struct {
+    RunState *s;
+    const float *w;       // norm of the residual stream into xb
+    const float *w_post;  // first: x += norm(add) (Gemma), or x += add when NULL
+    bool add;
+} Norm;
+
+static void norm_row(void *ctx, int i) {
+    const Norm *n = ctx;
+    RunState *s = n->s;
+    const Config *c = &s->model->config;
+    float *x = s->x + (size_t)i * c->dim, *xb = s->xb.x + (size_t)i * s->xb.stride, *add = s->add + (size_t)i * c->dim;
+    if (n->add) {
+        if (n->w_post) kern.rmsnorm(add, add, n->w_post, c->dim, c->norm_eps);
+        kern.add(x, add, c->dim);
+    }
+    kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
+}
+
+// x += what the block before produced, then xb = rmsnorm(x).
+static void add_norm(RunState *s, int n, bool add, const float *w_post, const float *w) {
+    each_row(s, n, norm_row, &(Norm){s, w, w_post, add});
+}
+
+static void x_norm_row(void *ctx, int i) {
+    RunState *s = ctx;
+    const float *x = s->xb.x + (size_t)i * s->xb.stride;
+    double sum = 0.0;
+    for (int j = 0; j < s->model->config.dim; j++) sum += (double)x[j] * x[j];
+    s->x_norm[i] = (float)sqrt(sum);
+}
+
+static void gate_row(void *ctx, int i) {
+    RunState *s = ctx;
+    const Config *c = &s->model->config;
+    float *gate = s->fb.x + (size_t)i * s->fb.stride;
+    (c->act_gelu ? kern.gelu_mul : kern.silu_mul)(gate, s->hb + (size_t)i * c->hidden_dim, c->hidden_dim);
+}
+
+// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
+static void ffn(RunState *s, int l, int n) {
+    const Config *c = &s->model->config;
+    const Layer *w = &s->model->layers[l];
+    multiply(s, &s->xb, n, (Product[]){{&w->w1, s->fb.x, s->fb.stride}, {&w->w3, s->hb, c->hidden_dim}}, 2);
+    each_row(s, n, gate_row, s);
+    multiply(s, &s->fb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
+}
+
+// Consecutive rows of one sequence make a run; returns how many, and fills in positions.
+static int find_runs(RunState *s, const KVCache *kv, const Row *rows, int n) {
+    int n_runs = 0;
+    for (int i = 0; i < n; i++) {
+        if (i == 0 || rows[i].seq != rows[i - 1].seq) s->runs[n_runs++] = (KVRun){rows[i].seq, 0};
+        s->pos[i] = kv->seqs[rows[i].seq].next_pos + s->runs[n_runs - 1].n++;
+    }
+    return n_runs;
+}
+
+static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int n, char *err) {
+    int n_logits = 0;
+    for (int i = 0; i < n; i++) {
+        if (rows[i].token < 0 || rows[i].token >= s->model->config.vocab_size) {
+            return fail(err, "token %d is not in the vocabulary of %d", rows[i].token, s->model->config.vocab_size);
+        }
+        if (rows[i].seq < 0 || rows[i].seq >= kv->n_seqs) return fail(err, "no sequence %d", rows[i].seq);
+        n_logits += rows[i].logits;
+    }
+    if (n < 1 || n > s->max_rows) return fail(err, "%d rows, the state has room for 1 to %d", n, s->max_rows);
+    if (n_logits > s->max_logits) return fail(err, "%d rows want logits, at most %d can", n_logits, s->max_logits);
+    return 0;
+}
+
+// From here on only rows that want logits matter: they move to the front of x and of the attention output.
+static int keep_logit_rows(RunState *s, const Row *rows, int n) {
+    int m = 0;
+    for (int i = 0; i < n; i++) {
+        if (!rows[i].logits) continue;
+        int dim = s->model->config.dim;
+        if (m != i) memcpy(s->x + (size_t)m * dim, s->x + (size_t)i * dim, (size_t)dim * sizeof *s->x);
+        if (m != i) memcpy(s->ab.x + (size_t)m * s->ab.stride, s->ab.x + (size_t)i * s->ab.stride,
+                           (size_t)s->ab.stride * sizeof *s->ab.x);
+        m++;
+    }
+    return m;
+}
+
+static void classify(RunState *s, int n) {
+    const Config *c = &s->model->config;
+    multiply(s, &s->xb, n, (Product[]){{&s->model->wcls, s->logits, c->vocab_size}}, 1);
+    for (size_t i = 0; c->final_softcap > 0.0f && i < (size_t)n * c->vocab_size; i++) {
+        s->logits[i] = c->final_softcap * tanhf(s->logits[i] / c->final_softcap);
+    }
+}
+
+int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
+    const Model *m = s->model;
+    const Config *c = &m->config;
+    if (check_rows(s, kv, rows, n, err) != 0) return -1;
+    int n_runs = find_runs(s, kv, rows, n), n_logits = 0;
+    for (int i = 0; i < n; i++) n_logits += rows[i].logits;
+    for (int r = 0; r < n_runs; r++) {
+        if (kvcache_reserve(kv, s->runs[r].seq, s->runs[r].n, err) != 0) return -1;
+    }
+    each_row(s, n, embed_row, &(Step){s, rows, 0});
+    each_row(s, n, rope_row, &(Step){s, rows, 0});
+    add_norm(s, n, false, NULL, m->layers[0].rms_att);  // arXiv 1910.07467
+    for (int l = 0; l < c->n_layers; l++) {
+        const Layer *w = &m->layers[l];
+        bool last = l == c->n_layers - 1;
+        project_qkv(s, l, n);
+        if (kv->scoring) each_row(s, n, x_norm_row, s);
+        kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
+        KVQuery query = {s->q, last && n_logits == 0 ? NULL : s->ab.x, s->ab.stride, s->x_norm};
+        if (query.out || kv->scoring) kvcache_attend(kv, l, s->runs, n_runs, &query);  // GQA, arXiv 2305.13245
+        if (last) n = keep_logit_rows(s, rows, n);
+        if (n == 0) break;
+        multiply(s, &s->ab, n, (Product[]){{&w->wo, s->add, c->dim}}, 1);
+        add_norm(s, n, true, w->rms_att_post, w->rms_ffn);
+        ffn(s, l, n);
+        add_norm(s, n, true, w->rms_ffn_post, last ? m->rms_final : m->layers[l + 1].rms_att);
+    }
+    if (n > 0) classify(s, n);
+    s->n_logits = n;
+    kvcache_advance(kv, s->runs, n_runs);
+    return 0;
+}
+
+// ---- for policies ----
+
+typedef struct {
+    const Matrix *wo;
+    int head_dim;
+    float *gram;
+} Gram;
+
+static void gram_head(void *ctx, int h) {
+    const Gram *g = ctx;
+    int d = g->head_dim;
+    float *out = g->gram + (size_t)h * d * d, row[256];
+    memset(out, 0, (size_t)d * d * sizeof *out);
+    for (int r = 0; r < g->wo->rows; r++) {
+        for (int i = 0; i < d; i++) row[i] = matrix_at(g->wo, r, h * d + i);
+        for (int i = 0; i < d; i++) {
+            for (int j = 0; j < d; j++) out[i * d + j] += row[i] * row[j];
+        }
+    }
+}
+
+void model_wo_gram(const Model *m, ThreadPool *pool, int l, float *gram) {
+    Gram g = {&m->layers[l].wo, m->config.head_dim, gram};
+    parallel_for(pool, m->config.n_heads, gram_head, &g);
+}

@@ -1,0 +1,91 @@
+// model.h: the nouns of a transformer. Config and Weights come from the file, RunState is scratch.
+//
+// Families differ by Config fields and by which optional weights are there, never by name.
+#ifndef MODEL_H
+#define MODEL_H
+#include "kernels.h"
+#include "kvcache.h"
+#include "tensors.h"
+
+typedef struct {
+    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
+    int seq_len;               // longest sequence seen in training
+    int q_dim, kv_dim;         // n_heads * head_dim, n_kv_heads * head_dim
+    int rotary_dim;            // leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
+    float norm_eps;
+    float attn_scale;          // multiplies q . k
+    float embed_scale;         // multiplies the embedding (Gemma)
+    float attn_softcap, final_softcap;  // 0 = none (Gemma 2)
+    bool act_gelu;             // GELU (tanh form) instead of SiLU
+    const int *window;         // [n_layers] sliding window, 0 = whole past
+    const int *rope;           // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
+    int n_ropes;
+    const float *inv_freq;     // [n_ropes][rotary_dim / 2] after any scaling (llama3, linear, yarn)
+    const float *rope_mscale;  // [n_ropes] factor of cos and sin (yarn), 1 otherwise
+} Config;
+
+typedef struct {
+    const float *rms_att, *rms_ffn;            // [dim]
+    const float *rms_att_post, *rms_ffn_post;  // [dim] norms of what a block adds, NULL = none (Gemma)
+    const float *q_norm, *k_norm;              // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3)
+    const float *bq, *bk, *bv;                 // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
+    Matrix wq, wk, wv;                         // [q_dim], [kv_dim], [kv_dim] x [dim]
+    Matrix wo;                                 // [dim] x [q_dim]
+    Matrix w1, w3;                             // gate and up, [hidden_dim] x [dim]
+    Matrix w2;                                 // down, [dim] x [hidden_dim]
+} Layer;
+
+typedef struct {
+    TensorFile file;
+    Config config;
+    Layer *layers;      // [n_layers]
+    Matrix tok_embed;   // [vocab_size] x [dim]
+    Matrix wcls;        // [vocab_size] x [dim]; tok_embed itself when the two are tied
+    const float *rms_final;
+    const char *fingerprint, *name;
+} Model;
+
+// One token to compute: which sequence it continues, and whether its logits are wanted.
+typedef struct {
+    int seq, token;
+    bool logits;
+} Row;
+
+typedef struct {
+    const Model *model;
+    ThreadPool *pool;
+    int max_rows, max_logits;
+    float *x;          // [max_rows][dim] the residual stream
+    float *q, *k, *v;  // [max_rows][q_dim], [max_rows][kv_dim]
+    float *att;        // [max_rows][q_dim]
+    float *hb;         // [max_rows][hidden_dim] up projection
+    float *add;        // [max_rows][dim] what a block adds
+    Acts xb, ab, fb;   // inputs of matrix products: [max_rows] x [dim], [q_dim], [hidden_dim]
+    float *rope;       // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
+    float *x_norm;     // [max_rows] |x| of the attention input, for KVzip+
+    int *pos;          // [max_rows]
+    KVRun *runs;       // [max_rows]
+    float *logits;     // [max_logits][vocab_size], in the order of the rows that asked
+    int n_logits;      // of the last call
+    void *block;       // all of the above
+    size_t bytes;
+} RunState;
+
+enum { MAX_ROWS = 512, MAX_LOGITS = 16 };
+
+// Maps the file and checks every tensor against the config. Returns 0, or -1 with err.
+int model_open(Model *m, const char *path, char *err);
+void model_close(Model *m);
+KVShape model_kv_shape(const Model *m);
+
+int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits, char *err);
+void state_close(RunState *s);
+
+// Computes rows [n], n <= max_rows, at most max_logits of them with logits: appends to the rows' sequences
+// and attends over them. Rows of one sequence stand together, in order, and continue at its next position.
+// Allocates nothing but cache pages. Returns 0, or -1 with err, and then no sequence has changed.
+int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
+
+// gram [n_heads][head_dim][head_dim] = Wo_h^T Wo_h of layer l, so that |Wo_h v|^2 = v^T gram_h v.
+void model_wo_gram(const Model *m, ThreadPool *pool, int l, float *gram);
+#endif

@@ -1,0 +1,91 @@
+// tensors.h: the safetensors container. Models, caches and scores are all files of this kind.
+//
+// A file is an 8-byte little-endian header length, a JSON header, and the data. The header gives
+// each tensor's dtype, shape and byte range, and strings under "__metadata__". Our own files start
+// the data and every tensor on a 64-byte boundary, so that a mapped tensor is used in place.
+// Format: https://huggingface.co/docs/safetensors
+#ifndef TENSORS_H
+#define TENSORS_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+enum { ERR_LEN = 512, TENSOR_MAX_DIMS = 8, TENSOR_ALIGN = 64 };
+
+typedef enum { T_U8, T_I8, T_F16, T_BF16, T_I32, T_U32, T_F32, T_I64, T_F64 } DType;
+
+typedef struct {
+    const char *name;
+    DType dtype;
+    int n_dims;
+    size_t shape[TENSOR_MAX_DIMS];
+    const void *data;  // inside the map, 64-byte aligned in our own files
+    size_t bytes;
+} Tensor;
+
+typedef struct {
+    const char *key, *value;
+} Meta;
+
+typedef struct {
+    char path[1024];
+    const uint8_t *map;  // the whole file, read-only
+    size_t map_bytes;
+    Tensor *tensors;  // [n_tensors] sorted by name
+    int n_tensors;
+    Meta *meta;  // [n_meta] sorted by key
+    int n_meta;
+    char *strings;  // names, keys and values, unescaped; everything above points in here
+} TensorFile;
+
+// Writes one sentence into err (ERR_LEN bytes) and returns -1, so that `return fail(err, ...)` reads
+// as the end of the story. Long sentences are cut, never overrun.
+int fail(char *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
+size_t dtype_size(DType t);         // bytes of one element
+const char *dtype_name(DType t);    // as safetensors spells it: "F16"
+
+// Maps the file read-only and checks it: header inside the file, every range inside the data and equal
+// to dtype x shape, no overlap, no overflow. Returns 0, or -1 with err. The descriptor is closed again.
+int tensors_open(TensorFile *f, const char *path, char *err);
+void tensors_close(TensorFile *f);  // safe on a zeroed struct, and twice
+
+const Tensor *tensors_find(const TensorFile *f, const char *name);  // NULL when absent
+
+// As tensors_find, but absence, another dtype or another shape is an error that names all three, and so is
+// data that does not lie on a multiple of its element size. n_dims sizes follow, each an int; -1 accepts
+// any length in that place.
+const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DType dtype, int n_dims, ...);
+
+const char *tensors_meta(const TensorFile *f, const char *key);  // NULL when absent
+
+// Numbers out of the metadata: absent, malformed or out of [lo, hi] is an error. Return 0 or -1.
+int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *out, char *err);
+int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out, char *err);
+
+// ---- writing ----
+// Tensors are declared first, so that the header comes first; then their data is put in the same
+// order, in pieces of any size; then the file is synced and renamed over path. Until the rename the
+// bytes lie in "path.PID.tmp", which tensors_write_abort removes: path itself is old or new, never
+// half. Fillers ("pad.N") keep every tensor on a 64-byte boundary without holes in the file.
+// A call that fails has already aborted; aborting again does no harm.
+typedef struct {
+    char path[1024], tmp[1088];
+    FILE *file;
+    Tensor *tensors;  // declared ones, fillers included; data unused
+    int n_tensors, cap;
+    Meta *meta;
+    int n_meta, meta_cap;
+    int at;            // tensor being written, -1 before the header is
+    size_t at_bytes;   // how much of it has been put
+} TensorWriter;
+
+int tensors_write_begin(TensorWriter *w, const char *path, char *err);
+int tensors_write_meta(TensorWriter *w, const char *key, const char *value, char *err);  // copies both
+int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_dims, const size_t *shape,
+                          char *err);
+int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err);
+int tensors_write_commit(TensorWriter *w, char *err);  // all declared bytes must have been put
+void tensors_write_abort(TensorWriter *w);             // safe after a commit, and on a zeroed struct
+#endif

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Runs the C tests named as arguments, then the Python ones, and adds up their "N passed, N failed" lines.
+# A program that dies without such a line counts as one failure. C_ONLY=1 leaves the Python tests out; WRAP is a
+# command to run each C test under. The exporter's tests need the local virtual environment; where pip reaches
+# nothing they are skipped, and named.
+cd "$(dirname "$0")/.." || exit 1
+BUILD=${BUILD:-build} PYTHON=${PYTHON:-python3}
+passed=0 failed=0 skipped=0
+out=$BUILD/test.out
+
+add() { # exit status of the program whose output is in $out, its name
+    line=$(grep -E '[0-9]+ passed, [0-9]+ failed' "$out" | tail -n 1)
+    p=$(echo "$line" | sed -n 's/.*[^0-9]\([0-9][0-9]*\) passed.*/\1/p')
+    f=$(echo "$line" | sed -n 's/.* \([0-9][0-9]*\) failed.*/\1/p')
+    if [ -z "$p" ] || { [ "$1" -ne 0 ] && [ "$f" -eq 0 ]; }; then
+        echo "$2: ended with status $1"
+        f=$((${f:-0} + 1))
+    fi
+    passed=$((passed + ${p:-0})) failed=$((failed + f))
+}
+
+for t in "$@"; do
+    ${WRAP:-} "$BUILD/$t" >"$out" 2>&1
+    status=$?
+    cat "$out"
+    add $status "$t"
+done
+
+if [ -z "${C_ONLY:-}" ]; then
+    "$PYTHON" tests/test_cli.py >"$out" 2>&1
+    status=$?
+    cat "$out"
+    add $status test_cli
+    if make venv PYTHON="$PYTHON" >"$BUILD/venv.out" 2>&1; then
+        .venv/bin/python tests/test_export.py >"$out" 2>&1
+        status=$?
+        cat "$out"
+        add $status test_export
+    else
+        echo "test_export: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
+        skipped=$((skipped + 1))
+    fi
+fi
+
+echo "$passed passed, $failed failed$([ $skipped -gt 0 ] && echo ", $skipped skipped")"
+[ "$failed" -eq 0 ]

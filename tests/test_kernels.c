@@ -1,0 +1,259 @@
+// Every instruction set against the scalar definition, for every tail length and odd shape.
+#include "../kernels.h"
+#include "test.h"
+
+static uint32_t seed = 1;
+
+static float rnd(void) {  // uniform in [-1, 1)
+    seed = seed * 1664525u + 1013904223u;
+    return (float)(int32_t)seed / 2147483648.0f;
+}
+
+static void fill(float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = rnd();
+}
+
+// ---- half precision ----
+
+static void test_half(void) {
+    for (int h = 0; h < 65536; h++) {
+        float f = f16_f32((uint16_t)h), g;
+        uint16_t in = (uint16_t)h, back;
+        kern.f16_to_f32(&g, &in, 1);
+        CHECK(isnan(f) ? isnan(g) : f == g);
+        if (!isnan(f)) CHECK(f32_f16(f) == h);
+        kern.f32_to_f16(&back, &f, 1);
+        if (!isnan(f)) CHECK(back == h);
+    }
+    CHECK(f32_f16(65520.0f) == 0x7c00);          // rounds up to infinity
+    CHECK(f32_f16(65519.0f) == 0x7bff);          // the largest finite one
+    CHECK(f32_f16(1.0f + 0x1p-11f) == 0x3c00);   // tie to even
+    CHECK(f32_f16(1.0f + 3 * 0x1p-11f) == 0x3c02);
+    float x[37];
+    uint16_t fast[37], slow[37];
+    for (int n = 0; n <= 37; n++) {
+        fill(x, 37);
+        kern.f32_to_f16(fast, x, (size_t)n);
+        kernels_scalar()->f32_to_f16(slow, x, (size_t)n);
+        CHECK(memcmp(fast, slow, (size_t)n * 2) == 0);
+    }
+}
+
+// ---- vectors ----
+
+static void test_vectors(void) {
+    const Kernels *ref = kernels_scalar();
+    float x[70], y[70], a[70], b[70];
+    for (int n = 1; n < 68; n++) {
+        fill(x, 70), fill(y, 70);
+        for (int i = 0; i < n; i++) x[i] *= 8.0f;
+        kern.rmsnorm(a, x + 1, y, n, 1e-5f), ref->rmsnorm(b, x + 1, y, n, 1e-5f);
+        for (int i = 0; i < n; i++) CHECK_NEAR(a[i], b[i], 1e-5);
+        void (*const ops[][2])(float *, const float *, int) = {
+            {kern.add, ref->add}, {kern.silu_mul, ref->silu_mul}, {kern.gelu_mul, ref->gelu_mul}};
+        for (int op = 0; op < 3; op++) {
+            memcpy(a, x, sizeof a), memcpy(b, x, sizeof b);
+            ops[op][0](a + 1, y, n), ops[op][1](b + 1, y, n);
+            for (int i = 0; i < 70; i++) CHECK_NEAR(a[i], b[i], 3e-6 * fabs(b[i]) + 1e-7);
+        }
+        memcpy(a, x, sizeof a);
+        kern.scale(a + 1, 0.3f, n);
+        for (int i = 0; i < 70; i++) CHECK(a[i] == (i >= 1 && i <= n ? x[i] * 0.3f : x[i]));
+    }
+    float extreme[8] = {-1e30f, -200, -88, -0.0f, 0.0f, 88, 200, 1e30f}, one[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    kern.silu_mul(extreme, one, 8);
+    CHECK_NEAR(extreme[1], 0, 1e-30);
+    CHECK(extreme[6] == 200 && extreme[7] == 1e30f && extreme[3] == 0);
+}
+
+static void test_exp(void) {
+    double worst = 0;
+    for (int i = 0; i < 20000; i++) {
+        float s[PAGE], in[PAGE], m = 3.0f;
+        for (int j = 0; j < PAGE; j++) s[j] = in[j] = j == 5 ? -INFINITY : m - 87.0f * (0.5f + 0.5f * rnd());
+        double sum = 0, want = 0;
+        float got = kern.exp64(s, m);
+        CHECK(s[5] == 0.0f);
+        for (int j = 0; j < PAGE; j++) {
+            double e = exp((double)(in[j] - m));
+            sum += s[j], want += e;
+            if (j != 5) worst = fmax(worst, fabs(s[j] - e) / e);
+        }
+        CHECK_NEAR(got, sum, 1e-6 * want);
+    }
+    CHECK(worst < 2.4e-7);  // 2 ulp
+    float s[PAGE] = {[7] = 2.0f}, nan[PAGE] = {[3] = NAN};
+    CHECK(kern.max64(s) == 2.0f);
+    CHECK(isnan(kern.exp64(nan, 0.0f)));  // a NaN must be seen
+    float run[PAGE] = {[0] = 5};
+    kern.max_into(run, s, -1.0f);
+    CHECK(run[0] == 5 && run[7] == 1 && run[1] == 0);
+}
+
+// ---- products ----
+
+static void test_gemm(void) {
+    const Kernels *ref = kernels_scalar();
+    enum { N = 14, K = 70, C = 80 };
+    static float a[N * (K + 3)], b[K * C], c1[N * (C + 5)], c2[N * (C + 5)];
+    static uint16_t bh[K * C];
+    fill(a, sizeof a / 4), fill(b, sizeof b / 4);
+    for (int n = 1; n <= N; n++) {
+        for (int inner = 1; inner <= K; inner += 23) {
+            for (int cols = 1; cols <= C; cols += cols < 9 ? 1 : 7) {
+                for (int add = 0; add < 2; add++) {
+                    fill(c1, sizeof c1 / 4), memcpy(c2, c1, sizeof c1);
+                    kern.gemm_f32(c1, C + 5, a, K + 3, b, n, inner, cols, add);
+                    ref->gemm_f32(c2, C + 5, a, K + 3, b, n, inner, cols, add);
+                    for (size_t i = 0; i < sizeof c1 / 4; i++) CHECK_NEAR(c1[i], c2[i], 1e-4);
+                    for (size_t i = 0; i < sizeof b / 4; i++) bh[i] = f32_f16(b[i]);
+                    kern.gemm_f16(c1, C + 5, a, K + 3, bh, n, inner, cols, add);
+                    ref->gemm_f16(c2, C + 5, a, K + 3, bh, n, inner, cols, add);
+                    for (size_t i = 0; i < sizeof c1 / 4; i++) CHECK_NEAR(c1[i], c2[i], 1e-4);
+                }
+            }
+        }
+    }
+}
+
+// A row's bits must not depend on how many rows go with it.
+static void test_gemm_batch(void) {
+    enum { N = 17, K = 37, C = 48 };
+    static float a[N * K], b[K * C], all[N * C], one[C];
+    fill(a, sizeof a / 4), fill(b, sizeof b / 4);
+    kern.gemm_f32(all, C, a, K, b, N, K, C, false);
+    for (int i = 0; i < N; i++) {
+        kern.gemm_f32(one, C, a + i * K, K, b, 1, K, C, false);
+        CHECK(memcmp(one, all + i * C, sizeof one) == 0);
+    }
+}
+
+// A random matrix of any type, and its entries as floats.
+static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *dense) {
+    int k = wtype_k(type), unit = type == W_Q8 || type == W_Q4 ? QGROUP : k;
+    Matrix m = {.type = type, .rows = rows, .cols = cols, .panels = (rows + 15) / 16};
+    m.cols_padded = (cols + unit - 1) / unit * unit;
+    size_t lines = (size_t)m.panels * m.cols_padded / k, groups = (size_t)m.panels * m.cols_padded / QGROUP * PANEL;
+    uint8_t *data = aligned_alloc(64, lines * 64);
+    uint16_t *scale = malloc(groups * 2), *off = malloc(groups * 2);
+    for (size_t i = 0; i < lines * 64; i++) data[i] = (uint8_t)(rnd() * 1000);
+    for (size_t i = 0; i < groups; i++) scale[i] = f32_f16(rnd() * 0.01f), off[i] = f32_f16(rnd() * 0.1f);
+    m.data = data;
+    if (unit == QGROUP) m.scale = scale;
+    if (offset) m.offset = off;
+    for (int r = 0; r < m.panels * PANEL; r++) {
+        for (int c = 0; c < m.cols_padded; c++) {
+            size_t at = (((size_t)(r / 16) * m.cols_padded / k + c / k) * PANEL + r % 16);
+            size_t g = ((size_t)(r / 16) * (m.cols_padded / QGROUP) + c / QGROUP) * PANEL + r % 16;
+            bool pad = c >= cols;
+            float v = pad ? 0.0f : rnd(), *d = &dense[(size_t)r * m.cols_padded + c];
+            if (type == W_F32) ((float *)data)[at] = *d = v;
+            if (type == W_F16) ((uint16_t *)data)[at * 2 + c % 2] = f32_f16(v), *d = f16_f32(f32_f16(v));
+            if (type == W_BF16) {
+                uint32_t u;
+                memcpy(&u, &v, 4);
+                ((uint16_t *)data)[at * 2 + c % 2] = (uint16_t)(u >> 16);
+                u &= 0xffff0000;
+                memcpy(d, &u, 4);
+            }
+            if (type == W_Q8) *d = f16_f32(scale[g]) * (float)((int8_t *)data)[at * 4 + c % 4];
+            if (type == W_Q4) {
+                int byte = data[at * 4 + c % 4], nibble = c % 8 < 4 ? byte & 15 : byte >> 4;
+                *d = offset ? f16_f32(scale[g]) * (float)nibble + f16_f32(off[g]) : f16_f32(scale[g]) * (float)(nibble - 8);
+            }
+        }
+    }
+    if (!m.scale) free(scale);
+    if (!m.offset) free(off);
+    return m;
+}
+
+static Acts random_acts(int n, int cols) {
+    Acts a = {.cols = cols, .stride = (cols + 31) / 32 * 32};
+    size_t size = (size_t)n * a.stride;
+    a.x = calloc(size, 4), a.q = calloc(size, 2), a.scale = calloc(size / 32, 4), a.sum = calloc(size / 32, 4);
+    for (int t = 0; t < n; t++) fill(a.x + (size_t)t * a.stride, (size_t)cols);
+    for (int i = 0; i < 32 && i < cols; i++) a.x[i] = 0.0f;  // a group of zeros
+    return a;
+}
+
+static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
+    const Kernels *ref = kernels_scalar();
+    bool ints = type == W_Q8 || type == W_Q4;
+    float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
+    Matrix w = random_matrix(type, rows, cols, offset, dense);
+    Acts x = random_acts(n, cols), y = random_acts(n, cols);
+    memcpy(y.x, x.x, (size_t)n * x.stride * 4);
+    size_t ld = (size_t)w.panels * 16;
+    float *out = calloc(ld * n, 4), *slow = calloc(ld * n, 4), *one = calloc(ld * n, 4);
+    kern.quantize(&x, 0, n), ref->quantize(&y, 0, n);
+    CHECK(memcmp(x.q, y.q, (size_t)n * x.stride * 2) == 0);
+    for (int i = 0; i < n * x.stride / 32; i++) CHECK_NEAR(x.scale[i], y.scale[i], 1e-8), CHECK_NEAR(x.sum[i], y.sum[i], 1e-5);
+    for (int p = 0; p < w.panels; p++) {
+        kern.matmul[type](out + p * 16, ld, &w, p, &x, 0, n);
+        ref->matmul[type](slow + p * 16, ld, &w, p, &x, 0, n);
+        for (int t = 0; t < n; t++) kern.matmul[type](one + p * 16, ld, &w, p, &x, t, t + 1);
+    }
+    CHECK(memcmp(out, one, ld * n * 4) == 0);  // a batch gives the bits of one token at a time
+    for (int t = 0; t < n; t++) {
+        for (size_t r = 0; r < ld; r++) {
+            double sum = 0, size = 0;
+            for (int c = 0; c < cols; c++) {
+                size_t at = (size_t)t * x.stride + c;
+                double v = (double)dense[r * w.cols_padded + c] * (ints ? x.q[at] * x.scale[at / 32] : x.x[at]);
+                sum += v, size += fabs(v);
+            }
+            CHECK_NEAR(out[t * ld + r], sum, 1e-6 * size + 1e-6);
+            CHECK_NEAR(slow[t * ld + r], sum, 1e-6 * size + 1e-6);
+        }
+    }
+    free(dense), free((void *)w.data), free((void *)w.scale), free((void *)w.offset);
+    free(x.x), free(x.q), free(x.scale), free(x.sum), free(y.x), free(y.q), free(y.scale), free(y.sum);
+    free(out), free(slow), free(one);
+}
+
+static void test_matmuls(void) {
+    const int cols[] = {1, 2, 31, 32, 33, 48, 96, 255, 256, 257, 544}, tokens[] = {1, 2, 3, 4, 5, 6, 7, 13};
+    for (int type = 0; type < W_TYPES; type++) {
+        for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) {
+            test_matmul((WType)type, 16, cols[i], 3, false);
+            if (type == W_Q4) test_matmul(W_Q4, 35, cols[i], 5, true);
+        }
+        for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) test_matmul((WType)type, 40, 288, tokens[i], false);
+    }
+}
+
+// ---- threads ----
+
+static void count(void *ctx, int i) { ((int *)ctx)[i]++; }
+
+static void test_threads(void) {
+    static int hits[1000];
+    for (int threads = 1; threads <= 4; threads++) {
+        ThreadPool *p = pool_open(threads);
+        if (!CHECK(p != NULL)) return;
+        CHECK(pool_threads(p) == threads);
+        for (int job = 0; job < 2000; job++) parallel_for(p, job % 1000, count, hits);
+        pool_close(p);
+    }
+    parallel_for(NULL, 1000, count, hits);
+    for (int i = 0; i < 1000; i++) CHECK(hits[i] == 4 * 2 * (999 - i) + 1);
+}
+
+int main(void) {
+    static const char *const isas[] = {"scalar", "avx2", "avx512", "neon"};
+    CHECK(kernels_init("mmx") == -1);
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (kernels_init(isas[i]) != 0) continue;
+        printf("test_kernels: %s\n", isas[i]);
+        test_half();
+        test_vectors();
+        test_exp();
+        test_gemm();
+        test_gemm_batch();
+        test_matmuls();
+    }
+    test_threads();
+    pool_close(NULL);
+    return test_end("test_kernels");
+}

@@ -1,0 +1,451 @@
+// The cache's laws, on random keys and values: attention and scores equal a brute-force softmax, forks and
+// rewinds leave no trace, evicting removes exactly what it should, files change no bit.
+#include "../kvcache.h"
+#include "test.h"
+
+enum { L = 2, HEADS = 6, KV = 2, GROUP = HEADS / KV, D = 16, MAX_N = 400 };
+
+static uint32_t seed = 7;
+
+static float rnd(void) {
+    seed = seed * 1664525u + 1013904223u;
+    return (float)(int32_t)seed / 2147483648.0f;
+}
+
+static float *randoms(size_t n) {
+    float *x = malloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = rnd();
+    return x;
+}
+
+static char err[ERR_LEN];
+static const int no_window[L] = {0, 0}, one_window[L] = {0, 70};
+
+static KVShape shape_with(const int *window) { return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window}; }
+
+// One forward call's worth for every layer: append and attend n random rows of each run.
+static void step(KVCache *kv, const KVRun *runs, int n_runs, float *out, const float *q, const float *k, const float *v) {
+    KVQuery query = {q, out, HEADS * D, NULL};
+    for (int r = 0; r < n_runs; r++) CHECK(kvcache_reserve(kv, runs[r].seq, runs[r].n, err) == 0);
+    for (int l = 0; l < L; l++) {
+        kvcache_append(kv, l, runs, n_runs, k, v);
+        kvcache_attend(kv, l, runs, n_runs, &query);
+    }
+    kvcache_advance(kv, runs, n_runs);
+}
+
+static void append_random(KVCache *kv, int seq, int n, float *out) {
+    float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D), *v = randoms((size_t)n * KV * D);
+    float *sink = out ? out : malloc((size_t)n * HEADS * D * sizeof *sink);
+    step(kv, &(KVRun){seq, n}, 1, sink, q, k, v);
+    free(q), free(k), free(v);
+    if (!out) free(sink);
+}
+
+// What query head h sees of pairs [lo, hi) of a head's list, in double; lse may be NULL.
+static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, int lo, int hi, double *out, double *lse) {
+    double max = -INFINITY, sum = 0, *s = malloc((size_t)(hi + 1) * sizeof *s);
+    float k[D], v[D];
+    for (int t = lo; t < hi; t++) {
+        kvcache_pair(kv, seq, layer, h / GROUP, t, k, NULL);
+        s[t] = 0;
+        for (int i = 0; i < D; i++) s[t] += (double)q[i] * k[i];
+        s[t] *= kv->shape.scale;
+        if (kv->shape.softcap > 0) s[t] = kv->shape.softcap * tanh(s[t] / kv->shape.softcap);
+        max = fmax(max, s[t]);
+    }
+    for (int i = 0; i < D; i++) out[i] = 0;
+    for (int t = lo; t < hi; t++) {
+        double w = exp(s[t] - max);
+        kvcache_pair(kv, seq, layer, h / GROUP, t, NULL, v);
+        sum += w;
+        for (int i = 0; i < D; i++) out[i] += w * v[i];
+    }
+    for (int i = 0; i < D; i++) out[i] /= sum;
+    if (lse) *lse = max + log(sum);
+    free(s);
+}
+
+// ---- attention ----
+
+static void test_attention(KVType type, const int *window, float softcap) {
+    KVCache kv;
+    KVShape shape = shape_with(window);
+    shape.softcap = softcap;
+    CHECK(kvcache_open(&kv, &shape, type, NULL, err) == 0);
+    int a = kvcache_new(&kv, err), b = kvcache_new(&kv, err);
+    const int na[] = {1, 63, 1, 2, 100, 9, 1, 200}, nb[] = {5, 1, 70, 3, 1, 1, 64, 2};
+    for (int i = 0; i < 8; i++) {
+        KVRun runs[2] = {{a, na[i]}, {b, nb[i]}};
+        int n = na[i] + nb[i];
+        float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D), *v = randoms((size_t)n * KV * D);
+        float *out = malloc((size_t)n * HEADS * D * sizeof *out);
+        for (int r = 0; r < 2; r++) CHECK(kvcache_reserve(&kv, runs[r].seq, runs[r].n, err) == 0);
+        for (int l = 0; l < L; l++) {
+            kvcache_append(&kv, l, runs, 2, k, v);
+            kvcache_attend(&kv, l, runs, 2, &(KVQuery){q, out, HEADS * D, NULL});
+            for (int row = 0; row < n; row += row < 4 ? 1 : 13) {
+                int r = row >= na[i], hi = kv.seqs[runs[r].seq].next_pos + row - (r ? na[i] : 0) + 1;
+                for (int h = 0; h < HEADS; h++) {
+                    double want[D];
+                    int lo = window[l] && hi > window[l] ? hi - window[l] : 0;
+                    brute(&kv, runs[r].seq, l, h, q + (row * HEADS + h) * D, lo, hi, want, NULL);
+                    for (int j = 0; j < D; j++) CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], 2e-6);
+                }
+            }
+        }
+        kvcache_advance(&kv, runs, 2);
+        free(q), free(k), free(v), free(out);
+    }
+    KVHead *h = kvcache_head(&kv, a, 1, 0);
+    if (window[1]) CHECK(h->dropped == (377 - 69) / 64 * 64 && h->n_pages < 5);  // a window of pages, not the whole past
+    kvcache_close(&kv);
+    kvcache_close(&kv);
+}
+
+// The same bits from 1, 2 and 4 threads.
+static void test_thread_bits(void) {
+    float *first = NULL;
+    for (int threads = 1; threads <= 4; threads *= 2) {
+        KVCache kv;
+        KVShape shape = shape_with(no_window);
+        ThreadPool *pool = pool_open(threads);
+        seed = 99;
+        CHECK(kvcache_open(&kv, &shape, KV_F16, pool, err) == 0);
+        int s = kvcache_new(&kv, err);
+        float *out = calloc(1500 * HEADS * D, sizeof *out);
+        append_random(&kv, s, 1400, out);
+        append_random(&kv, s, 1, out + 1400 * HEADS * D);
+        append_random(&kv, s, 3, out + 1401 * HEADS * D);
+        if (first) CHECK(memcmp(first, out, 1500 * HEADS * D * sizeof *out) == 0);
+        if (!first) first = out;
+        else free(out);
+        kvcache_close(&kv);
+        pool_close(pool);
+    }
+    free(first);
+}
+
+// ---- sequences ----
+
+static float *snapshot(const KVCache *kv, int seq, int *n) {
+    size_t at = 0;
+    float *all = malloc((size_t)L * KV * MAX_N * (2 * D + 1) * sizeof *all);
+    for (int l = 0; l < L; l++) {
+        for (int g = 0; g < KV; g++) {
+            KVHead *h = kvcache_head(kv, seq, l, g);
+            for (int t = h->dropped; t < h->len; t++, at += 2 * D + 1) {
+                all[at] = (float)kvcache_pair(kv, seq, l, g, t, all + at + 1, all + at + 1 + D);
+            }
+        }
+    }
+    *n = (int)at;
+    return all;
+}
+
+static void check_same(const KVCache *kv, int seq, const float *want, int n) {
+    int m;
+    float *have = snapshot(kv, seq, &m);
+    CHECK(m == n && memcmp(have, want, (size_t)n * sizeof *have) == 0);
+    free(have);
+}
+
+static void test_fork_and_rewind(void) {
+    KVCache kv;
+    KVShape shape = shape_with(one_window);
+    CHECK(kvcache_open(&kv, &shape, KV_F16, NULL, err) == 0);
+    int a = kvcache_new(&kv, err), n, m;
+    append_random(&kv, a, 100, NULL);
+    float *before = snapshot(&kv, a, &n);
+    int mark = kvcache_mark(&kv, a, err), b = kvcache_fork(&kv, a, err);
+    append_random(&kv, a, 150, NULL);  // rolls the window past the marked pages
+    append_random(&kv, b, 30, NULL);
+    float *after_b = snapshot(&kv, b, &m);
+    CHECK(kvcache_rewind(&kv, a, mark, err) == 0);
+    check_same(&kv, a, before, n);
+    CHECK(kv.seqs[a].next_pos == 100 && kv.seqs[b].next_pos == 130);
+    append_random(&kv, a, 77, NULL);
+    CHECK(kvcache_rewind(&kv, a, mark, err) == 0);
+    check_same(&kv, a, before, n);
+    check_same(&kv, b, after_b, m);  // a's steps never touched b
+    kvcache_drop(&kv, mark);
+    kvcache_drop(&kv, b);
+    kvcache_drop(&kv, a);
+    CHECK(kv.n_free == kv.n_pages);  // every page came back
+    free(before), free(after_b);
+    kvcache_close(&kv);
+}
+
+// ---- scoring ----
+
+// Every (row, head, pair) weight of the definition, then maximum or sum.
+static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const float *q, const float *x_norm, int n,
+                         float *score) {
+    double out[D], lse[2];
+    for (int row = 0; row < n; row++) {
+        int own = kvcache_head(kv, s->seq, layer, 0)->len - n + row;
+        for (int h = 0; h < HEADS; h++) {
+            const float *qh = q + (row * HEADS + h) * D;
+            brute(kv, s->seq, layer, h, qh, 0, own + 1, out, lse);
+            if (s->subset) {
+                const int range[3][2] = {{0, s->n_prefix}, {s->t0, s->t1}, {s->own, own + 1}};
+                double sum = 0;
+                for (int i = 0; i < 3; i++) {
+                    if (range[i][0] == range[i][1]) continue;
+                    brute(kv, s->seq, layer, h, qh, range[i][0], range[i][1], out, lse + 1);
+                    sum += exp(lse[1]);
+                }
+                lse[0] = log(sum);
+            }
+            for (int t = s->t0; t < s->t1 && t <= own; t++) {
+                double z;
+                brute(kv, s->seq, layer, h, qh, t, t + 1, out, &z);
+                double w = exp(z - lse[0]);
+                int at = ((layer * KV + h / GROUP) * s->n_ctx) + t - s->n_prefix;
+                if (s->pair_log) w *= exp(s->pair_log[(layer * HEADS + h) * s->n_ctx + t - s->n_prefix]) / x_norm[row];
+                score[at] = s->sum ? score[at] + (float)w : fmaxf(score[at], (float)w);
+            }
+        }
+    }
+}
+
+static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) {
+    enum { PREFIX = 9, N_CTX = 180 };
+    KVCache kv;
+    KVShape shape = shape_with(no_window);
+    CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
+    int seq = kvcache_new(&kv, err);
+    append_random(&kv, seq, PREFIX + N_CTX, NULL);
+    size_t n_scores = L * KV * N_CTX;
+    float *score = calloc(n_scores, sizeof *score), *want = calloc(n_scores, sizeof *want);
+    float *pair_log = randoms(L * HEADS * N_CTX), *q = randoms((size_t)rows * HEADS * D), *x_norm = randoms((size_t)rows);
+    float *k = randoms((size_t)rows * KV * D), *v = randoms((size_t)rows * KV * D), *out = calloc((size_t)rows * HEADS * D, 4);
+    for (int i = 0; i < rows; i++) x_norm[i] = 2 + x_norm[i];
+    for (size_t i = 0; !sum && i < n_scores; i++) score[i] = -INFINITY;
+    KVScoring s = {.max_rows = rows, .n_prefix = PREFIX, .t0 = PREFIX + 40, .t1 = PREFIX + 150, .own = PREFIX + N_CTX,
+                   .subset = subset, .local = local, .sum = sum, .n_ctx = N_CTX, .score = score,
+                   .pair_log = plus ? pair_log : NULL};
+    s.seq = kvcache_fork(&kv, seq, err);
+    CHECK(kvcache_score_begin(&kv, &s, err) == 0);
+    KVRun run = {s.seq, rows};
+    CHECK(kvcache_reserve(&kv, s.seq, rows, err) == 0);
+    for (int l = 0; l < L; l++) {
+        kvcache_append(&kv, l, &run, 1, k, v);
+        kvcache_attend(&kv, l, &run, 1, &(KVQuery){q, l == 1 ? NULL : out, HEADS * D, x_norm});  // last layer: no output
+        brute_scores(&kv, &s, l, q, x_norm, rows, want);
+        double full[D];
+        for (int h = 0; l == 0 && !local && h < HEADS; h++) {  // the output still sees the whole cache
+            brute(&kv, s.seq, l, h, q + ((rows - 1) * HEADS + h) * D, 0, PREFIX + N_CTX + rows, full, NULL);
+            for (int j = 0; j < D; j++) CHECK_NEAR(out[((rows - 1) * HEADS + h) * D + j], full[j], 2e-6);
+        }
+    }
+    kvcache_score_end(&kv);
+    for (size_t i = 0; i < n_scores; i++) CHECK_NEAR(sum ? score[i] : expf(score[i]), want[i], sum ? 1e-5 : 1e-6);
+    free(score), free(want), free(pair_log), free(q), free(x_norm), free(k), free(v), free(out);
+    kvcache_close(&kv);
+}
+
+// The worked example: one dimension, two query heads on one kv head, prefix key ln 2, block ln 1, ln 4,
+// ln 3, own keys ln 2, ln 8; queries 1, 2 of head 0 and -1, 0 of head 1.
+static void test_worked_example(void) {
+    KVCache kv;
+    const int window[1] = {0};
+    KVShape shape = {1, 2, 1, 8, 1.0f, 0.0f, window};
+    const float keys[6] = {2, 1, 4, 3, 2, 8}, queries[4] = {1, -1, 2, 0};
+    const float want[3] = {0.387097f, 0.333333f, 0.25f}, want_plus[3] = {0.387097f, 0.5f, 0.666667f};
+    const float x_norm[2] = {2, 1}, wo_v[6] = {1, 3, 2, 2, 1, 4};
+    float k[6 * 8] = {0}, v[6 * 8] = {0}, q[4 * 8] = {0}, score[3], pair_log[6];
+    for (int i = 0; i < 6; i++) k[i * 8] = logf(keys[i]), pair_log[i] = logf(wo_v[i]);
+    for (int i = 0; i < 4; i++) q[i * 8] = queries[i];
+    for (int plus = 0; plus < 2; plus++) {
+        CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
+        KVScoring s = {.max_rows = 2, .n_prefix = 1, .t0 = 1, .t1 = 4, .own = 4, .subset = true, .n_ctx = 3,
+                       .score = score, .pair_log = plus ? pair_log : NULL};
+        s.seq = kvcache_new(&kv, err);
+        KVRun context = {s.seq, 4}, repeat = {s.seq, 2};
+        CHECK(kvcache_reserve(&kv, s.seq, 6, err) == 0);
+        kvcache_append(&kv, 0, &context, 1, k, v);
+        kvcache_advance(&kv, &context, 1);
+        for (int i = 0; i < 3; i++) score[i] = -INFINITY;
+        CHECK(kvcache_score_begin(&kv, &s, err) == 0);
+        kvcache_append(&kv, 0, &repeat, 1, k + 4 * 8, v);
+        kvcache_attend(&kv, 0, &repeat, 1, &(KVQuery){q, NULL, 0, x_norm});
+        kvcache_score_end(&kv);
+        for (int i = 0; i < 3; i++) CHECK_NEAR(expf(score[i]), (plus ? want_plus : want)[i], 1e-6);
+        kvcache_close(&kv);
+    }
+}
+
+// ---- selecting and evicting ----
+
+static void check_keep(const float *score, double ratio, KVLevel level, bool ref_ties, const char *want) {
+    uint8_t keep[10];
+    char have[11] = "";
+    long n = 0, kept = kvcache_select(keep, score, 1, 2, 5, ratio, level, ref_ties, err);
+    for (int i = 0; i < 10; i++) have[i] = keep[i] ? '1' : '0', n += keep[i];
+    CHECK_STR(have, want);
+    CHECK(n == kept);
+}
+
+static void test_select(void) {
+    const float s[10] = {.90f, .10f, .60f, .60f, .05f, .80f, .60f, .20f, .30f, .01f};
+    check_keep(s, 0.5, LEVEL_PAIR, true, "1000010000");
+    check_keep(s, 0.6, LEVEL_PAIR, true, "1011011000");
+    check_keep(s, 0.1, LEVEL_PAIR, true, "0000000000");  // the authors' rule may keep nothing
+    check_keep(s, 0.5, LEVEL_PAIR, false, "1011011000");
+    check_keep(s, 0.4, LEVEL_PAIR, false, "1011010000");  // of equals, the earlier layer, head, position
+    check_keep(s, 0.1, LEVEL_PAIR, false, "1000000000");
+    check_keep(s, 0.09, LEVEL_PAIR, false, "0000000000");
+    check_keep(s, 1.0, LEVEL_PAIR, false, "1111111111");
+    check_keep(s, 0.5, LEVEL_UNIFORM, false, "1010011000");
+    check_keep(s, 0.5, LEVEL_HEAD, true, "0000000000");
+    check_keep(s, 0.5, LEVEL_HEAD, false, "1111100000");
+    const float neg[10] = {-1, -2, -INFINITY, 0.0f, -0.0f, -3, -4, -5, -6, -7};
+    check_keep(neg, 0.3, LEVEL_PAIR, false, "1001100000");
+    float nan[10] = {0};
+    uint8_t keep[10];
+    nan[7] = NAN;
+    CHECK(kvcache_select(keep, nan, 1, 2, 5, 0.5, LEVEL_PAIR, false, err) == -1);
+    CHECK(kvcache_select(keep, nan, 1, 2, 0, 0.5, LEVEL_PAIR, false, err) == 0);
+}
+
+// After compacting, attention equals a softmax over the kept pairs of the untouched cache.
+static void test_compact(void) {
+    enum { PREFIX = 5, N_CTX = 300 };
+    KVCache kv;
+    KVShape shape = shape_with(no_window);
+    CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
+    int full = kvcache_new(&kv, err);
+    append_random(&kv, full, PREFIX + N_CTX, NULL);
+    int seq = kvcache_fork(&kv, full, err), n;
+    float *before = snapshot(&kv, full, &n);
+    uint8_t keep[L * KV * N_CTX];
+    for (int i = 0; i < L * KV * N_CTX; i++) keep[i] = i / N_CTX == 2 ? 0 : rnd() > 0.4f;  // one head loses all
+    CHECK(kvcache_compact(&kv, seq, PREFIX, N_CTX, keep, err) == 0);
+    check_same(&kv, full, before, n);
+    CHECK(kvcache_head(&kv, seq, 1, 0)->len == PREFIX);
+    CHECK(kv.seqs[seq].next_pos == PREFIX + N_CTX);
+    CHECK(kvcache_bytes(&kv, seq) < kvcache_bytes(&kv, full) * 6 / 10);
+
+    float *q = randoms(HEADS * D), *k = randoms(KV * D), *v = randoms(KV * D), out[HEADS * D];
+    KVRun run = {seq, 1};
+    CHECK(kvcache_reserve(&kv, seq, 1, err) == 0);
+    for (int l = 0; l < L; l++) {
+        kvcache_append(&kv, l, &run, 1, k, v);
+        kvcache_attend(&kv, l, &run, 1, &(KVQuery){q, out, HEADS * D, NULL});
+        for (int h = 0; h < HEADS; h++) {
+            double want[D] = {0}, sum = 0;
+            int g = h / GROUP, kept = 0;
+            for (int t = 0; t <= PREFIX + N_CTX; t++) {
+                float kt[D], vt[D];
+                double z = 0;
+                bool own = t == PREFIX + N_CTX;
+                if (!own && t >= PREFIX && !keep[(l * KV + g) * N_CTX + t - PREFIX]) continue;
+                if (own) memcpy(kt, k + g * D, sizeof kt), memcpy(vt, v + g * D, sizeof vt);
+                else CHECK(kvcache_pair(&kv, full, l, g, t, kt, vt) == t);
+                if (!own) CHECK(kvcache_pair(&kv, seq, l, g, kept, NULL, NULL) == t);  // positions slide along
+                kept++;
+                for (int i = 0; i < D; i++) z += (double)q[h * D + i] * kt[i];
+                double w = exp(z * shape.scale);
+                sum += w;
+                for (int i = 0; i < D; i++) want[i] += w * vt[i];
+            }
+            CHECK(kept == kvcache_head(&kv, seq, l, g)->len);
+            for (int i = 0; i < D; i++) CHECK_NEAR(out[h * D + i], want[i] / sum, 2e-6);
+        }
+    }
+    kvcache_drop(&kv, seq);
+    kvcache_drop(&kv, full);
+    CHECK(kv.n_free == kv.n_pages);
+    free(before), free(q), free(k), free(v);
+    kvcache_close(&kv);
+}
+
+// ---- files ----
+
+static void test_files(KVType type) {
+    const char *path = "test_kvcache.tmp.kvc";
+    KVCache kv, back;
+    KVShape shape = shape_with(one_window);
+    CHECK(kvcache_open(&kv, &shape, type, NULL, err) == 0);
+    int seq = kvcache_new(&kv, err), n, m;
+    append_random(&kv, seq, 210, NULL);
+    uint8_t keep[L * KV * 200];
+    for (int i = 0; i < L * KV * 200; i++) keep[i] = rnd() > 0;
+    CHECK(kvcache_compact(&kv, seq, 10, 200, keep, err) == 0);
+    float *want = snapshot(&kv, seq, &n);
+    int ids[210];
+    for (int i = 0; i < 210; i++) ids[i] = i * 3;
+    KVInfo info = {"f1f2", "tiny \"model\"", "kvzip", 10, 200, 0.5, ids, 210}, got;
+    CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+
+    CHECK(kvcache_load(&back, &shape, "0000", NULL, path, &got, err) == -1);
+    CHECK(strstr(err, "another model") != NULL);
+    CHECK(kvcache_load(&back, &(KVShape){L, HEADS, KV, 32, 1, 0, one_window}, "f1f2", NULL, path, &got, err) == -1);
+    CHECK(kvcache_load(&back, &shape, "f1f2", NULL, "no_such.kvc", &got, err) == -1);
+    if (CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == 0)) {
+        CHECK(got.n_prefix == 10 && got.n_ctx == 200 && got.ratio == 0.5 && got.ids[209] == 627);
+        CHECK_STR(got.model, "tiny \"model\"");
+        CHECK(back.seqs[0].next_pos == 210 && back.type == type);
+        check_same(&back, 0, want, n);
+        float a[3 * HEADS * D], b[3 * HEADS * D];
+        for (int pass = 0; pass < 2; pass++) {  // the map is read-only: appending copies, twice with the same result
+            int mark = kvcache_mark(&back, 0, err);
+            seed = 5, append_random(&back, 0, 3, pass ? b : a);
+            CHECK(kvcache_rewind(&back, 0, mark, err) == 0);
+            kvcache_drop(&back, mark);
+        }
+        CHECK(memcmp(a, b, sizeof a) == 0);
+        seed = 5, append_random(&kv, seq, 3, b);
+        CHECK(memcmp(a, b, sizeof a) == 0);
+        check_same(&back, 0, want, n);
+        float *again = snapshot(&back, 0, &m);
+        free(again);
+        kvcache_close(&back);
+    }
+    FILE *f = fopen(path, "rb");
+    fseek(f, 0, SEEK_END);
+    long size = ftell(f);
+    char *bytes = malloc((size_t)size);
+    rewind(f);
+    CHECK(fread(bytes, 1, (size_t)size, f) == (size_t)size);
+    fclose(f);
+    for (long cut = 0; cut < size; cut += 1 + size / 50) {  // a cut file is refused, never half read
+        f = fopen(path, "wb");
+        fwrite(bytes, 1, (size_t)cut, f);
+        fclose(f);
+        CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
+    }
+    remove(path);
+    free(bytes), free(want);
+    kvcache_close(&kv);
+}
+
+static void test_refusals(void) {
+    KVCache kv;
+    KVShape odd = {1, 4, 3, 16, 1, 0, no_window}, wide = {1, 1, 1, 512, 1, 0, no_window};
+    CHECK(kvcache_open(&kv, &odd, KV_F16, NULL, err) == -1);
+    CHECK(kvcache_open(&kv, &wide, KV_F16, NULL, err) == -1);
+}
+
+int main(void) {
+    kernels_init(NULL);
+    for (int type = KV_F16; type <= KV_F32; type++) {
+        test_attention((KVType)type, no_window, 0);
+        test_attention((KVType)type, one_window, 0);
+        test_files((KVType)type);
+    }
+    test_attention(KV_F32, one_window, 0.5f);
+    test_thread_bits();
+    test_fork_and_rewind();
+    test_worked_example();
+    for (int i = 0; i < 16; i++) {
+        bool subset = i & 1, local = (i & 2) && subset;
+        test_scores(subset, local, i & 4, (i & 8) && !(i & 4), 1);
+        test_scores(subset, local, i & 4, (i & 8) && !(i & 4), 37);
+    }
+    test_select();
+    test_compact();
+    test_refusals();
+    return test_end("test_kvcache");
+}
