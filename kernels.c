@@ -550,6 +550,13 @@ AVX2 static void unpack_int_avx2(IntBlock *b, const Matrix *w, int panel, int c0
     }
 }
 
+// Adds without letting the compiler reorder a chain of sums, which would cost registers.
+AVX2_INLINE __m256i add_in_order(__m256i a, __m256i b) {
+    a = _mm256_add_epi32(a, b);
+    __asm__("" : "+x"(a));
+    return a;
+}
+
 // T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns in 32-bit
 // integers, then scaled. sum [T][16] are the running results.
 AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0, int cols,
@@ -566,8 +573,8 @@ AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x,
                 int pair;
                 memcpy(&pair, q + (size_t)i * x->stride + g * QGROUP + c, 4);
                 __m256i a = _mm256_set1_epi32(pair);
-                acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(w0, a));
-                acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(w1, a));
+                acc[i][0] = add_in_order(acc[i][0], _mm256_madd_epi16(w0, a));
+                acc[i][1] = add_in_order(acc[i][1], _mm256_madd_epi16(w1, a));
             }
         }
         UNROLL for (int i = 0; i < T; i++) {
@@ -604,8 +611,8 @@ AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts
     }
 }
 
-AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
-                            const bool offset) {
+AVX2_INLINE void matmul_int_block(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
+                                  const bool offset) {
     IntBlock b;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK, t = t0;
@@ -615,14 +622,93 @@ AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, c
     }
 }
 
-AVX2 static void matmul_int_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
-    if (w->offset) matmul_int(out, ld, w, panel, x, t0, t1, true);
-    else matmul_int(out, ld, w, panel, x, t0, t1, false);
+// 16 bytes, 4 rows by 4 columns, against 4 activations: two partial sums for each row.
+AVX2_INLINE __m256i madd_quad(__m256i acc, __m128i w, __m256i a) {
+    return add_in_order(acc, _mm256_madd_epi16(_mm256_cvtepi8_epi16(w), a));
+}
+
+AVX2_INLINE __m256i load_quad(const int16_t *q) {
+    long long quad;
+    memcpy(&quad, q, 8);
+    return _mm256_set1_epi64x(quad);
+}
+
+// 32 columns of a q8 panel (8 lines) or a q4 panel (4 lines) against one token; acc [4], four rows each.
+AVX2_INLINE void madd_group(__m256i *acc, const uint8_t *line, const int16_t *q, const bool q4, const __m128i zero) {
+    const __m128i low = _mm_set1_epi8(15);
+    UNROLL for (int c = 0; c < QGROUP; c += q4 ? 8 : 4, line += 64) {
+        __m256i a = load_quad(q + c), b = q4 ? load_quad(q + c + 4) : a;
+        UNROLL for (int r = 0; r < 4; r++) {
+            __m128i v = _mm_loadu_si128((const void *)(line + 16 * r));
+            if (q4) {
+                __m128i high = _mm_and_si128(_mm_srli_epi16(v, 4), low);
+                acc[r] = madd_quad(acc[r], _mm_sub_epi8(_mm_and_si128(v, low), zero), a);
+                acc[r] = madd_quad(acc[r], _mm_sub_epi8(high, zero), b);
+            } else {
+                acc[r] = madd_quad(acc[r], v, a);
+            }
+        }
+    }
+}
+
+// Partial sums of rows 0..3 and 4..7 to the sums of rows 0..7.
+AVX2_INLINE __m256 join_pairs(__m256i a, __m256i b) {
+    __m256 fa = _mm256_castsi256_ps(a), fb = _mm256_castsi256_ps(b);
+    __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88));
+    __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd));
+    return swap_rows(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)));
+}
+
+// One token, straight from the file: nothing is unpacked to memory, and the same integers come out.
+AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Acts *x, int t, const bool q4,
+                                const bool offset) {
+    int groups = w->cols_padded / QGROUP;
+    const uint8_t *line = w->data + (size_t)panel * groups * (q4 ? 256 : 512);
+    const uint16_t *scale = w->scale + (size_t)panel * groups * PANEL;
+    const int16_t *q = x->q + (size_t)t * x->stride;
+    const __m128i zero = _mm_set1_epi8(offset ? 0 : 8);  // of q4
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int g = 0; g < groups; g++) {
+        __m256i acc[4];
+        size_t at = (size_t)t * x->stride / QGROUP + g;
+        UNROLL for (int r = 0; r < 4; r++) acc[r] = _mm256_setzero_si256();
+        madd_group(acc, line + (size_t)g * (q4 ? 256 : 512), q + g * QGROUP, q4, zero);
+        UNROLL for (int h = 0; h < 2; h++) {
+            size_t i = (size_t)g * PANEL + 8 * h;
+            __m256 s = _mm256_mul_ps(load8(scale, i, true), _mm256_set1_ps(x->scale[at]));
+            sum[h] = _mm256_fmadd_ps(join_pairs(acc[2 * h], acc[2 * h + 1]), s, sum[h]);
+            if (offset) {
+                __m256 o = load8(w->offset + (size_t)panel * groups * PANEL, i, true);
+                sum[h] = _mm256_fmadd_ps(o, _mm256_set1_ps(x->sum[at]), sum[h]);
+            }
+        }
+    }
+    _mm256_storeu_ps(out, sum[0]);
+    _mm256_storeu_ps(out + 8, sum[1]);
+}
+
+// Unpacking a block pays from four tokens on.
+AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
+                            const bool q4, const bool offset) {
+    if (t1 - t0 >= 4) {
+        matmul_int_block(out, ld, w, panel, x, t0, t1, offset);
+        return;
+    }
+    for (int t = t0; t < t1; t++) matmul_int_row(out + t * ld, w, panel, x, t, q4, offset);
+}
+
+AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    matmul_int(out, ld, w, panel, x, t0, t1, false, false);
+}
+
+AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    if (w->offset) matmul_int(out, ld, w, panel, x, t0, t1, true, true);
+    else matmul_int(out, ld, w, panel, x, t0, t1, true, false);
 }
 
 static const Kernels avx2_kernels = {
     .name = "avx2",
-    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_int_avx2, matmul_int_avx2},
+    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2, matmul_q4_avx2},
     .quantize = quantize_avx2,
     .gemm_f32 = gemm_f32_avx2,
     .gemm_f16 = gemm_f16_avx2,
