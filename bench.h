@@ -19,7 +19,7 @@ typedef struct {
     int batch;               // sequences decoding together, on one shared context
     double tokens_per_s;     // of all sequences together
     double seconds;          // median of the repetitions
-    double gb_per_s;         // decode: weights and the shared cache once a step; load: the file
+    double gb_per_s;         // decode: weights and the shared cache, read once a step; else 0
     size_t cache_bytes;      // of one sequence when the work starts
 } BenchRow;
 
@@ -27,10 +27,12 @@ typedef struct {
     RunState *state;         // max_logits at least the largest batch
     const Tokenizer *tok;
     KVType kv;
+    const Policy *policy;    // who scores
+    KVLevel level;
     int n;                   // tokens of a decode run
     int chunk;               // ids per repeat pass
     BenchList prompts, depths, ratios, batches;
-    int (*row)(void *arg, const BenchRow *row);  // called as rows are done; nonzero ends the bench
+    void (*row)(void *arg, const BenchRow *row);  // called as rows are done
     void *arg;
 } Bench;
 

@@ -4,6 +4,7 @@
 // decoding and eight questions at once take the same path. Weights are used where the file is mapped.
 // The fact that must stay true: a row's result depends on its own sequence alone, never on which other
 // rows share the batch, so blocks of any size give the same bits in every matrix product.
+#define _POSIX_C_SOURCE 200809L
 #include "model.h"
 
 #include <math.h>

@@ -1,0 +1,269 @@
+// bench.c: how fast this machine runs a model, without judging the answers.
+//
+// Every figure is a median of a few repetitions over pseudo-random ids, always the same ones. For
+// depth D the context is really read and scored, and for ratio R really evicted by these scores,
+// so that heads have the uneven lengths they have in use. Decode steps compute logits and feed the
+// next pseudo-random id: what is timed is a step, not the sampling.
+#define _POSIX_C_SOURCE 200809L
+#include "bench.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { REPEATS = 3 };
+static const double LONG_RUN = 4.0;  // seconds after which a figure is not repeated
+
+typedef struct {
+    const Bench *b;
+    const Model *model;
+    KVCache kv;
+    int *ids;        // [max_depth or longest prompt] the synthetic context
+    float *score;    // [scored layers][n_kv_heads][depth]
+    uint8_t *keep;
+    size_t weights;  // bytes a decode step reads
+} Run;
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static double median(double *v, int n) {
+    for (int i = 1; i < n; i++)
+        for (int j = i; j > 0 && v[j] < v[j - 1]; j--) {
+            double swap = v[j];
+            v[j] = v[j - 1];
+            v[j - 1] = swap;
+        }
+    return n % 2 ? v[n / 2] : 0.5 * (v[n / 2 - 1] + v[n / 2]);
+}
+
+static size_t matrix_bytes(const Matrix *w) {
+    size_t numbers = (size_t)w->panels * PANEL * w->cols_padded;
+    size_t groups = numbers / QGROUP * sizeof(uint16_t);
+    return numbers * 4 / wtype_k(w->type) + (w->scale ? groups : 0) + (w->offset ? groups : 0);
+}
+
+size_t bench_weight_bytes(const Model *m) {
+    size_t sum = matrix_bytes(&m->wcls);
+    for (int l = 0; l < m->config.n_layers; l++) {
+        const Layer *w = &m->layers[l];
+        const Matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) sum += matrix_bytes(all[i]);
+    }
+    return sum;
+}
+
+// ids [n]: a fixed pseudo-random sequence without control tokens.
+static void fill_ids(int *ids, int n, const Tokenizer *tok, int vocab) {
+    int known = tokenizer_n_vocab(tok) < vocab ? tokenizer_n_vocab(tok) : vocab;
+    uint64_t x = 1;
+    for (int i = 0; i < n; i++) {
+        int id = 0;
+        for (int tries = 0; tries < 100; tries++) {
+            x = x * 6364136223846793005u + 1442695040888963407u;
+            id = (int)((x >> 33) % (unsigned)known);
+            if (!tokenizer_is_special(tok, id)) break;
+        }
+        ids[i] = id;
+    }
+}
+
+static Context context_of(Run *r, int seq, int depth, bool local) {
+    return (Context){.state = r->b->state, .kv = &r->kv, .tok = r->b->tok, .seq = seq,
+                     .ids = r->ids, .n_ctx = depth, .chunk = r->b->chunk, .local = local,
+                     .postfix = tokenizer_chat(r->b->tok)->kvzip_postfix};
+}
+
+static void emit(const Run *r, BenchRow row) { r->b->row(r->b->arg, &row); }
+
+// ---- prefill ----
+
+static int bench_prefill(Run *r, int n, char *err) {
+    double t[REPEATS], begin = now();
+    int done = 0;
+    while (done < REPEATS && (done == 0 || now() - begin < LONG_RUN)) {
+        int seq = kvcache_new(&r->kv, err);
+        if (seq < 0) return -1;
+        Context c = context_of(r, seq, n, false);
+        double start = now();
+        if (context_read(&c, err) != 0) return -1;
+        t[done++] = now() - start;
+        kvcache_drop(&r->kv, seq);
+    }
+    double s = median(t, done);
+    emit(r, (BenchRow){.work = "prefill", .n = n, .ratio = 1, .batch = 1, .tokens_per_s = n / s,
+                       .seconds = s});
+    return 0;
+}
+
+// ---- scoring ----
+
+// Reads and scores the first depth ids. Returns a sequence that holds them, or -1. The prefill that
+// scoring stands on gives a row of its own, so that the two can be compared.
+static int bench_score(Run *r, int depth, bool local, char *err) {
+    int seq = kvcache_new(&r->kv, err);
+    if (seq < 0) return -1;
+    Context c = context_of(r, seq, depth, local);
+    if (context_score(&c, r->b->policy, r->score, err) != 0) return -1;
+    BenchRow read = {.work = "prefill", .n = depth, .ratio = 1, .batch = 1,
+                     .tokens_per_s = depth / c.prefill_s, .seconds = c.prefill_s};
+    BenchRow score = {.work = "score", .score_attn = local ? "local" : "full", .n = depth,
+                      .depth = depth, .ratio = 1, .batch = 1, .tokens_per_s = depth / c.score_s,
+                      .seconds = c.score_s, .cache_bytes = kvcache_bytes(&r->kv, seq)};
+    if (!local) emit(r, read);
+    emit(r, score);
+    return seq;
+}
+
+// ---- decode ----
+
+// Seconds of n steps of `batch` forks of seq.
+static int decode_once(Run *r, int seq, int batch, int n, double *seconds, char *err) {
+    Row *rows = calloc(batch, sizeof *rows);
+    if (!rows) return fail(err, "out of memory");
+    int made = 0, rc = 0;
+    for (; made < batch && rc == 0; made++) {
+        rows[made] = (Row){.seq = kvcache_fork(&r->kv, seq, err), .logits = true};
+        if (rows[made].seq < 0) rc = -1;
+    }
+    double start = now();
+    for (int i = 0; i < n && rc == 0; i++) {
+        for (int j = 0; j < batch; j++) rows[j].token = r->ids[i * batch + j];
+        rc = forward(r->b->state, &r->kv, rows, batch, err);
+    }
+    *seconds = now() - start;
+    for (int j = 0; j < made; j++)
+        if (rows[j].seq >= 0) kvcache_drop(&r->kv, rows[j].seq);
+    free(rows);
+    return rc;
+}
+
+static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
+    size_t cache = kvcache_bytes(&r->kv, seq);
+    for (int i = 0; i < r->b->batches.n; i++) {
+        int batch = (int)r->b->batches.v[i], n = r->b->n, done = 0;
+        double t[REPEATS], begin = now();
+        while (done < REPEATS && (done == 0 || now() - begin < LONG_RUN))
+            if (decode_once(r, seq, batch, n, &t[done++], err) != 0) return -1;
+        double s = median(t, done);
+        BenchRow row = {.work = "decode", .n = n, .depth = depth, .ratio = ratio, .batch = batch,
+                        .tokens_per_s = n * batch / s, .seconds = s, .cache_bytes = cache,
+                        .gb_per_s = 1e-9 * (double)(r->weights + cache) * n / s};
+        emit(r, row);
+    }
+    return 0;
+}
+
+// ---- loading ----
+
+static int load_once(const Run *r, const char *path, double *seconds, char *err) {
+    KVCache kv = {0};
+    KVInfo info;
+    KVShape shape = model_kv_shape(r->model);
+    double start = now();
+    int rc = kvcache_load(&kv, &shape, r->model->fingerprint, r->b->state->pool, path, &info, err);
+    *seconds = now() - start;
+    kvcache_close(&kv);
+    return rc;
+}
+
+static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
+    const char *dir = getenv("TMPDIR");
+    char path[1024];
+    snprintf(path, sizeof path, "%s/run-bench.%ld.kvc", dir && *dir ? dir : "/tmp", (long)getpid());
+    KVInfo info = {.fingerprint = r->model->fingerprint, .model = r->model->name,
+                   .policy = r->b->policy->name, .n_ctx = depth, .ratio = ratio, .ids = r->ids,
+                   .n_ids = depth};
+    if (kvcache_save(&r->kv, seq, path, &info, err) != 0) return -1;
+    double t[REPEATS];
+    int rc = 0;
+    for (int i = 0; i < REPEATS && rc == 0; i++) rc = load_once(r, path, &t[i], err);
+    unlink(path);
+    if (rc != 0) return -1;
+    double s = median(t, REPEATS);
+    BenchRow row = {.work = "load", .n = depth, .depth = depth, .ratio = ratio, .batch = 1,
+                    .tokens_per_s = depth / s, .seconds = s,
+                    .cache_bytes = kvcache_bytes(&r->kv, seq)};
+    emit(r, row);
+    return 0;
+}
+
+// ---- all of it ----
+
+// A fork of seq from which all but the best `ratio` of the pairs are gone, or -1.
+static int evicted_fork(Run *r, int seq, int depth, double ratio, char *err) {
+    int fork = kvcache_fork(&r->kv, seq, err);
+    if (fork < 0) return -1;
+    int scored = kvcache_scored_layers(&r->kv.shape, NULL);
+    if (ratio >= 1 || scored == 0) return fork;
+    if (kvcache_select(r->keep, r->score, scored, r->kv.shape.n_kv_heads, depth, ratio, r->b->level,
+                       false, err) < 0)
+        return -1;
+    return kvcache_compact(&r->kv, fork, 0, depth, r->keep, err) != 0 ? -1 : fork;
+}
+
+static int bench_depth(Run *r, int depth, char *err) {
+    if (depth == 0) {
+        int seq = kvcache_new(&r->kv, err);
+        if (seq < 0 || bench_decode(r, seq, 0, 1, err) != 0) return -1;
+        kvcache_drop(&r->kv, seq);
+        return 0;
+    }
+    int local = bench_score(r, depth, true, err);
+    if (local < 0) return -1;
+    kvcache_drop(&r->kv, local);
+    int full = bench_score(r, depth, false, err);
+    if (full < 0) return -1;
+    for (int i = 0; i < r->b->ratios.n; i++) {
+        double ratio = r->b->ratios.v[i];
+        int seq = evicted_fork(r, full, depth, ratio, err);
+        if (seq < 0) return -1;
+        if (bench_decode(r, seq, depth, ratio, err) != 0) return -1;
+        if (bench_load(r, seq, depth, ratio, err) != 0) return -1;
+        kvcache_drop(&r->kv, seq);
+    }
+    kvcache_drop(&r->kv, full);
+    return 0;
+}
+
+static int largest(const BenchList *list) {
+    double most = 0;
+    for (int i = 0; i < list->n; i++) most = fmax(most, list->v[i]);
+    return (int)most;
+}
+
+static int run_all(Run *r, char *err) {
+    const Bench *b = r->b;
+    KVShape shape = model_kv_shape(r->model);
+    int depth = largest(&b->depths), prompt = largest(&b->prompts);
+    int n_ids = b->n * largest(&b->batches);
+    if (depth > n_ids) n_ids = depth;
+    if (prompt > n_ids) n_ids = prompt;
+    size_t pairs = (size_t)kvcache_scored_layers(&shape, NULL) * shape.n_kv_heads * depth + 1;
+    r->ids = malloc((size_t)n_ids * sizeof *r->ids);
+    r->score = malloc(pairs * sizeof *r->score);
+    r->keep = malloc(pairs);
+    if (!r->ids || !r->score || !r->keep) return fail(err, "out of memory");
+    fill_ids(r->ids, n_ids, b->tok, r->model->config.vocab_size);
+    if (kvcache_open(&r->kv, &shape, b->kv, b->state->pool, err) != 0) return -1;
+    for (int i = 0; i < b->prompts.n; i++)
+        if (bench_prefill(r, (int)b->prompts.v[i], err) != 0) return -1;
+    for (int i = 0; i < b->depths.n; i++)
+        if (bench_depth(r, (int)b->depths.v[i], err) != 0) return -1;
+    return 0;
+}
+
+int bench_run(const Bench *b, char *err) {
+    Run r = {.b = b, .model = b->state->model, .weights = bench_weight_bytes(b->state->model)};
+    int rc = run_all(&r, err);
+    kvcache_close(&r.kv);
+    free(r.ids);
+    free(r.score);
+    free(r.keep);
+    return rc;
+}

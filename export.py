@@ -1,0 +1,1910 @@
+#!/usr/bin/env python3
+"""Convert a Hugging Face directory or a GGUF file into the one file that ./run maps.
+
+    export.py MODEL_DIR_OR_GGUF -o OUT [--type f32|bf16|f16|q8|q4]
+
+This is the only place that knows model families by name. What it writes is a safetensors file
+whose tensors start on 64-byte boundaries (U8 tensors "pad.N" fill the gaps), so that it can be
+used in place, and whose "__metadata__" strings say everything else.
+
+metadata                 value
+  format                 "kvzip.c model 1"
+  name, source, type     for people: the model's name, what it was made from, --type
+  fingerprint            sha256 over the tensors and the metadata that change results (all but the
+                         three above, chat.* and kvzip.*); caches and profiles carry it
+  dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size (rows of the embedding)
+  seq_len                longest sequence of the training
+  rotary_dim             leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
+  norm_eps attn_scale embed_scale attn_softcap final_softcap (0: no cap)
+  act                    "silu" or "gelu_tanh"
+  rope_theta             for people; rope.inv_freq is what counts
+  tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
+  tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
+                         or "none" (spm)
+  tokenizer.nfc          1: text is brought into NFC first
+  tokenizer.ignore_merges  1: a whole piece that is a token needs no merges
+  tokenizer.add_bos, tokenizer.bos_id (-1: none), tokenizer.unk_id (-1: none)
+  tokenizer.space_prefix 1: a space is put before each stretch of text, 2: only before the first,
+                         and only if it does not begin with one (spm)
+  tokenizer.byte_fallback  1: characters without a token become byte tokens
+  tokenizer.stop_ids     "1,2": any of them ends an answer
+  chat.present           1: the pieces below come from a chat template (struct ChatTemplate)
+  chat.begin chat.default_system chat.system_prefix chat.system_suffix chat.user_prefix
+  chat.user_suffix chat.user_prefix_after_system chat.assistant_prefix chat.assistant_suffix
+  chat.generation chat.trim
+  kvzip.prefix kvzip.postfix   what precedes a context, and the turn change after a request, as the
+                         authors of KVzip (arXiv 2505.23416) write them
+
+tensor                   dtype and shape
+  rope.inv_freq          F32 [n_ropes][rotary_dim/2], after any scaling
+  rope.scale             F32 [n_ropes], multiplies cos and sin (yarn)
+  layer.rope             I32 [n_layers], which of them; -1: the layer does not rotate
+  layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all
+  rms_final              F32 [dim]
+  layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
+  layers.N.rms_att_post, .rms_ffn_post   F32 [dim], norms of what they add (Gemma), or absent
+  layers.N.q_norm, .k_norm               F32 [head_dim], or absent
+  layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
+  tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
+  layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
+  tok.bytes              U8 [total], what each id prints; tok.offsets I32 [n+1] cuts it
+  tok.kind               U8 [n]: 0 normal, 1 special, 2 found in any text, 3 a single byte, 4 unused
+  tok.merges             I32 [m][3]: left id, right id, result id, best first
+
+A matrix lies in panels of 16 rows, in which a 64-byte line holds 4 bytes of each row, k columns:
+[rows/16][cols/k][16][k]. Rows are padded to 16, columns to k (q8 and q4: to 32), with zeros.
+  type   dtype   k   shape of the tensor
+  f32    F32     1   [rows/16][cols][16][1]
+  f16    F16     2   [rows/16][cols/2][16][2]
+  bf16   BF16    2   [rows/16][cols/2][16][2]
+  q8     I8      4   [rows/16][cols/4][16][4], w = scale * q
+  q4     U8      8   [rows/16][cols/8][16][4]; byte b: column b in the low half, 4 + b in the high;
+                     w = scale * nibble + offset, or scale * (nibble - 8) without offsets
+with NAME.scale F16 [rows/16][cols/32][16] for q8 and q4, and NAME.offset of the same shape.
+
+Chapters: 1 sources  2 families  3 rope  4 panels  5 tokenizers  6 chat templates  7 the file
+"""
+
+import argparse
+import base64
+import binascii
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import stat
+import struct
+import sys
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+FORMAT = "kvzip.c model 1"
+PANEL, GROUP, ALIGN = 16, 32, 64
+SLICE = 1 << 22  # weights held in memory at a time
+MAX_HEADER = 100_000_000
+
+
+class Refusal(Exception):
+    """Why this model cannot be converted, in one sentence."""
+
+
+def warn(text):
+    print(f"export.py: warning: {text}", file=sys.stderr)
+
+
+def read_json(path, default=None):
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except FileNotFoundError:
+        if default is None:
+            raise Refusal(f"{os.path.basename(path)} is missing") from None
+        return default
+    except ValueError as e:  # bad JSON or bad UTF-8
+        raise Refusal(f"{os.path.basename(path)} is damaged: {e}") from None
+    if not isinstance(value, dict):
+        raise Refusal(f"{os.path.basename(path)} is damaged: expected an object")
+    return value
+
+
+# ---- 1. sources ----------------------------------------------------------------------------------
+
+
+class SourceFile:
+    """Plain reads, no map: memory stays small however large the file is."""
+
+    def __init__(self, path):
+        self.name = os.path.basename(path)
+        self.file = open(path, "rb")
+        self.size = os.fstat(self.file.fileno()).st_size
+
+    def read(self, offset, n):
+        self.file.seek(offset)
+        data = self.file.read(n)
+        if len(data) != n:
+            raise Refusal(f"{self.name} is cut: {self.size} bytes, expected at least {offset + n}")
+        return data
+
+
+class Tensor:
+    """A matrix in a source file (a vector is one row), read in slices of rows."""
+
+    def __init__(self, file, name, kind, shape, offset, n_bytes):
+        self.file, self.name, self.kind, self.shape, self.offset = file, name, kind, shape, offset
+        self.n_rows, self.n_cols = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[-1])
+        self.row_bytes = n_bytes // max(self.n_rows, 1)
+        self.order = np.arange(self.n_rows)  # which rows of the file these are
+
+    def pick(self, order):
+        t = object.__new__(Tensor)
+        t.__dict__.update(self.__dict__)
+        t.order = self.order[order]
+        t.n_rows = len(t.order)
+        t.shape = (t.n_rows, t.n_cols)
+        return t
+
+    def raw(self, a, b):
+        """Rows [a, b) as uint8 [b - a][row_bytes]. A permutation is local, so the span is short."""
+        rows = self.order[a:b]
+        lo, hi = int(rows.min()), int(rows.max()) + 1
+        data = self.file.read(self.offset + lo * self.row_bytes, (hi - lo) * self.row_bytes)
+        return np.frombuffer(data, np.uint8).reshape(hi - lo, self.row_bytes)[rows - lo]
+
+    def f32(self, a=0, b=None):
+        """Rows [a, b) as float32 [b - a][cols]."""
+        raw = self.raw(a, self.n_rows if b is None else b)
+        if self.kind == "F32":
+            x = raw.view("<f4")
+        elif self.kind == "F16":
+            x = raw.view("<f2").astype(np.float32)
+        elif self.kind == "BF16":
+            x = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            x = dequantize(raw, self.kind)
+        if not np.isfinite(x).all():
+            raise Refusal(f"tensor {self.name} holds values that are not finite")
+        return x
+
+    def vector(self):
+        return self.f32().reshape(-1).copy()
+
+
+def dequantize(raw, kind):
+    from gguf import GGMLQuantizationType, quants
+
+    return quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float32)
+
+
+PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def open_safetensors(path):
+    """-> {name: Tensor}, every range checked against the file's length."""
+    f = SourceFile(path)
+    (length,) = struct.unpack("<Q", f.read(0, 8))
+    if length > min(MAX_HEADER, f.size - 8):
+        raise Refusal(f"{f.name} is cut or no safetensors file: a header of {length} bytes")
+    entries = []
+    try:
+        for name, e in json.loads(f.read(8, length)).items():
+            if name != "__metadata__":
+                begin, end = map(int, e["data_offsets"])
+                entries.append((name, e["dtype"], tuple(map(int, e["shape"])), begin, end))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Refusal(f"{f.name}: the header is damaged") from None
+    tensors = {}
+    for name, kind, shape, begin, end in entries:
+        if not 0 <= begin <= end <= f.size - 8 - length:
+            raise Refusal(f"{f.name} is cut: tensor {name} ends at byte {end} of its data")
+        if kind in PLAIN and end - begin != math.prod(shape) * PLAIN[kind]:
+            raise Refusal(f"{f.name}: tensor {name} is {end - begin} bytes, not {kind} {shape}")
+        tensors[name] = Tensor(f, name, kind, shape or (1,), 8 + length + begin, end - begin)
+    return tensors
+
+
+def open_directory(path):
+    """The weights of a Hugging Face directory, one file or many -> {name: Tensor}."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    single = os.path.join(path, "model.safetensors")
+    if os.path.exists(index):
+        listed = read_json(index).get("weight_map", {})
+        tensors = {}
+        for shard in sorted(set(listed.values())):
+            if not os.path.exists(os.path.join(path, shard)):
+                raise Refusal(f"{shard} is missing, which the index lists")
+            tensors.update(open_safetensors(os.path.join(path, shard)))
+        for name, shard in listed.items():
+            if name not in tensors:
+                raise Refusal(f"tensor {name} is missing in {shard}, where the index puts it")
+        return tensors
+    if os.path.exists(single):
+        return open_safetensors(single)
+    if glob.glob(os.path.join(path, "*.bin")) or glob.glob(os.path.join(path, "*.pth")):
+        raise Refusal("only pickled weights (.bin, .pth); save the model as safetensors first")
+    raise Refusal("no model.safetensors and no model.safetensors.index.json")
+
+
+class Cursor:
+    """Reads a GGUF header front to back."""
+
+    SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q",
+               11: "<q", 12: "<d"}
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, f):
+        self.f, self.at, self.buffer, self.start = f, 0, b"", 0
+
+    def take(self, n):
+        if n > self.f.size - self.at:
+            raise Refusal(f"{self.f.name} is cut: {self.f.size} bytes end inside the header")
+        if self.at + n > self.start + len(self.buffer):
+            self.start = self.at
+            self.buffer = self.f.read(self.at, min(self.f.size - self.at, max(n, 1 << 20)))
+        self.at += n
+        return self.buffer[self.at - n - self.start : self.at - self.start]
+
+    def scalar(self, code):
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def string(self):
+        return self.take(self.scalar("<Q")).decode("utf-8", "surrogateescape")
+
+    def value(self, kind):
+        if kind == self.STRING:
+            return self.string()
+        if kind == self.ARRAY:
+            of, n = self.scalar("<I"), self.scalar("<Q")
+            if of == self.STRING:
+                return [self.string() for _ in range(n)]
+            code = np.dtype(self.SCALARS[of])
+            return np.frombuffer(self.take(n * code.itemsize), code).tolist()
+        return self.scalar(self.SCALARS[kind])
+
+
+def open_gguf(path):
+    """-> (metadata, {name: Tensor})."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    f = SourceFile(path)
+    c = Cursor(f)
+    if c.take(4) != b"GGUF":
+        raise Refusal("neither a directory nor a GGUF file")
+    version = c.scalar("<I")
+    if version not in (2, 3):
+        raise Refusal(f"GGUF version {version} is not supported, 2 and 3 are")
+    n_tensors, n_meta = c.scalar("<Q"), c.scalar("<Q")
+    try:
+        meta = {}
+        for _ in range(n_meta):
+            key = c.string()
+            meta[key] = c.value(c.scalar("<I"))
+        infos = []
+        for _ in range(n_tensors):
+            name, n_dims = c.string(), c.scalar("<I")
+            shape = tuple(reversed([c.scalar("<Q") for _ in range(n_dims)]))
+            infos.append((name, shape, GGMLQuantizationType(c.scalar("<I")), c.scalar("<Q")))
+    except (KeyError, ValueError, UnicodeError) as e:
+        raise Refusal(f"{f.name}: the header is damaged or newer than this program: {e}") from None
+    if meta.get("split.count", 1) > 1:
+        raise Refusal("a split GGUF; join its parts with llama-gguf-split --merge first")
+    align = meta.get("general.alignment", 32)
+    data = (c.at + align - 1) // align * align
+    tensors = {}
+    for name, shape, kind, offset in infos:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        n_bytes = math.prod(shape) // block * block_bytes
+        if not shape or shape[-1] % block or data + offset + n_bytes > f.size:
+            raise Refusal(f"{f.name} is cut or damaged: tensor {name} lies outside of it")
+        tensors[name] = Tensor(f, name, kind.name, shape, data + offset, n_bytes)
+    return meta, tensors
+
+
+# ---- 2. families ---------------------------------------------------------------------------------
+
+# Of one layer: our name, Hugging Face's, GGUF's. Where several of ours name one source (Phi-3),
+# they are its rows one after the other.
+NORMS = [
+    ("rms_att", "input_layernorm.weight", "attn_norm.weight"),
+    ("rms_ffn", "post_attention_layernorm.weight", "ffn_norm.weight"),
+]
+GEMMA_NORMS = [
+    ("rms_att", "input_layernorm.weight", "attn_norm.weight"),
+    ("rms_att_post", "post_attention_layernorm.weight", "post_attention_norm.weight"),
+    ("rms_ffn", "pre_feedforward_layernorm.weight", "ffn_norm.weight"),
+    ("rms_ffn_post", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+]
+QK_NORMS = [
+    ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+    ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+]
+BIASES = [
+    ("bq", "self_attn.q_proj.bias", "attn_q.bias"),
+    ("bk", "self_attn.k_proj.bias", "attn_k.bias"),
+    ("bv", "self_attn.v_proj.bias", "attn_v.bias"),
+]
+QKV = [
+    ("wq", "self_attn.q_proj.weight", "attn_q.weight"),
+    ("wk", "self_attn.k_proj.weight", "attn_k.weight"),
+    ("wv", "self_attn.v_proj.weight", "attn_v.weight"),
+]
+WO = [("wo", "self_attn.o_proj.weight", "attn_output.weight")]
+GATE_UP = [
+    ("w1", "mlp.gate_proj.weight", "ffn_gate.weight"),
+    ("w3", "mlp.up_proj.weight", "ffn_up.weight"),
+]
+W2 = [("w2", "mlp.down_proj.weight", "ffn_down.weight")]
+FUSED_QKV = [(ours, "self_attn.qkv_proj.weight", "attn_qkv.weight") for ours in ("wq", "wk", "wv")]
+FUSED_GATE_UP = [(ours, "mlp.gate_up_proj.weight", "ffn_up.weight") for ours in ("w1", "w3")]
+MATRICES = QKV + WO + GATE_UP + W2
+FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
+
+SHAPES = {  # rows and columns, or length, in fields of the model
+    "tok_embed": ("vocab_size", "dim"), "wcls": ("vocab_size", "dim"), "rms_final": ("dim",),
+    "rms_att": ("dim",), "rms_ffn": ("dim",), "rms_att_post": ("dim",), "rms_ffn_post": ("dim",),
+    "q_norm": ("head_dim",), "k_norm": ("head_dim",),
+    "bq": ("q_dim",), "bk": ("kv_dim",), "bv": ("kv_dim",),
+    "wq": ("q_dim", "dim"), "wk": ("kv_dim", "dim"), "wv": ("kv_dim", "dim"),
+    "wo": ("dim", "q_dim"),
+    "w1": ("hidden_dim", "dim"), "w2": ("dim", "hidden_dim"), "w3": ("hidden_dim", "dim"),
+}
+
+
+class Family(NamedTuple):
+    parts: list  # of one layer
+    config: dict  # keys of config.json that this family reads, with what absence means
+    slides: Callable = lambda c, l: False  # does layer l see a window only
+    permuted: bool = False  # llama.cpp stores the rows of q and k in another order
+    gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
+
+
+COMMON = dict(
+    hidden_size=None, intermediate_size=None, num_hidden_layers=None, num_attention_heads=None,
+    num_key_value_heads=None, head_dim=None, vocab_size=None, max_position_embeddings=None,
+    rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, layer_types=None,
+    rope_theta=10000.0, rope_scaling=None, rope_parameters=None, partial_rotary_factor=None,
+)
+WINDOWED = dict(COMMON, sliding_window=4096, use_sliding_window=False, max_window_layers=28)
+GEMMA2 = dict(
+    COMMON, head_dim=256, num_attention_heads=8, num_key_value_heads=4, vocab_size=256000,
+    max_position_embeddings=8192, tie_word_embeddings=True,
+    query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh",
+)
+GEMMA3 = dict(
+    GEMMA2, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6,
+    rope_local_base_freq=1e4, sliding_window_pattern=6, attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+)
+
+
+def rotates(c, l):
+    """SmolLM3: every fourth layer has no rope."""
+    if c.get("no_rope_layers"):
+        return bool(c["no_rope_layers"][l])
+    return not c.get("no_rope_layer_interval") or (l + 1) % c["no_rope_layer_interval"] != 0
+
+
+def all_slide(c, l):
+    return True
+
+
+def late_slide(c, l):
+    return bool(c["use_sliding_window"]) and l >= c["max_window_layers"]
+
+
+def unrotated_slide(c, l):
+    return bool(c["use_sliding_window"]) and not rotates(c, l)
+
+
+FAMILIES = {
+    "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
+    "mistral": Family(
+        NORMS + MATRICES,
+        dict(COMMON, sliding_window=4096, max_position_embeddings=131072),
+        slides=all_slide, permuted=True),
+    "smollm3": Family(
+        NORMS + MATRICES,
+        dict(WINDOWED, rope_theta=2e6, sliding_window=None, tie_word_embeddings=True,
+             no_rope_layers=None, no_rope_layer_interval=4),
+        slides=unrotated_slide, permuted=True),
+    "qwen2": Family(NORMS + MATRICES + BIASES, WINDOWED, slides=late_slide),
+    "qwen3": Family(NORMS + MATRICES + QK_NORMS, dict(WINDOWED, head_dim=128), slides=late_slide),
+    "gemma2": Family(
+        GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True),
+    "gemma3_text": Family(
+        GEMMA_NORMS + MATRICES + QK_NORMS, GEMMA3,
+        slides=lambda c, l: (l + 1) % c["sliding_window_pattern"] != 0, gemma=True),
+    "phi3": Family(
+        NORMS + FUSED, dict(COMMON, rms_norm_eps=1e-5, sliding_window=None), slides=all_slide),
+}
+
+REASONS = [  # why others are refused: a pattern of their name, and the reason
+    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4", "mixtures of experts are not supported"),
+    ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
+    ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|gemma4|omni|vision",
+     "multimodal models other than Gemma 3 are not supported"),
+    ("bert|t5|bart|encoder", "encoders are not supported"),
+    ("gpt2|gptj|gpt_neox|opt|bloom|mpt|falcon|phi$|phi2|starcoder|codegen|stablelm",
+     "only models with RMS norms, rotary positions and gated MLPs are supported"),
+]
+
+# Keys of config.json that change nothing here. Any other key that is set and that the family does
+# not read may change results, so it is refused by name.
+HARMLESS = set("""
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+    _sliding_window_pattern architectures
+    attention_dropout attn_implementation auto_map begin_suppress_tokens bos_token_id
+    bad_words_ids cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id do_sample dtype early_stopping embd_pdrop eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing hidden_dropout id2label initializer_range
+    is_decoder is_causal label2id length_penalty max_length max_window_layers min_length
+    model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    original_max_position_embeddings output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    use_sliding_window
+""".split())
+
+ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def family_of(name, table=FAMILIES):
+    """The row of an architecture, or the reason why there is none."""
+    if name in table:
+        return table[name]
+    reasons = [reason + "; " for pattern, reason in REASONS if re.search(pattern, str(name), re.I)]
+    known = ", ".join(table)
+    raise Refusal(f"architecture {name!r}: {''.join(reasons[:1])}these are supported: {known}")
+
+
+def text_config(c):
+    """The language model's part of a multimodal Gemma 3 config, or the config itself."""
+    if c.get("model_type") != "gemma3":
+        return c
+    outer = ("eos_token_id", "bos_token_id", "quantization_config", "tie_word_embeddings")
+    inner = dict(c.get("text_config") or {}, model_type="gemma3_text")
+    return {**{k: c[k] for k in outer if k in c}, **inner}
+
+
+def check_config(c, family, ignored):
+    quantized = c.get("quantization_config")
+    if quantized and "quantization_config" not in ignored:
+        method = quantized.get("quant_method", "unknown method")
+        raise Refusal(f"the weights are quantized already ({method}); take the original weights")
+    known = set(family.config) | HARMLESS | set(ignored)
+    if c.get("is_causal") is False and "is_causal" not in ignored:
+        raise Refusal("config.json: is_causal is false, and only causal models are supported")
+    for key, value in c.items():
+        if key not in known and (value is True or value not in (None, 0, "", [], {})):
+            raise Refusal(
+                f"config.json: {key} = {json.dumps(value)[:60]} is not supported and may change "
+                f"results (--ignore-key {key} converts anyway)"
+            )
+
+
+def layer_slides(c, family):
+    """[n_layers]: does the layer see a window only."""
+    n, kinds = c["num_hidden_layers"], c.get("layer_types")
+    if not kinds:
+        return [family.slides(c, l) for l in range(n)]
+    if len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise Refusal(f"config.json: layer_types {sorted(set(kinds))} for {n} layers")
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+class Model(NamedTuple):
+    family: Family
+    fields: dict  # metadata of the new file
+    windows: list  # [n_layers], 0: all
+    ropes: list  # parameters of the different rotations
+    layer_rope: list  # [n_layers], which of them, -1: none
+    tied: bool
+
+
+# Keys for which null is a value of its own ("no window"), not absence.
+NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def whole(c, key):
+    value = c.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+        raise Refusal(f"config.json: {key} is {value!r}, expected a whole number")
+    return value
+
+
+def head_fields(c):
+    """How many heads there are, and how long each is."""
+    heads, dim = whole(c, "num_attention_heads"), whole(c, "hidden_size")
+    kv_heads = whole(c, "num_key_value_heads") if c["num_key_value_heads"] is not None else heads
+    head_dim = whole(c, "head_dim") if c["head_dim"] is not None else dim // heads
+    if heads % kv_heads:
+        raise Refusal(f"{heads} attention heads cannot share {kv_heads} key-value heads")
+    return dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim)
+
+
+def rotary_dim(c, params, head_dim):
+    """How many leading dimensions of a head rotate: the same in all layers."""
+    shares = {p.pop("partial_rotary_factor") or 1.0 for p in params}
+    if shares != {1.0} and (c["model_type"] != "phi3" or len(shares) > 1):
+        raise Refusal(f"config.json: partial_rotary_factor {shares} is supported for phi3 only")
+    n = int(head_dim * shares.pop() + 1e-6)
+    if n % 2 or n < 2:
+        raise Refusal(f"{n} rotating dimensions per head; an even number is needed")
+    return n
+
+
+def describe(config, ignored=(), yarn=None):
+    """config.json, or what stands for it in a GGUF, as the fields that C reads."""
+    family = family_of(config.get("model_type"))
+    check_config(config, family, ignored)
+    c = {**family.config, **{k: v for k, v in config.items() if v is not None or k in NULLABLE}}
+    act = c["hidden_activation"] if family.gemma else c["hidden_act"]
+    if act not in ACTS:
+        raise Refusal(f"config.json: activation {act!r} is not supported, {', '.join(ACTS)} are")
+
+    heads, slides = head_fields(c), layer_slides(c, family)
+    params = [rope_params(c, sliding, yarn) for sliding in slides]
+    rotating = rotary_dim(c, params, heads["head_dim"])
+    used = [p for l, p in enumerate(params) if rotates(c, l)]
+    ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
+    scalar = c["query_pre_attn_scalar"] if family.gemma else heads["head_dim"]
+    fields = dict(
+        dim=whole(c, "hidden_size"), hidden_dim=whole(c, "intermediate_size"),
+        n_layers=whole(c, "num_hidden_layers"), **heads, rotary_dim=rotating,
+        vocab_size=whole(c, "vocab_size"), seq_len=trained_length(c, ropes),
+        norm_eps=c["rms_norm_eps"], attn_scale=scalar**-0.5,
+        embed_scale=math.sqrt(c["hidden_size"]) if family.gemma else 1.0,
+        attn_softcap=c.get("attn_logit_softcapping") or 0.0,
+        final_softcap=c.get("final_logit_softcapping") or 0.0,
+        act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
+    window = c.get("sliding_window") or 0
+    return Model(
+        family, fields, [window if sliding else 0 for sliding in slides], ropes,
+        [ropes.index(p) if rotates(c, l) else -1 for l, p in enumerate(params)],
+        bool(c["tie_word_embeddings"]))
+
+
+GGUF_FAMILIES = {
+    "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
+}
+GGUF_KEYS = {  # ARCH.key -> key of config.json, None: read apart, "": changes nothing
+    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.value_length": None, "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping", "rope.dimension_count": None,
+    "rope.scaling.type": None, "rope.scaling.factor": None,
+    "rope.scaling.original_context_length": None, "rope.scaling.finetuned": "",
+    "vocab_size": "", "attention.causal": "",
+}
+# Gemma models that scale attention by the width per head, not by head_dim: the 27B ones. A GGUF
+# does not say; llama.cpp goes by the number of layers as well.
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+
+
+def gguf_config(meta, tensors):
+    """What config.json would say, from a GGUF's metadata."""
+    arch = meta.get("general.architecture")
+    c = {"model_type": family_of(arch, GGUF_FAMILIES)}
+    own = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
+    for key, value in own.items():
+        if key not in GGUF_KEYS and value:
+            raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
+        if GGUF_KEYS.get(key):
+            c[GGUF_KEYS[key]] = value
+    if own.get("attention.value_length") != own.get("attention.key_length"):
+        raise Refusal("keys and values of different lengths are not supported")
+    heads = c.get("num_attention_heads"), c.get("num_key_value_heads")
+    if any(isinstance(n, list) for n in heads):
+        raise Refusal("heads that differ from layer to layer are not supported")
+    if arch == "llama" and c.get("sliding_window"):
+        c["model_type"] = "mistral"
+    if isinstance(c.get("sliding_window_pattern"), list):
+        kinds = ("full_attention", "sliding_attention")
+        c["layer_types"] = [kinds[bool(slides)] for slides in c.pop("sliding_window_pattern")]
+    if "token_embd.weight" in tensors:
+        c["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    c["tie_word_embeddings"] = "output.weight" not in tensors
+    width = whole(c, "hidden_size") // whole(c, "num_attention_heads")
+    head_dim = c.get("head_dim") or width
+    if arch in GEMMA_27B:
+        wide = c.get("num_hidden_layers") == GEMMA_27B[arch]
+        c.update(head_dim=head_dim, query_pre_attn_scalar=width if wide else head_dim)
+    c["rope_scaling"] = gguf_rope_scaling(own, tensors)
+    c["partial_rotary_factor"] = own.get("rope.dimension_count", head_dim) / head_dim
+    return c
+
+
+def gguf_rope_scaling(own, tensors):
+    if any(name.startswith("rope_factors_") for name in tensors):
+        return {"rope_type": "longrope"}
+    if "rope_freqs.weight" in tensors:  # llama3 scaling, worked out by the converter
+        return {"rope_type": "factors", "factors": tensors["rope_freqs.weight"].vector().tolist()}
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    scaling = {"rope_type": kind, "factor": own.get("rope.scaling.factor")}
+    if kind == "yarn":
+        original = own.get("rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def unpermuted(n_heads, rows):
+    """llama.cpp interleaves the halves of each head of q and k; this order puts them back."""
+    return np.arange(rows).reshape(n_heads, rows // n_heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+class Weights:
+    """Source tensors by our names; knows which have been used."""
+
+    TOP = [
+        ("tok_embed", "embed_tokens.weight", "token_embd.weight"),
+        ("rms_final", "norm.weight", "output_norm.weight"),
+        ("wcls", "lm_head.weight", "output.weight"),
+    ]
+    IGNORED = r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.|^rope_freqs\."
+
+    def __init__(self, tensors, gguf, model):
+        self.tensors, self.gguf, self.model = tensors, gguf, model
+        f = model.fields
+        q_dim, kv_dim = (f[n] * f["head_dim"] for n in ("n_heads", "n_kv_heads"))
+        self.sizes = dict(f, q_dim=q_dim, kv_dim=kv_dim)
+        self.taken = {}  # name in the source -> rows used
+        embed = [n for n in tensors if n.endswith("embed_tokens.weight")]
+        head = [n for n in tensors if n.endswith("lm_head.weight")]
+        self.prefix = embed[0][: -len("embed_tokens.weight")] if embed else "model."
+        self.head = head[0] if head else "lm_head.weight"
+
+    def source_name(self, part, layer=None):
+        ours, hf, gguf = part
+        if self.gguf:
+            return gguf if layer is None else f"blk.{layer}.{gguf}"
+        if ours == "wcls":  # stands beside the model, not in it
+            return self.head
+        return self.prefix + (hf if layer is None else f"layers.{layer}.{hf}")
+
+    def get(self, part, layer=None):
+        """The tensor of a part, checked against the config."""
+        name = self.source_name(part, layer)
+        shape = tuple(self.sizes[f] for f in SHAPES[part[0]])
+        t = self.tensors.get(name)
+        if t is None:
+            raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
+        if t.kind not in PLAIN and not self.gguf:
+            raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
+        begin = self.taken.get(name, 0)
+        end = begin + (shape[0] if len(shape) == 2 else 1)
+        if t.shape[1:] != shape[1:] or end > t.n_rows or (len(shape) == 1 and t.shape != shape):
+            raise Refusal(f"tensor {name}: expected {list(shape)}, found {list(t.shape)}")
+        self.taken[name] = end
+        if len(shape) == 1:
+            return t
+        if self.gguf and self.model.family.permuted and part[0] in ("wq", "wk"):
+            n = self.sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
+            return t.pick(begin + unpermuted(n, shape[0]))
+        return t.pick(np.arange(begin, end))
+
+    def check_all_used(self):
+        for name, t in self.tensors.items():
+            if name in self.taken and self.taken[name] != t.n_rows:
+                raise Refusal(
+                    f"tensor {name}: {t.n_rows} rows, expected {self.taken[name]} from the config"
+                )
+            if name not in self.taken and not re.search(self.IGNORED, name):
+                raise Refusal(f"tensor {name} is not known, so the results would be wrong")
+
+    def head_is_tied(self):
+        """True when there is no output matrix of its own. A stored copy must be a copy."""
+        embed, _, head = (self.tensors.get(self.source_name(part)) for part in self.TOP)
+        if self.model.tied and head is not None and embed is not None:
+            if not same_bits(embed, head):
+                raise Refusal(f"config.json ties the output matrix, but {head.name} differs")
+            self.taken[head.name] = head.n_rows
+        return self.model.tied
+
+
+def same_bits(t, u):
+    if (t.kind, t.shape) != (u.kind, u.shape):
+        return False
+    step = max(1, SLICE // t.n_cols)
+    spans = [(a, min(a + step, t.n_rows)) for a in range(0, t.n_rows, step)]
+    return all((t.raw(a, b) == u.raw(a, b)).all() for a, b in spans)
+
+
+# ---- 3. rope -------------------------------------------------------------------------------------
+
+SCALINGS = {  # the parameters each type of scaling reads
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+             "truncate"},
+    "factors": {"factors"},
+}
+
+
+def rope_params(c, slides, yarn):
+    """What rotates a layer, in one flat dict: both layouts of config.json say the same."""
+    new = c.get("rope_parameters")
+    if new:
+        kind = "sliding_attention" if slides else "full_attention"
+        p = dict(new[kind] if isinstance(new.get(kind), dict) else new)
+        p = {k: v for k, v in p.items() if not isinstance(v, dict)}
+    elif slides and "rope_local_base_freq" in c:  # Gemma 3: only full attention is scaled
+        p = {"rope_theta": c["rope_local_base_freq"]}
+    else:
+        p = c["rope_scaling"] or {}
+    p = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"], **p}
+    p["rope_type"] = p.get("rope_type") or p.get("type") or "default"
+    if yarn:
+        if c["model_type"] not in ("qwen2", "qwen3") or p["rope_type"] != "default":
+            raise Refusal("--yarn is for Qwen models without a scaling of their own")
+        original = min(32768, c["max_position_embeddings"])
+        p.update(rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
+    return checked_rope(p, c)
+
+
+def checked_rope(p, c):
+    kind = p["rope_type"]
+    if kind not in SCALINGS:
+        raise Refusal(f"rope scaling {kind!r} is not supported")
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned",
+             "original_max_position_embeddings"} | SCALINGS[kind]
+    for key, value in p.items():
+        if key not in known and value is not None:
+            raise Refusal(f"config.json: rope parameter {key} of scaling {kind!r} is not supported")
+    if kind in ("linear", "llama3", "yarn") and not p.get("factor"):
+        raise Refusal(f"config.json: rope scaling {kind!r} without a factor")
+    if kind in ("llama3", "yarn") and not p.get("original_max_position_embeddings"):
+        original = c.get("original_max_position_embeddings") or c["max_position_embeddings"]
+        p["original_max_position_embeddings"] = original
+    return p
+
+
+def trained_length(c, ropes):
+    """max_position_embeddings, or what yarn stretches it to."""
+    longest = whole(c, "max_position_embeddings")
+    for p in ropes:
+        if p["rope_type"] == "yarn":
+            longest = max(longest, int(p["factor"] * p["original_max_position_embeddings"]))
+    return longest
+
+
+def yarn_ramp(p, dim):
+    """[dim/2]: 0 where frequencies stay, 1 where they are divided (arXiv 2309.00071)."""
+    theta, length = p["rope_theta"], p["original_max_position_embeddings"]
+
+    def turning(rotations):  # the dimension that turns this often over the trained length
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turning(p.get("beta_fast") or 32), turning(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0
+    return np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+
+
+def yarn_scale(p):
+    def mscale(weight):
+        return 1.0 if p["factor"] <= 1 else 0.1 * weight * math.log(p["factor"]) + 1.0
+
+    if p.get("attention_factor") is not None:
+        return p["attention_factor"]
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return mscale(p["mscale"]) / mscale(p["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rope_table(p, dim):
+    """-> inverse frequencies [dim/2], factor of cos and sin; in float32, as in transformers. Only
+    the power is taken in float64 and rounded: float32 powers differ from machine to machine."""
+    f32 = np.float32
+    share = np.arange(0, dim, 2, dtype=f32) / f32(dim)
+    wave = np.power(float(p["rope_theta"]), share.astype(np.float64)).astype(f32)
+    inv, kind, factor = f32(1) / wave, p["rope_type"], p.get("factor")
+    if kind == "linear":
+        inv = inv / f32(factor)
+    elif kind == "factors":
+        if len(p["factors"]) != len(inv):
+            raise Refusal(f"rope_freqs.weight: expected [{len(inv)}], found [{len(p['factors'])}]")
+        inv = inv / np.asarray(p["factors"], f32)
+    elif kind == "llama3":
+        low, high = p["low_freq_factor"], p["high_freq_factor"]
+        turns = p["original_max_position_embeddings"] / (2 * np.pi / inv)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, divided; 1: fast, kept
+        inv = (1 - smooth) * inv / factor + smooth * inv
+    elif kind == "yarn":
+        ramp = yarn_ramp(p, dim)
+        inv = f32(1) / (f32(factor) * wave) * ramp + inv * (1 - ramp)
+        return inv.astype(f32), yarn_scale(p)
+    return inv.astype(f32), 1.0
+
+
+# ---- 4. panels -----------------------------------------------------------------------------------
+
+K = {"f32": 1, "f16": 2, "bf16": 2, "q8": 4, "q4": 8}  # columns of a row in a 64-byte line
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8": "I8", "q4": "U8"}
+ITEM = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+# Types of a GGUF whose bits a type of ours holds as they are.
+HELD = {"q8": ("Q8_0", "Q4_0", "Q5_0"), "q4": ("Q4_0", "Q4_1")}
+KEPT = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8", "Q4_0": "q4", "Q4_1": "q4"}
+
+
+def up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+def padded(x, rows, cols):
+    if x.shape == (rows, cols):
+        return x
+    out = np.zeros((rows, cols), x.dtype)
+    out[: x.shape[0], : x.shape[1]] = x
+    return out
+
+
+def to_panels(x, k):
+    """[rows][cols] -> [rows/16][cols/k][16][k]; rows and cols are padded already."""
+    rows, cols = x.shape
+    return x.reshape(rows // PANEL, PANEL, cols // k, k).transpose(0, 2, 1, 3)
+
+
+def nibble_panels(n):
+    """4-bit codes [rows][cols] -> bytes [rows/16][cols/8][16][4], column 4 + b above column b."""
+    rows, cols = n.shape
+    n = n.reshape(rows, cols // 8, 2, 4)
+    return to_panels((n[:, :, 0] | n[:, :, 1] << 4).reshape(rows, cols // 2), 4)
+
+
+def to_f16(x, what):
+    with np.errstate(over="ignore"):
+        y = x.astype(np.float16)
+    if not np.isfinite(y).all():
+        raise Refusal(f"tensor {what} holds values too large for 16-bit floats; try --type bf16")
+    return y
+
+
+def to_bf16(x):
+    """Rounded to nearest even, as uint16."""
+    u = x.view(np.uint32)
+    return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def quantize_q8(x, name):
+    """x [rows][cols], cols a multiple of 32 -> int8 codes, f16 scales [rows][cols/32]."""
+    g = x.reshape(len(x), -1, GROUP)
+    scale = to_f16(np.abs(g).max(-1) / np.float32(127), name)
+    step = scale.astype(np.float32)
+    inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
+    q = np.clip(np.rint(g * inverse[..., None]), -127, 127)
+    return q.astype(np.int8).reshape(x.shape), scale
+
+
+# How many of 15 steps to leave off below and above a group's range: outliers may be clipped.
+CUTS = ((0, 0), (0.5, 0.5), (1, 1), (1.5, 1.5), (0, 1), (1, 0))
+
+
+def fit_line(g, code, mean):
+    """Least squares of g ~ scale * code + offset per row -> scale, offset, squared error less the
+    variance of g, which is the same for every code."""
+    average = code.mean(-1, keepdims=True)
+    power = np.einsum("rk,rk->r", code, code)[:, None] - GROUP * average * average
+    common = np.einsum("rk,rk->r", code, g)[:, None] - GROUP * average * mean
+    scale = np.divide(common, power, out=np.zeros_like(power), where=power > 0)
+    return scale, mean - scale * average, -common * scale
+
+
+def nibbles(g, scale, offset):
+    """round((g - offset) / scale) in 0..15; 0 where scale is 0."""
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    code = (g - offset) * inverse
+    np.rint(code, out=code)
+    return np.clip(code, 0, 15, out=code)
+
+
+def quantize_groups(g, name):
+    """g [groups][32] -> codes 0..15, f16 scales and offsets [groups][1]. The best of a few ranges
+    by least squares, then once more around it: rms error 7.1% of a Gaussian's, Q4_1 has 7.8%."""
+    low, span = g.min(-1, keepdims=True), np.ptp(g, -1, keepdims=True)
+    mean = g.mean(-1, keepdims=True)
+    tries = [(span / (15 + a + b), low + span * np.float32(a / (15 + a + b))) for a, b in CUTS]
+    best = [span / 15, low, np.full_like(low, np.inf)]
+    for i in range(len(CUTS) + 1):
+        scale, offset = tries[i] if i < len(CUTS) else best[:2]
+        new = fit_line(g, nibbles(g, scale, offset), mean)
+        better = new[2] < best[2]
+        best = [np.where(better, n, o) for n, o in zip(new, best)]
+    scale, offset = to_f16(best[0], name), to_f16(best[1], name)
+    code = nibbles(g, scale.astype(np.float32), offset.astype(np.float32))
+    return code.astype(np.uint8), scale, offset
+
+
+def quantize_q4(x, name):
+    """x [rows][cols] -> codes 0..15, f16 scales and offsets [rows][cols/32]:
+    w = scale * code + offset."""
+    g, step = x.reshape(-1, GROUP), 4096  # as much as a cache holds
+    parts = [quantize_groups(g[a : a + step], name) for a in range(0, len(g), step)]
+    code, scale, offset = (np.concatenate(p) for p in zip(*parts))
+    return code.reshape(x.shape), scale.reshape(len(x), -1), offset.reshape(len(x), -1)
+
+
+def ggml_blocks(t, a, b):
+    """Rows [a, b) of a Q4_0, Q4_1, Q5_0 or Q8_0 tensor as they are stored: codes [rows][cols], f16
+    scales [rows][cols/32], offsets (Q4_1) or None. Codes of Q4_0 count from -8, Q5_0's from -16."""
+    raw = t.raw(a, b).reshape(b - a, t.n_cols // GROUP, -1)  # [rows][blocks][bytes of a block]
+    scale = raw[..., :2].copy().view("<f2")[..., 0]
+    if t.kind == "Q8_0":
+        return raw[..., 2:].view(np.int8).reshape(b - a, -1), scale, None
+    halves = raw[..., -16:]  # byte i: column i in the low half, 16 + i in the high
+    codes = np.concatenate([halves & 15, halves >> 4], -1)
+    if t.kind == "Q5_0":  # a fifth bit for each column
+        fifth = np.unpackbits(raw[..., 2:6].copy(), axis=-1, bitorder="little")
+        codes = codes | fifth << 4
+    offset = raw[..., 2:4].copy().view("<f2")[..., 0] if t.kind == "Q4_1" else None
+    return codes.reshape(b - a, -1), scale, offset
+
+
+class Output(NamedTuple):
+    """A tensor of the new file; chunks() yields its bytes as arrays."""
+
+    name: str
+    dtype: str
+    shape: tuple
+    chunks: Callable
+
+
+def array(name, x):
+    dtype = {"float32": "F32", "int32": "I32", "uint8": "U8"}[x.dtype.name]
+    return Output(name, dtype, x.shape, lambda: [np.ascontiguousarray(x)])
+
+
+class Matrix:
+    """One matrix on its way into panels: [rows][cols] in slices of whole panels. Scales and offsets
+    pile up while the codes stream by, and follow them."""
+
+    def __init__(self, name, tensor, kind):
+        self.name, self.t, self.kind = name, tensor, kind
+        self.rows, self.cols = up(tensor.n_rows, PANEL), up(tensor.n_cols, GROUP)
+        if kind in ("f32", "f16", "bf16"):
+            self.cols = up(tensor.n_cols, K[kind])
+        self.held = tensor.kind in HELD.get(kind, ())
+        self.scales, self.offsets = [], []
+
+    def outputs(self):
+        panels, k = self.rows // PANEL, K[self.kind]
+        shape = (panels, self.cols // k, PANEL, 4 if self.kind == "q4" else k)
+        outs = [Output(self.name, DTYPES[self.kind], shape, self.codes)]
+        groups = (panels, self.cols // GROUP, PANEL)
+        if self.kind in HELD:
+            outs.append(Output(self.name + ".scale", "F16", groups, lambda: self.scales))
+        if self.kind == "q4" and self.t.kind != "Q4_0":
+            outs.append(Output(self.name + ".offset", "F16", groups, lambda: self.offsets))
+        return outs
+
+    def codes(self):
+        self.scales, self.offsets = [], []
+        step = max(PANEL, SLICE // self.cols // PANEL * PANEL)
+        for a in range(0, self.rows, step):
+            b = min(a + step, self.rows)
+            yield np.ascontiguousarray(self.slice(a, min(b, self.t.n_rows), b - a))
+
+    def slice(self, a, b, rows):
+        """Rows [a, b) of the source as panels of `rows` rows."""
+        if self.kind in HELD:
+            return self.quantized(a, b, rows)
+        x = padded(self.t.f32(a, b), rows, self.cols)
+        if self.kind == "f16":
+            x = to_f16(x, self.t.name)
+        elif self.kind == "bf16":
+            x = to_bf16(x)
+        return to_panels(x, K[self.kind])
+
+    def quantized(self, a, b, rows):
+        if self.held:
+            codes, scale, offset = ggml_blocks(self.t, a, b)
+            if self.kind == "q8" and self.t.kind != "Q8_0":
+                codes = codes.astype(np.int8) - (8 if self.t.kind == "Q4_0" else 16)
+        else:
+            x, offset = padded(self.t.f32(a, b), b - a, self.cols), None
+            if self.kind == "q8":
+                codes, scale = quantize_q8(x, self.t.name)
+            else:
+                codes, scale, offset = quantize_q4(x, self.t.name)
+        self.keep(self.scales, scale, rows)
+        if offset is not None:
+            self.keep(self.offsets, offset, rows)
+        codes = padded(codes, rows, self.cols)
+        return to_panels(codes, 4) if self.kind == "q8" else nibble_panels(codes)
+
+    def keep(self, pile, x, rows):
+        pile.append(np.ascontiguousarray(to_panels(padded(x, rows, x.shape[1]), 1)[..., 0]))
+
+
+def matrix_type(target, tensor, is_vocab):
+    """Which type a matrix gets when --type is target (None: keep what the source has)."""
+    if target is None:
+        return KEPT.get(tensor.kind, "q8")
+    if target == "q4" and is_vocab and tensor.kind not in HELD["q4"]:
+        return "q8"  # rows of the vocabulary are few bits in the sum and many in the quality
+    return target
+
+
+def model_outputs(model, weights, target):
+    """Every tensor of the file but the tokenizer's, and the kinds that had to be requantized."""
+    f, outs, lossy = model.fields, [], set()
+    tables = [rope_table(p, f["rotary_dim"]) for p in model.ropes]
+    outs.append(array("rope.inv_freq", np.stack([inv for inv, _ in tables])))
+    outs.append(array("rope.scale", np.float32([scale for _, scale in tables])))
+    outs.append(array("layer.rope", np.int32(model.layer_rope)))
+    outs.append(array("layer.window", np.int32(model.windows)))
+
+    def add(name, part, layer=None):
+        t = weights.get(part, layer)
+        if len(SHAPES[part[0]]) == 2:
+            kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
+            if t.kind not in PLAIN and kind in HELD and t.kind not in HELD[kind]:
+                lossy.add(f"{t.kind} to {kind}")
+            outs.extend(Matrix(name, t, kind).outputs())
+            return
+        plus_one = model.family.gemma and not weights.gguf and "norm" in part[1]
+        outs.append(Output(name, "F32", t.shape, lambda: [t.vector() + np.float32(plus_one)]))
+
+    tied = weights.head_is_tied()
+    for part in weights.TOP[:2] if tied else weights.TOP:
+        add(part[0], part)
+    for l in range(f["n_layers"]):
+        for part in model.family.parts:
+            add(f"layers.{l}.{part[0]}", part, l)
+    weights.check_all_used()
+    return outs, lossy
+
+
+# ---- 5. tokenizers -------------------------------------------------------------------------------
+
+NORMAL, SPECIAL, ADDED, BYTE, UNUSED = range(5)  # tok.kind
+SPACE = "\u2581"  # how SentencePiece writes a space
+
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {  # steps of a byte-level pre-tokenizer -> tokenizer.split
+    ("gpt2",): "gpt2",
+    ("digits", "gpt2"): "digits+gpt2",
+    (GPT4 % r"\p{N}{1,3}", "bytes"): "llama3",
+    (GPT4 % r"\p{N}", "bytes"): "qwen2",
+}
+GGUF_PRE = {  # tokenizer.ggml.pre -> split, nfc, ignore_merges
+    "gpt-2": ("gpt2", 0, 0), "smollm": ("digits+gpt2", 0, 0), "llama-bpe": ("llama3", 0, 1),
+    "llama3": ("llama3", 0, 1), "llama-v3": ("llama3", 0, 1), "qwen2": ("qwen2", 1, 0),
+    "deepseek-r1-qwen": ("qwen2", 1, 0),
+}
+GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
+# Tokens that end a turn, for files that name only one of them.
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
+             "<end_of_turn>", "<|end|>")
+
+
+def byte_alphabet():
+    """GPT-2 writes bytes as printable characters -> {character: byte}."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
+
+
+class Vocab:
+    """ids with what they print and what they are; merges; what the metadata says."""
+
+    def __init__(self, texts, kinds, model):
+        self.texts, self.kinds = texts, kinds  # texts as the source spells them
+        self.merges = np.zeros((0, 3), np.int32)
+        self.ids = {t: i for i, t in reversed(list(enumerate(texts))) if t is not None}
+        self.pieces = None  # what the ids print, where that is no text
+        self.strippers = []  # special tokens that swallow the white space after them
+        self.meta = dict(model=model, split="none", nfc=0, ignore_merges=0, add_bos=0,
+                         bos_id=-1, unk_id=-1, space_prefix=0, byte_fallback=0)
+
+    def bytes_of(self, alphabet):
+        """What each id prints."""
+        out = []
+        for text, kind in zip(self.texts, self.kinds):
+            if text is None:
+                out.append(b"")
+            elif kind in (SPECIAL, ADDED, UNUSED):
+                out.append(text.encode("utf-8", "surrogateescape"))
+            elif kind == BYTE:
+                out.append(bytes([int(text[3:5], 16)]))
+            elif self.meta["model"] == "bpe" and all(c in alphabet for c in text):
+                out.append(bytes(alphabet[c] for c in text))
+            else:
+                out.append(text.replace(SPACE, " ").encode("utf-8", "surrogateescape"))
+        return out
+
+    def outputs(self):
+        pieces = self.pieces or self.bytes_of(byte_alphabet())
+        ends = np.cumsum([0] + [len(p) for p in pieces], dtype=np.int64)
+        if ends[-1] >= 1 << 31:
+            raise Refusal("the vocabulary is too large")
+        return [
+            array("tok.bytes", np.frombuffer(b"".join(pieces), np.uint8)),
+            array("tok.offsets", ends.astype(np.int32)),
+            array("tok.kind", np.uint8(self.kinds)),
+            array("tok.merges", self.merges),
+        ]
+
+    def limit(self, n):
+        """Drops added tokens that have no row in the embedding (Gemma 3's image token)."""
+        if len(self.texts) > n:
+            if self.merges.size and self.merges.max() >= n:
+                raise Refusal(f"{len(self.texts)} tokens, but only {n} embedding rows")
+            warn(f"tokens {n} to {len(self.texts) - 1} have no embedding and are left out")
+            self.texts, self.kinds = self.texts[:n], self.kinds[:n]
+
+    def text_of(self, i):
+        return self.texts[i] if i is not None and 0 <= i < len(self.texts) else None
+
+
+def merges_by_pair(pairs, ids):
+    """Merges in the order of the list, as ids."""
+    try:
+        merges = [(ids[left], ids[right], ids[left + right]) for left, right in pairs]
+    except KeyError as e:
+        raise Refusal(f"the tokenizer merges to or from {e}, which is no token") from None
+    return np.array(merges, np.int32).reshape(-1, 3)
+
+
+def merges_by_score(ids, score):
+    """All ways to put a token together from two others, best score first, longer left part first,
+    as Hugging Face's converters do it. ids: {text or bytes: id} of the tokens that take part."""
+    found = []
+    for token, i in ids.items():
+        for cut in range(1, len(token)):
+            left = ids.get(token[:cut])
+            if left is not None:
+                right = ids.get(token[cut:])
+                if right is not None:
+                    found.append((-score[i], -cut, i, left, right))
+    found.sort()
+    out = np.array([(left, right, i) for _, _, i, left, right in found], np.int32)
+    return out.reshape(-1, 3)
+
+
+def flat(spec, inner):
+    """A pre-tokenizer, normalizer or post-processor of tokenizer.json as a list of steps."""
+    if spec is None:
+        return []
+    if spec.get("type") == "Sequence":
+        return [step for s in spec[inner] for step in flat(s, inner)]
+    return [spec]
+
+
+def unsupported(what, spec):
+    return Refusal(f"tokenizer.json: {what} {json.dumps(spec)[:300]} is not supported")
+
+
+def split_of(spec):
+    """tokenizer.split of a byte-level pre-tokenizer."""
+    steps = []
+    for s in flat(spec, "pretokenizers"):
+        if s["type"] == "ByteLevel" and not s.get("add_prefix_space"):
+            steps.append("gpt2" if s.get("use_regex", True) else "bytes")
+        elif s["type"] == "Digits" and s.get("individual_digits"):
+            steps.append("digits")
+        elif s["type"] == "Split" and s.get("behavior") == "Isolated" and not s.get("invert"):
+            steps.append(s["pattern"].get("Regex"))
+        else:
+            raise unsupported("pre-tokenizer", s)
+    if tuple(steps) not in SPLITS:
+        raise unsupported("pre-tokenizer", spec)
+    return SPLITS[tuple(steps)]
+
+
+def read_normalizer(v, spec):
+    spaces = False
+    for s in flat(spec, "normalizers"):
+        if s["type"] == "NFC":
+            v.meta["nfc"] = 1
+        elif s["type"] == "Prepend" and s["prepend"] == SPACE:
+            v.meta["space_prefix"] = 1
+        elif s["type"] == "Replace" and (s["pattern"], s["content"]) == ({"String": " "}, SPACE):
+            spaces = True
+        else:
+            raise unsupported("normalizer", s)
+    return spaces
+
+
+def read_spm_pretokenizer(v, spec, spaces):
+    for s in flat(spec, "pretokenizers"):
+        if s["type"] == "Metaspace" and s.get("replacement") == SPACE and s.get("split") is False:
+            if s.get("prepend_scheme") not in ("first", "never"):
+                raise unsupported("pre-tokenizer", s)
+            v.meta["space_prefix"] = 2 if s["prepend_scheme"] == "first" else 0
+        elif not (spaces and s["type"] == "Split" and s["pattern"] == {"String": " "}):
+            raise unsupported("pre-tokenizer", s)  # (that split never finds one: they are U+2581)
+    if not spaces and not spec:
+        raise unsupported("pre-tokenizer", spec)
+
+
+def read_post_processor(v, spec):
+    for s in flat(spec, "processors"):
+        if s["type"] == "ByteLevel":
+            continue
+        if s["type"] != "TemplateProcessing":
+            raise unsupported("post-processor", s)
+        names = [next(iter(x)) for x in s["single"]]
+        if names == ["Sequence"]:
+            continue
+        if names != ["SpecialToken", "Sequence"]:
+            raise unsupported("post-processor", s["single"])
+        token = s["special_tokens"][s["single"][0]["SpecialToken"]["id"]]
+        v.meta.update(add_bos=1, bos_id=token["ids"][0])
+
+
+def vocab_from_json(spec):
+    """tokenizer.json"""
+    m = spec["model"]
+    if m.get("type", "BPE") != "BPE":
+        raise Refusal(f"tokenizer.json: a {m['type']} model is not supported, BPE is")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if m.get(key):
+            raise Refusal(f"tokenizer.json: {key} is not supported")
+    added = {t["id"]: t for t in spec.get("added_tokens") or []}
+    n = 1 + max([*m["vocab"].values(), *added])
+    texts, kinds = [None] * n, [UNUSED] * n
+    for text, i in m["vocab"].items():
+        texts[i], kinds[i] = text, NORMAL
+        if m.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            kinds[i] = BYTE
+    steps = flat(spec.get("pre_tokenizer"), "pretokenizers")
+    byte_level = any(s["type"] == "ByteLevel" for s in steps)
+    v = Vocab(texts, kinds, "bpe" if byte_level else "spm")
+    pairs = [tuple(p.split(" ")) if isinstance(p, str) else tuple(p) for p in m["merges"]]
+    v.merges = merges_by_pair(pairs, m["vocab"])
+    for i, t in added.items():
+        add_token(v, i, t)
+    v.meta.update(ignore_merges=int(bool(m.get("ignore_merges"))),
+                  byte_fallback=int(bool(m.get("byte_fallback"))),
+                  unk_id=v.ids.get(m.get("unk_token"), -1))
+    spaces = read_normalizer(v, spec.get("normalizer"))
+    if byte_level:
+        v.meta["split"] = split_of(spec["pre_tokenizer"])
+    else:
+        read_spm_pretokenizer(v, spec.get("pre_tokenizer"), spaces)
+    read_post_processor(v, spec.get("post_processor"))
+    return v
+
+
+def add_token(v, i, t):
+    """An added token of tokenizer.json or tokenizer_config.json."""
+    text, special = t["content"], bool(t.get("special"))
+    if t.get("single_word"):
+        raise Refusal(f"tokenizer: added token {text!r} is for whole words, which is not supported")
+    if not special and (t.get("lstrip") or t.get("rstrip")):
+        warn(f"token {text!r} swallows white space around it; in plain text it will not")
+    if t.get("rstrip"):
+        v.strippers.append(text)
+    grow = i + 1 - len(v.texts)
+    v.texts += [None] * grow
+    v.kinds += [UNUSED] * grow
+    v.texts[i], v.kinds[i] = text, SPECIAL if special else ADDED
+    v.ids[text] = i
+
+
+def protobuf_fields(data):
+    """-> [(field number, value)] of a protocol buffer message: ints, or bytes of any length."""
+    def varint(at):
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value, at
+
+    at, out = 0, []
+    while at < len(data):
+        key, at = varint(at)
+        kind = key & 7
+        if kind == 0:
+            value, at = varint(at)
+        else:
+            n, at = varint(at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+            value, at = data[at : at + n], at + n
+            if len(value) != n:
+                raise IndexError
+        out.append((key >> 3, value))
+    return out
+
+
+def vocab_from_sentencepiece(data):
+    """tokenizer.model, a protocol buffer. Fields: 1 pieces (1 text, 2 score, 3 type), 2 trainer
+    (3 model type, 40 and 41 ids of unk and bos), 3 normalizer (1 name, 2 table, 3 dummy prefix,
+    4 removes extra spaces)."""
+    try:
+        top = protobuf_fields(data)
+        pieces = [dict(protobuf_fields(p)) for field, p in top if field == 1]
+        trainer, normalizer = ({k: v for f, m in top if f == n for k, v in protobuf_fields(m)}
+                               for n in (2, 3))
+        texts = [p[1].decode() for p in pieces]
+    except (IndexError, KeyError, ValueError):
+        raise Refusal("tokenizer.model is cut or damaged") from None
+    if trainer.get(3, 1) != 2:
+        raise Refusal("tokenizer.model: a SentencePiece unigram model is not supported, BPE is")
+    if normalizer.get(2):
+        name = normalizer.get(1, b"").decode("utf-8", "replace")
+        raise Refusal(f"tokenizer.model: normalizer {name!r} is not supported")
+    if normalizer.get(4, 1):
+        raise Refusal("tokenizer.model removes extra white space, which is not supported")
+    v = Vocab(texts, [GGUF_KINDS[p.get(3, 1)] for p in pieces], "spm")
+    scores = [struct.unpack("<f", p[2])[0] if 2 in p else 0.0 for p in pieces]
+    add_spm_merges(v, scores)
+    v.meta.update(unk_id=trainer.get(40, 0), bos_id=trainer.get(41, 1), add_bos=1,
+                  space_prefix=int(normalizer.get(3, 1)))
+    # SentencePiece finds user-defined pieces after spaces have become U+2581: undo that here.
+    v.texts = [t.replace(SPACE, " ") if k == ADDED else t for t, k in zip(v.texts, v.kinds)]
+    return v
+
+
+def add_spm_merges(v, scores):
+    ids = {t: i for t, i in v.ids.items() if v.kinds[i] == NORMAL}
+    v.merges = merges_by_score(ids, scores)
+    v.meta["byte_fallback"] = int(BYTE in v.kinds)
+
+
+def vocab_from_ranks(data, split):
+    """A tiktoken file: lines of base64 and rank. Any two tokens that make a third merge, best rank
+    first; a whole piece that is a token stays one."""
+    try:
+        lines = map(bytes.split, data.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (ValueError, binascii.Error):
+        raise Refusal("the rank file is damaged") from None
+    n = 1 + max(ranks.values())
+    v = Vocab([None] * n, [UNUSED] * n, "bpe")
+    v.pieces = [b""] * n
+    for token, i in ranks.items():
+        v.pieces[i], v.kinds[i] = token, NORMAL
+    v.merges = merges_by_score(ranks, [-i for i in range(n)])
+    v.meta.update(split=split, nfc=int(split == "qwen2"), ignore_merges=1)
+    return v
+
+
+def is_rank_file(data):
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data[:300]) is not None
+
+
+def token_text(value):
+    """A token in tokenizer_config.json is a string or an object."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def vocab_from_directory(path, model_type):
+    """-> Vocab, tokenizer_config.json"""
+    config = read_json(os.path.join(path, "special_tokens_map.json"), {})
+    config.update(read_json(os.path.join(path, "tokenizer_config.json"), {}))
+    as_json, as_model = (os.path.join(path, n) for n in ("tokenizer.json", "tokenizer.model"))
+    ranks = glob.glob(os.path.join(path, "*.tiktoken"))
+    if os.path.exists(as_json):
+        try:
+            v = vocab_from_json(read_json(as_json))
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise Refusal(f"tokenizer.json is damaged or of an unknown layout: {e!r}") from None
+    elif os.path.exists(as_model) or ranks:
+        v = vocab_from_model(as_model if os.path.exists(as_model) else ranks[0], model_type)
+        for i, t in sorted((int(i), t) for i, t in config.get("added_tokens_decoder", {}).items()):
+            add_token(v, i, t)
+    else:
+        raise Refusal("no tokenizer.json, tokenizer.model or *.tiktoken")
+    bos = v.ids.get(token_text(config.get("bos_token")))
+    if bos is not None and v.meta["bos_id"] < 0:
+        v.meta["bos_id"] = bos
+    if isinstance(config.get("add_bos_token"), bool):
+        v.meta["add_bos"] = int(config["add_bos_token"] and v.meta["bos_id"] >= 0)
+    return v, config
+
+
+def vocab_from_model(path, model_type):
+    with open(path, "rb") as f:
+        data = f.read()
+    if not is_rank_file(data):
+        return vocab_from_sentencepiece(data)
+    split = {"llama": "llama3", "smollm3": "llama3", "qwen2": "qwen2", "qwen3": "qwen2"}
+    if model_type not in split:
+        raise Refusal(f"a rank file does not say how {model_type!r} splits text")
+    return vocab_from_ranks(data, split[model_type])
+
+
+def vocab_from_gguf(meta):
+    def get(key, default=None):
+        return meta.get("tokenizer.ggml." + key, default)
+
+    model, texts = get("model"), get("tokens")
+    if model not in ("gpt2", "llama") or not texts:
+        raise Refusal(f"tokenizer {model!r} is not supported, gpt2 and llama (SentencePiece) are")
+    kinds = [GGUF_KINDS.get(k, NORMAL) for k in get("token_type") or [1] * len(texts)]
+    if len(kinds) != len(texts):
+        raise Refusal(f"{len(texts)} tokens, but {len(kinds)} token types")
+    v = Vocab(texts, kinds, "spm" if model == "llama" else "bpe")
+    v.meta.update(bos_id=get("bos_token_id", 1 if model == "llama" else -1))
+    if model == "llama":
+        if len(get("scores") or []) != len(texts):
+            raise Refusal(f"{len(texts)} tokens, but {len(get('scores') or [])} scores")
+        add_spm_merges(v, get("scores"))
+        v.meta.update(add_bos=int(get("add_bos_token", True)), unk_id=get("unknown_token_id", 0),
+                      space_prefix=int(get("add_space_prefix", True)))
+        return v
+    if get("pre") not in GGUF_PRE:
+        raise Refusal(f"pre-tokenizer {get('pre')!r} is not supported, {', '.join(GGUF_PRE)} are")
+    split, nfc, ignore = GGUF_PRE[get("pre")]
+    pairs = []
+    for m in get("merges") or []:
+        cut = m.find(" ", 1)
+        pairs.append((m[:cut], m[cut + 1 :]))
+    v.merges = merges_by_pair(pairs, v.ids)
+    v.meta.update(split=split, nfc=nfc, ignore_merges=ignore,
+                  add_bos=int(get("add_bos_token", split == "llama3")))
+    return v
+
+
+def id_list(value):
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def stop_ids(v, *sources):
+    """Ids that end an answer: those the files name, and the turn ends among the special tokens."""
+    ids = {i for s in sources for i in id_list(s)}
+    ids |= {v.ids[t] for t in TURN_ENDS if t in v.ids and v.kinds[v.ids[t]] in (SPECIAL, ADDED)}
+    return sorted(i for i in ids if 0 <= i < len(v.texts))
+
+
+# ---- 6. chat templates ---------------------------------------------------------------------------
+
+PIECES = ("begin default_system system_prefix system_suffix user_prefix user_suffix "
+          "user_prefix_after_system assistant_prefix assistant_suffix generation").split()
+SYSTEM, USER, ANSWER, AGAIN = "Marksystem", "Markuser", "Markanswer", "Markagain"
+HELPER = "You are a helpful assistant"
+LLAMA3_TURN_END = "<|eot_id|>"
+# Llama 3's own default. A date that moves would make every export another model.
+TODAY = "26 Jul 2024"
+
+
+class Template:
+    """A model's Jinja chat template, rendered as transformers does."""
+
+    def __init__(self, source, tokens):
+        import jinja2
+        from jinja2 import ext, sandbox
+
+        class Generation(ext.Extension):
+            """{% generation %} marks answers for training; the text is unchanged."""
+
+            tags = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        env = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+        env.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False, **how})
+        env.globals["raise_exception"] = self.refuse
+        self.error, self.tokens = jinja2.TemplateError, tokens
+        self.today = {}
+        try:
+            self.template = env.from_string(source)
+        except jinja2.TemplateError as e:
+            raise Refusal(f"the chat template is not valid: {e}") from None
+
+    def refuse(self, message):
+        raise self.error(message)
+
+    def render(self, messages, generation=False):
+        """The text, or None when the template refuses the messages."""
+        messages = [{"role": r, "content": c} for r, c in messages]
+        values = dict(self.tokens, messages=messages, add_generation_prompt=generation, tools=None,
+                      documents=None, enable_thinking=False, **self.today)
+        try:
+            return self.template.render(values)
+        except self.error as e:
+            if "strftime_now" in str(e) and not self.today:
+                self.today = {"strftime_now": lambda form: TODAY}
+                return self.render([(m["role"], m["content"]) for m in messages], generation)
+            return None
+        except Exception:  # a template is a stranger's program; whatever it runs into is a refusal
+            return None
+
+
+def cut(text, a, b=None):
+    """The part of text between marks a and b."""
+    if text is None or a not in text:
+        return None
+    text = text.split(a, 1)[1]
+    return text if b is None else text.split(b, 1)[0] if b in text else None
+
+
+def without(text, head="", tail=""):
+    """text less what it begins or ends with; None when it does not."""
+    if text is None or not (text.startswith(head) and text.endswith(tail)):
+        return None
+    return text[len(head) : len(text) - len(tail)]
+
+
+def ending(text, longer, eos):
+    """What closes a turn: text, which ends a conversation, less the eos some templates (Phi-3) put
+    only there, so that the longer conversation goes on with it."""
+    if longer is not None and not longer.startswith(text) and text.endswith(eos):
+        return text[: len(text) - len(eos)]
+    return text
+
+
+def chat_pieces(template, bos):
+    """Finds the pieces between marked messages -> None when the plainest cannot be rendered."""
+    one = [("user", USER)]
+    two = one + [("assistant", ANSWER)]
+    alone, invited, three = (
+        template.render(one), template.render(one, True), template.render(two + [("user", AGAIN)]))
+    if alone is None or USER not in alone:
+        return None
+    p = dict.fromkeys(PIECES, "")
+    before, after = alone.split(USER, 1)
+    eos = template.tokens.get("eos_token") or ""
+    p["user_suffix"] = ending(after, cut(invited, USER), eos)
+    p["generation"] = without(cut(invited, USER), head=p["user_suffix"]) or ""
+    p["assistant_prefix"] = without(cut(three, USER, ANSWER), head=p["user_suffix"]) or ""
+    turn = cut(three, ANSWER, AGAIN)
+    p["assistant_suffix"] = ending(cut(template.render(two), ANSWER) or "", turn, eos)
+    p["user_prefix"] = without(turn, head=p["assistant_suffix"])
+    if p["user_prefix"] is None or not before.endswith(p["user_prefix"]):
+        p["user_prefix"] = without(before, head=bos) or before
+    head = without(before, tail=p["user_prefix"])  # all that precedes the first turn
+    add_system_pieces(p, head, template.render([("system", SYSTEM)] + one), bos)
+    wide = template.render([("user", f"  {USER}  ")])
+    p["trim"] = wide is not None and f"  {USER}  " not in wide
+    return p
+
+
+def add_system_pieces(p, head, text, bos):
+    """Splits head into begin and default system turn; text: a rendering with a system text."""
+    if text is not None and (SYSTEM not in text or USER not in text):
+        text = None
+    opening = head if text is None else text.split(SYSTEM)[0]
+    if head.startswith(bos) and opening.startswith(bos) and not p["user_prefix"].startswith(bos):
+        p["begin"] = bos
+    p["default_system"] = head[len(p["begin"]) :]
+    p["user_prefix_after_system"] = p["user_prefix"]
+    if text is None:
+        return
+    p["system_prefix"] = opening[len(p["begin"]) :]
+    between = cut(text, SYSTEM, USER)
+    p["system_suffix"] = without(between, tail=p["user_prefix"])
+    if p["system_suffix"] is None:  # the system text stands inside the user's turn
+        p["system_suffix"], p["user_prefix_after_system"] = between, ""
+
+
+def compose(p, messages, generation=False):
+    """A conversation put together from pieces, as tokenizer_turn does it."""
+    out = p["begin"] + (p["default_system"] if messages[0][0] != "system" else "")
+    for i, (role, text) in enumerate(messages):
+        text = text.strip() if p["trim"] else text
+        after_system = role == "user" and i > 0 and messages[i - 1][0] == "system"
+        out += p[role + "_prefix" + ("_after_system" if after_system else "")]
+        out += text + p[role + "_suffix"]
+    return out + (p["generation"] if generation else "")
+
+
+def verify_chat(template, p):
+    """Compares compositions with the template's own renderings -> False: the plainest is wrong."""
+    system, user, answer = ("system", "Be brief."), ("user", "One?\nTwo!"), ("assistant", "Yes.")
+    cases = {
+        "a single question": [user],
+        "a system text": [system, user],
+        "two questions": [user, answer, ("user", "Why?")],
+        "a system text and two questions": [system, user, answer, ("user", "Why?")],
+    }
+    for what, messages in cases.items():
+        wanted = template.render(messages, True)
+        if wanted is not None and wanted != compose(p, messages, True):
+            if what == "a single question":
+                return False
+            warn(f"the chat template is not reproduced for {what}; other conversations are")
+    return True
+
+
+def kvzip_texts(p, bos, add_bos):
+    """-> kvzip.prefix, kvzip.postfix, as the authors write them for each family."""
+    if p is None:
+        return bos if add_bos else "", "\n\nAnswer: "
+    postfix = p["user_suffix"] + p["generation"]
+    if p["user_suffix"].startswith(LLAMA3_TURN_END):  # their Llama 3 texts leave the dates out
+        header = p["user_prefix"].replace("user", "system")
+        prefix = p["begin"] + header + HELPER + p["user_suffix"] + p["user_prefix"]
+        return prefix, "\n\n" + postfix
+    system = p["default_system"]
+    if not system and p["system_prefix"]:
+        system = p["system_prefix"] + HELPER + "." + p["system_suffix"]
+        return p["begin"] + system + p["user_prefix_after_system"], postfix
+    return p["begin"] + system + p["user_prefix"], postfix
+
+
+def chat_metadata(source, v, tokens):
+    """chat.* and kvzip.* strings from a template, or those of a base model when there is none."""
+    bos, p = tokens.get("bos_token") or "", None
+    if source:
+        template = Template(source, tokens)
+        p = chat_pieces(template, bos)
+        if p is None or not verify_chat(template, p):
+            warn("the chat template cannot be taken apart; the model is converted without it")
+            p = None
+    out = {"chat." + piece: p[piece] if p else "" for piece in PIECES}
+    out["kvzip.prefix"], out["kvzip.postfix"] = kvzip_texts(p, bos, v.meta["add_bos"])
+    for token in v.strippers:
+        out = {k: re.sub(re.escape(token) + r"\s+", lambda m: token, t) for k, t in out.items()}
+    out["chat.trim"] = str(int(bool(p and p["trim"])))
+    return {"chat.present": str(int(p is not None)), **out}
+
+
+def template_of(path, config):
+    """The chat template of a Hugging Face directory, wherever this version keeps it."""
+    jinja = os.path.join(path, "chat_template.jinja")
+    if os.path.exists(jinja):
+        with open(jinja, encoding="utf-8") as f:
+            return f.read()
+    source = config.get("chat_template")
+    if source is None:
+        source = read_json(os.path.join(path, "chat_template.json"), {}).get("chat_template")
+    if isinstance(source, list):
+        source = {t["name"]: t["template"] for t in source}.get("default")
+    return source
+
+
+# ---- 7. the file ---------------------------------------------------------------------------------
+
+
+def layout(outputs):
+    """-> [(name, dtype, shape, begin, end, chunks)], fillers between so that all begin aligned."""
+    out, at = [], 0
+    for o in outputs:
+        if at % ALIGN:
+            gap = ALIGN - at % ALIGN
+            fill = lambda gap=gap: [np.zeros(gap, np.uint8)]
+            out.append((f"pad.{len(out)}", "U8", (gap,), at, at + gap, fill))
+            at += gap
+        n = math.prod(o.shape) * ITEM[o.dtype]
+        out.append((o.name, o.dtype, o.shape, at, at + n, o.chunks))
+        at += n
+    return out
+
+
+class Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, total):
+        self.total, self.done, self.shown = max(total, 1), 0, -1
+        self.on = sys.stderr.isatty()
+
+    def add(self, n, name):
+        self.done += n
+        percent = 100 * self.done // self.total
+        if self.on and percent != self.shown:
+            self.shown = percent
+            bar = "#" * (percent * 30 // 100)
+            print(f"\r{bar:.<30} {percent:3d}% {name:24.24}", end="", file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.on:
+            print("\r" + " " * 64 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def write_tensors(f, rows, digest, progress):
+    for name, dtype, shape, begin, end, chunks in rows:
+        digest.update(b"" if name.startswith("pad.") else f"{name} {dtype} {shape}".encode())
+        for chunk in chunks():
+            data = memoryview(chunk).cast("B") if chunk.size else b""
+            f.write(data)
+            if not name.startswith("pad."):
+                digest.update(data)
+            begin += len(data)
+            progress.add(len(data), name)
+        assert begin == end, (name, begin, end)
+
+
+PEOPLE = ("name", "source", "type")  # metadata that changes no result
+
+
+def write_file(path, meta, outputs):
+    """Writes path whole or not at all: a temporary file beside it, synced, then renamed."""
+    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise Refusal(f"{path} is not a regular file")
+    rows = layout(outputs)
+    blank = "0" * 64
+    meta = {"format": meta.pop("format"), "fingerprint": blank, **meta}
+    head = {"__metadata__": meta}
+    head.update({n: {"dtype": d, "shape": s, "data_offsets": [a, b]} for n, d, s, a, b, _ in rows})
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text += b" " * (up(8 + len(text), ALIGN) - 8 - len(text))
+    if len(text) > MAX_HEADER:
+        raise Refusal("too many tensors for one file")
+    digest = hashlib.sha256()
+    for key, value in meta.items():
+        if key not in PEOPLE and not key.startswith(("chat.", "kvzip.")):
+            digest.update(f"{key}={value}\n".encode())
+    progress = Progress(rows[-1][4])
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            write_tensors(f, rows, digest, progress)
+            f.seek(8 + text.index(b'"fingerprint":"') + len(b'"fingerprint":"'))
+            f.write(digest.hexdigest().encode())
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    finally:
+        progress.close()
+    sync_directory(os.path.dirname(path) or ".")
+
+
+def sync_directory(path):
+    """Makes a rename durable, where the file system can."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def number(x):
+    """A field as text: the shortest that reads back as the same float32."""
+    if isinstance(x, (int, str)):
+        return str(x)
+    texts = (f"{float(x):.{digits}g}" for digits in range(1, 10))
+    return next(t for t in texts if np.float32(t) == np.float32(x))
+
+
+def read_directory(path):
+    """-> config, tensors, Vocab, chat metadata, stop ids of a Hugging Face directory."""
+    config = text_config(read_json(os.path.join(path, "config.json")))
+    family_of(config.get("model_type"))
+    tensors = open_directory(path)
+    v, tc = vocab_from_directory(path, config["model_type"])
+    generation = read_json(os.path.join(path, "generation_config.json"), {})
+    tokens = {k: token_text(x) for k, x in tc.items() if k.endswith("_token") and token_text(x)}
+    if v.meta["bos_id"] < 0 and id_list(config.get("bos_token_id")) and "bos_token" not in tc:
+        v.meta["bos_id"] = config["bos_token_id"]
+    stops = stop_ids(v, config.get("eos_token_id"), generation.get("eos_token_id"),
+                     v.ids.get(tokens.get("eos_token")))
+    return config, tensors, v, chat_metadata(template_of(path, tc), v, tokens), stops
+
+
+def read_gguf(path):
+    """The same of a GGUF file."""
+    meta, tensors = open_gguf(path)
+    config, v = gguf_config(meta, tensors), vocab_from_gguf(meta)
+    names = {"bos_token": v.meta["bos_id"], "eos_token": meta.get("tokenizer.ggml.eos_token_id")}
+    tokens = {k: v.text_of(i) for k, i in names.items() if v.text_of(i)}
+    ends = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
+    chat = chat_metadata(meta.get("tokenizer.chat_template"), v, tokens)
+    return config, tensors, v, chat, stop_ids(v, *ends)
+
+
+def tokenizer_metadata(v, stops):
+    meta = {"tokenizer." + k: str(x) for k, x in v.meta.items()}
+    meta["tokenizer.stop_ids"] = ",".join(str(i) for i in stops if i < len(v.texts))
+    return meta
+
+
+def plan(args):
+    """-> metadata and tensors of the new file; everything is checked, nothing is converted yet."""
+    gguf = not os.path.isdir(args.model)
+    config, tensors, v, chat, stops = (read_gguf if gguf else read_directory)(args.model)
+    model = describe(config, args.ignore_key, args.yarn)
+    v.limit(model.fields["vocab_size"])
+    target = args.type or (None if gguf else "q8")
+    outputs, lossy = model_outputs(model, Weights(tensors, gguf, model), target)
+    if lossy:
+        warn(f"requantized with some loss: {', '.join(sorted(lossy))}")
+    kinds = sorted({t.kind for t in tensors.values() if len(t.shape) == 2})
+    name = os.path.basename(os.path.abspath(args.model))
+    meta = {
+        "format": FORMAT,
+        "name": name[: -len(".gguf")] if name.endswith(".gguf") else name,
+        "source": ("GGUF, " if gguf else "Hugging Face, ") + " ".join(kinds),
+        "type": target or "keep",
+        **{k: number(x) for k, x in model.fields.items()},
+        **tokenizer_metadata(v, stops),
+        **chat,
+    }
+    return meta, outputs + v.outputs()
+
+
+def plan_tokenizer(args):
+    """The same without weights, to test tokenizers whose models are too large to test with."""
+    with open(args.model, "rb") as f:
+        data = f.read()
+    if data[:4] == b"GGUF":
+        v = vocab_from_gguf(open_gguf(args.model)[0])
+    elif data[:1] == b"{":
+        v = vocab_from_json(read_json(args.model))
+    elif is_rank_file(data):
+        v = vocab_from_ranks(data, args.split)
+    else:
+        v = vocab_from_sentencepiece(data)
+    meta = {"format": FORMAT, **tokenizer_metadata(v, []), **chat_metadata(None, v, {})}
+    return meta, v.outputs()
+
+
+def parse_args():
+    p = argparse.ArgumentParser(
+        prog="export.py",
+        description="Convert a Hugging Face directory or a GGUF file for ./run.",
+        epilog="""examples:
+  export.py ~/models/Llama-3.2-1B-Instruct -o llama.kvz
+  export.py SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.kvz    its 4-bit weights stay bit for bit
+  export.py ~/models/Qwen3-4B --type q4 --yarn 4 -o qwen3.kvz""",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", help="directory with config.json and *.safetensors, or a .gguf file")
+    p.add_argument("-o", "--out", required=True, help="the file to write")
+    p.add_argument(
+        "--type", choices=list(K),
+        help="type of the matrices (default: q8; of a GGUF: what it has, where a type here holds "
+        "it exactly, and q8 otherwise). q4 keeps the embedding and the output matrix in q8")
+    p.add_argument(
+        "--yarn", type=float, metavar="FACTOR",
+        help="Qwen: stretch the context by FACTOR (KVzip's authors use 4 for Qwen3)")
+    p.add_argument(
+        "--ignore-key", action="append", default=[], metavar="KEY",
+        help="convert although config.json sets KEY, which is not supported")
+    tests = p.add_argument_group("for tests")
+    tests.add_argument("--tokenizer-only", action="store_true", help="model is a tokenizer's file")
+    tests.add_argument(
+        "--split", choices=["llama3", "qwen2"], default="llama3",
+        help="how text is split before the merges of a rank file")
+    args = p.parse_args()
+    if args.yarn is not None and args.yarn <= 1:
+        p.error("--yarn takes a factor above 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as well
+    try:
+        try:
+            meta, outputs = (plan_tokenizer if args.tokenizer_only else plan)(args)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            raise Refusal(f"unexpected content ({type(e).__name__}: {e})") from e
+        write_file(args.out, meta, outputs)
+    except Refusal as e:
+        sys.exit(f"export.py: {args.model}: {e}")
+    except OSError as e:
+        where = args.out if str(e.filename or ".tmp").endswith(".tmp") else e.filename
+        sys.exit(f"export.py: {where}: {e.strerror}")
+    except ImportError as e:
+        sys.exit(f"export.py: {e}; pip install -r requirements.txt")
+    except KeyboardInterrupt:
+        sys.exit("export.py: interrupted, nothing written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1780 @@
+// run.c: the program. Subcommands, flags, sampling, the chat loop and progress.
+//
+// Every subcommand is one row of `commands` and one cmd_ function that reads like its own summary;
+// every flag is one row of `flags`, which drives parsing and -h alike. Results go to stdout,
+// figures and progress to stderr. This is the only file that prints or exits: the others return -1
+// and leave a sentence in err, which ends up in die(). A reply is always made the same way: the
+// question is prefilled, the first token sampled, and decode() feeds one row per unfinished reply
+// to forward().
+#define _POSIX_C_SOURCE 200809L
+#include <ctype.h>
+#include <errno.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "bench.h"
+#include "model.h"
+#include "policies.h"
+#include "tokenizer.h"
+
+enum { MAX_BATCH = 64 };
+static const double CHATTY = 0.7;  // temperature of generate and chat
+
+// What KVzip's authors put before every context (arXiv 2505.23416, their code).
+static const char TASK[] =
+    "Given the context, answer to the following question or request without explanation.\n\n";
+
+// ---- endings ----
+
+static volatile sig_atomic_t interrupted;  // the signal that asked us to stop
+
+static void on_signal(int sig) { interrupted = sig; }
+
+// Work stops at its next step, leaves no half-written file, and main exits with 128 + signal.
+// Without SA_RESTART, so that a read at the chat's prompt returns.
+static void catch_signals(void) {
+    struct sigaction sa = {.sa_handler = on_signal};
+    sigemptyset(&sa.sa_mask);
+    sigaction(SIGINT, &sa, NULL);
+    sigaction(SIGTERM, &sa, NULL);
+    sigaction(SIGHUP, &sa, NULL);
+}
+
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("run: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+    exit(1);
+}
+
+__attribute__((noreturn, format(printf, 2, 3))) static void die_usage(const char *command,
+                                                                     const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fprintf(stderr, "run: %s%s", command ? command : "", command ? ": " : "");
+    vfprintf(stderr, fmt, ap);
+    fprintf(stderr, " (run %s%s-h shows the usage)\n", command ? command : "", command ? " " : "");
+    va_end(ap);
+    exit(2);
+}
+
+__attribute__((noreturn)) static void die_memory(void) { die("out of memory"); }
+
+static void *allocate(size_t n, size_t size) {
+    void *p = calloc(n ? n : 1, size);
+    if (!p) die_memory();
+    return p;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- what goes to stdout ----
+
+__attribute__((noreturn)) static void die_stdout(void) { die("stdout: %s", strerror(errno)); }
+
+static void put(const void *p, size_t n) {
+    if (n > 0 && fwrite(p, 1, n, stdout) != n) die_stdout();
+}
+
+static void flush(void) {
+    if (fflush(stdout) != 0) die_stdout();
+}
+
+__attribute__((format(printf, 1, 2))) static void out(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    int n = vprintf(fmt, ap);
+    va_end(ap);
+    if (n < 0) die_stdout();
+}
+
+// Bytes of the character at s [n], or, with *ok false, of the longest broken piece of one.
+static int utf8_next(const unsigned char *s, size_t n, bool *ok) {
+    unsigned char lo = 0x80, hi = 0xbf;
+    int len = s[0] < 0x80 ? 1 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
+    *ok = s[0] < 0x80 || (s[0] >= 0xc2 && s[0] < 0xf5);
+    if (!*ok) return 1;
+    if (s[0] == 0xe0) lo = 0xa0;  // overlong
+    if (s[0] == 0xed) hi = 0x9f;  // surrogates
+    if (s[0] == 0xf0) lo = 0x90;  // overlong
+    if (s[0] == 0xf4) hi = 0x8f;  // above U+10FFFF
+    for (int i = 1; i < len; i++) {
+        *ok = (size_t)i < n && s[i] >= lo && s[i] <= hi;
+        if (!*ok) return i;
+        lo = 0x80, hi = 0xbf;
+    }
+    return len;
+}
+
+static void put_json_string(const char *text, size_t n) {
+    const unsigned char *s = (const unsigned char *)text;
+    put("\"", 1);
+    for (size_t i = 0; i < n;) {
+        bool ok;
+        int len = utf8_next(s + i, n - i, &ok);
+        if (!ok) put("\xef\xbf\xbd", 3);
+        else if (s[i] == '"' || s[i] == '\\') out("\\%c", s[i]);
+        else if (s[i] == '\n') put("\\n", 2);
+        else if (s[i] < 0x20 || s[i] == 0x7f) out("\\u%04x", s[i]);
+        else put(s + i, len);
+        i += len;
+    }
+    put("\"", 1);
+}
+
+static void put_json_number(double v) {
+    if (isfinite(v)) out("%.9g", v);
+    else put("null", 4);
+}
+
+// A printf for JSON: ' stands for the double quote, %s and %.*s print escaped strings (NULL: null),
+// %g a number or null; %d, %ld and %zu as ever.
+__attribute__((format(printf, 1, 2))) static void json(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    for (const char *p = fmt; *p; p++) {
+        if (*p != '%') {
+            put(*p == '\'' ? "\"" : p, 1);
+        } else if (*++p == 's') {
+            const char *s = va_arg(ap, const char *);
+            if (s) put_json_string(s, strlen(s));
+            else put("null", 4);
+        } else if (*p == '.') {
+            int n = va_arg(ap, int);
+            put_json_string(va_arg(ap, const char *), n);
+            p += 2;
+        } else if (*p == 'g') {
+            put_json_number(va_arg(ap, double));
+        } else if (*p == 'd') {
+            out("%d", va_arg(ap, int));
+        } else if (*p == 'l') {
+            out("%ld", va_arg(ap, long));
+            p++;
+        } else {
+            out("%zu", va_arg(ap, size_t));
+            p++;
+        }
+    }
+    va_end(ap);
+}
+
+static const char *size_text(char buf[32], double bytes) {
+    static const char *const unit[] = {"B", "KB", "MB", "GB", "TB"};
+    int u = 0;
+    for (; bytes >= 1000 && u < 4; u++) bytes /= 1000;
+    snprintf(buf, 32, u == 0 ? "%.0f %s" : "%.1f %s", bytes, unit[u]);
+    return buf;
+}
+
+// ---- flags ----
+
+enum {
+    GENERATE = 1, CHAT = 2, COMPRESS = 4, ASK = 8, SCORE = 16, LOGITS = 32, TOKENIZE = 64,
+    INFO = 128, BENCH = 256, ALL = 511,
+    ANSWERS = GENERATE | CHAT | ASK, CONTEXT = COMPRESS | SCORE, RUNS = ALL & ~(TOKENIZE | INFO)
+};
+
+typedef struct {
+    const char *prompt, *file, *ids, *out, *cache, *system, *task, *answer_prefix, *stop;
+    const char *policy, *set, *isa;
+    long threads, n, seed, n_prefix, chunk, batch;
+    double temp, top_p, ratio;
+    int level, score_attn, kv;  // which of the flag's choices; kv -1 when not given
+    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, json, quiet;
+    BenchList depths, ratios, prompts, batches;
+    const char *command;
+    char **args;  // [n_args] what is left: MODEL, CACHE, questions
+    int n_args;
+} Options;
+
+static const Options defaults = {
+    .policy = "kvzip", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .batch = 1, .temp = -1,
+    .top_p = 0.95, .ratio = 0.3, .kv = -1, .depths = {{0, 1024}, 2}, .ratios = {{1, 0.3}, 2},
+    .prompts = {{512}, 1}, .batches = {{1, 4}, 2}};
+
+typedef enum { SWITCH, TEXT, COUNT, REAL, CHOICE, LIST } FlagKind;
+
+typedef struct {
+    const char *name, *value;
+    FlagKind kind;
+    size_t at;            // where in Options
+    double lo, hi;        // of COUNT, REAL and LIST
+    const char *choices;  // of CHOICE, "f16|f32"
+    unsigned takes;       // subcommands whose -h lists it
+    unsigned also;        // others that accept it, so that one set of flags fits a whole script
+    const char *help;
+} Flag;
+
+#define AT(field) offsetof(Options, field)
+#define RATIO_MIN 1e-6
+static const Flag flags[] = {
+    {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH), 0,
+     "the text; - reads stdin"},
+    {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, TOKENIZE, 0, "the text (default: stdin)"},
+    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH), 0,
+     "a file with the text; - reads stdin"},
+    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, TOKENIZE, 0, "a file with the text or the ids"},
+    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, ASK, 0,
+     "questions, one a line; the start of the answer may follow after a tab"},
+    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL, ALL & ~(CHAT | ASK | BENCH | INFO), 0,
+     "token ids instead of a text, decimal, white space between"},
+    {"--n-prefix", "N", COUNT, AT(n_prefix), 0, INT_MAX, NULL, CONTEXT, 0,
+     "with --ids: the first N are the protected prefix (default 0)"},
+    {"-o", "OUT", TEXT, AT(out), 0, 0, NULL, CONTEXT | LOGITS, 0, "the file to write"},
+    {"-c", "CACHE", TEXT, AT(cache), 0, 0, NULL, CHAT | LOGITS, 0,
+     "continue after a saved context"},
+    {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH, 0,
+     "who scores (default kvzip):"},
+    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH, 0, "parameters of the policy"},
+    {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS, SCORE,
+     "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
+    {"--level", "LEVEL", CHOICE, AT(level), 0, 0, "pair|uniform|head", COMPRESS | BENCH, SCORE,
+     "the best pairs of all heads (default), as many of each, or whole heads"},
+    {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS, SCORE,
+     "the authors' threshold rule, which drops ties, instead of the exact count"},
+    {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH, 0,
+     "tokens repeated at a time (default 2000)"},
+    {"--score-attn", "HOW", CHOICE, AT(score_attn), 0, 0, "full|local", CONTEXT, BENCH,
+     "the repeated text sees all of the context (default), or its own part"},
+    {"--system", "TEXT", TEXT, AT(system), 0, 0, NULL, CHAT | CONTEXT, 0,
+     "system text of the chat"},
+    {"--task", "TEXT", TEXT, AT(task), 0, 0, NULL, CONTEXT, 0,
+     "what stands before the context instead of a request to answer briefly"},
+    {"--raw", NULL, SWITCH, AT(raw), 0, 0, NULL, ASK | CONTEXT, 0,
+     "no chat template: context and questions are taken as they are"},
+    {"--answer-prefix", "TEXT", TEXT, AT(answer_prefix), 0, 0, NULL, ASK, 0,
+     "the start of every answer, which small models need"},
+    {"--stop", "TEXT", TEXT, AT(stop), 0, 0, NULL, ANSWERS, 0, "end an answer after this text"},
+    {"--keep", NULL, SWITCH, AT(keep), 0, 0, NULL, ASK, 0,
+     "each question sees the ones before it and their answers"},
+    {"--batch", "N", COUNT, AT(batch), 1, MAX_BATCH, NULL, ASK, 0,
+     "questions answered together (default 1); answers come when all are done"},
+    {"--ignore-eos", NULL, SWITCH, AT(ignore_eos), 0, 0, NULL, ANSWERS, 0,
+     "do not stop at stop tokens"},
+    {"--special", NULL, SWITCH, AT(special), 0, 0, NULL, TOKENIZE, 0,
+     "recognize the text of special tokens"},
+    {"--bos", NULL, SWITCH, AT(bos), 0, 0, NULL, TOKENIZE, 0,
+     "add what the model's tokenizer adds"},
+    {"--decode", NULL, SWITCH, AT(decode), 0, 0, NULL, TOKENIZE, 0, "ids to bytes, nothing added"},
+    {"--prompt", "N,..", LIST, AT(prompts), 1, 1 << 24, NULL, BENCH, 0,
+     "prefill lengths (default 512)"},
+    {"--depth", "D,..", LIST, AT(depths), 0, 1 << 24, NULL, BENCH, 0,
+     "tokens read before decoding (default 0,1024)"},
+    {"--ratio", "R,..", LIST, AT(ratios), RATIO_MIN, 1, NULL, BENCH, 0,
+     "shares of them kept (default 1,0.3)"},
+    {"--batch", "B,..", LIST, AT(batches), 1, MAX_BATCH, NULL, BENCH, 0,
+     "sequences decoding together (default 1,4)"},
+    {"-n", "N", COUNT, AT(n), 0, INT_MAX, NULL, GENERATE, ALL, "tokens at most (default 256)"},
+    {"-n", "N", COUNT, AT(n), 0, INT_MAX, NULL, CHAT, ALL,
+     "tokens of an answer at most (default 512)"},
+    {"-n", "N", COUNT, AT(n), 0, INT_MAX, NULL, ASK, ALL,
+     "tokens of an answer at most (default 96)"},
+    {"-n", "N", COUNT, AT(n), 1, 4096, NULL, BENCH, ALL, "tokens of a decode run (default 32)"},
+    {"--temp", "T", REAL, AT(temp), 0, 100, NULL, GENERATE | CHAT, ALL,
+     "temperature (default 0.7; 0: always the likeliest token)"},
+    {"--temp", "T", REAL, AT(temp), 0, 100, NULL, ASK, ALL,
+     "temperature (default 0: the likeliest token)"},
+    {"--top-p", "P", REAL, AT(top_p), 0, 1, NULL, ANSWERS, ALL,
+     "sample from the likeliest tokens that have this share (default 0.95)"},
+    {"--seed", "S", COUNT, AT(seed), 0, INT_MAX, NULL, ANSWERS, ALL,
+     "of the sampling (default: the clock)"},
+    {"-j", "N", COUNT, AT(threads), 1, 1024, NULL, RUNS, ALL, "threads (default: one per core)"},
+    {"--isa", "SET", TEXT, AT(isa), 0, 0, NULL, RUNS, ALL,
+     "scalar, avx2, avx512 or neon (default: the best)"},
+    {"--kv", "TYPE", CHOICE, AT(kv), 0, 0, "f16|f32", RUNS, ALL,
+     "numbers of the cache (default f16)"},
+    {"--json", NULL, SWITCH, AT(json), 0, 0, NULL, ALL, ALL, "one JSON object a line"},
+    {"-q", NULL, SWITCH, AT(quiet), 0, 0, NULL, ALL, ALL, "no progress, no figures"},
+};
+enum { N_FLAGS = sizeof flags / sizeof *flags };
+
+typedef struct {
+    const char *name;
+    unsigned bit;
+    const char *args;
+    int min_args, max_args;
+    int (*run)(const Options *o);
+    const char *help;      // one line
+    const char *examples;  // after the flags
+} Command;
+
+// The row of `name` that the subcommand lists, or else one that it accepts.
+static const Flag *flag_find(const char *name, size_t len, unsigned command) {
+    const Flag *found = NULL;
+    for (int i = 0; i < N_FLAGS; i++) {
+        const Flag *f = &flags[i];
+        if (strlen(f->name) != len || memcmp(f->name, name, len) != 0) continue;
+        if (f->takes & command) return f;
+        if (!found && (f->also & command)) found = f;
+    }
+    return found;
+}
+
+static bool parse_number(const char *text, const Flag *f, double *v) {
+    char *end;
+    errno = 0;
+    *v = f->kind == COUNT ? (double)strtol(text, &end, 10) : strtod(text, &end);
+    return errno == 0 && end != text && *end == '\0' && *v >= f->lo && *v <= f->hi;
+}
+
+static bool parse_list(const char *text, const Flag *f, BenchList *list) {
+    char item[64];
+    for (list->n = 0; list->n < BENCH_LIST; text++) {
+        size_t len = strcspn(text, ",");
+        if (len >= sizeof item) return false;
+        memcpy(item, text, len);
+        item[len] = '\0';
+        if (!parse_number(item, f, &list->v[list->n++])) return false;
+        text += len;
+        if (*text == '\0') return true;
+    }
+    return false;
+}
+
+static bool parse_choice(const char *text, const char *choices, int *index) {
+    size_t len = strlen(text);
+    for (*index = 0;; (*index)++) {
+        size_t n = strcspn(choices, "|");
+        if (n == len && memcmp(choices, text, n) == 0) return true;
+        if (choices[n] == '\0') return false;
+        choices += n + 1;
+    }
+}
+
+static void flag_set(Options *o, const Flag *f, const char *value) {
+    void *at = (char *)o + f->at;
+    double v = 0;
+    switch (f->kind) {
+        case SWITCH: *(bool *)at = true; break;
+        case TEXT: *(const char **)at = value; break;
+        case CHOICE:
+            if (!parse_choice(value, f->choices, (int *)at))
+                die_usage(o->command, "%s %s: needs one of %s", f->name, value, f->choices);
+            break;
+        case LIST:
+            if (!parse_list(value, f, (BenchList *)at))
+                die_usage(o->command, "%s %s: needs at most %d numbers from %.10g to %.10g",
+                          f->name, value, BENCH_LIST, f->lo, f->hi);
+            break;
+        default:
+            if (!parse_number(value, f, &v))
+                die_usage(o->command, "%s %s: needs a %s from %.10g to %.10g", f->name, value,
+                          f->kind == COUNT ? "whole number" : "number", f->lo, f->hi);
+            if (f->kind == COUNT) *(long *)at = (long)v;
+            else *(double *)at = v;
+    }
+}
+
+// Fills o from argv; what is no flag is moved to the front of argv and becomes o->args.
+static void parse_options(Options *o, const Command *c, int argc, char **argv) {
+    *o = defaults;
+    o->command = c->name;
+    o->args = argv;
+    bool only_args = false;
+    for (int i = 0; i < argc; i++) {
+        char *arg = argv[i];
+        if (only_args || arg[0] != '-' || arg[1] == '\0') {
+            o->args[o->n_args++] = arg;
+            continue;
+        }
+        if (strcmp(arg, "--") == 0) {
+            only_args = true;
+            continue;
+        }
+        const char *value = arg[1] == '-' ? strchr(arg, '=') : NULL;
+        size_t len = value ? (size_t)(value - arg) : strlen(arg);
+        const Flag *f = flag_find(arg, len, c->bit);
+        if (!f) die_usage(c->name, "unknown flag %s", arg);
+        if (value) value++;
+        if (value && f->kind == SWITCH) die_usage(c->name, "%s takes no value", f->name);
+        if (!value && f->kind != SWITCH) {
+            if (i + 1 == argc) die_usage(c->name, "%s: its value %s is missing", f->name, f->value);
+            value = argv[++i];
+        }
+        flag_set(o, f, value);
+    }
+    if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);
+    if (o->n_args > c->max_args)
+        die_usage(c->name, "unexpected argument '%s'", o->args[c->max_args]);
+}
+
+static void print_help(const Command *c) {
+    out("usage: run %s %s [flags]\n  %s\n\nflags:\n", c->name, c->args, c->help);
+    for (int i = 0; i < N_FLAGS; i++) {
+        const Flag *f = &flags[i];
+        if (!(f->takes & c->bit)) continue;
+        char head[32];
+        snprintf(head, sizeof head, "%s %s", f->name, f->value ? f->value : "");
+        out("  %-22s%s%s%s\n", head, f->choices ? f->choices : "", f->choices ? ": " : "", f->help);
+        if (f->at == AT(policy))
+            for (const Policy *p = policies; p->name; p++)
+                out("  %-22s  %s: %s\n", "", p->name, p->help);
+    }
+    out("  %-22s%s\n\nexamples:\n%s", "-h", "this text", c->examples);
+}
+
+// ---- what comes in ----
+
+typedef struct {
+    char *s;  // [n] bytes and a NUL
+    size_t n, cap;
+} Buffer;
+
+static void buffer_add(Buffer *b, const char *s, size_t n) {
+    if (b->n + n + 1 > b->cap) {
+        b->cap = 2 * (b->n + n) + 256;
+        b->s = realloc(b->s, b->cap);
+        if (!b->s) die_memory();
+    }
+    memcpy(b->s + b->n, s, n);
+    b->s[b->n += n] = '\0';
+}
+
+// The whole file, or stdin for "-".
+static Buffer read_all(const char *path) {
+    Buffer b = {0};
+    char block[1 << 16];
+    bool is_stdin = strcmp(path, "-") == 0;
+    FILE *f = is_stdin ? stdin : fopen(path, "rb");
+    if (!f) die("%s: %s", path, strerror(errno));
+    buffer_add(&b, "", 0);
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) buffer_add(&b, block, n);
+    if (ferror(f)) die("%s: %s", is_stdin ? "stdin" : path, strerror(errno));
+    if (!is_stdin) fclose(f);
+    return b;
+}
+
+// What -p, -f or --ids gives; without any, the file at fallback. Two of them are wrong usage.
+static Buffer read_text(const Options *o, const char *fallback) {
+    Buffer b = {0};
+    if ((o->prompt != NULL) + (o->file != NULL) + (o->ids != NULL) > 1)
+        die_usage(o->command, "only one of -p, -f and --ids can be given");
+    if (o->prompt && strcmp(o->prompt, "-") != 0) {
+        buffer_add(&b, o->prompt, strlen(o->prompt));
+        return b;
+    }
+    const char *path = o->prompt ? o->prompt : o->file ? o->file : o->ids ? o->ids : fallback;
+    if (!path) die_usage(o->command, "needs -p TEXT, -f FILE or --ids FILE");
+    return read_all(path);
+}
+
+static const char *piped_input(void) { return isatty(STDIN_FILENO) ? NULL : "-"; }
+
+static void push_id(Ids *ids, int id) {
+    if (ids_push(ids, id) != 0) die_memory();
+}
+
+// Decimal ids below vocab, white space between them.
+static void parse_ids(const Buffer *text, const char *from, int vocab, Ids *ids) {
+    const char *p = text->s, *end = text->s + text->n;
+    while (p < end) {
+        if (isspace((unsigned char)*p)) {
+            p++;
+            continue;
+        }
+        long id = 0;
+        const char *start = p;
+        while (p < end && isdigit((unsigned char)*p) && id < vocab) id = 10 * id + (*p++ - '0');
+        if (id >= vocab || (p < end && !isspace((unsigned char)*p))) {
+            while (p < end && !isspace((unsigned char)*p)) p++;
+            die("%s: '%.*s' at byte %ld is not a token id from 0 to %d", from,
+                (int)(p - start > 40 ? 40 : p - start), start, (long)(start - text->s), vocab - 1);
+        }
+        push_id(ids, (int)id);
+    }
+}
+
+static void encode(const Tokenizer *tok, const char *text, size_t n, unsigned how, Ids *ids) {
+    if (tokenizer_encode(tok, text, n, how, ids) != 0) die_memory();
+}
+
+static void encode_template(const Tokenizer *tok, const char *piece, Ids *ids) {
+    encode(tok, piece, strlen(piece), TOK_SPECIAL, ids);
+}
+
+// White space at both ends left out; the result points into s.
+static const char *stripped(const char *s, size_t n, size_t *length) {
+    while (n > 0 && isspace((unsigned char)s[n - 1])) n--;
+    while (n > 0 && isspace((unsigned char)*s)) s++, n--;
+    *length = n;
+    return s;
+}
+
+static bool same_file(const char *path, const struct stat *other) {
+    struct stat st;
+    return path && stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
+}
+
+// Before any work: -o is given, its directory takes files, and it is none of the files read.
+static void check_output(const Options *o) {
+    struct stat st;
+    if (!o->out) die_usage(o->command, "needs -o OUT");
+    const char *slash = strrchr(o->out, '/');
+    Buffer dir = {0};
+    buffer_add(&dir, slash ? o->out : ".", slash ? (size_t)(slash - o->out) + 1 : 1);
+    if (stat(dir.s, &st) != 0 || access(dir.s, W_OK | X_OK) != 0)
+        die("%s: cannot be written: %s", o->out, strerror(errno));
+    free(dir.s);
+    if (stat(o->out, &st) != 0) {
+        if (errno != ENOENT) die("%s: cannot be written: %s", o->out, strerror(errno));
+        return;
+    }
+    if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", o->out);
+    const char *const inputs[] = {o->args[0], o->file, o->ids, o->cache};
+    for (int i = 0; i < 4; i++)
+        if (same_file(inputs[i], &st))
+            die("%s: is read by this command, so it cannot be -o", o->out);
+}
+
+// ---- a session: everything that is open while a subcommand runs ----
+
+typedef struct {
+    float p;
+    int id;
+} Choice;
+
+typedef struct {
+    const Options *o;
+    ThreadPool *pool;
+    Model model;
+    Tokenizer *tok;
+    RunState state;
+    KVCache kv;
+    KVInfo info;      // of a loaded cache
+    double temp;
+    uint64_t random;
+    Choice *choices;  // [vocab_size] of the sampler
+    bool warned;      // about positions that the model was not trained for
+} Session;
+
+static void warn(const Session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void warn(const Session *s, const char *fmt, ...) {
+    va_list ap;
+    if (s->o->quiet) return;
+    va_start(ap, fmt);
+    fputs("run: warning: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+}
+
+// Model and tokenizer alone.
+static void open_model(Session *s, const Options *o) {
+    char err[ERR_LEN];
+    *s = (Session){.o = o};
+    if (model_open(&s->model, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    s->tok = tokenizer_open(&s->model.file, err);
+    if (!s->tok) die("%s: %s", o->args[0], err);
+}
+
+// Workers are made with signals blocked: one that arrives wakes the thread that reads the prompt.
+static ThreadPool *open_pool(long n) {
+    sigset_t block, before;
+    sigfillset(&block);
+    pthread_sigmask(SIG_SETMASK, &block, &before);
+    ThreadPool *pool = pool_open(n > 0 ? (int)n : cores_online());
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!pool) die("-j %ld: the threads cannot be made", n > 0 ? n : (long)cores_online());
+    return pool;
+}
+
+static void open_cache(Session *s, const char *path) {
+    char err[ERR_LEN];
+    KVShape shape = model_kv_shape(&s->model);
+    if (!path) {
+        if (kvcache_open(&s->kv, &shape, s->o->kv == 1 ? KV_F32 : KV_F16, s->pool, err) != 0)
+            die("%s", err);
+        return;
+    }
+    const char *fingerprint = s->model.fingerprint;
+    if (kvcache_load(&s->kv, &shape, fingerprint, s->pool, path, &s->info, err) != 0)
+        die("%s: %s", path, err);
+    const char *type = kvcache_type_name(s->kv.type);
+    if (s->o->kv >= 0 && (s->o->kv == 1) != (s->kv.type == KV_F32))
+        warn(s, "%s holds %s pairs, --kv does not change that", path, type);
+}
+
+// Opens model, threads, scratch and the cache: empty, or the saved one at path.
+static void open_session(Session *s, const Options *o, const char *path, int max_logits) {
+    char err[ERR_LEN];
+    if (kernels_init(o->isa) != 0)
+        die_usage(o->command, "--isa %s: this machine or this program has no such set",
+                  o->isa ? o->isa : "");
+    open_model(s, o);
+    s->pool = open_pool(o->threads);
+    if (state_open(&s->state, &s->model, s->pool, MAX_ROWS, max_logits, err) != 0) die("%s", err);
+    open_cache(s, path);
+    s->random = o->seed >= 0 ? (uint64_t)o->seed
+                             : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    s->choices = allocate(s->model.config.vocab_size, sizeof *s->choices);
+}
+
+static void close_session(Session *s) {
+    free(s->choices);
+    kvcache_close(&s->kv);
+    state_close(&s->state);
+    tokenizer_close(s->tok);
+    model_close(&s->model);
+    pool_close(s->pool);
+}
+
+static int new_sequence(Session *s) {
+    char err[ERR_LEN];
+    int seq = kvcache_new(&s->kv, err);
+    if (seq < 0) die("%s", err);
+    return seq;
+}
+
+static void warn_length(Session *s, long positions) {
+    if (s->warned || positions <= s->model.config.seq_len) return;
+    s->warned = true;
+    warn(s, "%ld positions, but the model was trained for %d", positions, s->model.config.seq_len);
+}
+
+// ---- progress ----
+
+typedef struct {
+    bool on;           // on a terminal, not with -q
+    const char *what;  // the work that started at `start`
+    double start, last, shown;
+} Progress;
+
+static Progress progress_begin(const Session *s) {
+    return (Progress){.on = !s->o->quiet && isatty(STDERR_FILENO), .last = now()};
+}
+
+// Called as work goes on; nonzero asks it to stop. Redraws the bar, ten times a second at most and
+// not for what takes no time.
+static int progress_step(void *arg, const char *what, long done, long total) {
+    static const char full[] = "##############################";
+    enum { WIDTH = sizeof full - 1 };
+    Progress *p = arg;
+    double t = now();
+    if (p->what != what) p->start = p->last;
+    p->what = what;
+    p->last = t;
+    double elapsed = t - p->start;
+    if (done > total) done = total;
+    if (p->on && done > 0 && elapsed >= 0.5 && t - p->shown >= 0.1) {
+        int bar = (int)(WIDTH * done / total), left = (int)(elapsed / done * (total - done) + 0.5);
+        fprintf(stderr, "\r%-8s [%.*s%*s] %3ld%%  %.0f tokens/s  %d:%02d left \033[K", what, bar,
+                full, WIDTH - bar, "", 100 * done / total, done / elapsed, left / 60, left % 60);
+        p->shown = t;
+    }
+    return interrupted != 0;
+}
+
+static void progress_end(const Progress *p) {
+    if (p->on && p->shown > 0) fputs("\r\033[K", stderr);
+}
+
+// ---- sampling ----
+
+static int argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+static double next_random(uint64_t *state) {  // splitmix64, [0, 1)
+    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
+static int by_share(const void *a, const void *b) {
+    const Choice *x = a, *y = b;
+    return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->id - y->id;
+}
+
+// Keeps the likeliest choices that together reach top_p; returns how many. What is below an even
+// share of the rest cannot be among them, so that few are sorted (llama2.c).
+static int cut_tail(Choice *c, int n, double sum, double top_p) {
+    double least = n > 1 ? (1 - top_p) / (n - 1) * sum : 0, reached = 0;
+    int kept = 0, taken = 0;
+    for (int i = 0; i < n; i++)
+        if (c[i].p >= least) c[kept++] = c[i];
+    qsort(c, kept, sizeof *c, by_share);
+    while (taken < kept && (taken == 0 || reached < top_p * sum)) reached += c[taken++].p;
+    return taken;
+}
+
+static int sample(Session *s, const float *logits) {
+    int n = s->model.config.vocab_size, best = argmax(logits, n);
+    if (s->temp == 0) return best;
+    Choice *c = s->choices;
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        c[i] = (Choice){expf((logits[i] - logits[best]) / (float)s->temp), i};
+        sum += c[i].p;
+    }
+    if (s->o->top_p < 1) {
+        n = cut_tail(c, n, sum, s->o->top_p);
+        sum = 0;
+        for (int i = 0; i < n; i++) sum += c[i].p;
+    }
+    double at = next_random(&s->random) * sum;
+    for (int i = 0; i < n; i++)
+        if ((at -= c[i].p) < 0) return c[i].id;
+    return best;
+}
+
+// ---- replies ----
+
+typedef struct {
+    int seq;
+    Ids ids;            // sampled so far; stop ids are not among them
+    int n_fed;          // how many of them the cache holds
+    Buffer text;        // the answer prefix, then what the ids print; control tokens print nothing
+    size_t n_prefix;    // bytes of the answer prefix
+    size_t shown;       // bytes of text that went to stdout
+    TokStream stream;
+    bool show, strip;   // print while it grows; leave out white space at both ends
+    bool done;
+    int limit;          // ids at most
+    int n_prompt;
+    double prefill_s, decode_s;
+} Reply;
+
+// Appends ids to seq and leaves the last one's logits in the state. Stops early when interrupted.
+static void prefill(Session *s, int seq, const int *ids, int n) {
+    char err[ERR_LEN];
+    Row rows[MAX_ROWS];
+    warn_length(s, (long)s->kv.seqs[seq].next_pos + n);
+    Progress p = progress_begin(s);
+    int rc = 0;
+    for (int done = 0; done < n && rc == 0;) {
+        int take = n - done < s->state.max_rows ? n - done : s->state.max_rows;
+        for (int i = 0; i < take; i++) rows[i] = (Row){seq, ids[done + i], done + i == n - 1};
+        rc = forward(&s->state, &s->kv, rows, take, err);
+        done += take;
+        if (progress_step(&p, "read", done, n) != 0) break;
+    }
+    progress_end(&p);
+    if (rc != 0) die("%s", err);
+}
+
+static const char *reply_text(const Reply *r, size_t *n) {
+    *n = r->text.n;
+    return r->strip ? stripped(r->text.s, r->text.n, n) : r->text.s;
+}
+
+static void reply_show(Reply *r) {
+    size_t n;
+    const char *text = reply_text(r, &n);
+    if (!r->show || n <= r->shown) return;
+    put(text + r->shown, n - r->shown);
+    flush();
+    r->shown = n;
+}
+
+// Adds bytes to the answer, which ends right after the text of --stop.
+static void reply_add(Reply *r, const char *bytes, int n, const char *stop) {
+    size_t len = stop ? strlen(stop) : 0, at = r->text.n;
+    buffer_add(&r->text, bytes, n);
+    if (len == 0) return;
+    at = at >= r->n_prefix + len ? at - (len - 1) : r->n_prefix;
+    for (; at + len <= r->text.n; at++)
+        if (memcmp(r->text.s + at, stop, len) == 0) {
+            r->text.n = at + len;
+            r->stream.n_held = 0;
+            r->done = true;
+            return;
+        }
+}
+
+static void reply_take(const Session *s, Reply *r, int id) {
+    char bytes[TOK_STREAM_MAX];
+    r->done = !s->o->ignore_eos && tokenizer_is_stop(s->tok, id);
+    if (r->done) return;
+    push_id(&r->ids, id);
+    if (!tokenizer_is_special(s->tok, id))
+        reply_add(r, bytes, tokenizer_stream(s->tok, &r->stream, id, bytes), s->o->stop);
+    if (r->ids.n >= r->limit) r->done = true;
+    reply_show(r);
+}
+
+// Reads the question's ids into r->seq and takes the first token of the answer.
+static void reply_begin(Session *s, Reply *r, const Ids *ids) {
+    double start = now();
+    r->stream.started = true;  // a continuation: its leading space belongs to it
+    r->n_prompt = ids->n;
+    r->n_prefix = r->text.n;
+    prefill(s, r->seq, ids->id, ids->n);
+    if (interrupted || r->limit == 0) r->done = true;
+    else reply_take(s, r, sample(s, s->state.logits));
+    r->prefill_s = now() - start;
+}
+
+static void reply_free(Reply *r) {
+    ids_free(&r->ids);
+    free(r->text.s);
+    *r = (Reply){0};
+}
+
+// One step of the replies that are not done, a row each. Returns how many those were.
+static int decode_step(Session *s, Reply *r, int n) {
+    char err[ERR_LEN];
+    Row rows[MAX_BATCH];
+    Reply *live[MAX_BATCH];
+    int n_live = 0, vocab = s->model.config.vocab_size;
+    double start = now();
+    for (int i = 0; i < n; i++) {
+        if (r[i].done) continue;
+        rows[n_live] = (Row){r[i].seq, r[i].ids.id[r[i].ids.n - 1], true};
+        live[n_live++] = &r[i];
+        warn_length(s, (long)s->kv.seqs[r[i].seq].next_pos + 1);
+    }
+    if (n_live > 0 && forward(&s->state, &s->kv, rows, n_live, err) != 0) die("%s", err);
+    for (int i = 0; i < n_live; i++) {
+        live[i]->n_fed++;
+        reply_take(s, live[i], sample(s, s->state.logits + (size_t)i * vocab));
+    }
+    for (int i = 0; i < n_live; i++) live[i]->decode_s += now() - start;
+    return n_live;
+}
+
+// Goes on with n replies together until all are done or the user stops them.
+static void decode(Session *s, Reply *r, int n) {
+    char bytes[TOK_STREAM_MAX];
+    while (!interrupted && decode_step(s, r, n) > 0) continue;
+    for (int i = 0; i < n; i++) {
+        buffer_add(&r[i].text, bytes, tokenizer_stream(s->tok, &r[i].stream, -1, bytes));
+        reply_show(&r[i]);
+    }
+}
+
+// Tokens per second of the decode steps; the first token came with the prompt.
+static double reply_rate(const Reply *r) { return r->n_fed > 0 ? r->n_fed / r->decode_s : 0; }
+
+static void reply_figures(const Session *s, const Reply *r) {
+    if (s->o->quiet) return;
+    fprintf(stderr, "[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s]\n",
+            r->n_prompt, r->prefill_s, r->n_prompt / r->prefill_s, r->ids.n, r->decode_s,
+            reply_rate(r));
+}
+
+static int exit_code(void) { return interrupted ? 128 + interrupted : 0; }
+
+// ---- generate ----
+
+// The ids of -p, -f or --ids, whose content is text.
+static void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *ids) {
+    if (s->o->ids) parse_ids(text, s->o->ids, s->model.config.vocab_size, ids);
+    else encode(s->tok, text->s, text->n, how, ids);
+}
+
+static int cmd_generate(const Options *o) {
+    Session s;
+    Ids ids = {0};
+    Buffer text = read_text(o, piped_input());
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    input_ids(&s, &text, TOK_BOS, &ids);
+    if (ids.n == 0) die("nothing to continue: the prompt is empty");
+    s.temp = o->temp < 0 ? CHATTY : o->temp;
+    Reply r = {.seq = new_sequence(&s), .show = !o->json, .limit = o->n < 0 ? 256 : (int)o->n};
+    reply_begin(&s, &r, &ids);
+    decode(&s, &r, 1);
+    if (o->json) {
+        json("{'text': %.*s, 'ids': [", (int)r.text.n, r.text.s);
+        for (int i = 0; i < r.ids.n; i++) out(i ? ", %d" : "%d", r.ids.id[i]);
+        json("], 'n_prompt': %d, 'n_answer': %d, 'prefill_s': %g, ", r.n_prompt, r.ids.n,
+             r.prefill_s);
+        json("'seconds': %g, 'tokens_per_s': %g}\n", r.prefill_s + r.decode_s, reply_rate(&r));
+    } else if (r.text.n > 0 && r.text.s[r.text.n - 1] != '\n') {
+        put("\n", 1);
+    }
+    flush();
+    reply_figures(&s, &r);
+    reply_free(&r);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return exit_code();
+}
+
+// ---- questions ----
+
+typedef struct {
+    char *text, *prefix;  // the start of the answer, "" where there is none
+} Question;
+
+// Where questions come from: arguments first, then the lines of a file.
+typedef struct {
+    char **args;
+    int n_args, at;
+    FILE *file;         // NULL: arguments only
+    const char *name;
+    bool person;        // somebody types them
+    const char *prefix; // where a line has none of its own
+    char *line;
+    size_t cap;
+} Questions;
+
+static char *copy_text(const char *s, size_t n) {
+    Buffer b = {0};
+    buffer_add(&b, s, n);
+    return b.s;
+}
+
+// The next line, without its newline. A first Ctrl-C at the prompt is forgiven, a second ends all.
+static bool read_line(Questions *q, size_t *n) {
+    for (int tries = 0; tries < 2; tries++) {
+        if (q->person) fputs("> ", stderr);
+        ssize_t got = getline(&q->line, &q->cap, q->file);
+        if (got >= 0) {
+            *n = (size_t)got;
+            while (*n > 0 && (q->line[*n - 1] == '\n' || q->line[*n - 1] == '\r')) (*n)--;
+            return true;
+        }
+        if (!interrupted && ferror(q->file)) die("%s: %s", q->name, strerror(errno));
+        if (q->person) fputc('\n', stderr);
+        if (interrupted != SIGINT || !q->person) return false;
+        interrupted = 0;
+        clearerr(q->file);
+        if (tries == 0) fputs("(Ctrl-C again or Ctrl-D ends)\n", stderr);
+    }
+    return false;
+}
+
+// Blank ones are left out. In a line the start of the answer may follow after a tab.
+static bool next_question(Questions *q, Question *next) {
+    size_t n, length;
+    while (q->at < q->n_args || q->file) {
+        const char *s, *prefix = q->prefix ? q->prefix : "";
+        size_t n_prefix = strlen(prefix);
+        if (q->at < q->n_args) {
+            s = q->args[q->at++];
+            n = strlen(s);
+        } else {
+            if (!read_line(q, &n)) return false;
+            s = q->line;
+            const char *tab = memchr(s, '\t', n);
+            if (tab) {
+                prefix = tab + 1;
+                n_prefix = (size_t)(s + n - prefix);
+                n = (size_t)(tab - s);
+            }
+        }
+        stripped(s, n, &length);
+        if (length == 0) continue;
+        *next = (Question){copy_text(s, n), copy_text(prefix, n_prefix)};
+        return true;
+    }
+    return false;
+}
+
+// A conversation. On a saved context the first question follows it directly, as KVzip's authors
+// ask, and so does every question where the model has no chat template; later ones are turns of a
+// chat.
+typedef struct {
+    bool on_context, keep;
+    int seq, n_turns;
+    Ids pending;  // the end of the last answer, which the cache does not hold yet
+} Talk;
+
+static void question_ids(const Session *s, const Talk *t, const Question *q, Ids *ids) {
+    const ChatTemplate *chat = tokenizer_chat(s->tok);
+    bool first = t->n_turns == 0, begins = first && !t->on_context;
+    size_t n;
+    const char *words = stripped(q->text, strlen(q->text), &n);
+    for (int i = 0; i < t->pending.n; i++) push_id(ids, t->pending.id[i]);
+    Buffer text = {0};
+    if (s->o->raw) {
+        encode(s->tok, q->text, strlen(q->text), 0, ids);
+    } else if (!chat->present || (first && t->on_context)) {
+        if (begins) encode_template(s->tok, chat->kvzip_prefix, ids);
+        buffer_add(&text, "\n\n", 2);
+        buffer_add(&text, words, n);
+        encode(s->tok, text.s, text.n, 0, ids);
+        encode_template(s->tok, chat->kvzip_postfix, ids);
+    } else {
+        const char *system = begins ? s->o->system : NULL;
+        buffer_add(&text, words, n);
+        if ((system && tokenizer_turn(s->tok, 's', system, true, false, ids) != 0) ||
+            tokenizer_turn(s->tok, 'u', text.s, begins && !system, system != NULL, ids) != 0 ||
+            tokenizer_generation(s->tok, ids) != 0)
+            die_memory();
+    }
+    encode(s->tok, q->prefix, strlen(q->prefix), 0, ids);
+    free(text.s);
+}
+
+// What the cache lacks of the last turn: tokens not fed, and the template's end of an answer.
+static void close_turn(const Session *s, Talk *t, const Reply *r) {
+    t->n_turns++;
+    t->seq = r->seq;
+    t->pending.n = 0;
+    for (int i = r->n_fed; i < r->ids.n; i++) push_id(&t->pending, r->ids.id[i]);
+    if (!s->o->raw) encode_template(s->tok, tokenizer_chat(s->tok)->assistant_suffix, &t->pending);
+}
+
+static void print_reply(const Session *s, const Question *q, const Reply *r) {
+    size_t n;
+    const char *text = reply_text(r, &n);
+    if (s->o->json) {
+        json("{'question': %s, 'answer': %.*s, 'n_prompt': %d, 'n_answer': %d, ", q->text, (int)n,
+             text, r->n_prompt, r->ids.n);
+        json("'seconds': %g, 'tokens_per_s': %g}\n", r->prefill_s + r->decode_s, reply_rate(r));
+    } else {
+        put(text + r->shown, n - r->shown);
+        put("\n", 1);
+    }
+    flush();
+    reply_figures(s, r);
+}
+
+// Answers n questions together, each on its own fork of the context. In a conversation it is one,
+// and the fork takes the context's place, unless it was stopped before the answer began.
+static void answer(Session *s, Talk *t, const Question *q, int n, int limit) {
+    char err[ERR_LEN];
+    Reply r[MAX_BATCH];
+    for (int i = 0; i < n; i++) {
+        Ids ids = {0};
+        int seq = kvcache_fork(&s->kv, t->seq, err);
+        if (seq < 0) die("%s", err);
+        r[i] = (Reply){.seq = seq, .show = n == 1 && !s->o->json, .strip = true, .limit = limit};
+        buffer_add(&r[i].text, q[i].prefix, strlen(q[i].prefix));
+        question_ids(s, t, &q[i], &ids);
+        reply_begin(s, &r[i], &ids);
+        ids_free(&ids);
+    }
+    decode(s, r, n);
+    for (int i = 0; i < n; i++) {
+        print_reply(s, &q[i], &r[i]);
+        bool stays = t->keep && (r[i].ids.n > 0 || !interrupted);
+        kvcache_drop(&s->kv, stays ? t->seq : r[i].seq);
+        if (stays) close_turn(s, t, &r[i]);
+        reply_free(&r[i]);
+    }
+}
+
+// Until the questions end. Ctrl-C ends an answer, and the rest only where nobody types (`tolerant`:
+// a chat goes on even then).
+static void converse(Session *s, Talk *t, Questions *from, int batch, int limit, bool tolerant) {
+    Question q[MAX_BATCH];
+    while (!interrupted) {
+        int n = 0;
+        while (n < batch && next_question(from, &q[n])) {
+            if (!from->person && !tolerant && !s->o->quiet && !s->o->json)
+                fprintf(stderr, "> %s\n", q[n].text);
+            n++;
+        }
+        if (n == 0) break;
+        answer(s, t, q, n, limit);
+        if (interrupted == SIGINT && (from->person || tolerant)) interrupted = 0;
+        for (int i = 0; i < n; i++) {
+            free(q[i].text);
+            free(q[i].prefix);
+        }
+    }
+    free(from->line);
+    ids_free(&t->pending);
+}
+
+static int cmd_ask(const Options *o) {
+    Session s;
+    bool from_stdin = (o->n_args == 2 && !o->file) || (o->file && strcmp(o->file, "-") == 0);
+    Questions from = {.args = o->args + 2, .n_args = o->n_args - 2, .prefix = o->answer_prefix};
+    if (o->keep && o->batch > 1) die_usage(o->command, "--keep and --batch do not go together");
+    if (o->file || from_stdin) {
+        from.name = from_stdin ? "stdin" : o->file;
+        from.file = from_stdin ? stdin : fopen(o->file, "r");
+        from.person = from_stdin && isatty(STDIN_FILENO);
+        if (!from.file) die("%s: %s", o->file, strerror(errno));
+    }
+    catch_signals();
+    open_session(&s, o, o->args[1], (int)o->batch);
+    s.temp = o->temp < 0 ? 0 : o->temp;
+    Talk talk = {.on_context = true, .keep = o->keep};
+    converse(&s, &talk, &from, from.person ? 1 : (int)o->batch, o->n < 0 ? 96 : (int)o->n, false);
+    if (from.file && !from_stdin) fclose(from.file);
+    close_session(&s);
+    return exit_code();
+}
+
+static int cmd_chat(const Options *o) {
+    Session s;
+    Questions from = {.file = stdin, .name = "stdin", .person = isatty(STDIN_FILENO)};
+    if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
+    catch_signals();
+    open_session(&s, o, o->cache, 1);
+    if (!tokenizer_chat(s.tok)->present) warn(&s, "%s has no chat template", o->args[0]);
+    s.temp = o->temp < 0 ? CHATTY : o->temp;
+    Talk talk = {.on_context = o->cache != NULL, .keep = true};
+    if (!o->cache) talk.seq = new_sequence(&s);
+    converse(&s, &talk, &from, 1, o->n < 0 ? 512 : (int)o->n, true);
+    close_session(&s);
+    return exit_code();
+}
+
+// ---- contexts: compress and score ----
+
+static const Policy *chosen_policy(const Options *o) {
+    const Policy *p = policy_find(o->policy);
+    if (!p) {
+        Buffer names = {0};
+        for (p = policies; p->name; p++) {
+            buffer_add(&names, " ", 1);
+            buffer_add(&names, p->name, strlen(p->name));
+        }
+        die_usage(o->command, "--policy %s: there are%s", o->policy, names.s);
+    }
+    if (o->set) {
+        size_t key = strcspn(o->set, "=,");
+        if (key == 0 || o->set[key] != '=')
+            die_usage(o->command, "--set %s: needs key=value,..", o->set);
+        die_usage(o->command, "--set %s: policy %s has no parameter '%.*s'", o->set, p->name,
+                  (int)key, o->set);
+    }
+    return p;
+}
+
+// What stands before the context: the chat's beginning and the task. Our own task text is part of
+// the template and tokenized with it, as the authors do; a user's text never becomes a special
+// token.
+static void prefix_ids(const Session *s, Ids *ids) {
+    const Options *o = s->o;
+    const ChatTemplate *chat = tokenizer_chat(s->tok);
+    const char *task = o->task ? o->task : TASK;
+    Buffer text = {0};
+    if (o->raw) {
+        encode(s->tok, "", 0, TOK_BOS, ids);
+        return;
+    }
+    if (o->system) {
+        if (!chat->present) die("--system: %s has no chat template", o->args[0]);
+        if (tokenizer_turn(s->tok, 's', o->system, true, false, ids) != 0) die_memory();
+        buffer_add(&text, chat->user_prefix_after_system, strlen(chat->user_prefix_after_system));
+    } else {
+        buffer_add(&text, chat->kvzip_prefix, strlen(chat->kvzip_prefix));
+    }
+    if (!o->task) buffer_add(&text, task, strlen(task));
+    encode(s->tok, text.s, text.n, TOK_SPECIAL, ids);
+    if (o->task) encode(s->tok, task, strlen(task), 0, ids);
+    free(text.s);
+}
+
+// Prefix and context as ids, and how they are read and scored.
+static Context open_context(Session *s, const Buffer *text, Ids *ids, Progress *p) {
+    const Options *o = s->o;
+    int n_prefix = o->n_prefix < 0 ? 0 : (int)o->n_prefix;
+    if (!o->ids && o->n_prefix >= 0) die_usage(o->command, "--n-prefix goes with --ids");
+    if (!o->ids) {
+        prefix_ids(s, ids);
+        n_prefix = ids->n;
+    }
+    input_ids(s, text, 0, ids);
+    if (n_prefix > ids->n)
+        die_usage(o->command, "--n-prefix %d: %s has only %d ids", n_prefix, o->ids, ids->n);
+    if (ids->n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
+    warn_length(s, ids->n);
+    *p = progress_begin(s);
+    return (Context){.state = &s->state, .kv = &s->kv, .tok = s->tok, .seq = new_sequence(s),
+                     .ids = ids->id, .n_prefix = n_prefix, .n_ctx = ids->n - n_prefix,
+                     .chunk = (int)o->chunk, .local = o->score_attn == 1,
+                     .postfix = o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix,
+                     .progress = progress_step, .progress_arg = p};
+}
+
+// The end of a command that Ctrl-C stopped, after its file is gone.
+__attribute__((noreturn)) static void die_interrupted(void) {
+    fputs("run: interrupted\n", stderr);
+    exit(exit_code());
+}
+
+// A signal that came while the file was written counts as well: an interrupted command leaves none.
+static void check_interrupted(const Options *o) {
+    if (!interrupted) return;
+    unlink(o->out);
+    die_interrupted();
+}
+
+// Prefill, and scores [context_scores(c)] unless p is NULL. The result is malloc'ed.
+static float *read_context(Context *c, const Policy *p, const Progress *progress) {
+    char err[ERR_LEN];
+    float *score = p ? allocate(context_scores(c), sizeof *score) : NULL;
+    int rc = p ? context_score(c, p, score, err) : context_read(c, err);
+    progress_end(progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s", err);
+    return score;
+}
+
+static void write_tensors(const char *path, const Meta *meta, int n_meta, const Tensor *t, int n) {
+    char err[ERR_LEN];
+    TensorWriter w;
+    int rc = tensors_write_begin(&w, path, err);
+    for (int i = 0; i < n_meta && rc == 0; i++)
+        rc = tensors_write_meta(&w, meta[i].key, meta[i].value, err);
+    for (int i = 0; i < n && rc == 0; i++)
+        rc = tensors_write_declare(&w, t[i].name, t[i].dtype, t[i].n_dims, t[i].shape, err);
+    for (int i = 0; i < n && rc == 0; i++) rc = tensors_write_put(&w, t[i].data, t[i].bytes, err);
+    if (rc == 0) rc = tensors_write_commit(&w, err);
+    if (rc != 0) die("%s: %s", path, err);
+}
+
+static int cmd_score(const Options *o) {
+    Session s;
+    Ids ids = {0};
+    Progress progress;
+    char n_prefix[16];
+    check_output(o);
+    const Policy *policy = chosen_policy(o);
+    Buffer text = read_text(o, NULL);
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    Context c = open_context(&s, &text, &ids, &progress);
+    if (c.n_ctx == 0) die("the context is empty: there is nothing to score");
+    float *score = read_context(&c, policy, &progress);
+    int *layers = allocate(s.model.config.n_layers, sizeof *layers);
+    size_t n_scored = kvcache_scored_layers(&s.kv.shape, layers), n_heads = s.kv.shape.n_kv_heads;
+    snprintf(n_prefix, sizeof n_prefix, "%d", c.n_prefix);
+    Meta meta[] = {{"format", "kvzip.c scores 1"}, {"fingerprint", s.model.fingerprint},
+                   {"model", s.model.name}, {"policy", policy->name}, {"n_prefix", n_prefix}};
+    size_t bytes = context_scores(&c) * sizeof *score;
+    Tensor tensors[] = {
+        {"scores", T_F32, 3, {n_scored, n_heads, c.n_ctx}, score, bytes},
+        {"ids", T_I32, 1, {ids.n}, ids.id, ids.n * sizeof(int32_t)},
+        {"layers", T_I32, 1, {n_scored}, layers, n_scored * sizeof(int32_t)}};
+    write_tensors(o->out, meta, sizeof meta / sizeof *meta, tensors, 3);
+    check_interrupted(o);
+    if (o->json)
+        json("{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
+             c.n_prefix, c.n_ctx, c.prefill_s, c.score_s, o->out);
+    if (!o->quiet)
+        fprintf(stderr, "[%d tokens read in %.2f s, scored in %.2f s]\n", ids.n, c.prefill_s,
+                c.score_s);
+    free(score);
+    free(layers);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return 0;
+}
+
+// Memory of this process alone, without files that are mapped; 0 where the system does not say.
+static size_t private_memory(void) {
+    long size, resident, shared;
+    FILE *f = fopen("/proc/self/statm", "r");
+    if (!f) return 0;
+    int n = fscanf(f, "%ld %ld %ld", &size, &resident, &shared);
+    fclose(f);
+    return n == 3 ? (size_t)(resident - shared) * (size_t)sysconf(_SC_PAGESIZE) : 0;
+}
+
+typedef struct {
+    long n_pairs, n_kept;    // of the context, in the layers that evict
+    double ratio;            // n_kept / n_pairs
+    size_t full, bytes;      // the cache before and after
+    size_t memory_full, memory;
+} Shrunk;
+
+static Shrunk shrink(Session *s, const Context *c, const float *score) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
+    Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx,
+                .full = kvcache_bytes(&s->kv, c->seq)};
+    r.n_kept = r.n_pairs;
+    r.memory_full = private_memory();
+    if (score) {
+        uint8_t *keep = allocate(r.n_pairs, 1);
+        r.n_kept = kvcache_select(keep, score, n_scored, n_heads, c->n_ctx, o->ratio,
+                                  (KVLevel)o->level, o->ref_ties, err);
+        if (r.n_kept < 0 || kvcache_compact(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
+            die("%s", err);
+        free(keep);
+    }
+    r.ratio = r.n_pairs > 0 ? (double)r.n_kept / r.n_pairs : 1;
+    r.bytes = kvcache_bytes(&s->kv, c->seq);
+    r.memory = private_memory();
+    return r;
+}
+
+static void save_context(Session *s, const Context *c, const char *policy) {
+    char err[ERR_LEN];
+    KVInfo info = {.fingerprint = s->model.fingerprint, .model = s->model.name, .policy = policy,
+                   .n_prefix = c->n_prefix, .n_ctx = c->n_ctx, .ratio = s->o->ratio, .ids = c->ids,
+                   .n_ids = c->n_prefix + c->n_ctx};
+    if (interrupted) die_interrupted();
+    if (kvcache_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die("%s: %s", s->o->out, err);
+    check_interrupted(s->o);
+}
+
+static void compress_figures(const Options *o, const Context *c, const Shrunk *r) {
+    char a[32], b[32];
+    if (o->json) {
+        json("{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx, r->ratio,
+             r->bytes, r->full);
+        json("'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
+             c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
+        json("'resident_full': %zu, 'resident': %zu, 'path': %s}\n", r->memory_full, r->memory,
+             o->out);
+    }
+    flush();
+    if (o->quiet) return;
+    int n = c->n_prefix + c->n_ctx;
+    fprintf(stderr, "[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s]\n", c->n_prefix,
+            c->n_ctx, c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
+    fprintf(stderr, "[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
+            size_text(a, r->full), size_text(b, r->bytes));
+    if (r->memory_full > 0)
+        fprintf(stderr, "; private memory %s -> %s", size_text(a, r->memory_full),
+                size_text(b, r->memory));
+    fprintf(stderr, "; saved as %s]\n", o->out);
+}
+
+static int cmd_compress(const Options *o) {
+    Session s;
+    Ids ids = {0};
+    Progress progress;
+    check_output(o);
+    const Policy *policy = chosen_policy(o);
+    Buffer text = read_text(o, NULL);
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    Context c = open_context(&s, &text, &ids, &progress);
+    if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
+    bool scored = o->ratio < 1 && c.n_ctx > 0;
+    float *score = read_context(&c, scored ? policy : NULL, &progress);
+    Shrunk r = shrink(&s, &c, score);
+    save_context(&s, &c, policy->name);
+    compress_figures(o, &c, &r);
+    free(score);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return 0;
+}
+
+// ---- logits and tokenize ----
+
+// Declares the file and fills it block by block: memory does not grow with the number of tokens.
+static int write_logits(Session *s, TensorWriter *w, const Ids *ids, int seq, char *err) {
+    size_t vocab = s->model.config.vocab_size;
+    Row rows[MAX_ROWS];
+    if (tensors_write_begin(w, s->o->out, err) != 0 ||
+        tensors_write_meta(w, "format", "kvzip.c logits 1", err) != 0 ||
+        tensors_write_meta(w, "fingerprint", s->model.fingerprint, err) != 0 ||
+        tensors_write_declare(w, "logits", T_F32, 2, (size_t[]){ids->n, vocab}, err) != 0 ||
+        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){ids->n}, err) != 0)
+        return -1;
+    Progress p = progress_begin(s);
+    int rc = 0;
+    for (int done = 0; done < ids->n && rc == 0; done += s->state.max_logits) {
+        int n = ids->n - done < s->state.max_logits ? ids->n - done : s->state.max_logits;
+        for (int i = 0; i < n; i++) rows[i] = (Row){seq, ids->id[done + i], true};
+        rc = forward(&s->state, &s->kv, rows, n, err);
+        if (rc == 0) rc = tensors_write_put(w, s->state.logits, n * vocab * sizeof(float), err);
+        if (progress_step(&p, "logits", done + n, ids->n) != 0) rc = fail(err, "interrupted");
+    }
+    progress_end(&p);
+    if (rc != 0 || tensors_write_put(w, ids->id, ids->n * sizeof(int32_t), err) != 0) return -1;
+    return tensors_write_commit(w, err);
+}
+
+static int cmd_logits(const Options *o) {
+    enum { BLOCK = 64 };  // rows of logits in memory
+    Session s;
+    Ids ids = {0};
+    TensorWriter w = {0};
+    char err[ERR_LEN];
+    check_output(o);
+    Buffer text = read_text(o, piped_input());
+    catch_signals();
+    open_session(&s, o, o->cache, BLOCK);
+    input_ids(&s, &text, o->cache ? 0 : TOK_BOS, &ids);
+    if (ids.n == 0) die("no tokens given");
+    int seq = o->cache ? 0 : new_sequence(&s);
+    warn_length(&s, (long)s.kv.seqs[seq].next_pos + ids.n);
+    if (write_logits(&s, &w, &ids, seq, err) != 0) {
+        tensors_write_abort(&w);
+        if (interrupted) die_interrupted();
+        die("%s: %s", o->out, err);
+    }
+    check_interrupted(o);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return 0;
+}
+
+static int cmd_tokenize(const Options *o) {
+    Session s;
+    Ids ids = {0};
+    if (o->ids && !o->decode) die_usage(o->command, "--ids goes with --decode");
+    Buffer text = read_text(o, "-");
+    open_model(&s, o);
+    if (o->decode) {
+        const char *from = o->ids ? o->ids : o->file ? o->file : "the ids";
+        parse_ids(&text, from, s.model.config.vocab_size, &ids);
+        size_t n;
+        char *bytes = tokenizer_decode(s.tok, ids.id, ids.n, &n);
+        if (!bytes) die_memory();
+        put(bytes, n);
+        free(bytes);
+    } else {
+        encode(s.tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0),
+               &ids);
+        if (o->json) json("{'ids': [");
+        for (int i = 0; i < ids.n; i++) out("%s%d", i == 0 ? "" : o->json ? ", " : " ", ids.id[i]);
+        put(o->json ? "]}\n" : "\n", o->json ? 3 : 1);
+    }
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return 0;
+}
+
+// ---- info ----
+
+// One fact about a file: a line of text or a field of a JSON object.
+typedef struct {
+    const char *key, *text;  // text NULL: a number
+    double number;
+    bool bytes;
+} Fact;
+
+static void print_facts(const Options *o, const Fact *f, int n) {
+    char size[32];
+    for (int i = 0; i < n; i++) {
+        if (o->json) json(i ? ", %s: " : "{%s: ", f[i].key);
+        else out("%-18s ", f[i].key);
+        if (o->json && f[i].text) put_json_string(f[i].text, strlen(f[i].text));
+        else if (f[i].text) out("%s", f[i].text);
+        else if (o->json) put_json_number(f[i].number);
+        else if (f[i].bytes) out("%s", size_text(size, f[i].number));
+        else out("%.6g", f[i].number);
+        if (!o->json) put("\n", 1);
+    }
+}
+
+enum { EMBEDDING, ATTENTION, FFN, HEAD, TOKENIZER, OTHER, PARTS };
+
+static int part_of(const char *name) {
+    if (strncmp(name, "tok_embed", 9) == 0) return EMBEDDING;
+    if (strncmp(name, "wcls", 4) == 0) return HEAD;
+    if (strncmp(name, "tok.", 4) == 0) return TOKENIZER;
+    if (strncmp(name, "layers.", 7) != 0) return OTHER;
+    name += 7 + strspn(name + 7, "0123456789");
+    if (strncmp(name, ".w", 2) != 0) return OTHER;
+    return isdigit((unsigned char)name[2]) ? FFN : ATTENTION;
+}
+
+// "q8 x 210, f32 x 1": the types of the matrices.
+static void types_text(const Model *m, char *text, size_t room) {
+    static const char *const names[W_TYPES] = {"f32", "f16", "bf16", "q8", "q4"};
+    int count[W_TYPES] = {0};
+    count[m->tok_embed.type]++;
+    if (m->wcls.data != m->tok_embed.data) count[m->wcls.type]++;
+    for (int l = 0; l < m->config.n_layers; l++) {
+        const Layer *w = &m->layers[l];
+        const Matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
+        for (int i = 0; i < 7; i++) count[all[i]->type]++;
+    }
+    text[0] = '\0';
+    for (int t = 0; t < W_TYPES; t++) {
+        size_t n = strlen(text);
+        if (count[t]) snprintf(text + n, room - n, "%s%s x %d", n ? ", " : "", names[t], count[t]);
+    }
+}
+
+// Bytes of the cache: of one head's pair and its position; of every further token, in the layers
+// without a window; of the layers with one, at most (the window and a page that it is leaving).
+static size_t pair_bytes(const KVShape *s, KVType t) {
+    return 2 * s->head_dim * kvcache_type_size(t) + sizeof(int32_t);
+}
+
+static size_t token_bytes(const KVShape *s, KVType t) {
+    return pair_bytes(s, t) * s->n_kv_heads * kvcache_scored_layers(s, NULL);
+}
+
+static size_t window_bytes(const KVShape *s, KVType t) {
+    size_t pairs = 0;
+    for (int l = 0; l < s->n_layers; l++)
+        if (s->window[l] > 0) pairs += (size_t)s->n_kv_heads * (s->window[l] + PAGE);
+    return pairs * pair_bytes(s, t);
+}
+
+static void info_model(const Options *o) {
+    Session s;
+    RunState state;
+    char err[ERR_LEN], types[128];
+    size_t part[PARTS] = {0};
+    open_model(&s, o);
+    for (int i = 0; i < s.model.file.n_tensors; i++)
+        part[part_of(s.model.file.tensors[i].name)] += s.model.file.tensors[i].bytes;
+    if (state_open(&state, &s.model, NULL, MAX_ROWS, 1, err) != 0) die("%s", err);
+    types_text(&s.model, types, sizeof types);
+    const Config *c = &s.model.config;
+    KVShape k = model_kv_shape(&s.model);
+    const Fact facts[] = {
+        {"model", s.model.name, 0, false}, {"fingerprint", s.model.fingerprint, 0, false},
+        {"layers", NULL, c->n_layers, false},
+        {"sliding_layers", NULL, c->n_layers - kvcache_scored_layers(&k, NULL), false},
+        {"heads", NULL, c->n_heads, false}, {"kv_heads", NULL, c->n_kv_heads, false},
+        {"head_dim", NULL, c->head_dim, false}, {"dim", NULL, c->dim, false},
+        {"hidden_dim", NULL, c->hidden_dim, false}, {"vocab_size", NULL, c->vocab_size, false},
+        {"seq_len", NULL, c->seq_len, false}, {"matrices", types, 0, false},
+        {"embedding", NULL, part[EMBEDDING], true}, {"attention", NULL, part[ATTENTION], true},
+        {"ffn", NULL, part[FFN], true}, {"head", NULL, part[HEAD], true},
+        {"tokenizer", NULL, part[TOKENIZER], true}, {"other", NULL, part[OTHER], true},
+        {"file", NULL, s.model.file.map_bytes, true},
+        {"cache_token_f16", NULL, token_bytes(&k, KV_F16), true},
+        {"cache_token_f32", NULL, token_bytes(&k, KV_F32), true},
+        {"cache_windows_f16", NULL, window_bytes(&k, KV_F16), true},
+        {"cache_windows_f32", NULL, window_bytes(&k, KV_F32), true},
+        {"scratch", NULL, state.bytes, true},
+    };
+    print_facts(o, facts, sizeof facts / sizeof *facts);
+    out(o->json ? "}\n"
+                : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
+                  "+ scratch\n");
+    state_close(&state);
+    close_session(&s);
+}
+
+static int meta_int(const TensorFile *f, const char *key) {
+    char err[ERR_LEN];
+    int v;
+    if (tensors_meta_int(f, key, 0, INT_MAX, &v, err) != 0) die("%s: %s", f->path, err);
+    return v;
+}
+
+static void print_heads(const Options *o, const int32_t *len, int n_layers, int n_heads,
+                        int n_prefix) {
+    out(o->json ? ", \"kept_pairs\": [" : "kept pairs of the context, per layer and head\n");
+    for (int l = 0; l < n_layers; l++) {
+        out(o->json ? "%s[" : "%s%5d ", o->json && l ? ", " : "", l);
+        for (int g = 0; g < n_heads; g++)
+            out(o->json ? "%s%d" : "%s %6d", o->json && g ? ", " : "",
+                len[l * n_heads + g] - n_prefix);
+        out(o->json ? "]" : "\n");
+    }
+    if (o->json) out("]}\n");
+}
+
+static void info_cache(const Options *o, const TensorFile *f) {
+    char err[ERR_LEN];
+    const Tensor *len = tensors_get(f, err, "len", T_I32, 2, -1, -1);
+    const Tensor *dropped = len ? tensors_get(f, err, "dropped", T_I32, 2, (int)len->shape[0],
+                                              (int)len->shape[1]) : NULL;
+    const Tensor *k = dropped ? tensors_find(f, "k") : NULL;
+    if (!k || k->n_dims != 3) die("%s: %s", f->path, dropped ? "it has no keys" : err);
+    int n_layers = (int)len->shape[0], n_heads = (int)len->shape[1];
+    int n_prefix = meta_int(f, "n_prefix"), n_ctx = meta_int(f, "n_ctx");
+    const int32_t *n = len->data, *left = dropped->data;
+    double pair = 2.0 * k->shape[1] * dtype_size(k->dtype) + sizeof(int32_t), pairs = 0, kept = 0,
+           all = 0;
+    for (int i = 0; i < n_layers * n_heads; i++) {
+        pairs += n[i] - left[i];
+        if (left[i] > 0) continue;  // a sliding window: nothing is evicted there
+        kept += n[i] - n_prefix;
+        all += n_ctx;
+    }
+    double full = ((double)n_prefix + n_ctx) * n_layers * n_heads;
+    const char *ratio = tensors_meta(f, "ratio");
+    const Fact facts[] = {
+        {"cache_of", tensors_meta(f, "model"), 0, false},
+        {"fingerprint", tensors_meta(f, "fingerprint"), 0, false},
+        {"policy", tensors_meta(f, "policy"), 0, false},
+        {"ratio", NULL, ratio ? strtod(ratio, NULL) : 0, false},
+        {"kept", NULL, all > 0 ? kept / all : 1, false},
+        {"n_prefix", NULL, n_prefix, false},
+        {"n_ctx", NULL, n_ctx, false},
+        {"next_pos", NULL, meta_int(f, "next_pos"), false},
+        {"type", dtype_name(k->dtype), 0, false},
+        {"pairs", NULL, pairs, false},
+        {"full_pairs", NULL, full, false},
+        {"bytes", NULL, pairs * pair, true},
+        {"full_bytes", NULL, full * pair, true},
+        {"file", NULL, f->map_bytes, true},
+    };
+    print_facts(o, facts, sizeof facts / sizeof *facts);
+    print_heads(o, n, n_layers, n_heads, n_prefix);
+}
+
+static void info_tensors(const Options *o, const TensorFile *f) {
+    char size[32];
+    if (o->json) out("{\"tensors\": [");
+    for (int i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        if (o->json)
+            json(i ? ", {'name': %s, 'dtype': %s, 'shape': ["
+                   : "{'name': %s, 'dtype': %s, 'shape': [",
+                 t->name, dtype_name(t->dtype));
+        else out("%-32s %-4s [", t->name, dtype_name(t->dtype));
+        for (int d = 0; d < t->n_dims; d++) out("%s%zu", d ? ", " : "", t->shape[d]);
+        if (o->json) json("], 'bytes': %zu}", t->bytes);
+        else out("] %s\n", size_text(size, t->bytes));
+    }
+    if (o->json) out("]}\n");
+}
+
+static int cmd_info(const Options *o) {
+    TensorFile f;
+    char err[ERR_LEN];
+    if (tensors_open(&f, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    const char *format = tensors_meta(&f, "format");
+    if (format && strcmp(format, "kvzip.c model 1") == 0) info_model(o);
+    else if (format && strcmp(format, "kvzip.c cache 1") == 0) info_cache(o, &f);
+    else info_tensors(o, &f);
+    tensors_close(&f);
+    return 0;
+}
+
+// ---- bench ----
+
+static void print_bench(void *arg, const BenchRow *r) {
+    const Session *s = arg;
+    char size[32] = "", what[32];
+    if (s->o->json) {
+        json("{'work': %s, 'n': %d, 'depth': %d, 'ratio': %g, 'batch': %d, 'threads': %d, ",
+             r->work, r->n, r->depth, r->ratio, r->batch, pool_threads(s->pool));
+        json("'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'cache_bytes': %zu, 'score_attn': "
+             "%s}\n",
+             r->tokens_per_s, r->seconds, r->gb_per_s, r->cache_bytes, r->score_attn);
+    } else {
+        snprintf(what, sizeof what, "%s %s", r->work, r->score_attn ? r->score_attn : "");
+        if (r->cache_bytes > 0) size_text(size, r->cache_bytes);
+        out("%-12s %6d %6d %6.3g %5d %10.1f %9.4f", what, r->n, r->depth, r->ratio, r->batch,
+            r->tokens_per_s, r->seconds);
+        if (r->gb_per_s > 0) out(" %7.2f  %s\n", r->gb_per_s, size);
+        else out(" %7s  %s\n", "", size);
+    }
+    flush();
+}
+
+static int cmd_bench(const Options *o) {
+    Session s;
+    char err[ERR_LEN], size[32];
+    int most = 1;
+    for (int i = 0; i < o->batches.n; i++)
+        if (o->batches.v[i] > most) most = (int)o->batches.v[i];
+    open_session(&s, o, NULL, most);
+    Bench b = {.state = &s.state, .tok = s.tok, .kv = s.kv.type, .policy = chosen_policy(o),
+               .level = (KVLevel)o->level, .n = o->n < 0 ? 32 : (int)o->n, .chunk = (int)o->chunk,
+               .prompts = o->prompts, .depths = o->depths, .ratios = o->ratios,
+               .batches = o->batches, .row = print_bench, .arg = &s};
+    if (!o->json) {
+        out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,
+            size_text(size, bench_weight_bytes(&s.model)), pool_threads(s.pool), kern.name,
+            kvcache_type_name(s.kv.type));
+        out("work              n  depth  ratio batch   tokens/s   seconds    GB/s  cache\n");
+    }
+    flush();
+    if (bench_run(&b, err) != 0) die("%s", err);
+    close_session(&s);
+    return 0;
+}
+
+// ---- main ----
+
+static const Command commands[] = {
+    {"generate", GENERATE, "MODEL [-p TEXT | -f FILE]", 1, 1, cmd_generate,
+     "continue a text",
+     "  run generate smollm2.kvz -p 'Once upon a time' -n 100\n"
+     "  echo 'The three primary colours are' | run generate smollm2.kvz --temp 0\n"},
+    {"chat", CHAT, "MODEL [-c CACHE]", 1, 1, cmd_chat,
+     "talk; about a saved context if one is given (Ctrl-C ends an answer, Ctrl-D the chat)",
+     "  run chat smollm2.kvz --system 'You answer in one sentence.'\n"
+     "  run chat smollm2.kvz -c town.kvc\n"},
+    {"compress", COMPRESS, "MODEL -f FILE -o CACHE", 1, 1, cmd_compress,
+     "read a context once, score its pairs by letting the model repeat it, evict, save",
+     "  run compress smollm2.kvz -f town.txt -o town.kvc\n"
+     "  run compress smollm2.kvz -f town.txt -o town.kvc --ratio 0.2 --score-attn local --json\n"},
+    {"ask", ASK, "MODEL CACHE [QUESTION...] [-f FILE]", 2, INT_MAX, cmd_ask,
+     "one answer per question, all from the same cache, which stays as it was",
+     "  run ask smollm2.kvz town.kvc 'Who built the bridge?' --answer-prefix 'The bridge was built "
+     "by'\n"
+     "  run ask smollm2.kvz town.kvc -f questions.txt --stop . --json\n"},
+    {"score", SCORE, "MODEL -f FILE -o OUT", 1, 1, cmd_score,
+     "how much each pair matters, as safetensors: scores f32 [L][Hkv][n_ctx], ids, layers",
+     "  run score smollm2.kvz -f town.txt -o scores.safetensors\n"},
+    {"logits", LOGITS, "MODEL [-p TEXT | -f FILE] [-c CACHE] -o OUT", 1, 1, cmd_logits,
+     "logits f32 [n][vocab] of the given tokens, after a saved context if one is given",
+     "  run logits smollm2.kvz -p 'Hello there' -o logits.safetensors --kv f32\n"},
+    {"tokenize", TOKENIZE, "MODEL [-p TEXT | -f FILE]", 1, 1, cmd_tokenize,
+     "a text's token ids on one line, or with --decode the text of ids",
+     "  run tokenize smollm2.kvz -p 'Hello there'\n"
+     "  run tokenize smollm2.kvz -f town.txt | run tokenize smollm2.kvz --decode\n"},
+    {"bench", BENCH, "MODEL", 1, 1, cmd_bench,
+     "prefill, decode, scoring and loading at given depths and ratios",
+     "  run bench smollm2.kvz --depth 0,2048,8192 --ratio 1,0.3 --batch 1,8\n"},
+    {"info", INFO, "FILE", 1, 1, cmd_info,
+     "what a model, a saved cache or any safetensors file holds, and where its bytes go",
+     "  run info smollm2.kvz\n  run info town.kvc --json\n"},
+};
+enum { N_COMMANDS = sizeof commands / sizeof *commands };
+
+static const char usage_head[] =
+    "usage: run COMMAND ... [flags]    (run COMMAND -h explains one)\n\n";
+
+static void print_usage(FILE *f) {
+    fputs(usage_head, f);
+    for (int i = 0; i < N_COMMANDS; i++)
+        fprintf(f, "  run %-9s %s\n      %s\n", commands[i].name, commands[i].args,
+                commands[i].help);
+}
+
+static bool asks_for_help(const char *arg) {
+    return strcmp(arg, "-h") == 0 || strcmp(arg, "--help") == 0;
+}
+
+// -h anywhere, unless it is the value of a flag or comes after --.
+static bool wants_help(const Command *c, int argc, char **argv) {
+    for (int i = 0; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        const Flag *f = flag_find(argv[i], strlen(argv[i]), c->bit);
+        if (asks_for_help(argv[i])) return true;
+        if (f && f->kind == TEXT) i++;
+    }
+    return false;
+}
+
+int main(int argc, char **argv) {
+    signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like a full disk
+    signal(SIGXFSZ, SIG_IGN);  // so is a file that may not grow
+    if (argc < 2) {
+        print_usage(stderr);
+        return 2;
+    }
+    int code = -1;
+    if (asks_for_help(argv[1])) {
+        print_usage(stdout);
+        code = 0;
+    }
+    for (int i = 0; i < N_COMMANDS && code < 0; i++) {
+        const Command *c = &commands[i];
+        Options o;
+        if (strcmp(argv[1], c->name) != 0) continue;
+        if (wants_help(c, argc - 2, argv + 2)) {
+            print_help(c);
+            code = 0;
+        } else {
+            parse_options(&o, c, argc - 2, argv + 2);
+            code = c->run(&o);
+        }
+    }
+    if (code < 0) die_usage(NULL, "unknown command '%s'", argv[1]);
+    if (fflush(stdout) != 0 || ferror(stdout)) die_stdout();
+    return code;
+}

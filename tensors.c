@@ -1,0 +1,697 @@
+// tensors.c: reading and writing safetensors files.
+//
+// A file from a stranger is mapped and checked once, here, so that nobody above has to: after
+// tensors_open every tensor lies inside the map and is exactly dtype x shape long, and the tensors
+// follow each other without overlap or hole, as the safetensors library demands. The header's JSON
+// has a fixed depth, so the parser has no recursion, and no number is added or multiplied before it
+// is known to fit.
+#define _POSIX_C_SOURCE 200809L
+#include "tensors.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { LENGTH_BYTES = 8, MAX_HEADER = 100 * 1000 * 1000 };  // the limit of the safetensors library
+
+static const struct {
+    const char *name;
+    size_t size;
+} dtypes[] = {
+    [T_U8] = {"U8", 1},     [T_I8] = {"I8", 1},   [T_F16] = {"F16", 2},
+    [T_BF16] = {"BF16", 2}, [T_I32] = {"I32", 4}, [T_U32] = {"U32", 4},
+    [T_F32] = {"F32", 4},   [T_I64] = {"I64", 8}, [T_F64] = {"F64", 8},
+};
+enum { N_DTYPES = sizeof dtypes / sizeof dtypes[0] };
+
+int fail(char *err, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(err, ERR_LEN, fmt, args);
+    va_end(args);
+    return -1;
+}
+
+size_t dtype_size(DType t) { return dtypes[t].size; }
+const char *dtype_name(DType t) { return dtypes[t].name; }
+
+// ---- the header's JSON ----
+
+typedef struct {
+    const char *start, *p, *end;  // the header; p is the next unread byte
+    char *out;                    // where the next unescaped string goes
+    char *err;
+} Parser;
+
+static int bad(const Parser *j, const char *what) {
+    return fail(j->err, "header: byte %zu: %s", (size_t)(j->p - j->start), what);
+}
+
+static void skip_space(Parser *j) {
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r'))
+        j->p++;
+}
+
+static bool accept(Parser *j, char c) {
+    skip_space(j);
+    if (j->p == j->end || *j->p != c) return false;
+    j->p++;
+    return true;
+}
+
+static int expect(Parser *j, char c) {
+    if (accept(j, c)) return 0;
+    char what[] = "expected '?'";
+    what[sizeof what - 3] = c;
+    return bad(j, what);
+}
+
+// Between the members of a list: true when another one follows, false at its end or on an error.
+static bool another(Parser *j, char close, int *status) {
+    if (accept(j, ',')) return true;
+    *status = expect(j, close);
+    return false;
+}
+
+static int parse_hex4(Parser *j, unsigned *code) {
+    if (j->end - j->p < 4) return bad(j, "cut escape");
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        unsigned c = (unsigned char)*j->p++, low = c | 0x20;
+        unsigned digit = c - '0' < 10 ? c - '0' : low - 'a' < 6 ? low - 'a' + 10 : 16;
+        if (digit == 16) return bad(j, "\\u needs four hexadecimal digits");
+        *code = *code * 16 + digit;
+    }
+    return 0;
+}
+
+static void put_utf8(Parser *j, unsigned c) {
+    if (c < 0x80) {
+        *j->out++ = (char)c;
+        return;
+    }
+    int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    static const unsigned lead[] = {0, 0xC0, 0xE0, 0xF0};
+    *j->out++ = (char)(lead[more] | c >> 6 * more);
+    while (more-- > 0) *j->out++ = (char)(0x80 | (c >> 6 * more & 0x3F));
+}
+
+// \uXXXX, after the u: one UTF-16 unit or a surrogate pair.
+static int parse_unicode(Parser *j) {
+    unsigned c, low;
+    if (parse_hex4(j, &c) != 0) return -1;
+    if (c >= 0xD800 && c < 0xDC00 && j->end - j->p >= 2 && j->p[0] == '\\' && j->p[1] == 'u') {
+        j->p += 2;
+        if (parse_hex4(j, &low) != 0) return -1;
+        if (low < 0xDC00 || low > 0xDFFF) return bad(j, "half a surrogate pair");
+        c = 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00);
+    }
+    if (c >= 0xD800 && c < 0xE000) return bad(j, "half a surrogate pair");
+    if (c == 0) return bad(j, "a string holds a zero byte");
+    put_utf8(j, c);
+    return 0;
+}
+
+static int parse_escape(Parser *j) {
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    if (j->p == j->end) return bad(j, "cut escape");
+    char c = *j->p++;
+    if (c == 'u') return parse_unicode(j);
+    const char *at = c == 0 ? NULL : strchr(names, c);
+    if (at == NULL) return bad(j, "unknown escape");
+    *j->out++ = values[at - names];
+    return 0;
+}
+
+// *s is NUL-terminated in the string pool. Unescaping never lengthens, and the two quotes pay for
+// the NUL, so a pool as long as the header holds every string.
+static int parse_string(Parser *j, const char **s) {
+    if (expect(j, '"') != 0) return -1;
+    *s = j->out;
+    for (;;) {
+        if (j->p == j->end) return bad(j, "string without end");
+        unsigned char c = (unsigned char)*j->p++;
+        if (c == '"') break;
+        if (c < 0x20) return bad(j, "control character in a string");
+        if (c != '\\') *j->out++ = (char)c;
+        else if (parse_escape(j) != 0) return -1;
+    }
+    *j->out++ = 0;
+    return 0;
+}
+
+static int parse_size(Parser *j, size_t *n) {
+    skip_space(j);
+    const char *first = j->p;
+    *n = 0;
+    for (; j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++) {
+        size_t digit = (size_t)(*j->p - '0');
+        if (*n > (SIZE_MAX - digit) / 10) return bad(j, "number too large");
+        *n = *n * 10 + digit;
+    }
+    if (j->p == first) return bad(j, "expected a number");
+    if (*first == '0' && j->p - first > 1) return bad(j, "number with a leading zero");
+    return 0;
+}
+
+// [n, n, ...] of at most max numbers.
+static int parse_sizes(Parser *j, size_t *list, int max, int *n) {
+    int status = 0;
+    *n = 0;
+    if (expect(j, '[') != 0) return -1;
+    if (accept(j, ']')) return 0;
+    do {
+        if (*n == max) return bad(j, "too many numbers in a list");
+        if (parse_size(j, &list[(*n)++]) != 0) return -1;
+    } while (another(j, ']', &status));
+    return status;
+}
+
+// ---- from JSON to tensors ----
+
+// Room for one more element behind n; p may move. Returns NULL when memory is out.
+static void *grow(void *p, int n, int *cap, size_t size) {
+    if (n < *cap) return p;
+    int more = *cap < 32 ? 32 : *cap * 2;
+    void *q = realloc(p, (size_t)more * size);
+    if (q != NULL) *cap = more;
+    return q;
+}
+
+static int parse_dtype(Parser *j, const char *tensor, DType *dtype) {
+    const char *name;
+    if (parse_string(j, &name) != 0) return -1;
+    for (int i = 0; i < N_DTYPES; i++) {
+        *dtype = (DType)i;
+        if (strcmp(name, dtypes[i].name) == 0) return 0;
+    }
+    return fail(j->err, "tensor %.100s: dtype %.20s is not supported", tensor, name);
+}
+
+// Bytes of dtype x shape; SIZE_MAX, which no tensor has, when that does not fit.
+static size_t tensor_bytes(const Tensor *t) {
+    size_t n = dtype_size(t->dtype);
+    for (int i = 0; i < t->n_dims; i++)
+        if (t->shape[i] == 0) return 0;
+    for (int i = 0; i < t->n_dims; i++) {
+        if (n > SIZE_MAX / t->shape[i]) return SIZE_MAX;
+        n *= t->shape[i];
+    }
+    return n;
+}
+
+enum { DTYPE = 1, SHAPE = 2, OFFSETS = 4, ALL_FIELDS = 7 };
+
+// One of "dtype": "F32", "shape": [..], "data_offsets": [from, to]; each may come once.
+static int parse_field(Parser *j, Tensor *t, size_t range[2], int *seen) {
+    static const char *const names[] = {
+        [DTYPE] = "dtype", [SHAPE] = "shape", [OFFSETS] = "data_offsets"};
+    const char *key;
+    int n, field;
+    if (parse_string(j, &key) != 0 || expect(j, ':') != 0) return -1;
+    for (field = DTYPE; field < ALL_FIELDS; field *= 2)
+        if (strcmp(key, names[field]) == 0) break;
+    if (field > ALL_FIELDS || (*seen & field))
+        return fail(j->err, "tensor %.100s: %.40s is unknown or repeated", t->name, key);
+    *seen |= field;
+    if (field == DTYPE) return parse_dtype(j, t->name, &t->dtype);
+    if (field == SHAPE) return parse_sizes(j, t->shape, TENSOR_MAX_DIMS, &t->n_dims);
+    if (parse_sizes(j, range, 2, &n) != 0) return -1;
+    return n == 2 ? 0 : bad(j, "data_offsets needs two numbers");
+}
+
+static int parse_tensor(Parser *j, Tensor *t, const uint8_t *data, size_t data_bytes) {
+    size_t range[2] = {0, 0};
+    int seen = 0, status = 0;
+    if (expect(j, '{') != 0) return -1;
+    do {
+        if (parse_field(j, t, range, &seen) != 0) return -1;
+    } while (another(j, '}', &status));
+    if (status != 0) return -1;
+    if (seen != ALL_FIELDS)
+        return fail(j->err, "tensor %.100s: needs dtype, shape and data_offsets", t->name);
+    if (range[0] > range[1] || range[1] > data_bytes)
+        return fail(j->err, "tensor %.100s: bytes %zu to %zu, but the file has %zu bytes of data",
+                    t->name, range[0], range[1], data_bytes);
+    t->data = data + range[0];
+    t->bytes = range[1] - range[0];
+    if (tensor_bytes(t) != t->bytes)
+        return fail(j->err, "tensor %.100s: its shape needs %zu bytes, but it has %zu", t->name,
+                    tensor_bytes(t), t->bytes);
+    return 0;
+}
+
+static int parse_metadata(Parser *j, TensorFile *f, int *cap) {
+    int status = 0;
+    if (expect(j, '{') != 0) return -1;
+    if (accept(j, '}')) return 0;
+    do {
+        Meta *grown = grow(f->meta, f->n_meta, cap, sizeof *grown), *m;
+        if (grown == NULL) return fail(j->err, "out of memory");
+        f->meta = grown;
+        m = &f->meta[f->n_meta];
+        if (parse_string(j, &m->key) != 0 || expect(j, ':') != 0 || parse_string(j, &m->value) != 0)
+            return -1;
+        f->n_meta++;
+    } while (another(j, '}', &status));
+    return status;
+}
+
+static int parse_entries(Parser *j, TensorFile *f, const uint8_t *data, size_t data_bytes) {
+    int tensors_cap = 0, meta_cap = 0, status = 0;
+    do {
+        const char *name;
+        if (parse_string(j, &name) != 0 || expect(j, ':') != 0) return -1;
+        if (strcmp(name, "__metadata__") == 0) {
+            if (f->meta != NULL) return bad(j, "__metadata__ is there twice");
+            if (parse_metadata(j, f, &meta_cap) != 0) return -1;
+            continue;
+        }
+        Tensor *grown = grow(f->tensors, f->n_tensors, &tensors_cap, sizeof *grown);
+        if (grown == NULL) return fail(j->err, "out of memory");
+        f->tensors = grown;
+        f->tensors[f->n_tensors] = (Tensor){.name = name};
+        if (parse_tensor(j, &f->tensors[f->n_tensors++], data, data_bytes) != 0) return -1;
+    } while (another(j, '}', &status));
+    return status;
+}
+
+static int parse_header(Parser *j, TensorFile *f, const uint8_t *data, size_t data_bytes) {
+    if (expect(j, '{') != 0) return -1;
+    if (!accept(j, '}') && parse_entries(j, f, data, data_bytes) != 0) return -1;
+    skip_space(j);
+    return j->p == j->end ? 0 : bad(j, "something follows the header's end");
+}
+
+// ---- checks across tensors ----
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const Tensor *)a)->name, ((const Tensor *)b)->name);
+}
+
+static int by_key(const void *a, const void *b) {
+    return strcmp(((const Meta *)a)->key, ((const Meta *)b)->key);
+}
+
+static int by_place(const void *a, const void *b) {
+    const Tensor *s = a, *t = b;
+    if (s->data != t->data) return (const char *)s->data < (const char *)t->data ? -1 : 1;
+    return s->bytes < t->bytes ? -1 : s->bytes > t->bytes;  // empty tensors share an offset
+}
+
+// Tensors follow each other from the first byte of data to the last, as the safetensors library
+// demands: a file whose sizes do not add up is cut or spliced.
+static int check_places(TensorFile *f, const uint8_t *data, char *err) {
+    const uint8_t *at = data, *end = f->map + f->map_bytes;
+    if (f->n_tensors > 0) qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
+    for (int i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        if (t->data != at)
+            return fail(err, "tensor %.100s starts at byte %zu of the data, expected %zu", t->name,
+                        (size_t)((const uint8_t *)t->data - data), (size_t)(at - data));
+        at += t->bytes;
+    }
+    if (at != end)
+        return fail(err, "tensors end at byte %zu of the data, but it has %zu", (size_t)(at - data),
+                    (size_t)(end - data));
+    return 0;
+}
+
+static int sort_and_check_names(TensorFile *f, char *err) {
+    if (f->n_tensors > 0) qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_name);
+    if (f->n_meta > 0) qsort(f->meta, (size_t)f->n_meta, sizeof *f->meta, by_key);
+    for (int i = 1; i < f->n_tensors; i++)
+        if (by_name(&f->tensors[i - 1], &f->tensors[i]) == 0)
+            return fail(err, "tensor %.100s is there twice", f->tensors[i].name);
+    for (int i = 1; i < f->n_meta; i++)
+        if (by_key(&f->meta[i - 1], &f->meta[i]) == 0)
+            return fail(err, "metadata %.100s is there twice", f->meta[i].key);
+    return 0;
+}
+
+// ---- reading ----
+
+static int map_file(TensorFile *f, const char *path, char *err) {
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) != 0) {
+        fail(err, "cannot open: %s", strerror(errno));
+    } else if (!S_ISREG(st.st_mode)) {
+        fail(err, "not a regular file");
+    } else if (st.st_size < LENGTH_BYTES) {
+        fail(err, "not a safetensors file: only %lld bytes", (long long)st.st_size);
+    } else if ((uintmax_t)st.st_size > SIZE_MAX) {
+        fail(err, "too large to map: %lld bytes", (long long)st.st_size);
+    } else {
+        void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (map == MAP_FAILED) {
+            fail(err, "cannot map: %s", strerror(errno));
+        } else {
+            f->map = map;
+            f->map_bytes = (size_t)st.st_size;
+        }
+    }
+    if (fd >= 0) close(fd);
+    return f->map == NULL ? -1 : 0;
+}
+
+static int read_header(TensorFile *f, char *err) {
+    uint64_t length = 0;
+    size_t room = f->map_bytes - LENGTH_BYTES;
+    for (int i = 0; i < LENGTH_BYTES; i++) length |= (uint64_t)f->map[i] << 8 * i;
+    if (length > MAX_HEADER)
+        return fail(err, "not a safetensors file: a header of %" PRIu64 " bytes", length);
+    if (length > room)
+        return fail(err,
+                    "the file is cut: its header has %" PRIu64 " bytes, but only %zu are there",
+                    length, room);
+    f->strings = malloc((size_t)length + 1);
+    if (f->strings == NULL) return fail(err, "out of memory");
+    const char *header = (const char *)f->map + LENGTH_BYTES;
+    const uint8_t *data = f->map + LENGTH_BYTES + length;
+    Parser j = {header, header, header + length, f->strings, err};
+    if (parse_header(&j, f, data, room - (size_t)length) != 0) return -1;
+    if (check_places(f, data, err) != 0) return -1;
+    return sort_and_check_names(f, err);
+}
+
+int tensors_open(TensorFile *f, const char *path, char *err) {
+    *f = (TensorFile){0};
+    if (strlen(path) >= sizeof f->path) return fail(err, "cannot open: %s", strerror(ENAMETOOLONG));
+    strcpy(f->path, path);
+    if (map_file(f, path, err) == 0 && read_header(f, err) == 0) return 0;
+    tensors_close(f);
+    return -1;
+}
+
+void tensors_close(TensorFile *f) {
+    if (f->map != NULL) munmap((void *)f->map, f->map_bytes);
+    free(f->tensors);
+    free(f->meta);
+    free(f->strings);
+    *f = (TensorFile){0};
+}
+
+const Tensor *tensors_find(const TensorFile *f, const char *name) {
+    Tensor key = {.name = name};
+    if (f->n_tensors == 0) return NULL;
+    return bsearch(&key, f->tensors, (size_t)f->n_tensors, sizeof key, by_name);
+}
+
+const char *tensors_meta(const TensorFile *f, const char *key) {
+    Meta wanted = {.key = key}, *m = NULL;
+    if (f->n_meta > 0) m = bsearch(&wanted, f->meta, (size_t)f->n_meta, sizeof wanted, by_key);
+    return m == NULL ? NULL : m->value;
+}
+
+// "F32 [30, any]" for messages; a size of -1 reads as any.
+static void describe(char *out, size_t room, DType dtype, int n_dims, const long long *shape) {
+    size_t n = (size_t)snprintf(out, room, "%s [", dtype_name(dtype));
+    for (int i = 0; i < n_dims && n < room; i++) {
+        const char *comma = i > 0 ? ", " : "";
+        if (shape[i] < 0) n += (size_t)snprintf(out + n, room - n, "%sany", comma);
+        else n += (size_t)snprintf(out + n, room - n, "%s%lld", comma, shape[i]);
+    }
+    if (n < room) snprintf(out + n, room - n, "]");
+}
+
+const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DType dtype, int n_dims,
+                          ...) {
+    long long want[TENSOR_MAX_DIMS], have[TENSOR_MAX_DIMS];
+    char expected[160], found[160];
+    va_list sizes;
+    va_start(sizes, n_dims);
+    for (int i = 0; i < n_dims; i++) want[i] = va_arg(sizes, int);
+    va_end(sizes);
+    describe(expected, sizeof expected, dtype, n_dims, want);
+
+    const Tensor *t = tensors_find(f, name);
+    if (t == NULL) {
+        fail(err, "tensor %s is missing, expected %s", name, expected);
+        return NULL;
+    }
+    bool same = t->dtype == dtype && t->n_dims == n_dims;
+    for (int i = 0; i < t->n_dims; i++) {
+        have[i] = (long long)t->shape[i];
+        if (same && want[i] >= 0 && want[i] != have[i]) same = false;
+    }
+    if (!same) {
+        describe(found, sizeof found, t->dtype, t->n_dims, have);
+        fail(err, "tensor %s: expected %s, found %s", name, expected, found);
+        return NULL;
+    }
+    if ((uintptr_t)t->data % dtype_size(dtype) != 0) {
+        fail(err, "tensor %s does not lie on a multiple of %zu bytes", name, dtype_size(dtype));
+        return NULL;
+    }
+    return t;
+}
+
+int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *out, char *err) {
+    const char *value = tensors_meta(f, key);
+    if (value == NULL) return fail(err, "metadata %s is missing", key);
+    char *end;
+    errno = 0;
+    long n = strtol(value, &end, 10);
+    if (errno != 0 || end == value || *end != 0 || n < lo || n > hi)
+        return fail(err, "metadata %s: expected a whole number from %d to %d, found \"%.100s\"",
+                    key, lo, hi, value);
+    *out = (int)n;
+    return 0;
+}
+
+int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out,
+                       char *err) {
+    const char *value = tensors_meta(f, key);
+    if (value == NULL) return fail(err, "metadata %s is missing", key);
+    char *end;
+    double x = strtod(value, &end);
+    if (end == value || *end != 0 || !(x >= lo && x <= hi))  // refuses NaN as well
+        return fail(err, "metadata %s: expected a number from %g to %g, found \"%.100s\"", key, lo,
+                    hi, value);
+    *out = (float)x;
+    return 0;
+}
+
+// ---- writing ----
+
+static int write_fail(TensorWriter *w, char *err, const char *what) {
+    fail(err, "%s: %s", what, strerror(errno));
+    tensors_write_abort(w);
+    return -1;
+}
+
+// A mistake of the caller, not of the disk.
+static int write_misuse(TensorWriter *w, char *err, const char *what, const char *name) {
+    fail(err, "%s%s", what, name);
+    tensors_write_abort(w);
+    return -1;
+}
+
+static char *copy_text(const char *s) {
+    char *copy = malloc(strlen(s) + 1);
+    return copy == NULL ? NULL : strcpy(copy, s);
+}
+
+int tensors_write_begin(TensorWriter *w, const char *path, char *err) {
+    struct stat st;
+    *w = (TensorWriter){.at = -1};
+    if (strlen(path) >= sizeof w->path)
+        return fail(err, "cannot create: %s", strerror(ENAMETOOLONG));
+    // A rename would replace a device or a pipe, not write to it.
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(err, "cannot create: not a regular file");
+    strcpy(w->path, path);
+    snprintf(w->tmp, sizeof w->tmp, "%s.%ld.tmp", path, (long)getpid());
+    w->file = fopen(w->tmp, "wb");
+    return w->file == NULL ? write_fail(w, err, "cannot create") : 0;
+}
+
+int tensors_write_meta(TensorWriter *w, const char *key, const char *value, char *err) {
+    if (w->file == NULL || w->at >= 0) return write_misuse(w, err, "too late for metadata ", key);
+    Meta *grown = grow(w->meta, w->n_meta, &w->meta_cap, sizeof *grown);
+    if (grown == NULL) return write_misuse(w, err, "out of memory", "");
+    w->meta = grown;
+    Meta *m = &w->meta[w->n_meta++];
+    *m = (Meta){copy_text(key), copy_text(value)};
+    if (m->key == NULL || m->value == NULL) return write_misuse(w, err, "out of memory", "");
+    return 0;
+}
+
+// Adds t, whose name is copied, behind the others.
+static int declare(TensorWriter *w, Tensor t, char *err) {
+    for (int i = 0; i < w->n_tensors; i++)
+        if (strcmp(w->tensors[i].name, t.name) == 0)
+            return write_misuse(w, err, "declared twice: tensor ", t.name);
+    Tensor *grown = grow(w->tensors, w->n_tensors, &w->cap, sizeof *grown);
+    if (grown == NULL) return write_misuse(w, err, "out of memory", "");
+    w->tensors = grown;
+    t.name = copy_text(t.name);
+    if (t.name == NULL) return write_misuse(w, err, "out of memory", "");
+    w->tensors[w->n_tensors++] = t;
+    return 0;
+}
+
+static size_t declared_bytes(const TensorWriter *w) {
+    size_t sum = 0;
+    for (int i = 0; i < w->n_tensors; i++) sum += w->tensors[i].bytes;
+    return sum;
+}
+
+static bool is_filler(const Tensor *t) { return strncmp(t->name, "pad.", 4) == 0; }
+
+int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_dims,
+                          const size_t *shape, char *err) {
+    if (w->file == NULL || w->at >= 0) return write_misuse(w, err, "too late for tensor ", name);
+    Tensor t = {.name = name, .dtype = dtype, .n_dims = n_dims};
+    if (is_filler(&t)) return write_misuse(w, err, "the name of a filler: tensor ", name);
+    if (n_dims < 0 || n_dims > TENSOR_MAX_DIMS)
+        return write_misuse(w, err, "too many dimensions: tensor ", name);
+    if (n_dims > 0) memcpy(t.shape, shape, (size_t)n_dims * sizeof *shape);
+    size_t at = declared_bytes(w), gap = (TENSOR_ALIGN - at % TENSOR_ALIGN) % TENSOR_ALIGN;
+    t.bytes = tensor_bytes(&t);
+    if (t.bytes > SIZE_MAX / 2 - at) return write_misuse(w, err, "too large: tensor ", name);
+    if (gap > 0) {
+        char pad[32];
+        snprintf(pad, sizeof pad, "pad.%d", w->n_tensors);
+        if (declare(w, (Tensor){pad, T_U8, 1, {gap}, NULL, gap}, err) != 0) return -1;
+    }
+    return declare(w, t, err);
+}
+
+static void put_json_string(FILE *file, const char *s) {
+    fputc('"', file);
+    for (; *s; s++) {
+        unsigned char c = (unsigned char)*s;
+        if (c == '"' || c == '\\') fprintf(file, "\\%c", c);
+        else if (c < 0x20) fprintf(file, "\\u%04x", c);
+        else fputc(c, file);
+    }
+    fputc('"', file);
+}
+
+static void put_header_json(const TensorWriter *w) {
+    const char *comma = "";
+    size_t at = 0;
+    fputc('{', w->file);
+    if (w->n_meta > 0) {
+        fputs("\"__metadata__\":{", w->file);
+        for (int i = 0; i < w->n_meta; i++) {
+            if (i > 0) fputc(',', w->file);
+            put_json_string(w->file, w->meta[i].key);
+            fputc(':', w->file);
+            put_json_string(w->file, w->meta[i].value);
+        }
+        fputc('}', w->file);
+        comma = ",";
+    }
+    for (int i = 0; i < w->n_tensors; i++, comma = ",") {
+        const Tensor *t = &w->tensors[i];
+        fputs(comma, w->file);
+        put_json_string(w->file, t->name);
+        fprintf(w->file, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
+        for (int k = 0; k < t->n_dims; k++) fprintf(w->file, k > 0 ? ",%zu" : "%zu", t->shape[k]);
+        fprintf(w->file, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
+        at += t->bytes;
+    }
+    fputc('}', w->file);
+}
+
+// The header's length is known only once it is written: its eight bytes are filled in afterwards.
+static int put_header(TensorWriter *w, char *err) {
+    static const char no_length[LENGTH_BYTES] = {0};
+    unsigned char length[LENGTH_BYTES];
+    fwrite(no_length, 1, sizeof no_length, w->file);
+    put_header_json(w);
+    long end = ftell(w->file);
+    if (end < 0) return write_fail(w, err, "cannot write");
+    for (; end % TENSOR_ALIGN != 0; end++) fputc(' ', w->file);
+    if (end - LENGTH_BYTES > MAX_HEADER) return write_misuse(w, err, "the header is too large", "");
+    for (int i = 0; i < LENGTH_BYTES; i++)
+        length[i] = (unsigned char)((uint64_t)(end - LENGTH_BYTES) >> 8 * i);
+    if (fseek(w->file, 0, SEEK_SET) != 0 ||
+        fwrite(length, 1, sizeof length, w->file) != sizeof length ||
+        fseek(w->file, end, SEEK_SET) != 0 || ferror(w->file))
+        return write_fail(w, err, "cannot write");
+    w->at = 0;
+    return 0;
+}
+
+// Steps over tensors that are complete, filling the fillers.
+static int advance(TensorWriter *w, char *err) {
+    static const char zeros[TENSOR_ALIGN] = {0};
+    for (; w->at < w->n_tensors; w->at++, w->at_bytes = 0) {
+        const Tensor *t = &w->tensors[w->at];
+        if (is_filler(t)) {
+            if (fwrite(zeros, 1, t->bytes, w->file) != t->bytes)
+                return write_fail(w, err, "cannot write");
+        } else if (w->at_bytes < t->bytes) {
+            break;
+        }
+    }
+    return 0;
+}
+
+int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err) {
+    const char *p = data;
+    if (w->file == NULL) return write_misuse(w, err, "nothing is being written", "");
+    if (w->at < 0 && put_header(w, err) != 0) return -1;
+    while (bytes > 0) {
+        if (advance(w, err) != 0) return -1;
+        if (w->at == w->n_tensors) return write_misuse(w, err, "more data than declared", "");
+        size_t n = w->tensors[w->at].bytes - w->at_bytes;
+        if (n > bytes) n = bytes;
+        if (fwrite(p, 1, n, w->file) != n) return write_fail(w, err, "cannot write");
+        p += n;
+        bytes -= n;
+        w->at_bytes += n;
+    }
+    return 0;
+}
+
+// Makes a rename durable. Some file systems cannot sync a directory; the file is whole either way.
+static void sync_directory_of(char *path) {
+    char *slash = strrchr(path, '/');
+    if (slash != NULL) slash[slash == path] = 0;  // keeps the root's own slash
+    int fd = open(slash == NULL ? "." : path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
+
+int tensors_write_commit(TensorWriter *w, char *err) {
+    if (w->file == NULL) return write_misuse(w, err, "nothing is being written", "");
+    if (w->at < 0 && put_header(w, err) != 0) return -1;
+    if (advance(w, err) != 0) return -1;
+    if (w->at < w->n_tensors)
+        return write_misuse(w, err, "data is missing: tensor ", w->tensors[w->at].name);
+    if (fflush(w->file) != 0 || fsync(fileno(w->file)) != 0)
+        return write_fail(w, err, "cannot write");
+    int closed = fclose(w->file);
+    w->file = NULL;
+    if (closed != 0) return write_fail(w, err, "cannot write");
+    if (rename(w->tmp, w->path) != 0) return write_fail(w, err, "cannot rename");
+    w->tmp[0] = 0;
+    sync_directory_of(w->path);
+    tensors_write_abort(w);
+    return 0;
+}
+
+void tensors_write_abort(TensorWriter *w) {
+    if (w->file != NULL) fclose(w->file);
+    if (w->tmp[0] != 0) unlink(w->tmp);
+    for (int i = 0; i < w->n_tensors; i++) free((void *)w->tensors[i].name);
+    for (int i = 0; i < w->n_meta; i++) {
+        free((void *)w->meta[i].key);
+        free((void *)w->meta[i].value);
+    }
+    free(w->tensors);
+    free(w->meta);
+    *w = (TensorWriter){0};
+}

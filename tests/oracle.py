@@ -1,0 +1,493 @@
+#!/usr/bin/env python3
+"""oracle.py: random tiny models of every family, our logits against transformers'.
+
+    python3 -m venv oracle
+    oracle/bin/pip install torch==2.15.0 transformers==5.2.0 numpy==2.4.6 gguf==0.19.0 jinja2==3.1.6
+    make && oracle/bin/python tests/oracle.py
+
+Run by hand: torch is large. Every case is a family, a number and a seed: a config.json as an author
+could have published it (both layouts of transformers, plain or inside a multimodal one), random
+weights, and the tokenizer of fixtures/smol. transformers reads the same directory that export.py
+reads, and computes in float32 with eager attention; where no config of transformers says the same
+(--yarn, mistral with layer_types), oracle_config() names the one that does. A case marked "gguf"
+reaches us through a GGUF file, with names and q/k rows as llama.cpp's converter writes them.
+Weights are scaled so that attention is peaked (logits of standard deviation 2 to 3 before softmax)
+and the output logits are of size 10: a wrong window, angle, norm or cap shows up as 0.01 to 1.
+
+Difference: max |ours - theirs| / max |theirs|, over all positions and ids. Exit 1 above 1e-3.
+
+Chapters: 1 cases  2 families  3 models  4 GGUF  5 comparing
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import gguf
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+RUN = os.environ.get("RUN", os.path.join(ROOT, "run"))
+EXPORT = os.environ.get("EXPORT", os.path.join(ROOT, "export.py"))
+TOKENIZER = os.path.join(HERE, "fixtures", "smol")
+N_TOKENS = 640  # of that tokenizer
+LIMIT = 1e-3
+
+
+# ---- 1. cases ----
+
+
+class Case(NamedTuple):
+    name: str
+    rng: np.random.Generator
+    config: dict  # config.json
+    n: int  # length of the text
+    marks: list  # what is special, for people; some act as well
+
+    @property
+    def text(self):
+        return self.config.get("text_config", self.config)
+
+
+def any_of(rng, *options):
+    return options[rng.integers(len(options))]
+
+
+def common(rng, i, family):
+    """What all families have, in the layout of transformers 4."""
+    head_dim = any_of(rng, 16, 24, 32, 40, 56, 64, 80, 96, 112, 128, 256)
+    kv_heads, group = any_of(rng, 1, 2, 3, 4), int(rng.integers(1, 9))
+    while kv_heads * group * head_dim > 2048:
+        kv_heads, group = max(kv_heads // 2, 1), max(group - 1, 1)
+    heads = kv_heads * group
+    apart = family.startswith(("qwen3", "gemma")) or (family != "phi3" and rng.random() < 0.6)
+    return {
+        "model_type": family,
+        "hidden_size": int(rng.integers(30, 220)) if apart else heads * head_dim,
+        "intermediate_size": int(rng.integers(20, 400)),
+        "num_hidden_layers": int(rng.integers(2, 6)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **({"head_dim": head_dim} if apart else {}),
+        "vocab_size": N_TOKENS + int(rng.integers(0, 150)),
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": any_of(rng, 1e-5, 1e-6, 1e-3),
+        "tie_word_embeddings": bool(rng.random() < 0.5),
+        "rope_theta": any_of(rng, 1e4, 5e5, 1e6, 2804339835.0),
+        "rope_scaling": SCALINGS[i % len(SCALINGS)](rng) if family in SCALED else None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": any_of(rng, "float32", "bfloat16", "float16"),
+    }
+
+
+def llama3(rng):
+    return {"rope_type": "llama3", "factor": any_of(rng, 4.0, 8.0, 32.0), "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": any_of(rng, 64, 256)}
+
+
+def yarn(rng):
+    p = {"rope_type": "yarn", "factor": any_of(rng, 2.0, 4.0, 40.0),
+         "original_max_position_embeddings": any_of(rng, 32, 64, 512)}
+    p.update(any_of(rng, {}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"attention_factor": 1.2},
+                    {"mscale": 0.707, "mscale_all_dim": 1.0}, {"truncate": False}))
+    return p
+
+
+SCALED = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+SCALINGS = (
+    lambda rng: None, llama3, yarn, lambda rng: {"rope_type": "linear", "factor": 4.0},
+    lambda rng: {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
+
+
+def draw(family, i, seed):
+    rng = np.random.default_rng([seed, i, *family.encode()])
+    c, marks = common(rng, i, family), []
+    FAMILIES[family](rng, i, c, marks)
+    if c["rope_scaling"]:
+        marks.append((c["rope_scaling"].get("rope_type") or "old yarn"))
+    if rng.random() < 0.5:
+        modernize(c)
+        marks.append("v5")
+    if "multimodal" in marks:
+        outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+                 "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
+        c = {**outer, "text_config": c, "tie_word_embeddings": c["tie_word_embeddings"]}
+    return Case(f"{family}-{i:02d}", rng, c, int(rng.integers(110, 220)) if i % 8 else 600, marks)
+
+
+def modernize(c):
+    """The same in the layout of transformers 5."""
+    c["dtype"] = c.pop("torch_dtype")
+    scaling = dict(c.pop("rope_scaling") or {"rope_type": "default"})
+    scaling["rope_type"] = scaling.pop("type", None) or scaling["rope_type"]
+    c["rope_parameters"] = {"rope_theta": c.pop("rope_theta"), **scaling}
+    if "rope_local_base_freq" in c:
+        local = {"rope_type": "default", "rope_theta": c.pop("rope_local_base_freq")}
+        c["rope_parameters"] = {"full_attention": c["rope_parameters"], "sliding_attention": local}
+    if "partial_rotary_factor" in c:
+        c["rope_parameters"]["partial_rotary_factor"] = c.pop("partial_rotary_factor")
+    if "sliding_window_pattern" in c:
+        c["_sliding_window_pattern"] = c.pop("sliding_window_pattern")
+        c["layer_types"] = kinds(c, lambda l: (l + 1) % c["_sliding_window_pattern"] != 0)
+
+
+def kinds(c, slides):
+    """layer_types"""
+    n = c["num_hidden_layers"]
+    return ["sliding_attention" if slides(l) else "full_attention" for l in range(n)]
+
+
+# ---- 2. families ----
+
+WINDOWS = (1, 7, 16, 33, 63, 64, 65, 100)  # pages hold 64
+
+
+def to_gguf(c, marks):
+    """This case travels as a GGUF, which has no place for all that a config.json can say."""
+    marks.append("gguf")
+    for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"):
+        (c["rope_scaling"] or {}).pop(key, None)
+    if "query_pre_attn_scalar" in c:
+        c["query_pre_attn_scalar"] = c["head_dim"]
+
+
+def llama(rng, i, c, marks):
+    if i % 3 == 2:
+        to_gguf(c, marks)
+
+
+def mistral(rng, i, c, marks):
+    c["sliding_window"] = any_of(rng, *WINDOWS) if i % 4 else None
+    if i % 4 == 2:
+        c["layer_types"] = kinds(c, lambda l: l % 2 == 0)
+        marks.append("alternating")
+
+
+def qwen(rng, i, c, marks):
+    if i % 5 == 0 and i % 2 == 0:
+        marks.append("--yarn")
+    if i % 2:
+        c.update(use_sliding_window=True, sliding_window=any_of(rng, *WINDOWS),
+                 max_window_layers=int(rng.integers(0, c["num_hidden_layers"])))
+        if rng.random() < 0.3:
+            c["layer_types"] = kinds(c, lambda l: rng.random() < 0.5)
+    else:
+        c.update(use_sliding_window=False, sliding_window=32)
+        if i % 4 == 2:
+            to_gguf(c, marks)
+
+
+def smollm3(rng, i, c, marks):
+    c.update(num_hidden_layers=c["num_hidden_layers"] + 2, pad_token_id=0)
+    if i % 3 == 1:
+        c.update(use_sliding_window=True, sliding_window=any_of(rng, *WINDOWS))
+    if i % 3 == 2:
+        c["no_rope_layers"] = [int(rng.random() < 0.5) for _ in range(c["num_hidden_layers"])]
+    else:
+        c["no_rope_layer_interval"] = 4 if i % 2 else any_of(rng, 2, 3)
+    if i % 6 == 3:
+        to_gguf(c, marks)
+
+
+def gemma2(rng, i, c, marks):
+    c.update(head_dim=c["head_dim"], hidden_activation="gelu_pytorch_tanh",
+             query_pre_attn_scalar=any_of(rng, 24, c["head_dim"], 144),
+             sliding_window=any_of(rng, *WINDOWS), tie_word_embeddings=i % 4 != 3,
+             attn_logit_softcapping=any_of(rng, None, 50.0, 10.0, 3.0),
+             final_logit_softcapping=any_of(rng, None, 30.0, 5.0))
+    if i % 4 == 1:
+        to_gguf(c, marks)
+
+
+def gemma3(rng, i, c, marks):
+    c.update(num_hidden_layers=int(rng.integers(2, 9)), hidden_activation="gelu_pytorch_tanh",
+             query_pre_attn_scalar=any_of(rng, 24, c["head_dim"], 168),
+             sliding_window=any_of(rng, *WINDOWS), tie_word_embeddings=i % 4 != 3,
+             sliding_window_pattern=any_of(rng, 2, 3, 6), rope_local_base_freq=any_of(rng, 1e4, 1e3),
+             rope_theta=1e6,
+             rope_scaling={"rope_type": "linear", "factor": 8.0} if rng.random() < 0.5 else None)
+    if i % 4 == 1:
+        to_gguf(c, marks)
+    if i % 4 == 2:
+        marks.append("multimodal")
+
+
+def phi3(rng, i, c, marks):
+    width = c["hidden_size"] // c["num_attention_heads"]
+    c["partial_rotary_factor"] = 0.75 if width % 16 == 0 and i % 2 else 1.0
+    c.update(sliding_window=any_of(rng, *WINDOWS) if i % 3 else None, pad_token_id=0,
+             original_max_position_embeddings=2048)
+    if i % 3 == 2:
+        to_gguf(c, marks)
+
+
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
+            "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3}
+
+
+# ---- 3. models ----
+
+
+def oracle_config(case):
+    """The config of transformers that computes what config.json means to us."""
+    c = copy.deepcopy(case.text)  # transformers writes into it
+    if "alternating" in case.marks:  # a class of its own there
+        c["model_type"] = "ministral"
+        c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    if "--yarn" in case.marks:
+        p = {"rope_type": "yarn", "factor": 4.0,
+             "original_max_position_embeddings": c["max_position_embeddings"]}
+        theta = c.pop("rope_theta", None) or c["rope_parameters"]["rope_theta"]
+        c.pop("rope_scaling", None)
+        c["rope_parameters"] = {"rope_theta": theta, **p}
+    return transformers.AutoConfig.for_model(**c)
+
+
+def make_model(case):
+    """A model of transformers with random weights, exact in the type they are stored in."""
+    config, rng, dim = oracle_config(case), case.rng, case.text["hidden_size"]
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32).eval()
+    stored = getattr(torch, case.text.get("dtype") or case.text["torch_dtype"])
+    gemma = case.text["model_type"].startswith("gemma")
+    q_and_k = (config.num_attention_heads + config.num_key_value_heads) * (
+        getattr(config, "head_dim", None) or dim // config.num_attention_heads)
+    for name, p in model.named_parameters():
+        x = rng.standard_normal(p.shape).astype(np.float32)
+        if p.ndim == 2:
+            gain = 1.6 if re.search("[qk]_proj", name) else 1.0
+            if re.search("embed_tokens|lm_head", name):
+                gain = 1.5 if gemma and config.tie_word_embeddings else 3.0
+            x *= gain / math.sqrt(p.shape[1])
+            if "qkv_proj" in name:
+                x[:q_and_k] *= 1.6
+            if "embed_tokens" in name and not config.tie_word_embeddings and not gemma:
+                x *= math.sqrt(dim) / 3
+        elif name.endswith("bias"):
+            x *= 0.5
+        else:
+            x = 0.3 * x + (not gemma) + 0.6 * bool(re.search("[qk]_norm", name))
+        p.copy_(torch.from_numpy(x).to(stored).float())
+    return model, stored
+
+
+def make_directory(case, model, stored, path):
+    """A directory as on the Hub; in every third one the weights are in two files."""
+    os.makedirs(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(TOKENIZER, name), path)
+    with open(os.path.join(path, "config.json"), "w") as f:
+        json.dump(case.config, f, indent=1)
+    tensors = {n: p.detach().to(stored).contiguous() for n, p in model.named_parameters()}
+    if "multimodal" in case.marks:
+        head = tensors.pop("lm_head.weight", None)
+        old = case.rng.random() < 0.5
+        prefix = "language_model.model." if old else "model.language_model."
+        tensors = {n.replace("model.", prefix, 1): t for n, t in tensors.items()}
+        tower = "vision_tower.x.weight" if old else "model.vision_tower.x.weight"
+        tensors[tower] = torch.zeros(4, 4)
+        if head is not None:
+            tensors["language_model.lm_head.weight" if old else "lm_head.weight"] = head
+    elif model.config.tie_word_embeddings and case.rng.random() < 0.3:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if case.rng.random() < 0.3:
+        save_shards(tensors, path)
+    else:
+        save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
+
+
+def save_shards(tensors, path):
+    where = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(tensors)}
+    for shard in set(where.values()):
+        part = {n: t for n, t in tensors.items() if where[n] == shard}
+        save_file(part, os.path.join(path, shard), {"format": "pt"})
+    with open(os.path.join(path, "model.safetensors.index.json"), "w") as f:
+        json.dump({"metadata": {}, "weight_map": where}, f)
+
+
+# ---- 4. GGUF ----
+
+ARCHS = {"gemma3_text": "gemma3"}
+PERMUTED = ("llama", "smollm3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
+
+
+def make_gguf(case, model, path):
+    c, family = model.config, case.text["model_type"]
+    arch = ARCHS.get(family, family)
+    w = gguf.GGUFWriter(path, arch)
+    heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.hidden_size
+    head_dim = getattr(c, "head_dim", None) or dim // heads
+    p = c.rope_parameters
+    p = p.get("full_attention", p)
+    w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(dim)
+    w.add_feed_forward_length(c.intermediate_size)
+    w.add_block_count(c.num_hidden_layers)
+    w.add_head_count(heads)
+    w.add_head_count_kv(kv_heads)
+    w.add_key_length(head_dim)
+    w.add_value_length(head_dim)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_rope_freq_base(p["rope_theta"])
+    w.add_rope_dimension_count(int(head_dim * p.get("partial_rotary_factor", 1.0)))
+    if family in ("gemma2", "gemma3_text", "phi3") and c.sliding_window:
+        w.add_sliding_window(c.sliding_window)
+    if family == "gemma2":
+        w.add_attn_logit_softcapping(c.attn_logit_softcapping or 0.0)
+        w.add_final_logit_softcapping(c.final_logit_softcapping or 0.0)
+    if family == "gemma3_text":
+        w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
+        w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
+    add_scaling(w, p, head_dim)
+    add_vocabulary(w)
+    names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
+    for name, tensor in model.named_parameters():
+        x = tensor.detach().numpy()
+        if "gemma" in family and name.endswith("norm.weight"):
+            x = x + np.float32(1)
+        if family in PERMUTED and re.search(r"[qk]_proj\.weight", name):
+            n = heads if "q_proj" in name else kv_heads
+            x = x.reshape(n, 2, len(x) // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
+        w.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(x))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def gguf_arch(name):
+    return next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+
+
+def add_scaling(w, p, head_dim):
+    kind = p["rope_type"]
+    if kind == "llama3":
+        w.add_tensor("rope_freqs.weight", llama3_factors(p, head_dim))
+    elif kind != "default":
+        w.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        w.add_rope_scaling_factor(p["factor"])
+        if kind == "yarn":
+            w.add_rope_scaling_orig_ctx_len(p["original_max_position_embeddings"])
+
+
+def llama3_factors(p, dim):
+    """What each frequency is divided by, as convert_hf_to_gguf.py works it out."""
+    out, length = [], p["original_max_position_embeddings"]
+    for j in range(0, dim, 2):
+        wave = 2 * math.pi * p["rope_theta"] ** (j / dim)
+        if wave < length / p["high_freq_factor"]:
+            out.append(1.0)
+        elif wave > length / p["low_freq_factor"]:
+            out.append(p["factor"])
+        else:
+            low, high = p["low_freq_factor"], p["high_freq_factor"]
+            smooth = (length / wave - low) / (high - low)
+            out.append(1 / ((1 - smooth) / p["factor"] + smooth))
+    return np.array(out, np.float32)
+
+
+def add_vocabulary(w):
+    with open(os.path.join(TOKENIZER, "tokenizer.json"), encoding="utf-8") as f:
+        spec = json.load(f)
+    special = {t["id"]: t["content"] for t in spec["added_tokens"]}
+    texts = {i: t for t, i in spec["model"]["vocab"].items()} | special
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("smollm")
+    w.add_token_list([texts[i] for i in sorted(texts)])
+    w.add_token_types([3 if i in special else 1 for i in sorted(texts)])
+    merges = spec["model"]["merges"]
+    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+
+
+# ---- 5. comparing ----
+
+
+def command(*args):
+    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        what = done.stdout.decode(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"{os.path.basename(args[0])} failed: {' '.join(what)}")
+
+
+def compare(case, folder, isa):
+    """-> largest difference, largest logit."""
+    model, stored = make_model(case)
+    source, kvz, out = (os.path.join(folder, case.name + x) for x in ("", ".kvz", ".logits"))
+    make_directory(case, model, stored, source)
+    if "gguf" in case.marks:
+        source += ".gguf"
+        make_gguf(case, model, source)
+    ids = case.rng.integers(0, case.text["vocab_size"], case.n)
+    theirs = model(torch.tensor(ids)[None]).logits[0].numpy()
+    with open(out + ".ids", "w") as f:
+        f.write(" ".join(map(str, ids)))
+    more = ["--yarn", "4"] if "--yarn" in case.marks else []
+    command(sys.executable, EXPORT, source, "-o", kvz, "--type", "f32", *more)
+    command(RUN, "logits", kvz, "--ids", out + ".ids", "--kv", "f32", "-j", "1", "-q", "-o", out,
+            *(["--isa", isa] if isa else []))
+    ours = load_file(out)["logits"]
+    if ours.shape != theirs.shape:
+        raise RuntimeError(f"logits {ours.shape}, expected {theirs.shape}")
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max()), float(np.abs(theirs).max())
+
+
+def describe(case):
+    c = case.text
+    heads = c["num_attention_heads"]
+    width = c.get("head_dim") or c["hidden_size"] // heads
+    windowed = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    return (f"{case.name:15} {c['num_hidden_layers']} layers {heads:2}/{c['num_key_value_heads']} heads of {width:3}, "
+            f"dim {c['hidden_size']:4} mlp {c['intermediate_size']:3}, window {windowed or '-':>3}, "
+            f"{'tied' if c['tie_word_embeddings'] else 'free'}, {case.n:3} tokens  {' '.join(case.marks):28}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--only", metavar="NAME", help="cases whose name begins so: gemma2, llama-03")
+    p.add_argument("--per-family", type=int, default=8, metavar="N")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--isa", help="scalar, avx2, avx512 or neon")
+    p.add_argument("--keep", metavar="DIR", help="keep the models here")
+    args = p.parse_args()
+    worst, failed, n, began = {}, 0, 0, time.time()
+    for family in FAMILIES:
+        for i in range(args.per_family):
+            if args.only and not f"{family}-{i:02d}".startswith(args.only):
+                continue
+            case, n = draw(family, i, args.seed), n + 1
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    far, size = compare(case, args.keep or folder, args.isa)
+                    worst[family] = max(far, worst.get(family, 0.0))
+                    failed += not far < LIMIT
+                    print(f"{describe(case)} {far:.1e} of {size:.1f}{'' if far < LIMIT else '  FAILED'}", flush=True)
+                except RuntimeError as e:
+                    failed += 1
+                    print(f"{describe(case)} FAILED: {e}", flush=True)
+    print(f"\n{n} models, {failed} failed, {time.time() - began:.0f} s; largest difference by family:")
+    for family, far in worst.items():
+        print(f"  {family:12} {far:.1e}")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

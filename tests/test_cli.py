@@ -1,0 +1,557 @@
+#!/usr/bin/env python3
+"""test_cli.py: the program as its users meet it, through the command line alone.
+
+Every test runs ./run (or $RUN) on the committed fixtures (or those in $FIXTURES), tiny models with
+random weights, and compares with the values that another implementation computed for them. Needs
+nothing but Python's standard library. The last line says how many checks passed and failed.
+"""
+import array
+import json
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RUN = os.environ.get("RUN", os.path.join(os.path.dirname(HERE), "run"))
+FIXTURES = os.environ.get("FIXTURES", os.path.join(HERE, "fixtures"))
+LOGITS, SCORES = 3e-4, 1e-4  # tolerances of plain float32
+passed = failed = 0
+
+
+def check(ok, what):
+    global passed, failed
+    if ok:
+        passed += 1
+    else:
+        failed += 1
+        print("FAILED:", what)
+
+
+# ---- files ----
+
+KINDS = {"F32": "f", "I32": "i", "U8": "B", "F16": "H"}
+
+
+class Tensors:
+    """A safetensors file: self[name] is a flat array, shape[name] its sizes."""
+
+    def __init__(self, path):
+        with open(path, "rb") as f:
+            data = f.read()
+        n = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:8 + n])
+        self.meta = header.pop("__metadata__", {})
+        self.shape = {name: t["shape"] for name, t in header.items()}
+        self.dtype = {name: t["dtype"] for name, t in header.items()}
+        self.raw = {name: data[8 + n + t["data_offsets"][0]:8 + n + t["data_offsets"][1]]
+                    for name, t in header.items()}
+
+    def __getitem__(self, name):
+        return array.array(KINDS[self.dtype[name]], self.raw[name])
+
+    def ragged(self, name, i):
+        begin, end = self[name + "_offsets"][i:i + 2]
+        return self[name][begin:end]
+
+    def rows(self, name):
+        return self.shape[name + "_offsets"][0] - 1
+
+
+def write(path, text):
+    with open(path, "wb") as f:
+        f.write(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def write_ids(path, ids):
+    return write(path, " ".join(map(str, ids)))
+
+
+def distance(a, b):
+    return max((abs(x - y) for x, y in zip(a, b)), default=0) if len(a) == len(b) else float("inf")
+
+
+# ---- running ----
+
+class Result:
+    def __init__(self, p):
+        self.code, self.out, self.err = p.returncode, p.stdout, p.stderr.decode("utf-8", "replace")
+
+    def text(self):
+        return self.out.decode("utf-8", "replace")
+
+    def rows(self):
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+def run(*args, **options):
+    options.setdefault("input", b"")
+    command = [RUN] + [a if isinstance(a, bytes) else str(a) for a in args]
+    return Result(subprocess.run(command, stdout=options.pop("stdout", subprocess.PIPE),
+                                 stderr=subprocess.PIPE, timeout=300, **options))
+
+
+def works(*args, **options):
+    r = run(*args, **options)
+    check(r.code == 0, "%s: exit %d, %s" % (" ".join(map(str, args)), r.code, r.err.strip()))
+    return r
+
+
+def fails(code, words, *args, **options):
+    """Exit code, one line on stderr that holds the words, nothing on stdout."""
+    r = run(*args, **options)
+    name = " ".join(str(a)[:60] for a in args)
+    check(r.code == code, "%s: exit %d instead of %d: %s" % (name, r.code, code, r.err.strip()))
+    last = r.err.strip().split("\n")[-1]
+    check(last.startswith("run: ") and words in last, "%s: %r, not %r" % (name, r.err, words))
+    check(not r.out, "%s: output in spite of the failure" % name)
+
+
+class Model:
+    def __init__(self, name):
+        self.name, self.path = name, os.path.join(FIXTURES, name + ".kvz")
+        self.expected = Tensors(os.path.join(FIXTURES, name, "expected.safetensors"))
+        self.context = list(self.expected["kvzip.prefix"]) + list(self.expected["kvzip.ctx"])
+        self.n_prefix = len(self.expected["kvzip.prefix"])
+        extra = len(self.expected["kvzip.ask_first"]) + len(self.expected["kvzip.postfix"])
+        self.chunk = self.expected["kvzip.pass_offsets"][1] - extra
+
+    def context_flags(self, directory):
+        ids = write_ids(os.path.join(directory, "context.ids"), self.context)
+        return ["--ids", ids, "--n-prefix", self.n_prefix, "--chunk", self.chunk, "--kv", "f32"]
+
+
+# ---- usage ----
+
+COMMANDS = ["generate", "chat", "compress", "ask", "score", "logits", "tokenize", "bench", "info"]
+
+
+def test_usage(m):
+    r = run()
+    check(r.code == 2 and "usage: run" in r.err and not r.out, "run alone prints the usage, exit 2")
+    r = works("-h")
+    check(all("run " + c in r.text() for c in COMMANDS) and not r.err, "run -h lists the commands")
+    for c in COMMANDS:
+        r = works(c, "-h")
+        check(r.text().startswith("usage: run " + c) and "examples:" in r.text(), c + " -h")
+        check(works(c, m.path, "x", "--json", "-h").out == r.out, c + ": -h anywhere")
+    check(run("generate", m.path, "-p", "-h", "-n", "1").code == 0, "-h as a value is a value")
+    fails(2, "unknown command 'frobnicate'", "frobnicate")
+    fails(2, "needs MODEL", "generate")
+    fails(2, "unexpected argument 'two'", "generate", m.path, "two")
+    fails(2, "unknown flag --bogus", "info", m.path, "--bogus")
+    fails(2, "unknown flag -x", "generate", m.path, "-x")
+    fails(2, "--json takes no value", "generate", m.path, "--json=yes")
+    fails(2, "-n: its value N is missing", "generate", m.path, "-p", "a", "-n")
+    for value in ["abc", "-5", "", "1e3", "99999999999"]:
+        fails(2, "-n %s: needs a whole number" % value, "generate", m.path, "-p", "a", "-n", value)
+    for value in ["1.5", "nan", "-0.1", "0", "inf", "x", ""]:
+        fails(2, "--ratio %s: needs a number" % value, "compress", m.path, "-p", "a", "-o", "x",
+              "--ratio", value)
+    for flag, value in [("--temp", "-1"), ("--top-p", "1.1"), ("-j", "0"), ("--seed", "x")]:
+        fails(2, "%s %s: needs" % (flag, value), "generate", m.path, "-p", "a", flag, value)
+    fails(2, "--kv q9: needs one of f16|f32", "generate", m.path, "-p", "a", "--kv", "q9")
+    fails(2, "--level x: needs one of pair|uniform|head", "compress", m.path, "--level", "x")
+    fails(2, "--isa mmx", "generate", m.path, "-p", "a", "--isa", "mmx")
+    score = ["score", m.path, "-p", "a", "-o", "/tmp/x"]
+    fails(2, "--policy best: there are kvzip", *score, "--policy", "best")
+    fails(2, "no parameter 'window'", *score, "--set", "window=3")
+    fails(2, "needs key=value", *score, "--set", "window")
+    fails(2, "only one of", "generate", m.path, "-p", "a", "-f", "b")
+    fails(2, "needs -p TEXT", "compress", m.path, "-o", "/tmp/x")
+    fails(2, "needs -o", "compress", m.path, "-p", "a")
+    fails(2, "--depth 5,x", "bench", m.path, "--depth", "5,x")
+
+
+# ---- tokens ----
+
+def test_tokenize(m):
+    e = m.expected
+    for i in range(e.rows("tok.text")):
+        text = bytes(e.ragged("tok.text", i))
+        for name, flags in [("tok.ids_plain", []), ("tok.ids", ["--special"]),
+                            ("tok.ids_special", ["--special", "--bos"])]:
+            got = run("tokenize", m.path, *flags, input=text).out
+            want = " ".join(map(str, e.ragged(name, i))).encode() + b"\n"
+            check(got == want, "%s: tokenize %s of %r: %r" % (m.name, name, text, got))
+        ids = " ".join(map(str, e.ragged("tok.ids", i))).encode()
+        got = run("tokenize", m.path, "--decode", input=ids).out
+        check(got == bytes(e.ragged("tok.decoded", i)), "%s: decode %d: %r" % (m.name, i, got))
+
+
+def test_tokenize_input(m, d):
+    text = "Where is it?\nThere."
+    want = works("tokenize", m.path, "-p", text).out
+    check(works("tokenize", m.path, "-f", write(d + "/t", text)).out == want, "tokenize -f FILE")
+    check(works("tokenize", m.path, "-f", "-", input=text.encode()).out == want, "tokenize -f -")
+    check(works("tokenize", m.path, "-p", "-", input=text.encode()).out == want, "tokenize -p -")
+    check(works("tokenize", m.path, "-p", "").out == b"\n", "no text: an empty line")
+    ids = works("tokenize", m.path, "-p", text, "--json").rows()[0]["ids"]
+    check(ids == [int(x) for x in want.split()], "tokenize --json")
+    junk = bytes(range(1, 256)) + b"\xc3\x28 \xf0\x9f\x98"
+    r = works("tokenize", m.path, "--decode", input=works("tokenize", m.path, input=junk).out)
+    check(r.out == junk, "bytes that are no UTF-8 come back as they were")
+    fails(1, "'1x' at byte 5 is not a token id", "tokenize", m.path, "--decode", input=b"1 2  1x 3")
+    fails(1, "is not a token id", "tokenize", m.path, "--decode", input=b"-1")
+    fails(1, "is not a token id", "tokenize", m.path, "--decode", input=b"99999999999999999999")
+
+
+# ---- numbers ----
+
+def test_logits(m, d):
+    e, out = m.expected, d + "/logits"
+    ids = write_ids(d + "/prompt.ids", e["prefill.ids"])
+    works("logits", m.path, "--ids", ids, "-o", out, "--kv", "f32")
+    t = Tensors(out)
+    n, vocab = t.shape["logits"]
+    check(list(t["ids"]) == list(e["prefill.ids"]) and n == len(t["ids"]), m.name + ": logits' ids")
+    logits = t["logits"]
+    want = e["prefill.logits"]
+    worst = max(distance(logits[r * vocab:(r + 1) * vocab], want[i * vocab:(i + 1) * vocab])
+                for i, r in enumerate(e["prefill.rows"]))
+    check(worst < LOGITS, "%s: logits differ by %g" % (m.name, worst))
+    best = [max(range(vocab), key=logits[r * vocab:(r + 1) * vocab].__getitem__) for r in range(n)]
+    check(best == list(e["prefill.argmax"]), m.name + ": argmax of every row")
+    works("logits", m.path, "--ids", ids, "-o", d + "/one", "--kv", "f32", "-j", "1")
+    check(Tensors(d + "/one").raw["logits"] == t.raw["logits"], "-j 1 gives the same bits")
+    r = works("generate", m.path, "--ids", ids, "-n", 24, "--temp", 0, "--ignore-eos", "--json",
+              "--kv", "f32").rows()[0]
+    check(r["ids"] == list(e["prefill.greedy"]), m.name + ": greedy continuation")
+
+
+def test_score(m, d):
+    for policy, name in [("kvzip", "kvzip.score"), ("kvzip+", "kvzip.score_plus")]:
+        works("score", m.path, *m.context_flags(d), "--policy", policy, "-o", d + "/scores")
+        t = Tensors(d + "/scores")
+        check(t.shape["scores"] == m.expected.shape[name], "%s: shape of %s" % (m.name, name))
+        worst = distance(t["scores"], m.expected[name])
+        check(worst < SCORES, "%s: %s differs by %g" % (m.name, name, worst))
+        check(list(t["ids"]) == m.context, m.name + ": score's ids")
+        check(list(t["layers"]) == list(m.expected["kvzip.layers"]), m.name + ": score's layers")
+        check((t.meta["n_prefix"], t.meta["policy"]) == (str(m.n_prefix), policy), "metadata")
+
+
+def kept_positions(cache, layers):
+    """keep [layer][head][n_ctx] of a saved cache, flat, from the positions in its pages."""
+    t = Tensors(cache)
+    n_prefix, n_ctx = int(t.meta["n_prefix"]), int(t.meta["n_ctx"])
+    n_heads, pos, page, keep = t.shape["len"][1], t["pos"], 0, []
+    for head, (n, dropped) in enumerate(zip(t["len"], t["dropped"])):
+        flags = bytearray(n_prefix + n_ctx)
+        for i in range(n - dropped):
+            flags[pos[page * 64 + i]] = 1
+        page += (n + 63) // 64 - dropped // 64
+        if head // n_heads in layers:
+            keep += flags[n_prefix:]
+            check(all(flags[:n_prefix]), "the prefix stays")
+    return keep
+
+
+def test_compress(m, d):
+    e, cache, n_ctx = m.expected, d + "/cache", len(m.expected["kvzip.ctx"])
+    n_heads = e.shape["kvzip.score"][0] * e.shape["kvzip.score"][1]
+    pairs = n_heads * n_ctx
+    for mask, flags in [("pair", ["--ref-ties"]), ("pair_exact", []), ("head", ["--level", "head"]),
+                        ("pair_uniform", ["--level", "uniform"]), ("plus_pair", ["--ref-ties"])]:
+        policy = "kvzip+" if mask == "plus_pair" else "kvzip"
+        for r in ["30", "60"]:
+            if mask == "head":
+                flags = flags[:2] + ["--ref-ties"]
+            row = works("compress", m.path, *m.context_flags(d), *flags, "--policy", policy,
+                        "--ratio", "0." + r, "-o", cache, "--json").rows()[0]
+            want = e["mask.%s.r%s" % (mask, r)]
+            got = kept_positions(cache, e["kvzip.layers"])
+            check(got == list(want), "%s: mask.%s.r%s" % (m.name, mask, r))
+            check(abs(row["kept"] - sum(want) / pairs) < 1e-6, "kept is the achieved share")
+            check(row["bytes"] < row["full_bytes"] and row["n_ctx"] == n_ctx, "bytes, n_ctx")
+            if mask == "pair":
+                check_query(m, d, cache, "evict.r" + r)
+    works("compress", m.path, *m.context_flags(d), "--ratio", 1, "-o", cache)
+    check_query(m, d, cache, "evict.r100")
+
+
+def check_query(m, d, cache, name):
+    """Logits of the query after the cache, and of the greedy ids that follow it."""
+    e, greedy = m.expected, m.expected[name + ".greedy"]
+    query = list(e["kvzip.query"])
+    ids = write_ids(d + "/query.ids", query + list(greedy))
+    works("logits", m.path, "-c", cache, "--ids", ids, "-o", d + "/query")
+    logits, want = Tensors(d + "/query")["logits"], e[name + ".logits"]
+    worst = distance(logits[:len(want)], want)
+    check(worst < LOGITS, "%s: %s differs by %g" % (m.name, name, worst))
+    vocab = e.shape[name + ".logits"][1]
+    for i, g in enumerate(greedy):
+        row = logits[(len(query) - 1 + i) * vocab:(len(query) + i) * vocab]
+        check(max(range(vocab), key=row.__getitem__) == g, "%s: %s.greedy %d" % (m.name, name, i))
+
+
+# ---- questions ----
+
+ASK_FIELDS = {"question", "answer", "n_prompt", "n_answer", "seconds", "tokens_per_s"}
+
+
+def test_ask(m, d):
+    cache = d + "/ask.kvc"
+    works("compress", m.path, "-p", "The code of Chen is 12. The code of Rosa is 7.", "-o", cache)
+    asked = ["What is the code of Chen?", "And of Rosa?", "What is the code of Chen?"]
+    many = works("ask", m.path, cache, *asked, "-n", 12, "--json", "--ignore-eos").rows()
+    check([r["question"] for r in many] == asked, "questions come back in order")
+    check(all(set(r) == ASK_FIELDS and r["n_answer"] == 12 for r in many), "fields of ask")
+    check(many[0]["answer"] == many[2]["answer"], "a question leaves no trace")
+    flags = ["-n", 12, "--json", "--ignore-eos"]
+    answers = [r["answer"] for r in many]
+
+    def same(what, *args, **options):
+        got = [r["answer"] for r in works("ask", m.path, cache, *flags, *args, **options).rows()]
+        check(got == answers, "%s: %r" % (what, got))
+
+    questions = write(d + "/questions", "\n".join(["", asked[0], "  ", asked[1] + "\r", asked[2]]))
+    same("questions from a file", "-f", questions)
+    same("questions from stdin", input=open(questions, "rb").read())
+    same("questions from -f -", "-f", "-", input=open(questions, "rb").read())
+    same("arguments first, then the file", asked[0], "-f", write(d + "/rest", "\n".join(asked[1:])))
+    same("three together", *asked, "--batch", 3)
+    same("batches that do not fit", *asked, "--batch", 2)
+    same("in order after --", "--", *asked)
+    kept = [r["answer"] for r in works("ask", m.path, cache, *asked, *flags, "--keep").rows()]
+    check(kept[0] == answers[0] and kept[2] != answers[2], "--keep makes a conversation")
+    text = works("ask", m.path, cache, asked[0], "-n", 12, "--ignore-eos", "-q")
+    check(text.text() == answers[0] + "\n" and not text.err, "plain output: answer and newline")
+    test_answer_prefix(m, d, cache, asked[0])
+
+
+def test_answer_prefix(m, d, cache, question):
+    flags = ["-n", 8, "--json", "--ignore-eos"]
+    by_flag = works("ask", m.path, cache, question, *flags, "--answer-prefix", "It is").rows()[0]
+    line = write(d + "/tab", question + "\tIt is\n \tIt is\n" + question + "\n")
+    by_tab = works("ask", m.path, cache, "-f", line, *flags).rows()
+    check(by_flag["answer"].startswith("It is"), "the answer starts with its prefix")
+    check(by_tab[0]["answer"] == by_flag["answer"], "a prefix after a tab")
+    check(not by_tab[1]["answer"].startswith("It is"), "is for its own line alone")
+    plain = ["ask", m.path, cache, question, "-n", 8, "--ignore-eos", "-q"]
+    plain += ["--answer-prefix", "It is"]
+    whole = works(*plain).out
+    stop = whole[6:8]
+    cut = works(*plain, "--stop", stop).out
+    check(cut.strip() == whole[:whole.index(stop, 5) + 2].strip(), "--stop: %r" % cut)
+    odd = b"caf\xc3\xa9 \xff\"\\\x01\xe2\x82"
+    row = works("ask", m.path, cache, odd, "-n", 1, "--json").rows()[0]
+    check(row["question"] == "café \ufffd\"\\\x01\ufffd", "JSON of any bytes: %r" % row["question"])
+
+
+def test_chat(m, d):
+    cache = d + "/chat.kvc"
+    works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
+    lines = b"What is it?\n\nAnd now?\n"
+    flags = ["-n", 6, "--temp", 0, "--ignore-eos", "--json"]
+    for where in [[], ["-c", cache], ["--system", "You are brief."]]:
+        rows = works("chat", m.path, *where, *flags, input=lines).rows()
+        asked = [r["question"] for r in rows]
+        check(asked == ["What is it?", "And now?"], "chat answers every line")
+        check(all(r["n_answer"] == 6 for r in rows), "chat's answers")
+    on_cache = works("chat", m.path, "-c", cache, *flags, input=lines).rows()[0]["answer"]
+    asked = works("ask", m.path, cache, "What is it?", *flags).rows()[0]["answer"]
+    check(on_cache == asked, "a chat on a context begins as ask does")
+    fails(2, "--system", "chat", m.path, "-c", cache, "--system", "x")
+
+
+def test_generate(m, d):
+    p = ["generate", m.path, "-p", "The code of"]
+    r = works(*p, "-n", 10, "--temp", 0, "--json", "--ignore-eos").rows()[0]
+    check(set(r) == {"text", "ids", "n_prompt", "n_answer", "prefill_s", "seconds", "tokens_per_s"},
+          "fields of generate: %s" % sorted(r))
+    check(len(r["ids"]) == r["n_answer"] == 10, "generate's ids")
+    plain = works(*p, "-n", 10, "--temp", 0, "--ignore-eos", "-q")
+    check(plain.text().rstrip("\n") == r["text"].rstrip("\n") and not plain.err, "generate's text")
+    seeds = [works(*p, "-n", 20, "--seed", s, "--temp", 2, "--json").rows()[0]["ids"]
+             for s in (1, 1, 2)]
+    check(seeds[0] == seeds[1] != seeds[2], "the seed decides")
+    one = works(*p, "-n", 10, "--temp", 3, "--top-p", 0, "--json", "--ignore-eos").rows()[0]
+    check(one["ids"] == r["ids"], "--top-p 0 leaves the likeliest token")
+    check(works(*p, "-n", 0).out == b"", "-n 0 writes nothing")
+    check("written in" in works(*p, "-n", 2).err, "figures on stderr")
+    long = write_ids(d + "/long", [5] * 3000)
+    r = works("generate", m.path, "--ids", long, "-n", 1)
+    check("but the model was trained for" in r.err, "a warning past the trained length: %s" % r.err)
+
+
+# ---- contexts at the edge ----
+
+def test_edges(m, d):
+    cache = d + "/edge.kvc"
+    r = works("compress", m.path, "-p", "", "-o", cache, "--json")
+    check(r.rows()[0]["n_ctx"] == 0 and "the context is empty" in r.err, "an empty context")
+    works("ask", m.path, cache, "Is there anything?", "-n", 2)
+    row = works("compress", m.path, "-p", "a", "-o", cache, "--json", "--ratio", 0.5).rows()[0]
+    check(row["n_ctx"] == 1, "a context of one token")
+    works("ask", m.path, cache, "Is there anything?", "-n", 2)
+    fails(1, "nothing to read", "compress", m.path, "--ids", write(d + "/none", " \n"), "-o", cache)
+    fails(1, "the context is empty", "score", m.path, "-p", "", "-o", d + "/x")
+    fails(1, "no tokens given", "logits", m.path, "--ids", d + "/none", "-o", d + "/x")
+    fails(1, "the prompt is empty", "generate", m.path, "--ids", d + "/none")
+    fails(1, "the prompt is empty", "generate", m.path)
+    two = write(d + "/two", "1 2")
+    fails(2, "--n-prefix 9", "score", m.path, "--ids", two, "--n-prefix", 9, "-o", d + "/x")
+    text = "<|im_start|> is text"
+    special = works("tokenize", m.path, "-p", text, "--special").out.split()
+    works("score", m.path, "-p", text, "-o", d + "/s", "--raw")
+    got = [str(i).encode() for i in Tensors(d + "/s")["ids"]]
+    check(got[-1:] == special[-1:] and len(got) > len(special), "special text stays text")
+    for flags in [["--task", "Read.\n"], ["--system", "Be brief."], ["--raw"],
+                  ["--score-attn", "local"]]:
+        works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache, *flags)
+        works("ask", m.path, cache, "Who?", "-n", 2, *(["--raw"] if flags == ["--raw"] else []))
+
+
+def test_info(m, d):
+    cache = d + "/info.kvc"
+    row = works("compress", m.path, *m.context_flags(d), "-o", cache, "--json").rows()[0]
+    r = works("info", cache, "--json").rows()[0]
+    check(abs(r["kept"] - row["kept"]) < 1e-6 and r["ratio"] == 0.3, "info's ratios")
+    check(sum(map(sum, r["kept_pairs"])) == row["n_kept"], "info's pairs per head")
+    check(r["n_prefix"] == m.n_prefix and r["n_ctx"] == row["n_ctx"], "info's lengths")
+    r = works("info", m.path, "--json").rows()[0]
+    parts = ["embedding", "attention", "ffn", "head", "tokenizer", "other"]
+    check(0 < sum(r[p] for p in parts) <= r["file"], "info's bytes add up")
+    check("cache_token_f16" in works("info", m.path).text(), "info in words")
+    check("kept pairs" in works("info", cache).text(), "info on a cache in words")
+    works("score", m.path, "-p", "abc", "-o", d + "/s")
+    check("scores" in works("info", d + "/s").text(), "info on any safetensors file")
+    check(works("info", d + "/s", "--json").rows()[0]["tensors"], "as JSON, too")
+
+
+BENCH_FIELDS = {"work", "n", "depth", "ratio", "batch", "threads", "tokens_per_s", "seconds",
+                "gb_per_s", "cache_bytes", "score_attn"}
+
+
+def test_bench(m):
+    flags = ["--prompt", "16,40", "--depth", "0,100", "--ratio", "1,0.5", "--batch", "1,3", "-n", 4]
+    rows = works("bench", m.path, *flags, "--json").rows()
+    check(all(set(r) == BENCH_FIELDS for r in rows), "fields of bench")
+    work = [(r["work"], r["depth"], r["ratio"], r["batch"]) for r in rows]
+    want = [("decode", 0, 1, 1), ("decode", 0, 1, 3), ("decode", 100, 1, 3),
+            ("decode", 100, 0.5, 1), ("load", 100, 0.5, 1), ("score", 100, 1, 1),
+            ("prefill", 0, 1, 1)]
+    check(all(w in work for w in want), "bench's rows: %s" % work)
+    check(all(r["seconds"] > 0 and r["tokens_per_s"] > 0 for r in rows), "bench's figures")
+    check("tokens/s" in works("bench", m.path, *flags).text(), "bench as a table")
+
+
+# ---- failures ----
+
+def test_files(m, other, d):
+    cache = d + "/good.kvc"
+    works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
+    missing = d + "/missing"
+    for args in [["generate", missing, "-p", "a"], ["info", missing], ["ask", m.path, missing, "q"],
+                 ["generate", m.path, "-f", missing],
+                 ["logits", m.path, "--ids", missing, "-o", d + "/x"]]:
+        fails(1, "missing: ", *args)
+    fails(1, "No such file", "compress", m.path, "-p", "a", "-o", d + "/no/dir/x")
+    fails(1, d, "compress", m.path, "-f", d, "-o", d + "/x")
+    fails(1, "not a regular file", "compress", m.path, "-p", "a", "-o", "/dev/null")
+    fails(1, "good.kvc: made with another model", "ask", other.path, cache, "q")
+    fails(1, "good.kvc: ", "generate", cache, "-p", "a")
+    fails(1, other.name, "ask", m.path, other.path, "q")
+    text = write(d + "/text", "The code of Chen is 12.")
+    fails(1, "is read by this command", "compress", m.path, "-f", text, "-o", text)
+    fails(1, "is read by this command", "logits", m.path, "-c", cache, "-p", "a", "-o", cache)
+    whole = open(m.path, "rb").read()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    for n in [0, 7, 8, 100, header - 1, header, header + 1000, len(whole) - 1]:
+        fails(1, "cut.kvz: ", "generate", write(d + "/cut.kvz", whole[:n]), "-p", "a", "-n", 1)
+        fails(1, "cut.kvz: ", "info", d + "/cut.kvz")
+    whole = open(cache, "rb").read()
+    for n in [0, 9, len(whole) // 2, len(whole) - 1]:
+        fails(1, "cut.kvc: ", "ask", m.path, write(d + "/cut.kvc", whole[:n]), "q")
+    before = sorted(os.listdir(d))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    fails(1, "full.kvc: ", "compress", m.path, "-f", text, "-o", d + "/full.kvc", preexec_fn=limit)
+    fails(1, "full: ", "logits", m.path, "-f", text, "-o", d + "/full", preexec_fn=limit)
+    check(sorted(os.listdir(d)) == before, "a full disk leaves no file")
+
+
+def test_streams(m):
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            for args in [["-h"], ["info", m.path], ["tokenize", m.path, "-p", "abc"],
+                         ["generate", m.path, "-p", "abc", "-n", 3, "--ignore-eos"]]:
+                r = run(*args, stdout=full)
+                check(r.code == 1 and "run: stdout: " in r.err, "%s, disk full: %s" % (args, r.err))
+    read, write_end = os.pipe()
+    os.close(read)
+    r = run("generate", m.path, "-p", "abc", "-n", 3, "--ignore-eos", stdout=write_end)
+    os.close(write_end)
+    check(r.code == 1 and "run: stdout: Broken pipe" in r.err, "a closed pipe: %s" % r.err)
+
+
+def test_interrupt(m, d):
+    ids = write_ids(d + "/many.ids", [7] * 60000)
+    for command in ["compress", "score", "logits"]:
+        for sig in [signal.SIGINT, signal.SIGTERM]:
+            before = sorted(os.listdir(d))
+            p = subprocess.Popen([RUN, command, m.path, "--ids", ids, "-o", d + "/stopped"],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            time.sleep(0.4)
+            p.send_signal(sig)
+            out, err = p.communicate(timeout=60)
+            last = err.decode().strip().split("\n")[-1]
+            check(p.returncode == 128 + sig, "%s: exit %d" % (command, p.returncode))
+            check(last == "run: interrupted", "%s: %r" % (command, err))
+            check(sorted(os.listdir(d)) == before, "an interrupted %s leaves no file" % command)
+    p = subprocess.Popen([RUN, "generate", m.path, "-p", "a", "-n", "1000000", "--ignore-eos",
+                          "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.4)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    check(p.returncode == 130 and json.loads(out)["n_answer"] > 0, "Ctrl-C ends a generation")
+
+
+def test_interrupted_chat(m):
+    p = subprocess.Popen([RUN, "chat", m.path, "-n", "100000", "--ignore-eos", "--json"],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdin.write(b"one\ntwo\n")
+    p.stdin.flush()
+    for _ in range(2):
+        time.sleep(0.4)
+        p.send_signal(signal.SIGINT)
+        row = json.loads(p.stdout.readline())
+        check(0 < row["n_answer"] < 100000, "Ctrl-C ends an answer, not the chat")
+    p.stdin.close()
+    check(p.wait(timeout=60) == 0, "the end of its input ends the chat")
+    p.stdout.close()
+    p.stderr.close()
+
+
+def main():
+    smol, llama = Model("smol"), Model("llama")
+    with tempfile.TemporaryDirectory() as d:
+        test_usage(smol)
+        test_tokenize_input(smol, d)
+        for m in [smol, llama, Model("qwen2"), Model("qwen3"), Model("gemma3")]:
+            test_tokenize(m)
+            test_logits(m, d)
+            test_score(m, d)
+            test_compress(m, d)
+        test_ask(smol, d)
+        test_chat(smol, d)
+        test_generate(smol, d)
+        test_edges(smol, d)
+        test_info(smol, d)
+        test_bench(smol)
+        test_files(smol, llama, d)
+        test_streams(smol)
+        test_interrupt(smol, d)
+        test_interrupted_chat(smol)
+    print("test_cli: %d passed, %d failed" % (passed, failed))
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

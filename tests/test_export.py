@@ -1,0 +1,1006 @@
+#!/usr/bin/env python3
+"""export.py: what it writes is what the models say, and what it cannot convert it refuses by name.
+
+Runs on the committed fixtures; GGUF, sharded, fused and damaged models are made from them.
+"""
+
+import base64
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import gguf
+import numpy as np
+from safetensors import safe_open
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+FIXTURES = os.path.join(TESTS, "fixtures")
+NAMES = ["smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"]
+sys.path.insert(0, os.path.dirname(TESTS))
+import export  # noqa: E402
+
+SUFFIX = {
+    "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj",
+}
+GGUF_SUFFIX = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up", "input_layernorm": "attn_norm", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm",
+}
+GEMMA_SUFFIX = {"post_attention_layernorm": "post_attention_norm",
+                "pre_feedforward_layernorm": "ffn_norm",
+                "post_feedforward_layernorm": "post_ffw_norm"}
+
+
+def run(*argv):
+    """export.py with these arguments -> exit status, what it said."""
+    said = io.StringIO()
+    with mock.patch.object(sys, "argv", ["export.py", *argv]), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said):
+            try:
+                export.main()
+                return 0, said.getvalue()
+            except SystemExit as e:
+                status = e.code if isinstance(e.code, int) else 1
+                return status, said.getvalue() + (e.code if isinstance(e.code, str) else "")
+
+
+def read_source(path):
+    """model.safetensors of a fixture as float32; numpy has no bfloat16, so by hand."""
+    with open(os.path.join(path, "model.safetensors"), "rb") as f:
+        data = f.read()
+    n = struct.unpack("<Q", data[:8])[0]
+    out = {}
+    for name, e in json.loads(data[8 : 8 + n]).items():
+        if name != "__metadata__":
+            raw = data[8 + n + e["data_offsets"][0] : 8 + n + e["data_offsets"][1]]
+            x = np.frombuffer(raw, {"BF16": "<u2", "F32": "<f4"}[e["dtype"]])
+            if e["dtype"] == "BF16":
+                x = (x.astype(np.uint32) << 16).view(np.float32)
+            out[name] = x.reshape(e["shape"])
+    return out
+
+
+def write_source(path, tensors, name="model.safetensors"):
+    """float32 tensors as a safetensors file, padded as the library does it."""
+    head, at = {}, 0
+    for key, x in tensors.items():
+        head[key] = {"dtype": "F32", "shape": x.shape, "data_offsets": [at, at + x.nbytes]}
+        at += x.nbytes
+    text = json.dumps(head).encode()
+    with open(os.path.join(path, name), "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for x in tensors.values():
+            f.write(np.ascontiguousarray(x, "<f4").tobytes())
+
+
+class Converted:
+    """A converted file as Python sees it, matrices taken out of their panels again."""
+
+    def __init__(self, path):
+        with open(path, "rb") as f:
+            self.header_bytes = struct.unpack("<Q", f.read(8))[0]
+            self.header = json.loads(f.read(self.header_bytes))
+        self.meta = self.header.pop("__metadata__")
+        raw = open(path, "rb").read()[8 + self.header_bytes :]
+        self.t = {}
+        types = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1"}
+        for name, e in self.header.items():
+            a, b = e["data_offsets"]
+            self.t[name] = np.frombuffer(raw[a:b], types[e["dtype"]]).reshape(e["shape"])
+
+    def matrix(self, name):
+        """float32 [rows][cols], padding included."""
+        x, dtype = self.t[name], self.header[name]["dtype"]
+        if dtype == "BF16":
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "U8":
+            x = np.concatenate([x & 15, x >> 4], -1)  # [panels][cols/8][16][8]
+        x = x.transpose(0, 2, 1, 3).reshape(x.shape[0] * 16, -1).astype(np.float32)
+        if dtype in ("I8", "U8"):
+            x = x.reshape(len(x), -1, 32)
+            scale = self.rows(name + ".scale")
+            if name + ".offset" in self.t:
+                x = x * scale + self.rows(name + ".offset")
+            else:
+                x = x * scale - (8 * scale if dtype == "U8" else 0)
+        return x.reshape(len(x), -1)
+
+    def rows(self, name):
+        x = self.t[name].astype(np.float32)  # [panels][cols/32][16]
+        return x.transpose(0, 2, 1).reshape(x.shape[0] * 16, -1, 1)
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="test_export.")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.out = os.path.join(self.dir, "out.kvz")
+
+    def convert(self, model, *args):
+        status, said = run(model, "-o", self.out, *args)
+        self.assertEqual(status, 0, said)
+        return Converted(self.out)
+
+    def refuse(self, model, *words, args=()):
+        """Refused in one line that holds the words, and nothing is left behind."""
+        status, said = run(model, "-o", self.out, *args)
+        self.assertEqual(status, 1, said)
+        self.assertEqual(said.count("\n"), 0, said)
+        for word in words:
+            self.assertIn(word, said)
+        left = [f for f in os.listdir(self.dir) if "kvz" in f]
+        self.assertEqual(left, [])
+
+    def copy(self, name, **config):
+        """A copy of a fixture in the temporary directory with changed config keys."""
+        path = os.path.join(self.dir, name)
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(os.path.join(FIXTURES, name), path)
+        self.edit(path, "config.json", **config)
+        return path
+
+    def edit(self, path, file, **changes):
+        with open(os.path.join(path, file)) as f:
+            value = {**json.load(f), **changes}
+        with open(os.path.join(path, file), "w") as f:
+            json.dump({k: v for k, v in value.items() if v is not DROP}, f)
+
+    def same_tensors(self, a, b, but=()):
+        self.assertEqual(set(a.t) - set(but), set(b.t) - set(but))
+        for name in a.t:
+            if name not in but and not name.startswith("pad."):
+                np.testing.assert_array_equal(a.t[name], b.t[name], name)
+
+
+DROP = object()
+
+
+class TestFixtures(Case):
+    def test_same_bytes_as_committed(self):
+        script = os.path.join(TESTS, "convert_fixtures.sh")
+        env = dict(os.environ, PYTHON=sys.executable)
+        subprocess.run(["sh", script, self.dir], check=True, env=env)
+        for name in sorted(os.listdir(self.dir)):
+            with open(os.path.join(self.dir, name), "rb") as a:
+                with open(os.path.join(FIXTURES, name), "rb") as b:
+                    self.assertEqual(a.read(), b.read(), name)
+        self.assertEqual(len(os.listdir(self.dir)), 10)
+
+    def test_layout(self):
+        for name in NAMES + ["smol-q8", "smol-q4"]:
+            path = os.path.join(FIXTURES, name + ".kvz")
+            c = Converted(path)
+            self.assertEqual((8 + c.header_bytes) % 64, 0)
+            for tensor, e in c.header.items():
+                self.assertTrue(tensor.startswith("pad.") or e["data_offsets"][0] % 64 == 0, tensor)
+            with safe_open(path, "np") as f:  # refuses holes and overlaps
+                self.assertEqual(set(f.keys()), set(c.header))
+                self.assertEqual(f.metadata()["format"], "kvzip.c model 1")
+
+    def test_f32_is_exact(self):
+        for name in NAMES:
+            c = Converted(os.path.join(FIXTURES, name + ".kvz"))
+            source = read_source(os.path.join(FIXTURES, name))
+            self.check_weights(c, source, 0)
+            one = np.float32(name == "gemma3")
+            np.testing.assert_array_equal(c.t["rms_final"], source["model.norm.weight"] + one)
+            norm = source["model.layers.1.input_layernorm.weight"]
+            np.testing.assert_array_equal(c.t["layers.1.rms_att"], norm + one)
+
+    def check_weights(self, c, source, share):
+        """Every matrix within share of its largest value; padding is zero."""
+        pairs = {f"layers.{l}.{ours}": f"model.layers.{l}.{theirs}.weight"
+                 for l in range(int(c.meta["n_layers"])) for ours, theirs in SUFFIX.items()}
+        pairs.update({"tok_embed": "model.embed_tokens.weight", "wcls": "lm_head.weight"})
+        for ours, theirs in pairs.items():
+            if theirs not in source:
+                self.assertNotIn(ours, c.t)
+                continue
+            x, y = c.matrix(ours), source[theirs]
+            if not c.header[ours]["dtype"] == "U8":
+                self.assertEqual(np.abs(x[len(y) :]).max(initial=0), 0)
+                self.assertEqual(np.abs(x[:, y.shape[1] :]).max(initial=0), 0)
+            x = x[: y.shape[0], : y.shape[1]]
+            if share == 0:
+                np.testing.assert_array_equal(x, y)
+            self.assertLessEqual(np.abs(x - y).max(), share * np.abs(y).max() + 1e-12, ours)
+
+    def test_other_types(self):
+        source = read_source(os.path.join(FIXTURES, "smol"))
+        for kind, share in (("bf16", 0), ("f16", 1e-3), ("q8", 0.5 / 127 * 1.01), ("q4", 0.12)):
+            self.check_weights(Converted(os.path.join(FIXTURES, f"smol-{kind}.kvz")), source, share)
+
+    def test_q4_keeps_the_vocabulary_in_q8(self):
+        c = Converted(os.path.join(FIXTURES, "smol-q4.kvz"))
+        self.assertEqual(c.header["tok_embed"]["dtype"], "I8")
+        self.assertEqual(c.header["layers.0.wq"]["dtype"], "U8")
+
+    def test_vocabulary(self):
+        for name in NAMES:
+            c = Converted(os.path.join(FIXTURES, name + ".kvz"))
+            with safe_open(os.path.join(FIXTURES, name, "expected.safetensors"), "np") as f:
+                raw, ends = f.get_tensor("vocab.bytes"), f.get_tensor("vocab.offsets")
+            np.testing.assert_array_equal(c.t["tok.bytes"], raw)
+            np.testing.assert_array_equal(c.t["tok.offsets"], ends)
+            with open(os.path.join(FIXTURES, name, "tokenizer.json")) as f:
+                model = json.load(f)["model"]
+            self.assertEqual(len(c.t["tok.merges"]), len(model["merges"]))
+            ids = model["vocab"]
+            first = model["merges"][0]
+            left, right = first.split(" ") if isinstance(first, str) else first
+            want = [ids[left], ids[right], ids[left + right]]
+            self.assertEqual(c.t["tok.merges"][0].tolist(), want)
+
+    def test_kinds(self):
+        kinds = Converted(os.path.join(FIXTURES, "gemma3.kvz")).t["tok.kind"].tolist()
+        self.assertEqual(kinds[:14], [1] * 7 + [2] * 6 + [3])
+        self.assertEqual(kinds.count(3), 256)
+        self.assertEqual(set(kinds[-100:]), {0})
+
+    def test_tokenizer_metadata(self):
+        want = {
+            "smol": "bpe digits+gpt2 nfc=0 ignore=0 bos=0 space=0 bytes=0 stops=0,2",
+            "llama": "bpe llama3 nfc=0 ignore=1 bos=1 space=0 bytes=0 stops=763,767",
+            "qwen2": "bpe qwen2 nfc=1 ignore=0 bos=0 space=0 bytes=0 stops=680,682",
+            "qwen3": "bpe qwen2 nfc=1 ignore=0 bos=0 space=0 bytes=0 stops=795,797",
+            "gemma3": "spm none nfc=0 ignore=0 bos=1 space=0 bytes=1 stops=1,6",
+            "mistral": "spm none nfc=0 ignore=0 bos=1 space=1 bytes=1 stops=2",
+        }
+        for name, text in want.items():
+            m = Converted(os.path.join(FIXTURES, name + ".kvz")).meta
+            m = {k.replace("tokenizer.", ""): v for k, v in m.items()}
+            got = (f"{m['model']} {m['split']} nfc={m['nfc']} ignore={m['ignore_merges']} "
+                   f"bos={m['add_bos']} space={m['space_prefix']} bytes={m['byte_fallback']} "
+                   f"stops={m['stop_ids']}")
+            self.assertEqual(got, text, name)
+
+    def test_chat(self):
+        """Pieces, put together as C does it, give the text of transformers."""
+        for name in NAMES:
+            meta = Converted(os.path.join(FIXTURES, name + ".kvz")).meta
+            p = {k[5:]: v for k, v in meta.items() if k.startswith("chat.")}
+            p["trim"] = p["trim"] == "1"
+            with open(os.path.join(FIXTURES, name, "cases.json")) as f:
+                cases = json.load(f)
+            self.assertEqual(meta["kvzip.postfix"], cases["text"]["postfix"], name)
+            self.assertGreaterEqual(len(cases["chat_cases"]), 3)
+            for case in cases["chat_cases"]:
+                messages = [(m["role"], m["content"]) for m in case["messages"]]
+                invite = case["add_generation_prompt"]
+                if name == "qwen3" and invite and "enable_thinking" not in case:
+                    continue  # the pieces close the think block
+                self.assertEqual(export.compose(p, messages, invite), case["text"], name)
+
+    def test_kvzip_prefix(self):
+        chatml = "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n"
+        header = "<|start_header_id|>%s<|end_header_id|>\n\n"
+        helper = "You are a helpful assistant"
+        smollm = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        want = {
+            "smol": chatml % smollm,
+            "llama": f"<|begin_of_text|>{header % 'system'}{helper}<|eot_id|>{header % 'user'}",
+            "qwen2": chatml % (helper + "."),
+            "qwen3": chatml % (helper + "."),
+            "gemma3": f"<bos><start_of_turn>user\n{helper}.\n\n",
+            "mistral": f"<s>[INST] {helper}.\n\n",
+        }
+        for name, text in want.items():
+            meta = Converted(os.path.join(FIXTURES, name + ".kvz")).meta
+            self.assertEqual(meta["kvzip.prefix"], text)
+
+    def test_layers(self):
+        c = Converted(os.path.join(FIXTURES, "gemma3.kvz"))
+        self.assertEqual(c.t["layer.window"].tolist(), [16] * 5 + [0, 16])
+        self.assertEqual(c.t["layer.rope"].tolist(), [0] * 5 + [1, 0])
+        self.assertEqual(c.meta["act"], "gelu_tanh")
+        self.assertEqual(np.float32(c.meta["embed_scale"]), np.float32(8))
+        self.assertEqual(np.float32(c.meta["attn_scale"]), np.float32(24**-0.5))
+        for i, theta in enumerate((1e4, 1e6)):
+            want = 1 / theta ** (np.arange(0, 32, 2) / 32)
+            np.testing.assert_allclose(c.t["rope.inv_freq"][i], want, rtol=2e-7)
+        c = Converted(os.path.join(FIXTURES, "mistral.kvz"))
+        self.assertEqual(c.t["layer.window"].tolist(), [24] * 3)
+
+    def test_no_slice_matters(self):
+        """Matrices cut into the smallest slices give the same bytes."""
+        for name, kind in (("smol", "q4"), ("llama", "q8"), ("gemma3", "bf16")):
+            path = os.path.join(FIXTURES, name)
+            whole = self.convert(path, "--type", kind)
+            with mock.patch.object(export, "SLICE", 1):
+                self.same_tensors(whole, self.convert(path, "--type", kind))
+                self.assertEqual(Converted(self.out).meta, whole.meta)
+
+
+class TestLayouts(Case):
+    """The same model told in other ways."""
+
+    def test_sharded(self):
+        path = self.copy("llama")
+        whole = self.convert(path)
+        tensors = read_source(path)
+        names = list(tensors)
+        shards = {"model-00001-of-00002.safetensors": names[: len(names) // 2],
+                  "model-00002-of-00002.safetensors": names[len(names) // 2 :]}
+        for shard, part in shards.items():
+            write_source(path, {n: tensors[n] for n in part}, shard)
+        index = {n: shard for shard, part in shards.items() for n in part}
+        with open(os.path.join(path, "model.safetensors.index.json"), "w") as f:
+            json.dump({"metadata": {}, "weight_map": index}, f)
+        os.unlink(os.path.join(path, "model.safetensors"))
+        self.same_tensors(whole, self.convert(path))
+        os.unlink(self.out)
+        os.unlink(os.path.join(path, "model-00002-of-00002.safetensors"))
+        self.refuse(path, "model-00002-of-00002.safetensors is missing")
+
+    def test_new_config_layout(self):
+        old = self.convert(self.copy("gemma3"), "--type", "f32")
+        ropes = {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        kinds = ["full_attention" if l % 6 == 5 else "sliding_attention" for l in range(7)]
+        new = self.copy("gemma3", rope_theta=DROP, rope_local_base_freq=DROP, rope_scaling=DROP,
+                        sliding_window_pattern=DROP, torch_dtype=DROP, dtype="bfloat16",
+                        rope_parameters=ropes, layer_types=kinds)
+        self.assertEqual(self.convert(new, "--type", "f32").meta, old.meta)
+
+    def test_scaled_gemma3(self):
+        """Linear scaling is for the full layers alone."""
+        path = self.copy("gemma3", rope_scaling={"rope_type": "linear", "factor": 8.0})
+        plain, c = Converted(os.path.join(FIXTURES, "gemma3.kvz")), self.convert(path)
+        np.testing.assert_array_equal(c.t["rope.inv_freq"][0], plain.t["rope.inv_freq"][0])
+        np.testing.assert_array_equal(c.t["rope.inv_freq"][1] * 8, plain.t["rope.inv_freq"][1])
+
+    def test_multimodal_gemma3(self):
+        plain = self.convert(self.copy("gemma3"), "--type", "f32")
+        for prefix in ("language_model.model.", "model.language_model."):
+            path = self.copy("gemma3")
+            tensors = {n.replace("model.", prefix, 1): x for n, x in read_source(path).items()}
+            tensors["vision_tower.patch.weight"] = np.zeros((4, 4), np.float32)
+            tensors["model.multi_modal_projector.x.weight"] = np.zeros((4, 4), np.float32)
+            write_source(path, tensors)
+            with open(os.path.join(path, "config.json")) as f:
+                text = json.load(f)
+            with open(os.path.join(path, "config.json"), "w") as f:
+                json.dump({"model_type": "gemma3", "text_config": text, "vision_config": {"a": 1},
+                           "eos_token_id": [1, 6]}, f)
+            c = self.convert(path, "--type", "f32")
+            self.same_tensors(c, plain)
+            self.assertEqual(c.meta["fingerprint"], plain.meta["fingerprint"])
+
+    def test_fused_phi3(self):
+        apart = self.convert(self.copy("mistral"), "--type", "f32")
+        path = self.copy("mistral", model_type="phi3")
+        tensors = read_source(path)
+        for l in range(3):
+            p = f"model.layers.{l}."
+            qkv = [tensors.pop(f"{p}self_attn.{n}_proj.weight") for n in "qkv"]
+            tensors[p + "self_attn.qkv_proj.weight"] = np.concatenate(qkv)
+            gate_up = [tensors.pop(f"{p}mlp.{n}_proj.weight") for n in ("gate", "up")]
+            tensors[p + "mlp.gate_up_proj.weight"] = np.concatenate(gate_up)
+        write_source(path, tensors)
+        self.same_tensors(self.convert(path, "--type", "f32"), apart)
+
+    def test_tied_head(self):
+        path = self.copy("smol")
+        plain = self.convert(path, "--type", "f32")
+        tensors = read_source(path)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        write_source(path, tensors)
+        self.same_tensors(self.convert(path, "--type", "f32"), plain)
+        os.unlink(self.out)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+        write_source(path, tensors)
+        self.refuse(path, "lm_head.weight differs")
+
+    def test_tokens_without_embedding(self):
+        path = self.copy("gemma3")
+        with open(os.path.join(path, "tokenizer.json")) as f:
+            added = json.load(f)["added_tokens"]
+        added.append(dict(added[0], id=768, content="<image>"))
+        self.edit(path, "tokenizer.json", added_tokens=added)
+        c = self.convert(path)
+        self.assertEqual(len(c.t["tok.kind"]), 768)
+        self.assertIn("no embedding", run(path, "-o", self.out)[1])
+
+
+class TestDescribe(unittest.TestCase):
+    """config.json to Config fields, without any weights."""
+
+    BASE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=100, max_position_embeddings=4096)
+
+    def describe(self, kind, **config):
+        return export.describe({**self.BASE, "model_type": kind, **config})
+
+    def test_windows(self):
+        self.assertEqual(self.describe("llama").windows, [0] * 4)
+        self.assertEqual(self.describe("mistral").windows, [4096] * 4)
+        self.assertEqual(self.describe("mistral", sliding_window=None).windows, [0] * 4)
+        kinds = ["sliding_attention", "full_attention"] * 2
+        self.assertEqual(self.describe("mistral", layer_types=kinds).windows, [4096, 0] * 2)
+        self.assertEqual(self.describe("qwen2").windows, [0] * 4)
+        m = self.describe("qwen2", use_sliding_window=True, max_window_layers=3, sliding_window=8)
+        self.assertEqual(m.windows, [0, 0, 0, 8])
+        self.assertEqual(self.describe("gemma2").windows, [4096, 0, 4096, 0])
+        m = self.describe("gemma3_text", sliding_window_pattern=2)
+        self.assertEqual(m.windows, [4096, 0] * 2)
+
+    def test_layers_without_rope(self):
+        self.assertEqual(self.describe("smollm3").layer_rope, [0, 0, 0, -1])
+        m = self.describe("smollm3", no_rope_layers=[0, 1, 1, 0])
+        self.assertEqual(m.layer_rope, [-1, 0, 0, -1])
+
+    def test_gemma2(self):
+        f = self.describe("gemma2").fields
+        self.assertEqual((f["attn_softcap"], f["final_softcap"]), (50.0, 30.0))
+        self.assertEqual(f["attn_scale"], 1 / 16)
+        self.assertEqual((f["head_dim"], f["act"], f["embed_scale"]), (256, "gelu_tanh", 8.0))
+        m = self.describe("gemma2", attn_logit_softcapping=None)
+        self.assertEqual(m.fields["attn_softcap"], 0)
+
+    def test_head_dim(self):
+        self.assertEqual(self.describe("qwen3").fields["head_dim"], 128)
+        self.assertEqual(self.describe("qwen2").fields["head_dim"], 16)
+        f = self.describe("phi3", partial_rotary_factor=0.75, head_dim=32).fields
+        self.assertEqual((f["head_dim"], f["rotary_dim"]), (32, 24))
+
+    def test_defaults(self):
+        f = self.describe("llama").fields
+        self.assertEqual((f["norm_eps"], f["rope_theta"]), (1e-6, 10000.0))
+        self.assertEqual(self.describe("smollm3").fields["rope_theta"], 2e6)
+        self.assertTrue(self.describe("smollm3").tied)
+        self.assertFalse(self.describe("qwen2").tied)
+
+    def table(self, kind="llama", **config):
+        m = self.describe(kind, **config)
+        return export.rope_table(m.ropes[0], m.fields["rotary_dim"])
+
+    def test_linear(self):
+        plain, _ = self.table()
+        half, scale = self.table(rope_scaling={"type": "linear", "factor": 2.0})
+        np.testing.assert_array_equal(half * 2, plain)
+        self.assertEqual(scale, 1.0)
+
+    def test_llama3(self):
+        """transformers' rule, wave by wave: short ones stay, long ones are divided."""
+        scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                       original_max_position_embeddings=64)
+        plain, _ = self.table(head_dim=64, rope_theta=5e5)
+        got, _ = self.table(head_dim=64, rope_theta=5e5, rope_scaling=scaling)
+        for f, g in zip(plain.astype(float), got):
+            wave = 2 * math.pi / f
+            smooth = (64 / wave - 1) / (4 - 1)
+            blend = (1 - smooth) * f / 8 + smooth * f
+            want = f if wave < 64 / 4 else f / 8 if wave > 64 / 1 else blend
+            self.assertAlmostEqual(g / want, 1, places=6)
+
+    def test_yarn(self):
+        """transformers' _compute_yarn_parameters, in plain floats."""
+        theta, dim, factor, length = 1e6, 128, 4.0, 32768
+        scaling = dict(rope_type="yarn", factor=factor, original_max_position_embeddings=length)
+        got, scale = self.table("qwen2", head_dim=dim, rope_theta=theta, rope_scaling=scaling)
+
+        def correction(turns):
+            return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = math.floor(correction(32)), math.ceil(correction(1))
+        for i, g in enumerate(got):
+            freq = theta ** (-2 * i / dim)
+            keep = 1 - min(max((i - low) / (high - low), 0), 1)
+            self.assertAlmostEqual(g / (freq / factor * (1 - keep) + freq * keep), 1, places=6)
+        self.assertAlmostEqual(scale, 0.1 * math.log(4) + 1)
+        m = export.describe({**self.BASE, "model_type": "qwen3"}, yarn=4.0)
+        self.assertEqual(m.ropes[0]["original_max_position_embeddings"], 4096)
+        self.assertEqual(m.fields["seq_len"], 16384)
+
+    def test_old_names_of_scaling(self):
+        new = self.table(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+        old = self.table(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5e5)
+        np.testing.assert_array_equal(new[0], old[0])
+
+
+class TestRefusals(Case):
+    def test_architectures(self):
+        for kind, word in (
+            ("mixtral", "mixtures of experts"), ("qwen3_moe", "mixtures of experts"),
+            ("mamba", "state-space"), ("qwen2_vl", "multimodal"), ("bert", "encoders"),
+            ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
+        ):
+            self.refuse(self.copy("smol", model_type=kind), str(kind), word)
+
+    def test_config_keys(self):
+        for name, key, value, word in (
+            ("llama", "attention_bias", True, "attention_bias"),
+            ("llama", "mlp_bias", True, "mlp_bias"),
+            ("llama", "hidden_act", "relu", "relu"),
+            ("llama", "sliding_window", 24, "sliding_window"),
+            ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
+            ("llama", "residual_multiplier", 0.22, "residual_multiplier"),
+            ("llama", "is_causal", False, "is_causal"),
+            ("llama", "quantization_config", {"quant_method": "gptq"}, "gptq"),
+            ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+            ("llama", "rope_scaling", {"type": "longrope", "long_factor": [1]}, "longrope"),
+            ("llama", "rope_scaling", {"type": "linear"}, "factor"),
+            ("llama", "rope_scaling", {"type": "linear", "factor": 2.0, "mrope_section": [1]},
+             "mrope_section"),
+            ("llama", "num_key_value_heads", 3, "share"),
+            ("llama", "hidden_size", "64", "hidden_size"),
+            ("llama", "num_hidden_layers", True, "num_hidden_layers"),
+            ("qwen2", "layer_types", ["linear_attention"] * 3, "linear_attention"),
+            ("qwen2", "dual_chunk_attention_config", {"a": 1}, "dual_chunk"),
+            ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
+            ("gemma3", "hidden_activation", "gelu", "gelu"),
+            ("qwen3", "num_experts", 8, "num_experts"),
+        ):
+            self.refuse(self.copy(name, **{key: value}), word)
+
+    def test_ignored_key(self):
+        c = self.convert(self.copy("llama", nonsense=3), "--ignore-key", "nonsense")
+        self.assertEqual(c.meta["dim"], "64")
+
+    def test_tensors(self):
+        path = self.copy("smol")
+        whole = read_source(path)
+        name = "model.layers.2.mlp.up_proj.weight"
+        write_source(path, {n: x for n, x in whole.items() if n != name})
+        self.refuse(path, name + " is missing", "[96, 96]")
+        bias = {"model.layers.0.self_attn.o_proj.bias": np.zeros(96, np.float32)}
+        write_source(path, {**whole, **bias})
+        self.refuse(path, "o_proj.bias is not known")
+        write_source(path, {**whole, name: np.zeros((64, 96), np.float32)})
+        self.refuse(path, name, "[96, 96]", "[64, 96]")
+        write_source(path, {**whole, name: np.zeros((112, 96), np.float32)})
+        self.refuse(path, name, "112 rows")
+        write_source(path, {**whole, name: np.full((96, 96), np.nan, np.float32)})
+        self.refuse(path, name, "not finite")
+        write_source(path, {**whole, name: np.full((96, 96), 1e9, np.float32)})
+        self.refuse(path, name, "too large", args=("--type", "f16"))
+
+    def test_untied_without_head(self):
+        self.refuse(self.copy("smol", tie_word_embeddings=False), "lm_head.weight is missing")
+
+    def test_cut_files(self):
+        path = self.copy("smol")
+        file = os.path.join(path, "model.safetensors")
+        with open(file, "rb") as f:
+            data = f.read()
+        for n in (0, 4, 8, 100, 3000, len(data) // 2, len(data) - 1):
+            with open(file, "wb") as f:
+                f.write(data[:n])
+            self.refuse(path, "model.safetensors")
+        os.unlink(file)
+        self.refuse(path, "no model.safetensors")
+        with open(os.path.join(path, "pytorch_model.bin"), "w") as f:
+            f.write("x")
+        self.refuse(path, "pickled")
+
+    def test_damaged_text_files(self):
+        for file in ("config.json", "tokenizer.json"):
+            for text in ("", "{", "[]", "{}", '{"model": 3}', '{"model_type": []}'):
+                path = self.copy("smol")
+                with open(os.path.join(path, file), "w") as f:
+                    f.write(text)
+                self.refuse(path)
+        os.unlink(os.path.join(path, "tokenizer.json"))
+        self.refuse(path, "no tokenizer.json")
+
+    def test_tokenizers(self):
+        for change, word in (
+            ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+            ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+            ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre-tokenizer"),
+            ({"pre_tokenizer": None}, "pre-tokenizer"),
+            ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+            ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
+        ):
+            path = self.copy("smol")
+            self.edit(path, "tokenizer.json", **change)
+            self.refuse(path, word)
+        path = self.copy("llama")
+        with open(os.path.join(path, "tokenizer.json")) as f:
+            pre = json.load(f)["pre_tokenizer"]
+        pre["pretokenizers"][0]["pattern"]["Regex"] += "|x"
+        self.edit(path, "tokenizer.json", pre_tokenizer=pre)
+        self.refuse(path, "pre-tokenizer")
+
+    def test_usage(self):
+        self.assertEqual(run("-h")[0], 0)
+        self.assertIn("examples:", run("-h")[1])
+        self.assertEqual(run()[0], 2)
+        self.assertEqual(run("x", "-o", self.out, "--type", "q5")[0], 2)
+        self.assertEqual(run("x", "-o", self.out, "--yarn", "1")[0], 2)
+        self.refuse(os.path.join(self.dir, "nothing"), "No such file")
+        self.refuse(self.copy("llama"), "--yarn is for Qwen", args=("--yarn", "4"))
+
+
+class TestWriting(Case):
+    def test_old_file_survives(self):
+        """Interrupted, out of space, refused in the middle: the old file stays, alone."""
+        with open(self.out, "w") as f:
+            f.write("old")
+        full = OSError(errno.ENOSPC, "No space left on device")
+        for what, error, word in (
+            ("export.Progress.add", KeyboardInterrupt(), "interrupted"),
+            ("os.fsync", full, "out.kvz: No space left on device"),
+            ("os.rename", full, "No space left on device"),
+            ("export.to_panels", export.Refusal("no"), "no"),
+        ):
+            with mock.patch(what, side_effect=error):
+                status, said = run(os.path.join(FIXTURES, "smol"), "-o", self.out)
+            self.assertEqual((status, said.count("\n")), (1, 0))
+            self.assertIn(word, said)
+            self.assertEqual(os.listdir(self.dir), ["out.kvz"])
+            with open(self.out) as f:
+                self.assertEqual(f.read(), "old")
+
+    def test_terminated(self):
+        """SIGTERM in the middle of a real process."""
+        code = ("import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import export; "
+                "export.Progress.add = lambda *a: os.kill(os.getpid(), signal.SIGTERM); "
+                "export.main()")
+        argv = [sys.executable, "-c", code, os.path.dirname(TESTS), os.path.join(FIXTURES, "smol")]
+        p = subprocess.run([*argv, "-o", self.out], capture_output=True, text=True)
+        self.assertEqual((p.returncode, p.stderr), (1, "export.py: interrupted, nothing written\n"))
+        self.assertEqual(os.listdir(self.dir), [])
+
+    def test_places(self):
+        smol = os.path.join(FIXTURES, "smol")
+        self.assertEqual(run(smol, "-o", os.path.join(self.dir, "no", "x"))[0], 1)
+        self.assertIn("not a regular file", run(smol, "-o", "/dev/null")[1])
+        self.assertIn("not a regular file", run(smol, "-o", self.dir)[1])
+
+    def test_silent_without_terminal(self):
+        self.assertEqual(run(os.path.join(FIXTURES, "smol"), "-o", self.out), (0, ""))
+
+    def test_fingerprint(self):
+        """Moves with weights and tokenizer, not with names and chat texts."""
+        path = self.copy("smol")
+        first = self.convert(path).meta["fingerprint"]
+        other = os.path.join(self.dir, "renamed")
+        shutil.copytree(path, other)
+        self.edit(other, "tokenizer_config.json", chat_template=None)
+        c = self.convert(other)
+        self.assertEqual((c.meta["fingerprint"], c.meta["chat.present"]), (first, "0"))
+        tensors = read_source(path)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+        write_source(path, tensors)
+        self.assertNotEqual(self.convert(path).meta["fingerprint"], first)
+
+
+class TestChat(unittest.TestCase):
+    USER = [("user", "Hi")]
+
+    def pieces(self, source, **tokens):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            t = export.Template(source, tokens)
+            p = export.chat_pieces(t, tokens.get("bos_token", ""))
+            good = p is not None and export.verify_chat(t, p)
+        return p if good else None, said.getvalue()
+
+    def test_refused_system(self):
+        p, said = self.pieces(
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+        self.assertEqual((p["system_prefix"], p["user_prefix"]), ("", "<user>"))
+        self.assertEqual((p["trim"], said), (True, ""))
+
+    def test_system_inside_user_turn(self):
+        p, said = self.pieces(
+            "{{ bos_token }}{% if messages[0].role == 'system' %}"
+            "{% set s = '<<' + messages[0].content + '>>' %}{% set messages = messages[1:] %}"
+            "{% else %}{% set s = '' %}{% endif %}"
+            "{% for m in messages %}{% if m.role == 'user' %}"
+            "[I]{{ s if loop.first else '' }}{{ m.content }}[/I]"
+            "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}", bos_token="<s>")
+        self.assertEqual(said, "")
+        self.assertEqual(p["begin"], "<s>")
+        self.assertEqual((p["system_prefix"], p["system_suffix"]), ("[I]<<", ">>"))
+        self.assertEqual((p["user_prefix"], p["user_prefix_after_system"]), ("[I]", ""))
+
+    def test_eos_only_at_the_end(self):
+        p, _ = self.pieces(
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}",
+            eos_token="</s>")
+        self.assertEqual((p["user_suffix"], p["assistant_suffix"]), ("<end>", "<end>"))
+
+    def test_date_does_not_move(self):
+        source = "{{ strftime_now('%d') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+        self.assertEqual(self.pieces(source)[0]["default_system"], export.TODAY)
+
+    def test_hopeless(self):
+        self.assertIsNone(self.pieces("constant")[0])
+        self.assertIsNone(self.pieces("{{ messages[0].content | upper }}")[0])
+        self.assertIsNone(self.pieces("{{ nothing.at.all }}")[0])
+        with self.assertRaises(export.Refusal):
+            export.Template("{% if %}", {})
+
+    def test_partly(self):
+        p, said = self.pieces(
+            "{% for m in messages %}{{ loop.length }}[{{ m.content }}]{% endfor %}")
+        self.assertIsNotNone(p)
+        self.assertIn("two questions", said)
+
+    def test_base_model(self):
+        self.assertEqual(export.kvzip_texts(None, "<s>", 1), ("<s>", "\n\nAnswer: "))
+        self.assertEqual(export.kvzip_texts(None, "<s>", 0), ("", "\n\nAnswer: "))
+
+
+class TestTokenizers(Case):
+    def test_merges_by_score(self):
+        """As transformers' generate_merges does it."""
+        score = {"a": 0, "b": 0, "ab": -2, "aa": -1, "aab": -3, "aaab": -9, "q": 0, "aq": -2.5}
+        ids = {t: i for i, t in enumerate(score)}
+        want = []
+        for token, s in score.items():
+            for cut in range(1, len(token)):
+                if token[:cut] in ids and token[cut:] in ids:
+                    want.append((token[:cut], token[cut:], s))
+        want.sort(key=lambda m: (m[2], len(m[0]), len(m[1])), reverse=True)
+        got = export.merges_by_score(ids, list(score.values()))
+        self.assertEqual(got.tolist(), [[ids[l], ids[r], ids[l + r]] for l, r, _ in want])
+
+    def test_rank_file(self):
+        tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abc", b"\xff\xfe"]
+        path = os.path.join(self.dir, "x.tiktoken")
+        with open(path, "wb") as f:
+            for i, t in enumerate(tokens):
+                f.write(base64.b64encode(t) + b" %d\n" % i)
+        c = self.convert(path, "--tokenizer-only", "--split", "qwen2")
+        want = [[97, 98, 256], [256, 99, 257], [255, 254, 258]]
+        self.assertEqual(c.t["tok.merges"].tolist(), want)
+        self.assertEqual(c.t["tok.bytes"].tobytes(), b"".join(tokens))
+        self.assertEqual((c.meta["tokenizer.split"], c.meta["tokenizer.nfc"]), ("qwen2", "1"))
+
+    PIECES = [("<unk>", 0, 2), ("<s>", 0, 3), ("<0x41>", 0, 6), ("\u2581", -3, 1), ("a", -4, 1),
+              ("\u2581a", -1, 1), ("\u2581\u2581", 0, 4), ("<x>", 0, 5)]
+
+    def sentencepiece(self, model_type=2, **normalizer):
+        def field(number, value):
+            if isinstance(value, int):
+                return bytes([number << 3]) + bytes([value]) if number < 16 else bytes(
+                    [(number & 15) << 3 | 128, number >> 4, value])
+            if isinstance(value, float):
+                return bytes([number << 3 | 5]) + struct.pack("<f", value)
+            return bytes([number << 3 | 2, len(value)]) + value
+
+        out = b""
+        for text, score, kind in self.PIECES:
+            out += field(1, field(1, text.encode()) + field(2, float(score)) + field(3, kind))
+        out += field(2, field(3, model_type) + field(40, 0) + field(41, 1))
+        extra = b"".join(field(int(k[1:]), v) for k, v in normalizer.items())
+        return out + field(3, field(1, b"identity") + field(4, 0) + extra)
+
+    def write(self, data):
+        path = os.path.join(self.dir, "tokenizer.model")
+        with open(path, "wb") as f:
+            f.write(data)
+        return path
+
+    def test_sentencepiece(self):
+        c = self.convert(self.write(self.sentencepiece()), "--tokenizer-only")
+        self.assertEqual(c.t["tok.kind"].tolist(), [4, 1, 3, 0, 0, 0, 2, 4])
+        self.assertEqual(c.t["tok.merges"].tolist(), [[3, 4, 5]])
+        self.assertEqual(c.t["tok.bytes"].tobytes(), b"<unk><s>A a a  <x>")
+        want = dict(bos_id="1", unk_id="0", space_prefix="1", byte_fallback="1")
+        self.assertEqual({k: c.meta["tokenizer." + k] for k in want}, want)
+        c = self.convert(self.write(self.sentencepiece(_3=0)), "--tokenizer-only")
+        self.assertEqual(c.meta["tokenizer.space_prefix"], "0")
+
+    def test_refused_sentencepiece(self):
+        alone = ("--tokenizer-only",)
+        self.refuse(self.write(self.sentencepiece(model_type=1)), "unigram", args=alone)
+        self.refuse(self.write(self.sentencepiece(_2=b"abc")), "identity", args=alone)
+        data = self.sentencepiece()
+        for n in range(1, len(data)):
+            try:
+                export.vocab_from_sentencepiece(data[:n])
+            except export.Refusal:
+                pass
+
+    def test_metaspace(self):
+        path = self.copy("mistral")
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
+                 "split": False}
+        self.edit(path, "tokenizer.json", normalizer=None, pre_tokenizer=space)
+        self.assertEqual(self.convert(path).meta["tokenizer.space_prefix"], "2")
+
+
+class TestGGUF(Case):
+    """The fixtures as llama.cpp's converter would store them."""
+
+    KEYS = {
+        "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "max_position_embeddings": "context_length",
+    }
+
+    def gguf(self, name, arch, kind="F32", extra=None, keep=()):
+        """Writes NAME.gguf; kind: type of the matrices."""
+        path = os.path.join(self.dir, name + ".gguf")
+        with open(os.path.join(FIXTURES, name, "config.json")) as f:
+            c = json.load(f)
+        w = gguf.GGUFWriter(path, arch)
+        for theirs, ours in self.KEYS.items():
+            w.add_uint32(f"{arch}.{ours}", c[theirs])
+        w.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c["rms_norm_eps"])
+        theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
+        w.add_float32(f"{arch}.rope.freq_base", theta)
+        head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        for key in ("key_length", "value_length"):
+            w.add_uint32(f"{arch}.attention.{key}", head_dim)
+        for key, value in (extra or {}).items():
+            (w.add_uint32 if isinstance(value, int) else w.add_string)(key, value)
+        self.add_tokenizer(w, name)
+        heads = {"q_proj": c["num_attention_heads"], "k_proj": c["num_key_value_heads"]}
+        qtype = gguf.GGMLQuantizationType[kind]
+        for theirs, x in read_source(os.path.join(FIXTURES, name)).items():
+            ours = self.name_of(theirs, arch)
+            if arch == "llama" and theirs.split(".")[-2] in heads:
+                n = heads[theirs.split(".")[-2]]
+                x = x.reshape(n, 2, x.shape[0] // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
+            if arch.startswith("gemma") and "norm" in theirs:
+                x = x + np.float32(1)
+            if x.ndim == 2 and kind != "F32":
+                w.add_tensor(ours, gguf.quants.quantize(x, qtype), raw_dtype=qtype)
+            else:
+                w.add_tensor(ours, np.ascontiguousarray(x, np.float32))
+        for ours, x in keep:
+            w.add_tensor(ours, x)
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        return path
+
+    def name_of(self, theirs, arch):
+        top = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
+               "model.norm.weight": "output_norm.weight"}
+        if theirs in top:
+            return top[theirs]
+        _, _, layer, rest = theirs.split(".", 3)
+        part, kind = rest.rsplit(".", 1)
+        table = {**GGUF_SUFFIX, **(GEMMA_SUFFIX if arch.startswith("gemma") else {})}
+        return f"blk.{layer}.{table[part]}.{kind}"
+
+    def add_tokenizer(self, w, name):
+        with open(os.path.join(FIXTURES, name, "tokenizer.json")) as f:
+            spec = json.load(f)
+        with open(os.path.join(FIXTURES, name, "tokenizer_config.json")) as f:
+            config = json.load(f)
+        model = spec["model"]
+        texts = sorted(model["vocab"], key=model["vocab"].get)
+        kinds = [1] * len(texts)
+        for t in spec["added_tokens"]:
+            kinds[t["id"]] = 3 if t["special"] else 4
+        spm = model["byte_fallback"]
+        for i, t in enumerate(texts):
+            if spm and len(t) == 6 and t.startswith("<0x"):
+                kinds[i] = 6
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        w.add_tokenizer_model("llama" if spm else "gpt2")
+        w.add_token_list(texts)
+        w.add_token_types(kinds)
+        if spm:
+            rank = {l + r: i for i, (l, r) in reversed(list(enumerate(pairs)))}
+            w.add_token_scores([-float(rank.get(t, len(pairs))) for t in texts])
+        else:
+            pre = {"smol": "smollm", "llama": "llama-bpe"}.get(name, "qwen2")
+            w.add_string("tokenizer.ggml.pre", pre)
+            w.add_token_merges([" ".join(p) for p in pairs])
+        for key in ("bos", "eos"):
+            token = config[key + "_token"]
+            if token:
+                w.add_uint32(f"tokenizer.ggml.{key}_token_id", model["vocab"][token])
+        w.add_bool("tokenizer.ggml.add_bos_token", name in ("llama", "gemma3", "mistral"))
+        w.add_bool("tokenizer.ggml.add_space_prefix", name == "mistral")
+        w.add_chat_template(config["chat_template"])
+
+    def same_model(self, c, name, but=()):
+        """Same tensors and metadata as the Hugging Face fixture gives."""
+        want = Converted(os.path.join(FIXTURES, name + ".kvz"))
+        self.same_tensors(c, want, but=but)
+        skip = ("name", "source", "type", "fingerprint", "tokenizer.stop_ids")
+        for key in want.meta:
+            if key not in skip:
+                self.assertEqual(c.meta[key], want.meta[key], key)
+
+    def test_llama_family(self):
+        """Rows of q and k put back, tokenizer and chat pieces as from tokenizer.json."""
+        self.same_model(self.convert(self.gguf("smol", "llama")), "smol")
+
+    def test_qwen(self):
+        self.same_model(self.convert(self.gguf("qwen3", "qwen3"), "--type", "f32"), "qwen3")
+        self.same_model(self.convert(self.gguf("qwen2", "qwen2"), "--type", "f32"), "qwen2")
+
+    def test_rope_factors(self):
+        want = Converted(os.path.join(FIXTURES, "llama.kvz"))
+        plain = 1 / np.float32(5e5) ** (np.arange(0, 16, 2, dtype=np.float32) / 16)
+        factors = (plain / want.t["rope.inv_freq"][0]).astype(np.float32)
+        path = self.gguf("llama", "llama", keep=[("rope_freqs.weight", factors)])
+        c = self.convert(path)
+        self.same_model(c, "llama", but=("rope.inv_freq",))
+        np.testing.assert_allclose(c.t["rope.inv_freq"], want.t["rope.inv_freq"], rtol=1e-6)
+
+    def test_sliding_llama_is_mistral(self):
+        path = self.gguf("mistral", "llama", extra={"llama.attention.sliding_window": 24})
+        self.same_model(self.convert(path), "mistral", but=("tok.merges", "tok.kind"))
+
+    def test_gemma3(self):
+        """Norms are 1 + w already; window pattern and scale follow from the architecture."""
+        path = self.gguf("gemma3", "gemma3", extra={"gemma3.attention.sliding_window": 16})
+        c, want = self.convert(path), Converted(os.path.join(FIXTURES, "gemma3.kvz"))
+        self.same_tensors(c, want, but=("tok.merges", "tok.kind"))
+        self.assertEqual(np.float32(c.meta["attn_scale"]), np.float32(32**-0.5))
+        found = {tuple(m) for m in c.t["tok.merges"].tolist()}
+        self.assertLessEqual({tuple(m) for m in want.t["tok.merges"].tolist()}, found)
+
+    def test_blocks_kept(self):
+        """Q8_0, Q4_0, Q4_1, Q5_0: what llama.cpp reads from them is what we read, bit for bit."""
+        source = read_source(os.path.join(FIXTURES, "llama"))
+        for kind, target, dtype in (
+            ("Q8_0", None, "I8"), ("Q4_0", None, "U8"), ("Q4_1", None, "U8"),
+            ("Q4_0", "q8", "I8"), ("Q5_0", None, "I8"), ("Q8_0", "f32", "F32"),
+        ):
+            path = self.gguf("llama", "llama", kind)
+            c = self.convert(path, *(("--type", target) if target else ()))
+            for ours, theirs in SUFFIX.items():
+                name = f"layers.1.{ours}"
+                self.assertEqual(c.header[name]["dtype"], dtype)
+                self.assertEqual(name + ".offset" in c.t, kind == "Q4_1")
+                x = source[f"model.layers.1.{theirs}.weight"]
+                q = gguf.GGMLQuantizationType[kind]
+                want = gguf.quants.dequantize(gguf.quants.quantize(x, q), q)
+                np.testing.assert_array_equal(c.matrix(name)[: len(want), : want.shape[1]], want)
+
+    def test_loss_is_announced(self):
+        path = self.gguf("llama", "llama", "Q5_1")
+        self.assertIn("requantized with some loss: Q5_1 to q8", run(path, "-o", self.out)[1])
+        path = self.gguf("llama", "llama", "Q4_1")
+        self.assertEqual(run(path, "-o", self.out), (0, ""))
+        self.assertIn("Q4_1 to q8", run(path, "-o", self.out, "--type", "q8")[1])
+
+    def test_refused(self):
+        self.refuse(self.gguf("smol", "mamba"), "mamba", "state-space")
+        self.refuse(self.gguf("smol", "llama", extra={"llama.expert_count": 8}), "expert_count")
+        scaling = {"llama.rope.scaling.type": "longrope"}
+        self.refuse(self.gguf("smol", "llama", extra=scaling), "longrope")
+        self.refuse(self.gguf("smol", "llama", extra={"split.count": 2}), "split")
+        bias = ("blk.0.attn_q.bias", np.zeros(144, np.float32))
+        self.refuse(self.gguf("smol", "llama", keep=[bias]), "attn_q.bias")
+
+    def test_cut(self):
+        path = self.gguf("smol", "llama")
+        with open(path, "rb") as f:
+            data = f.read()
+        for n in [*range(0, 200, 7), *range(200, len(data), len(data) // 60), len(data) - 1]:
+            with open(path, "wb") as f:
+                f.write(data[:n])
+            self.refuse(path)
+
+
+def main():
+    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
+    result = unittest.TextTestRunner(verbosity=0, stream=sys.stdout).run(suite)
+    failed = len(result.failures) + len(result.errors)
+    print(f"test_export: {result.testsRun - failed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

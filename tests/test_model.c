@@ -1,0 +1,334 @@
+// The runtime against the reference: for each tiny model of tests/fixtures its converted weights must give
+// the stored logits, keys, values, greedy ids, KVzip scores, keep sets and logits after eviction. Then the
+// laws that need a model: blocks of any size agree, threads change no bit, ratio 1 changes no bit.
+#include "../policies.h"
+#include "test.h"
+
+typedef struct {
+    Model model;
+    TensorFile want;
+    Tokenizer *tok;
+    ThreadPool *pool;
+    RunState state;
+    KVCache kv;
+    char name[32];
+} Fixture;
+
+static char err[ERR_LEN];
+
+static bool fixture_open(Fixture *f, const char *name, const char *weights, KVType type, int threads) {
+    char path[256];
+    *f = (Fixture){0};
+    snprintf(f->name, sizeof f->name, "%s", name);
+    snprintf(path, sizeof path, "tests/fixtures/%s", weights);
+    bool ok = model_open(&f->model, path, err) == 0;
+    snprintf(path, sizeof path, "tests/fixtures/%s/expected.safetensors", name);
+    ok = ok && tensors_open(&f->want, path, err) == 0;
+    ok = ok && (f->tok = tokenizer_open(&f->model.file, err)) != NULL;
+    f->pool = pool_open(threads);
+    KVShape shape = model_kv_shape(&f->model);
+    ok = ok && state_open(&f->state, &f->model, f->pool, MAX_ROWS, 96, err) == 0;
+    ok = ok && kvcache_open(&f->kv, &shape, type, f->pool, err) == 0;
+    if (!ok) printf("%s: %s\n", weights, err);
+    return CHECK(ok);
+}
+
+static void fixture_close(Fixture *f) {
+    kvcache_close(&f->kv);
+    state_close(&f->state);
+    pool_close(f->pool);
+    tokenizer_close(f->tok);
+    tensors_close(&f->want);
+    model_close(&f->model);
+}
+
+static const Tensor *want(const Fixture *f, const char *name) {
+    const Tensor *t = tensors_find(&f->want, name);
+    if (!t) printf("%s: no %s\n", f->name, name), exit(1);
+    return t;
+}
+
+// Feeds ids in blocks of `block`, all with logits when out is given: out [n][vocab].
+static void feed(Fixture *f, int seq, const int *ids, int n, int block, float *out) {
+    Row rows[MAX_ROWS];
+    int vocab = f->model.config.vocab_size;
+    for (int i = 0; i < n;) {
+        int m = n - i < block ? n - i : block;
+        if (out && m > f->state.max_logits) m = f->state.max_logits;
+        for (int j = 0; j < m; j++) rows[j] = (Row){seq, ids[i + j], out != NULL};
+        if (!CHECK(forward(&f->state, &f->kv, rows, m, err) == 0)) printf("%s: %s\n", f->name, err);
+        if (out) memcpy(out + (size_t)i * vocab, f->state.logits, (size_t)m * vocab * sizeof *out);
+        i += m;
+    }
+}
+
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
+    return best;
+}
+
+static float *logits_of(Fixture *f, int seq, const int *ids, int n, int block) {
+    float *out = malloc((size_t)n * f->model.config.vocab_size * sizeof *out);
+    feed(f, seq, ids, n, block, out);
+    return out;
+}
+
+static double far(const float *a, const float *b, size_t n) {
+    double worst = 0;
+    for (size_t i = 0; i < n; i++) worst = fabs((double)a[i] - b[i]) > worst || isnan(a[i]) ? fabs((double)a[i] - b[i]) : worst;
+    return worst;
+}
+
+static void check_greedy(Fixture *f, int seq, const float *last, const char *name) {
+    const Tensor *t = want(f, name);
+    int vocab = f->model.config.vocab_size, id = argmax(last, vocab);
+    float *logits = malloc((size_t)vocab * sizeof *logits);
+    for (size_t i = 0; i < t->shape[0]; i++) {
+        CHECK(id == ((const int *)t->data)[i]);
+        feed(f, seq, &id, 1, 1, logits);
+        id = argmax(logits, vocab);
+    }
+    free(logits);
+}
+
+// ---- the reference's values ----
+
+static void check_cache(Fixture *f, int seq, int layer) {
+    char name[2][32];
+    snprintf(name[0], sizeof name[0], "prefill.k.%d", layer), snprintf(name[1], sizeof name[1], "prefill.v.%d", layer);
+    const Tensor *kt = tensors_find(&f->want, name[0]), *vt = tensors_find(&f->want, name[1]);
+    if (!kt || !vt) return;
+    int d = f->model.config.head_dim, n = (int)kt->shape[1];
+    float k[256], v[256];
+    for (int g = 0; g < f->model.config.n_kv_heads; g++) {
+        for (int t = kvcache_head(&f->kv, seq, layer, g)->dropped; t < n; t++) {
+            CHECK(kvcache_pair(&f->kv, seq, layer, g, t, k, v) == t);
+            CHECK_NEAR(far(k, (const float *)kt->data + ((size_t)g * n + t) * d, (size_t)d), 0, 5e-5);
+            CHECK_NEAR(far(v, (const float *)vt->data + ((size_t)g * n + t) * d, (size_t)d), 0, 5e-5);
+        }
+    }
+}
+
+static void test_prefill(Fixture *f) {
+    const Tensor *ids = want(f, "prefill.ids"), *rows = want(f, "prefill.rows"), *logits = want(f, "prefill.logits");
+    int n = (int)ids->shape[0], vocab = f->model.config.vocab_size, seq = kvcache_new(&f->kv, err);
+    float *have = logits_of(f, seq, ids->data, n, n);
+    for (size_t i = 0; i < rows->shape[0]; i++) {
+        const float *row = (const float *)logits->data + i * vocab;
+        CHECK_NEAR(far(have + (size_t)((const int *)rows->data)[i] * vocab, row, (size_t)vocab), 0, 3e-4);
+    }
+    for (int i = 0; i < n; i++) CHECK(argmax(have + (size_t)i * vocab, vocab) == ((const int *)want(f, "prefill.argmax")->data)[i]);
+    for (int l = 0; l < f->model.config.n_layers; l++) check_cache(f, seq, l);
+    check_greedy(f, seq, have + (size_t)(n - 1) * vocab, "prefill.greedy");
+    kvcache_drop(&f->kv, seq);
+    free(have);
+}
+
+// prefix + context of the fixture, and its postfix text from the fixture's ids.
+static Context fixture_context(Fixture *f, int *ids, int chunk) {
+    const Tensor *prefix = want(f, "kvzip.prefix"), *ctx = want(f, "kvzip.ctx");
+    memcpy(ids, prefix->data, prefix->bytes);
+    memcpy(ids + prefix->shape[0], ctx->data, ctx->bytes);
+    return (Context){.state = &f->state, .kv = &f->kv, .tok = f->tok, .seq = kvcache_new(&f->kv, err), .ids = ids,
+                     .n_prefix = (int)prefix->shape[0], .n_ctx = (int)ctx->shape[0], .chunk = chunk,
+                     .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
+}
+
+static void check_mask(const Fixture *f, const float *score, const char *level, int percent, KVLevel kv_level, bool ref_ties) {
+    char name[64];
+    snprintf(name, sizeof name, "mask.%s.r%d", level, percent);
+    const Tensor *t = want(f, name);
+    int n_layers = (int)t->shape[0], n_kv_heads = (int)t->shape[1], n_ctx = (int)t->shape[2];
+    uint8_t *keep = malloc(t->bytes);
+    CHECK(kvcache_select(keep, score, n_layers, n_kv_heads, n_ctx, percent / 100.0, kv_level, ref_ties, err) >= 0);
+    if (!CHECK(memcmp(keep, t->data, t->bytes) == 0)) printf("%s: %s differs\n", f->name, name);
+    free(keep);
+}
+
+static void check_masks(const Fixture *f, const float *score, const float *plus) {
+    for (int percent = 30; percent <= 60; percent += 30) {
+        check_mask(f, score, "pair", percent, LEVEL_PAIR, true);
+        check_mask(f, score, "pair_exact", percent, LEVEL_PAIR, false);
+        check_mask(f, score, "pair_uniform", percent, LEVEL_UNIFORM, false);
+        check_mask(f, score, "head", percent, LEVEL_HEAD, true);
+        if (plus) check_mask(f, plus, "plus_pair", percent, LEVEL_PAIR, true);
+    }
+}
+
+// The query after evicting what the stored mask evicts: logits and greedy ids.
+static void check_evicted(Fixture *f, const Context *c, int percent) {
+    char mask[32], logits[32], greedy[32];
+    snprintf(mask, sizeof mask, "mask.pair.r%d", percent);
+    snprintf(logits, sizeof logits, "evict.r%d.logits", percent);
+    snprintf(greedy, sizeof greedy, "evict.r%d.greedy", percent);
+    int seq = kvcache_fork(&f->kv, c->seq, err), vocab = f->model.config.vocab_size;
+    if (percent < 100) CHECK(kvcache_compact(&f->kv, seq, c->n_prefix, c->n_ctx, want(f, mask)->data, err) == 0);
+    const Tensor *query = want(f, "kvzip.query"), *t = want(f, logits);
+    int n = (int)query->shape[0];
+    float *have = logits_of(f, seq, query->data, n, n);
+    CHECK_NEAR(far(have, t->data, (size_t)n * vocab), 0, 3e-4);
+    check_greedy(f, seq, have + (size_t)(n - 1) * vocab, greedy);
+    kvcache_drop(&f->kv, seq);
+    free(have);
+}
+
+static void test_kvzip(Fixture *f) {
+    int ids[1024];
+    Context c = fixture_context(f, ids, 64);
+    size_t n = context_scores(&c);
+    float *score = malloc(n * sizeof *score), *plus = malloc(n * sizeof *plus);
+    CHECK(want(f, "kvzip.score")->bytes == n * sizeof *score);
+    CHECK(context_score(&c, policy_find("kvzip"), score, err) == 0);
+    CHECK_NEAR(far(score, want(f, "kvzip.score")->data, n), 0, 1e-4);
+    check_masks(f, want(f, "kvzip.score")->data, want(f, "kvzip.score_plus")->data);
+    check_masks(f, score, NULL);  // the fixture's margins exceed our noise
+    for (int percent = 30; percent <= 100; percent += percent == 60 ? 40 : 30) check_evicted(f, &c, percent);
+
+    int full = c.seq;
+    c.seq = kvcache_new(&f->kv, err);
+    CHECK(context_score(&c, policy_find("kvzip+"), plus, err) == 0);
+    CHECK_NEAR(far(plus, want(f, "kvzip.score_plus")->data, n), 0, 1e-4);
+    kvcache_drop(&f->kv, c.seq);
+
+    // With one chunk over the whole context the local pass sees what the full one sees.
+    float *local = malloc(n * sizeof *local);
+    c.chunk = c.n_ctx;
+    for (int i = 0; i < 2; i++) {
+        c.seq = kvcache_new(&f->kv, err), c.local = i == 1;
+        CHECK(context_score(&c, policy_find("kvzip"), i ? local : score, err) == 0);
+        kvcache_drop(&f->kv, c.seq);
+    }
+    CHECK_NEAR(far(score, local, n), 0, 1e-5);
+    kvcache_drop(&f->kv, full);
+    free(score), free(plus), free(local);
+}
+
+// Mistral's KVzip values are those of the model with its window off.
+static void window_off(Fixture *f) {
+    static const int none[16];
+    f->model.config.window = f->kv.shape.window = none;
+}
+
+// ---- laws ----
+
+static void test_blocks(Fixture *f) {
+    const Tensor *ids = want(f, "prefill.ids");
+    int n = (int)ids->shape[0], vocab = f->model.config.vocab_size;
+    float *first = NULL;
+    for (int block = 512; block > 0; block = block == 512 ? 64 : block == 64 ? 7 : block == 7 ? 1 : 0) {
+        int seq = kvcache_new(&f->kv, err);
+        float *have = logits_of(f, seq, ids->data, n, block);
+        if (first) CHECK_NEAR(far(have, first, (size_t)n * vocab), 0, 1e-4);
+        kvcache_drop(&f->kv, seq);
+        if (first) free(have);
+        else first = have;
+    }
+    free(first);
+}
+
+// Rows of several sequences in one call, in any mixture, give what they give alone.
+static void test_mixed_batch(Fixture *f) {
+    const int *ids = want(f, "prefill.ids")->data;
+    int vocab = f->model.config.vocab_size, a = kvcache_new(&f->kv, err);
+    feed(f, a, ids, 40, 40, NULL);
+    int b = kvcache_fork(&f->kv, a, err), c = kvcache_fork(&f->kv, a, err);
+    Row rows[] = {{a, ids[40], true}, {b, ids[50], false}, {b, ids[51], true}};
+    CHECK(forward(&f->state, &f->kv, rows, 3, err) == 0);
+    float *both = malloc((size_t)2 * vocab * sizeof *both);
+    memcpy(both, f->state.logits, (size_t)2 * vocab * sizeof *both);
+    CHECK(forward(&f->state, &f->kv, &(Row){c, ids[40], true}, 1, err) == 0);
+    CHECK_NEAR(far(f->state.logits, both, (size_t)vocab), 0, 1e-5);
+    int alone[] = {ids[50], ids[51]};
+    kvcache_drop(&f->kv, c);
+    c = kvcache_new(&f->kv, err);
+    feed(f, c, ids, 40, 40, NULL);
+    float *have = logits_of(f, c, alone, 2, 2);
+    CHECK_NEAR(far(have + vocab, both + vocab, (size_t)vocab), 0, 1e-5);
+    kvcache_drop(&f->kv, a), kvcache_drop(&f->kv, b), kvcache_drop(&f->kv, c);
+    free(have), free(both);
+}
+
+// Everything a context's compression yields, as one block of bytes.
+static float *compress_bits(const char *weights, KVType type, int threads, double ratio, size_t *n) {
+    Fixture f;
+    int ids[1024];
+    if (!fixture_open(&f, "smol", weights, type, threads)) exit(1);
+    Context c = fixture_context(&f, ids, 64);
+    size_t n_score = context_scores(&c);
+    const Tensor *query = want(&f, "kvzip.query");
+    *n = n_score + query->shape[0] * (size_t)f.model.config.vocab_size;
+    float *out = malloc(*n * sizeof *out);
+    uint8_t *keep = malloc(n_score);
+    CHECK(context_score(&c, policy_find("kvzip"), out, err) == 0);
+    int n_layers = kvcache_scored_layers(&f.kv.shape, NULL);
+    CHECK(kvcache_select(keep, out, n_layers, f.kv.shape.n_kv_heads, c.n_ctx, ratio, LEVEL_PAIR, false, err) >= 0);
+    if (ratio > 0) CHECK(kvcache_compact(&f.kv, c.seq, c.n_prefix, c.n_ctx, keep, err) == 0);
+    feed(&f, c.seq, query->data, (int)query->shape[0], 20, out + n_score);
+    free(keep);
+    fixture_close(&f);
+    return out;
+}
+
+static void test_bits(void) {
+    static const char *const weights[] = {"smol.kvz", "smol-q8.kvz", "smol-q4.kvz", "smol-bf16.kvz", "smol-f16.kvz"};
+    for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
+        size_t n;
+        float *one = compress_bits(weights[i], KV_F16, 1, 0.3, &n);
+        for (int threads = 2; threads <= 4; threads += 2) {
+            float *more = compress_bits(weights[i], KV_F16, threads, 0.3, &n);
+            CHECK(memcmp(one, more, n * sizeof *one) == 0);
+            free(more);
+        }
+        free(one);
+        float *none = compress_bits(weights[i], KV_F16, 2, 0.0, &n), *all = compress_bits(weights[i], KV_F16, 2, 1.0, &n);
+        CHECK(memcmp(none, all, n * sizeof *all) == 0);  // ratio 1 changes no bit
+        free(none), free(all);
+    }
+}
+
+// Contexts with no token, one token, and a last chunk of one.
+static void test_small_contexts(Fixture *f) {
+    for (int n_ctx = 0; n_ctx <= 5; n_ctx++) {
+        int ids[1024];
+        Context c = fixture_context(f, ids, 2);
+        c.n_ctx = n_ctx;
+        float score[1024];
+        CHECK(context_score(&c, policy_find("kvzip"), score, err) == 0);
+        for (size_t i = 0; i < context_scores(&c); i++) CHECK(score[i] > 0 && score[i] <= 1);
+        kvcache_drop(&f->kv, c.seq);
+    }
+}
+
+static void test_refusals(Fixture *f) {
+    int seq = kvcache_new(&f->kv, err);
+    CHECK(forward(&f->state, &f->kv, &(Row){seq, f->model.config.vocab_size, false}, 1, err) == -1);
+    CHECK(forward(&f->state, &f->kv, &(Row){seq, -1, false}, 1, err) == -1);
+    CHECK(forward(&f->state, &f->kv, &(Row){99, 1, false}, 1, err) == -1);
+    CHECK(kvcache_head(&f->kv, seq, 0, 0)->len == 0);
+    kvcache_drop(&f->kv, seq);
+    Model m;
+    CHECK(model_open(&m, "tests/fixtures/smol/expected.safetensors", err) == -1);
+    CHECK(strstr(err, "not a converted model") != NULL);
+}
+
+int main(int argc, char **argv) {
+    static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
+    bool quick = getenv("QUICK") != NULL;  // under valgrind: one family, and not the bits of every weight type
+    kernels_init(argc > 1 ? argv[1] : NULL);
+    for (size_t i = 0; i < (quick ? 1 : sizeof families / sizeof *families); i++) {
+        Fixture f;
+        char weights[64];
+        snprintf(weights, sizeof weights, "%s.kvz", families[i]);
+        if (!fixture_open(&f, families[i], weights, KV_F32, 2)) continue;
+        test_prefill(&f);
+        test_blocks(&f);
+        test_mixed_batch(&f);
+        if (strcmp(families[i], "mistral") == 0) window_off(&f);
+        test_kvzip(&f);
+        if (i == 0) test_small_contexts(&f), test_refusals(&f);
+        fixture_close(&f);
+    }
+    if (!quick) test_bits();
+    return test_end("test_model");
+}

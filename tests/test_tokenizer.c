@@ -1,0 +1,573 @@
+// test_tokenizer.c: ids are the reference's, texts come back, and no input makes it slow or crash.
+//
+// The fixtures' ids and texts come from the libraries tokenizers and transformers. What they don't
+// reach is tried on vocabularies made up here: merges in any order, against the plain definition.
+#include "../tokenizer.h"
+
+#include <time.h>
+
+#include "test.h"
+
+static char err[ERR_LEN];
+static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
+enum { N_FAMILIES = sizeof families / sizeof *families };
+
+typedef struct {
+    const char *name;
+    TensorFile model, want;
+    Tokenizer *tok;
+} Fixture;
+
+static bool fixture_open(Fixture *f, const char *name) {
+    char path[256];
+    *f = (Fixture){.name = name};
+    snprintf(path, sizeof path, "tests/fixtures/%s.kvz", name);
+    bool ok = tensors_open(&f->model, path, err) == 0;
+    snprintf(path, sizeof path, "tests/fixtures/%s/expected.safetensors", name);
+    ok = ok && tensors_open(&f->want, path, err) == 0;
+    ok = ok && (f->tok = tokenizer_open(&f->model, err)) != NULL;
+    if (!ok) printf("%s: %s\n", name, err);
+    return CHECK(ok);
+}
+
+static void fixture_close(Fixture *f) {
+    tokenizer_close(f->tok);
+    tensors_close(&f->model);
+    tensors_close(&f->want);
+}
+
+// Row i of a ragged tensor: values NAME, row ends NAME_offsets. Sets n, returns the number of rows.
+static int row(const Fixture *f, const char *name, int i, const void **data, int *n) {
+    char offsets[80];
+    snprintf(offsets, sizeof offsets, "%s_offsets", name);
+    if (strcmp(name, "vocab.bytes") == 0) strcpy(offsets, "vocab.offsets");
+    const Tensor *v = tensors_find(&f->want, name), *o = tensors_find(&f->want, offsets);
+    if (v == NULL || o == NULL) printf("%s: no %s\n", f->name, name), exit(1);
+    const int32_t *at = o->data;
+    *data = (const char *)v->data + (size_t)at[i] * dtype_size(v->dtype);
+    *n = at[i + 1] - at[i];
+    return (int)o->shape[0] - 1;
+}
+
+static bool same_ids(const Ids *ids, const int32_t *want, int n) {
+    return ids->n == n && (n == 0 || memcmp(ids->id, want, (size_t)n * sizeof *want) == 0);
+}
+
+// ---- against the reference ----
+
+static void check_ids(const Fixture *f, const char *what, int i, const char *text, int n, unsigned flags) {
+    Ids ids = {0};
+    const void *want;
+    int n_want;
+    row(f, what, i, &want, &n_want);
+    CHECK(tokenizer_encode(f->tok, text, (size_t)n, flags, &ids) == 0);
+    if (!CHECK(same_ids(&ids, want, n_want))) {
+        printf("%s: %s of case %d, \"%.*s\":", f->name, what, i, n, text);
+        for (int j = 0; j < ids.n; j++) printf(" %d", ids.id[j]);
+        printf("\n");
+    }
+    ids_free(&ids);
+}
+
+// What the ids print one by one, the bytes held back at the end included.
+static void check_stream(const Fixture *f, const int *ids, int n, const char *want, size_t bytes) {
+    char *text = malloc((size_t)(n + 1) * TOK_STREAM_MAX);
+    size_t at = 0;
+    TokStream s = {0};
+    for (int i = 0; i <= n; i++) {
+        int k = tokenizer_stream(f->tok, &s, i < n ? ids[i] : -1, text + at);
+        CHECK(k >= 0 && k <= TOK_STREAM_MAX);
+        at += (size_t)k;
+    }
+    CHECK(at == bytes && memcmp(text, want, bytes) == 0);
+    free(text);
+}
+
+static void test_cases(const Fixture *f) {
+    const void *text, *ids, *decoded;
+    int n, n_ids, n_decoded, cases = row(f, "tok.text", 0, &text, &n);
+    CHECK(cases > 90);
+    for (int i = 0; i < cases; i++) {
+        row(f, "tok.text", i, &text, &n);
+        check_ids(f, "tok.ids", i, text, n, TOK_SPECIAL);
+        check_ids(f, "tok.ids_special", i, text, n, TOK_SPECIAL | TOK_BOS);
+        check_ids(f, "tok.ids_plain", i, text, n, 0);
+        row(f, "tok.ids", i, &ids, &n_ids);
+        row(f, "tok.decoded", i, &decoded, &n_decoded);
+        size_t bytes;
+        char *got = tokenizer_decode(f->tok, ids, n_ids, &bytes);
+        CHECK(got != NULL && bytes == (size_t)n_decoded && memcmp(got, decoded, bytes) == 0);
+        check_stream(f, ids, n_ids, got, bytes);
+        free(got);
+    }
+}
+
+static void test_pieces(const Fixture *f) {
+    const void *want;
+    int n, bytes, ids = row(f, "vocab.bytes", 0, &want, &n);
+    CHECK(tokenizer_n_vocab(f->tok) >= ids);
+    for (int id = 0; id < ids; id++) {
+        row(f, "vocab.bytes", id, &want, &n);
+        const char *piece = tokenizer_piece(f->tok, id, &bytes);
+        CHECK(bytes == n && memcmp(piece, want, (size_t)n) == 0);
+    }
+    tokenizer_piece(f->tok, -1, &bytes);
+    CHECK(bytes == 0);
+    tokenizer_piece(f->tok, tokenizer_n_vocab(f->tok), &bytes);
+    CHECK(bytes == 0);
+}
+
+// The conversations of make_fixtures.py.
+static const struct {
+    char role;
+    const char *text;
+} talks[][4] = {
+    {{'u', "What is the code for the north gate?"}},
+    {{'s', "You answer in one word."}, {'u', "Is 17 prime?\nAnswer yes or no."}},
+    {{'s', "You answer in one word."},
+     {'u', "Où est l'hôtel? 😀"},
+     {'a', "Près du théâtre."},
+     {'u', "Again,\n\n  in 3 words: 今天"}},
+};
+
+static bool ends_with(const char *text, int n, const char *end) {
+    int k = (int)strlen(end);
+    return k <= n && memcmp(text + n - k, end, (size_t)k) == 0;
+}
+
+// Cases come in the order of the talks, each with and without what invites the answer; which talk it
+// is and whether it ends in the invitation can be read off its text. Qwen3 without the think block is
+// left out: the converted template always closes it.
+static void test_chat(const Fixture *f) {
+    const void *text, *want;
+    int n, n_want, used = 0, cases = row(f, "chat.text", 0, &text, &n);
+    const ChatTemplate *c = tokenizer_chat(f->tok);
+    CHECK(c->present);
+    for (int i = 0; i < cases; i++) {
+        row(f, "chat.text", i, &text, &n);
+        row(f, "chat.ids", i, &want, &n_want);
+        char *copy = calloc(1, (size_t)n + 1);
+        memcpy(copy, text, (size_t)n);
+        int talk = strstr(copy, talks[2][3].text) ? 2 : strstr(copy, talks[1][1].text) ? 1 : 0;
+        free(copy);
+        bool invited = ends_with(text, n, c->generation);
+        if (!invited && ends_with(text, n, "<|im_start|>assistant\n")) continue;
+        Ids ids = {0};
+        for (int j = 0; j < 4 && talks[talk][j].text != NULL; j++) {
+            bool after_system = j > 0 && talks[talk][j - 1].role == 's';
+            CHECK(tokenizer_turn(f->tok, talks[talk][j].role, talks[talk][j].text, j == 0, after_system, &ids) == 0);
+        }
+        if (invited) CHECK(tokenizer_generation(f->tok, &ids) == 0);
+        if (!CHECK(same_ids(&ids, want, n_want))) printf("%s: conversation %d\n", f->name, i);
+        ids_free(&ids);
+        used++;
+    }
+    CHECK(used >= 4);
+}
+
+// A user's text never becomes a special token, whatever it says and wherever it is cut.
+static void test_injection(const Fixture *f) {
+    for (int id = 0, bytes; id < tokenizer_n_vocab(f->tok); id++) {
+        const char *piece = tokenizer_piece(f->tok, id, &bytes);
+        if (!tokenizer_is_special(f->tok, id)) continue;
+        char text[200], *decoded;
+        int specials[2] = {0};
+        snprintf(text, sizeof text, "%.*sa%.*s%.*s", bytes, piece, bytes, piece, bytes - 1, piece);
+        for (int harmless = 0; harmless < 2; harmless++) {
+            Ids ids = {0};
+            CHECK(tokenizer_turn(f->tok, 'u', harmless ? "a" : text, true, false, &ids) == 0);
+            for (int i = 0; i < ids.n; i++) specials[harmless] += tokenizer_is_special(f->tok, ids.id[i]);
+            size_t n;
+            decoded = tokenizer_decode(f->tok, ids.id, ids.n, &n);
+            CHECK(strstr(decoded, harmless ? "a" : text) != NULL);
+            free(decoded);
+            ids_free(&ids);
+        }
+        CHECK(specials[0] == specials[1]);
+    }
+}
+
+// Any bytes come back as they were, where the model does not normalize; then a second pass changes nothing.
+static void check_round_trip(const Fixture *f, const char *text, size_t n) {
+    Ids ids = {0}, again = {0};
+    size_t bytes;
+    CHECK(tokenizer_encode(f->tok, text, n, 0, &ids) == 0);
+    char *got = tokenizer_decode(f->tok, ids.id, ids.n, &bytes);
+    if (strncmp(f->name, "qwen", 4) != 0) {
+        if (!CHECK(bytes == n && memcmp(got, text, n) == 0)) printf("%s: %zu bytes\n", f->name, n);
+    }
+    CHECK(tokenizer_encode(f->tok, got, bytes, 0, &again) == 0);
+    CHECK(same_ids(&again, ids.id, ids.n));
+    free(got);
+    ids_free(&ids);
+    ids_free(&again);
+}
+
+static void test_invalid(const Fixture *f) {
+    static const struct {
+        const char *bytes;
+        size_t n;
+    } invalid[] = {{"\x80", 1},         {"\xc3", 1},         {"\xc3(", 2},         {"\xe2\x82", 2},
+                   {"\xe2\x82(", 3},    {"\xf0\x9f\x98", 3}, {"\xf8\xa1\xa1\xa1", 4}, {"\xed\xa0\x80", 3},
+                   {"\xc0\xaf", 2},     {"a\xff\x62", 3},    {"\xf4\x90\x80\x80", 4}, {"\xe0\x80\xaf", 3},
+                   {"e\xcc\x81\xff\xcc\x81", 6},             {"\xff\xcc\x81", 3},  {"\0\xc2\0", 3}};
+    for (size_t i = 0; i < sizeof invalid / sizeof *invalid; i++) check_round_trip(f, invalid[i].bytes, invalid[i].n);
+    static const char few[] = "\xe2\x96\xcc\x81 aZ9\n\xf0\x9f\x98\x80\xe1\x84\x92";  // so that characters come about
+    srand(1);
+    for (int i = 0; i < 200; i++) {
+        char text[300];
+        int n = rand() % 300, narrow = i % 2;
+        for (int j = 0; j < n; j++) text[j] = (char)(narrow ? few[(size_t)rand() % sizeof few] : rand());
+        for (int j = 0; j + 2 < n; j++)  // a U+2581 is a space to SentencePiece models and comes back as one
+            if (memcmp(text + j, "\xe2\x96\x81", 3) == 0) text[j] = 'x';
+        check_round_trip(f, text, (size_t)n);
+    }
+}
+
+// ---- vocabularies made up here ----
+
+enum { MAX_TOKENS = 700, MAX_MERGES = 400 };
+
+// A file in memory: tok.* and tokenizer.*, to be changed before opening.
+typedef struct {
+    uint8_t bytes[32 * MAX_TOKENS], kind[MAX_TOKENS];
+    int32_t offsets[MAX_TOKENS + 1], merges[MAX_MERGES][3];
+    int n, n_merges;
+    Tensor tensors[4];
+    Meta meta[9];
+    TensorFile file;
+} Vocab;
+
+static int add_token(Vocab *v, const char *text, int bytes, int kind) {
+    memcpy(v->bytes + v->offsets[v->n], text, (size_t)bytes);
+    v->offsets[v->n + 1] = v->offsets[v->n] + bytes;
+    v->kind[v->n] = (uint8_t)kind;
+    return v->n++;
+}
+
+static void set_meta(Vocab *v, const char *key, const char *value) {
+    for (int i = 0; i < 9; i++)
+        if (strcmp(v->meta[i].key, key) == 0) v->meta[i].value = value;
+}
+
+// All 256 bytes as tokens (as byte-fallback tokens with spm), nothing else.
+static Vocab *vocab_new(const char *model, const char *split) {
+    static const char *const keys[] = {"tokenizer.add_bos",  "tokenizer.bos_id",       "tokenizer.ignore_merges",
+                                       "tokenizer.model",    "tokenizer.nfc",          "tokenizer.space_prefix",
+                                       "tokenizer.split",    "tokenizer.stop_ids",     "tokenizer.unk_id"};
+    Vocab *v = calloc(1, sizeof *v);
+    for (int i = 0; i < 9; i++) v->meta[i] = (Meta){keys[i], "0"};
+    set_meta(v, "tokenizer.model", model);
+    set_meta(v, "tokenizer.split", split);
+    set_meta(v, "tokenizer.bos_id", "-1");
+    set_meta(v, "tokenizer.unk_id", "-1");
+    set_meta(v, "tokenizer.stop_ids", "");
+    for (int b = 0; b < 256; b++) {
+        char c = (char)b;
+        add_token(v, &c, 1, strcmp(model, "spm") == 0 ? 3 : 0);
+    }
+    return v;
+}
+
+static Tokenizer *vocab_open(Vocab *v) {
+    size_t n = (size_t)v->n;
+    v->tensors[0] = (Tensor){"tok.bytes", T_U8, 1, {(size_t)v->offsets[n]}, v->bytes, (size_t)v->offsets[n]};
+    v->tensors[1] = (Tensor){"tok.kind", T_U8, 1, {n}, v->kind, n};
+    v->tensors[2] = (Tensor){"tok.merges", T_I32, 2, {(size_t)v->n_merges, 3}, v->merges, 12 * (size_t)v->n_merges};
+    v->tensors[3] = (Tensor){"tok.offsets", T_I32, 1, {n + 1}, v->offsets, 4 * (n + 1)};
+    v->file = (TensorFile){.tensors = v->tensors, .n_tensors = 4, .meta = v->meta, .n_meta = 9};
+    Tokenizer *t = tokenizer_open(&v->file, err);
+    return t;
+}
+
+static int find_token(const Vocab *v, const uint8_t *p, int n) {
+    for (int id = 0; id < v->n; id++)
+        if (v->offsets[id + 1] - v->offsets[id] == n && memcmp(v->bytes + v->offsets[id], p, (size_t)n) == 0) return id;
+    return -1;
+}
+
+// Byte-pair encoding as it is defined: the lowest rank in the text, the leftmost of it, again and again.
+static int merge_plainly(const Vocab *v, int *ids, int n) {
+    for (;;) {
+        int best = v->n_merges, at = 0;
+        for (int i = 0; i + 1 < n; i++)
+            for (int r = 0; r < best; r++)
+                if (v->merges[r][0] == ids[i] && v->merges[r][1] == ids[i + 1]) best = r, at = i;
+        if (best == v->n_merges) return n;
+        ids[at] = v->merges[best][2];
+        memmove(ids + at + 1, ids + at + 2, (size_t)(n - at - 2) * sizeof *ids);
+        n--;
+    }
+}
+
+// Merges of random tokens into longer ones. shuffled: ranks do not follow lengths, so that a merge may
+// bring up a pair that has to go before it.
+static void random_merges(Vocab *v, int letters, int merges, bool shuffled) {
+    for (int tries = 0; v->n_merges < merges && tries < 20 * merges; tries++) {
+        int side[2];
+        uint8_t text[32];
+        for (int i = 0; i < 2; i++) {
+            int pick = rand() % (letters + v->n - 256);
+            side[i] = pick < letters ? 'a' + pick : 256 + pick - letters;
+        }
+        int a = v->offsets[side[0] + 1] - v->offsets[side[0]], b = v->offsets[side[1] + 1] - v->offsets[side[1]];
+        if (a + b > 12) continue;
+        memcpy(text, v->bytes + v->offsets[side[0]], (size_t)a);
+        memcpy(text + a, v->bytes + v->offsets[side[1]], (size_t)b);
+        int result = find_token(v, text, a + b);
+        if (result < 0) result = add_token(v, (char *)text, a + b, 0);
+        bool known = false;
+        for (int r = 0; r < v->n_merges; r++) known = known || (v->merges[r][0] == side[0] && v->merges[r][1] == side[1]);
+        if (known) continue;
+        memcpy(v->merges[v->n_merges++], (int32_t[3]){side[0], side[1], result}, sizeof v->merges[0]);
+    }
+    for (int r = v->n_merges - 1; shuffled && r > 0; r--) {
+        int other = rand() % (r + 1);
+        int32_t swap[3];
+        memcpy(swap, v->merges[r], sizeof swap);
+        memcpy(v->merges[r], v->merges[other], sizeof swap);
+        memcpy(v->merges[other], swap, sizeof swap);
+    }
+}
+
+// Windows, seams, rounds and the queue are invisible: the ids are those of the plain definition.
+static void test_merging(void) {
+    enum { LONGEST = 1500 };
+    static char text[LONGEST];
+    static int want[LONGEST];
+    srand(2);
+    for (int i = 0; i < 300; i++) {
+        Vocab *v = vocab_new("bpe", "none");
+        int letters = 1 + rand() % 4;
+        random_merges(v, letters, 1 + rand() % 60, i % 3 == 0);
+        Tokenizer *t = vocab_open(v);
+        if (!CHECK(t != NULL)) return;
+        for (int k = 0; k < 6; k++) {
+            int n = 1 + rand() % (k < 4 ? 200 : LONGEST), period = k % 2 ? 1 + rand() % 9 : n;
+            for (int j = 0; j < n; j++) text[j] = (char)(j < period ? 'a' + rand() % letters : text[j - period]);
+            for (int j = 0; j < n; j++) want[j] = text[j];
+            Ids ids = {0};
+            int n_want = merge_plainly(v, want, n);
+            CHECK(tokenizer_encode(t, text, (size_t)n, 0, &ids) == 0);
+            if (!CHECK(same_ids(&ids, want, n_want))) printf("vocabulary %d, text %d: %.*s\n", i, k, n, text);
+            ids_free(&ids);
+        }
+        tokenizer_close(t);
+        free(v);
+    }
+}
+
+// Tokens as long as two windows, made one byte at a time: the windows have to grow, and the rounds to
+// give way to the queue.
+static void test_long_chains(void) {
+    enum { CHAIN = 150, N = 2000 };
+    static char text[N];
+    static int want[N];
+    Vocab *v = vocab_new("bpe", "none");
+    int last = 'A';
+    for (int i = 1; i < CHAIN; i++) {
+        uint8_t piece[CHAIN];
+        for (int j = 0; j <= i; j++) piece[j] = (uint8_t)('A' + j % 50);
+        int id = add_token(v, (char *)piece, i + 1, 0);
+        memcpy(v->merges[v->n_merges++], (int32_t[3]){last, 'A' + i % 50, id}, sizeof v->merges[0]);
+        last = id;
+    }
+    Tokenizer *t = vocab_open(v);
+    for (int cut = 0; cut < 3; cut++) {
+        for (int i = 0; i < N; i++) text[i] = (char)('A' + (i + cut * (i / 700)) % 50);
+        for (int i = 0; i < N; i++) want[i] = text[i];
+        Ids ids = {0};
+        int n_want = merge_plainly(v, want, N);
+        CHECK(tokenizer_encode(t, text, N, 0, &ids) == 0 && same_ids(&ids, want, n_want));
+        ids_free(&ids);
+    }
+    tokenizer_close(t);
+    free(v);
+}
+
+// Encodes with the made-up vocabulary and gives the ids as text, "1 2 3".
+static const char *ids_of(Vocab *v, const char *text, unsigned flags) {
+    static char out[4096];
+    Ids ids = {0};
+    Tokenizer *t = vocab_open(v);
+    int at = 0;
+    out[0] = 0;
+    if (!CHECK(t != NULL && tokenizer_encode(t, text, strlen(text), flags, &ids) == 0)) return err;
+    for (int i = 0; i < ids.n; i++) at += snprintf(out + at, sizeof out - (size_t)at, i ? " %d" : "%d", ids.id[i]);
+    ids_free(&ids);
+    tokenizer_close(t);
+    return out;
+}
+
+static void test_added_tokens(void) {
+    Vocab *v = vocab_new("bpe", "none");
+    add_token(v, "<a>", 3, 1);    // 256
+    add_token(v, "<a>b", 4, 2);   // 257
+    add_token(v, "<a>bcd", 6, 1); // 258
+    add_token(v, "x", 1, 2);      // 259
+    add_token(v, "", 0, 1);       // 260: never found
+    add_token(v, "<u>", 3, 4);    // 261: unused, never found
+    set_meta(v, "tokenizer.bos_id", "256");
+    CHECK_STR(ids_of(v, "<a>", 0), "60 97 62");
+    CHECK_STR(ids_of(v, "<a>", TOK_SPECIAL), "256");
+    CHECK_STR(ids_of(v, "<a>b", 0), "257");
+    CHECK_STR(ids_of(v, "<a>bcd<a>bc", TOK_SPECIAL), "258 257 99");
+    CHECK_STR(ids_of(v, "<a>bcd", 0), "257 99 100");  // the longest is not allowed, a shorter one is
+    CHECK_STR(ids_of(v, "<<a><a>", TOK_SPECIAL), "60 256 256");
+    CHECK_STR(ids_of(v, "yx<u>", TOK_SPECIAL), "121 259 60 117 62");
+    CHECK_STR(ids_of(v, "y", TOK_BOS), "121");
+    set_meta(v, "tokenizer.add_bos", "1");
+    CHECK_STR(ids_of(v, "y", TOK_BOS), "256 121");
+    CHECK_STR(ids_of(v, "y", TOK_SPECIAL), "121");
+    free(v);
+}
+
+// SentencePiece: the leading space in its three manners, byte fallback, one token for unknown characters.
+static void test_spaces_and_unknowns(void) {
+    Vocab *v = vocab_new("spm", "none");
+    int space = add_token(v, " ", 1, 0);  // 256
+    int a = add_token(v, "a", 1, 0), spaced = add_token(v, " a", 2, 0);
+    add_token(v, "<s>", 3, 1);  // 259
+    memcpy(v->merges[v->n_merges++], (int32_t[3]){space, a, spaced}, sizeof v->merges[0]);
+    CHECK_STR(ids_of(v, "a a\xe2\x96\x81" "a", 0), "257 258 258");
+    CHECK_STR(ids_of(v, "é", 0), "195 169");
+    set_meta(v, "tokenizer.space_prefix", "1");
+    CHECK_STR(ids_of(v, "a a<s>a<s> a", TOK_SPECIAL), "258 258 259 258 259 256 258");
+    CHECK_STR(ids_of(v, "", 0), "");
+    set_meta(v, "tokenizer.space_prefix", "2");
+    CHECK_STR(ids_of(v, "a a<s>a", TOK_SPECIAL), "258 258 259 257");
+    CHECK_STR(ids_of(v, " a", 0), "258");
+    set_meta(v, "tokenizer.space_prefix", "0");
+    set_meta(v, "tokenizer.unk_id", "259");
+    for (int b = 0; b < 256; b++) v->kind[b] = 4;
+    CHECK_STR(ids_of(v, "éü\xff" "a é a", 0), "259 257 256 259 258");
+    set_meta(v, "tokenizer.unk_id", "-1");
+    CHECK_STR(ids_of(v, "éa", 0), "257");
+    free(v);
+}
+
+static void test_nfc(void) {
+    static const char *const cases[][2] = {
+        {"plain", "plain"}, {"e\u0301", "é"}, {"é\u0323", "ẹ\u0301"}, {"q\u0307\u0323", "q\u0323\u0307"},
+        {"\u212b", "Å"}, {"\u0958", "\u0915\u093c"}, {"\u1112\u1161\u11ab", "한"}, {"하\u11ab", "한"}, {"\u11ab", "\u11ab"},
+        {"\u0344", "\u0308\u0301"}, {"\u0301", "\u0301"}, {"a\u0300\u0301\u0302", "à\u0301\u0302"}, {"\u1e9b\u0323", "\u1e9b\u0323"},
+        {"\u0f71\u0f72\u0f74", "\u0f71\u0f72\u0f74"}, {"\U0001d15e", "\U0001d157\U0001d165"}, {"\U00011131\U00011127", "\U0001112e"},
+        {"e\xff\u0301", "e\xff\u0301"}, {"\xcc", "\xcc"}, {"e\u0301\xcc", "é\xcc"}, {"<e\u0301>", "<é>"}};
+    Vocab *v = vocab_new("bpe", "none");
+    set_meta(v, "tokenizer.nfc", "1");
+    Tokenizer *t = vocab_open(v);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Ids ids = {0};
+        size_t n;
+        CHECK(tokenizer_encode(t, cases[i][0], strlen(cases[i][0]), 0, &ids) == 0);
+        char *got = tokenizer_decode(t, ids.id, ids.n, &n);
+        CHECK_STR(got, cases[i][1]);
+        free(got);
+        ids_free(&ids);
+    }
+    tokenizer_close(t);
+    free(v);
+}
+
+// A character split over tokens shows when it is complete; the end of the answer shows what is left.
+static void test_streaming(void) {
+    Vocab *v = vocab_new("bpe", "none");
+    Tokenizer *t = vocab_open(v);
+    char out[TOK_STREAM_MAX];
+    TokStream s = {0};
+    const char *smile = "😀";
+    for (int i = 0; i < 3; i++) CHECK(tokenizer_stream(t, &s, (uint8_t)smile[i], out) == 0);
+    CHECK(tokenizer_stream(t, &s, (uint8_t)smile[3], out) == 4 && memcmp(out, smile, 4) == 0);
+    CHECK(tokenizer_stream(t, &s, 0xe2, out) == 0);
+    CHECK(tokenizer_stream(t, &s, 'a', out) == 2 && memcmp(out, "\xe2" "a", 2) == 0);  // never becomes one
+    CHECK(tokenizer_stream(t, &s, 0xff, out) == 1);
+    CHECK(tokenizer_stream(t, &s, 0xf0, out) == 0);
+    CHECK(tokenizer_stream(t, &s, -1, out) == 1 && (uint8_t)out[0] == 0xf0);
+    CHECK(tokenizer_stream(t, &s, -1, out) == 0);
+    CHECK(tokenizer_stream(t, &s, v->n, out) == 0);  // no such id
+    tokenizer_close(t);
+    free(v);
+}
+
+// ---- files that make no sense ----
+
+static void refuse(Vocab *v, const char *reason) {
+    err[0] = 0;
+    Tokenizer *t = vocab_open(v);
+    CHECK(t == NULL);
+    if (!CHECK(strstr(err, reason) != NULL)) printf("\"%s\" does not say \"%s\"\n", err, reason);
+    tokenizer_close(t);
+    free(v);
+}
+
+static void test_bad_files(void) {
+    static const char *const wrong[][3] = {
+        {"tokenizer.model", "word", "tokenizer.model"},   {"tokenizer.split", "gpt5", "gpt5"},
+        {"tokenizer.nfc", "2", "tokenizer.nfc"},          {"tokenizer.bos_id", "256", "tokenizer.bos_id"},
+        {"tokenizer.unk_id", "x", "tokenizer.unk_id"},    {"tokenizer.stop_ids", "1,256", "tokenizer.stop_ids"},
+        {"tokenizer.stop_ids", "1 2", "tokenizer.stop_ids"}, {"tokenizer.stop_ids", "1,,2", "tokenizer.stop_ids"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        Vocab *v = vocab_new("bpe", "gpt2");
+        set_meta(v, wrong[i][0], wrong[i][1]);
+        refuse(v, wrong[i][2]);
+    }
+    for (int i = 0; i < 3; i++) {
+        Vocab *v = vocab_new("bpe", "gpt2");
+        v->n_merges = 2;
+        v->merges[1][i] = i == 1 ? -1 : 256;
+        refuse(v, "row 1");
+    }
+    Vocab *v = vocab_new("bpe", "gpt2");
+    v->offsets[7] = 9;
+    refuse(v, "tok.offsets");
+    v = vocab_new("bpe", "gpt2");
+    v->kind[3] = 5;
+    refuse(v, "tok.kind");
+    v = vocab_new("bpe", "gpt2");
+    v->offsets[0] = -1;
+    refuse(v, "tok.offsets");
+    tokenizer_close(NULL);
+}
+
+// ---- time ----
+
+// Inputs that something slow would choke on: each takes seconds at most under sanitizers, and a
+// quadratic step would take minutes.
+static void test_no_slow_input(const Fixture *f) {
+    static const char *const units[] = {"a", " ", "\n", " \n", "ab", "\u0301", "a\u0323\u0307", "漢字", "1", "'", "<", "<|im", "\xff", " a", "\xe2\x96"};
+    enum { N = 300 * 1000 };
+    char *text = malloc(N);
+    for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
+        size_t unit = strlen(units[i]);
+        for (size_t j = 0; j < N; j++) text[j] = units[i][j % unit];
+        Ids ids = {0};
+        clock_t start = clock();
+        CHECK(tokenizer_encode(f->tok, text, N, TOK_SPECIAL, &ids) == 0);
+        CHECK_NEAR((double)(clock() - start) / CLOCKS_PER_SEC, 0, 3);
+        ids_free(&ids);
+    }
+    free(text);
+}
+
+int main(void) {
+    for (int i = 0; i < N_FAMILIES; i++) {
+        Fixture f;
+        if (fixture_open(&f, families[i])) {
+            test_cases(&f);
+            test_pieces(&f);
+            test_chat(&f);
+            test_injection(&f);
+            test_invalid(&f);
+            test_no_slow_input(&f);
+        }
+        fixture_close(&f);
+    }
+    test_merging();
+    test_long_chains();
+    test_added_tokens();
+    test_spaces_and_unknowns();
+    test_nfc();
+    test_streaming();
+    test_bad_files();
+    return test_end("test_tokenizer");
+}
