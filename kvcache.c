@@ -897,10 +897,12 @@ static int put_cache(TensorWriter *w, const KVCache *kv, int seq, const KVInfo *
         tensors_write_declare(w, "pos", T_I32, 2, (size_t[]){n, PAGE}, err) != 0 ||
         tensors_write_declare(w, "len", T_I32, 2, heads, err) != 0 ||
         tensors_write_declare(w, "dropped", T_I32, 2, heads, err) != 0 ||
+        tensors_write_declare(w, "window", T_I32, 1, heads, err) != 0 ||
         tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){(size_t)info->n_ids}, err) != 0) return -1;
     if (put_pages(w, kv, seq, PART_K, err) != 0 || put_pages(w, kv, seq, PART_V, err) != 0 ||
         put_pages(w, kv, seq, PART_POS, err) != 0 || put_heads(w, kv, seq, false, err) != 0 ||
-        put_heads(w, kv, seq, true, err) != 0) return -1;
+        put_heads(w, kv, seq, true, err) != 0 ||
+        tensors_write_put(w, kv->shape.window, heads[0] * sizeof(int32_t), err) != 0) return -1;
     return tensors_write_put(w, info->ids, (size_t)info->n_ids * sizeof(int32_t), err);
 }
 

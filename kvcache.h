@@ -146,7 +146,7 @@ const char *kvcache_type_name(KVType t);
 
 // ---- files ----
 // tensors: k [n_pages][head_dim][64], v [n_pages][64][head_dim], pos i32 [n_pages][64] (-1: no pair),
-// len and dropped i32 [n_layers][n_kv_heads], ids i32 [n_ids]; pages in the order layer, kv head, page.
+// len and dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages in the order layer, kv head, page.
 typedef struct {
     const char *fingerprint, *model, *policy;  // fingerprint of the model file: keys mean nothing elsewhere
     int n_prefix, n_ctx;   // ids[n_prefix + n_ctx]: what was read

@@ -1578,20 +1578,21 @@ static void info_cache(const Options *o, const TensorFile *f) {
     const Tensor *len = tensors_get(f, err, "len", T_I32, 2, -1, -1);
     const Tensor *dropped = len ? tensors_get(f, err, "dropped", T_I32, 2, (int)len->shape[0],
                                               (int)len->shape[1]) : NULL;
-    const Tensor *k = dropped ? tensors_find(f, "k") : NULL;
-    if (!k || k->n_dims != 3) die("%s: %s", f->path, dropped ? "it has no keys" : err);
+    const Tensor *window = dropped ? tensors_get(f, err, "window", T_I32, 1, (int)len->shape[0])
+                                   : NULL;
+    const Tensor *k = window ? tensors_find(f, "k") : NULL;
+    if (!k || k->n_dims != 3) die("%s: %s", f->path, window ? "it has no keys" : err);
     int n_layers = (int)len->shape[0], n_heads = (int)len->shape[1];
     int n_prefix = meta_int(f, "n_prefix"), n_ctx = meta_int(f, "n_ctx");
     const int32_t *n = len->data, *left = dropped->data;
-    double pair = 2.0 * k->shape[1] * dtype_size(k->dtype) + sizeof(int32_t), pairs = 0, kept = 0,
-           all = 0;
+    double page = PAGE * (2.0 * k->shape[1] * dtype_size(k->dtype) + sizeof(int32_t));
+    double pairs = 0, full = 0, full_pages = 0, kept = 0, all = 0;
     for (int i = 0; i < n_layers * n_heads; i++) {
-        pairs += n[i] - left[i];
-        if (left[i] > 0) continue;  // a sliding window: nothing is evicted there
-        kept += n[i] - n_prefix;
-        all += n_ctx;
+        bool slides = ((const int32_t *)window->data)[i / n_heads] > 0;  // nothing is evicted there
+        int before = slides ? n[i] - left[i] : n_prefix + n_ctx;
+        pairs += n[i] - left[i], full += before, full_pages += (before + PAGE - 1) / PAGE;
+        if (!slides) kept += n[i] - n_prefix, all += n_ctx;
     }
-    double full = ((double)n_prefix + n_ctx) * n_layers * n_heads;
     const char *ratio = tensors_meta(f, "ratio");
     const Fact facts[] = {
         {"cache_of", tensors_meta(f, "model"), 0, false},
@@ -1605,8 +1606,8 @@ static void info_cache(const Options *o, const TensorFile *f) {
         {"type", dtype_name(k->dtype), 0, false},
         {"pairs", NULL, pairs, false},
         {"full_pairs", NULL, full, false},
-        {"bytes", NULL, pairs * pair, true},
-        {"full_bytes", NULL, full * pair, true},
+        {"bytes", NULL, (double)k->shape[0] * page, true},
+        {"full_bytes", NULL, full_pages * page, true},
         {"file", NULL, f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);

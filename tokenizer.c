@@ -31,22 +31,12 @@ enum { NORMAL, SPECIAL, USER_DEFINED, BYTE, UNUSED };  // tok.kind
 enum { MAX_STOPS = 64, MAX_PIECE = TOK_STREAM_MAX - 4 };
 enum { N_CODE_POINTS = 0x110000, N_CCC = 0x20000, METASPACE = 0x2581 };
 
-// Both tables are open-addressing ones: a key lies at the place that the upper bits of its hash name,
-// or at the next free one.
-typedef struct {
-    uint32_t left, right, result;
-    uint32_t row;  // of the merge, + 1; 0: the slot is free
-} Pair;
-
+// The tables are open-addressing ones: a key lies at the slot that the upper bits of its hash name, or
+// in the next free one behind it.
 typedef struct {
     uint32_t tag;  // lower half of the hash
     uint32_t id;   // + 1; 0: the slot is free
 } Word;
-
-typedef struct {
-    int32_t key;      // as in a Small, at place 0
-    uint32_t result;
-} BytePair;
 
 typedef struct {
     const uint8_t *text;
@@ -65,10 +55,10 @@ struct Tokenizer {
     const int32_t *offsets;     // [n + 1] where each id's bytes begin
     const uint8_t *kind;        // [n]
     const int32_t (*merge)[3];  // [n_merges] left, right, result; the row number is the rank
-    Pair *pairs;                // [1 << pair_bits]
-    int pair_bits;
-    uint32_t *maybe;            // [1 << (pair_bits + 2)] bits, 1 for the pairs that merge and few others
-    BytePair *byte_pairs;       // [256][256] the same for symbols of one byte each
+    uint32_t *pairs;            // [1 << pair_bits] row of merge, + 1, and above it a tag; 0: free
+    uint32_t *maybe;            // [1 << (pair_bits - 3)] 4 bits a slot, set for pairs that merge
+    int pair_bits, row_bits;
+    int32_t *byte_key;          // [256][256] Small.key at place 0 of two symbols of one byte each
     Word *words;                // [1 << word_bits] tokens by their text, only with ignore_merges
     int word_bits;
     uint32_t joins[256][8];     // bit b of joins[a]: some merge has a left part that ends in byte a
@@ -509,21 +499,17 @@ static inline uint64_t pair_hash(uint32_t left, uint32_t right) {
     return left * 0x9e3779b97f4a7c15u + right * 0xc2b2ae3d27d4eb4fu;
 }
 
-// The merge of two symbols, NULL when there is none.
-static inline const Pair *find_pair(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t hash = pair_hash(left, right);
-    uint32_t bit = (uint32_t)(hash >> (62 - t->pair_bits)), i = bit >> 2;
-    if (!(t->maybe[bit >> 5] >> (bit & 31) & 1)) return NULL;
-    for (;; i = (i + 1) & ((1u << t->pair_bits) - 1)) {
-        const Pair *pair = &t->pairs[i];
-        if (pair->left == left && pair->right == right && pair->row != 0) return pair;
-        if (pair->row == 0) return NULL;
-    }
-}
-
 static inline uint32_t pair_rank(const Tokenizer *t, uint32_t left, uint32_t right) {
-    const Pair *pair = find_pair(t, left, right);
-    return pair == NULL ? NONE : pair->row - 1;
+    uint64_t hash = pair_hash(left, right);
+    uint32_t bit = (uint32_t)(hash >> (62 - t->pair_bits)), tag = (uint32_t)hash >> t->row_bits;
+    if (!(t->maybe[bit >> 5] >> (bit & 31) & 1)) return NONE;  // 3 of 4 searches end here
+    for (uint32_t i = bit >> 2;; i = (i + 1) & ((1u << t->pair_bits) - 1)) {
+        uint32_t slot = t->pairs[i];
+        if (slot == 0) return NONE;
+        if (slot >> t->row_bits != tag) continue;
+        uint32_t row = (slot & ((1u << t->row_bits) - 1)) - 1;
+        if ((uint32_t)t->merge[row][0] == left && (uint32_t)t->merge[row][1] == right) return row;
+    }
 }
 
 // The symbols that one character starts as: its token, else its bytes' tokens, else the unknown token.
@@ -545,14 +531,12 @@ typedef struct {
     uint32_t id[PLACES + 1];
     uint8_t at[PLACES];            // byte where each symbol begins
     int32_t key[PLACES + 1];       // NO_KEY or more: does not merge with its right neighbour
-    uint32_t result[PLACES + 1];   // what it would become
     uint8_t left[PLACES + 1], right[PLACES + 1];
 } Small;
 
-static inline void set_pair(const Tokenizer *t, Small *s, int left, int right) {
-    const Pair *pair = find_pair(t, s->id[left], s->id[right]);
-    s->key[left] = pair == NULL ? NO_KEY : (int32_t)((pair->row - 1) * PLACES) + left;
-    if (pair != NULL) s->result[left] = pair->result;
+static inline void set_key(const Tokenizer *t, Small *s, int left, int right) {
+    uint32_t rank = pair_rank(t, s->id[left], s->id[right]);
+    s->key[left] = rank == NONE ? NO_KEY : (int32_t)(rank * PLACES) + left;
 }
 
 static inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -568,12 +552,6 @@ static inline int32_t least(const int32_t *key, int n) {
     return smaller(smaller(low[0], low[1]), smaller(low[2], low[3]));
 }
 
-static inline void set_bytes(const Tokenizer *t, Small *s, int i, uint8_t a, uint8_t b) {
-    const BytePair *pair = &t->byte_pairs[a << 8 | b];
-    s->key[i] = pair->key + i;
-    s->result[i] = pair->result;
-}
-
 static void small_characters(const Tokenizer *t, Small *s, const uint8_t *p, size_t n) {
     uint32_t c;
     for (size_t i = 0, len; i < n; i += len) {
@@ -583,8 +561,8 @@ static void small_characters(const Tokenizer *t, Small *s, const uint8_t *p, siz
         for (int j = 0; j == 0 || j < more; j++, s->n++) {
             s->at[s->n] = (uint8_t)(i + (size_t)j);
             if (s->n == 0) continue;
-            if (more == 0 && p[i - 1] < 0x80) set_bytes(t, s, s->n - 1, p[i - 1], p[i]);
-            else set_pair(t, s, s->n - 1, s->n);
+            if (more == 0 && p[i - 1] < 0x80) s->key[s->n - 1] = t->byte_key[p[i - 1] << 8 | p[i]] + s->n - 1;
+            else set_key(t, s, s->n - 1, s->n);
         }
     }
 }
@@ -603,7 +581,7 @@ static inline void small_symbols(const Tokenizer *t, Small *s, const uint8_t *p,
     } else {
         for (; s->n + 1 < (int)n; s->n++) {
             s->id[s->n] = t->symbol[p[s->n]];
-            set_bytes(t, s, s->n, p[s->n], p[s->n + 1]);
+            s->key[s->n] = t->byte_key[p[s->n] << 8 | p[s->n + 1]] + s->n;
         }
         s->id[s->n] = t->symbol[p[s->n]];
         s->n++;
@@ -614,12 +592,12 @@ static inline void small_symbols(const Tokenizer *t, Small *s, const uint8_t *p,
 static inline void merge_small(const Tokenizer *t, Small *s) {
     for (int32_t next; (next = least(s->key, s->n)) < NO_KEY;) {
         int i = next % PLACES, j = s->right[i], after = s->right[j];
-        s->id[i] = s->result[i];
+        s->id[i] = (uint32_t)t->merge[next / PLACES][2];
         s->key[j] = NO_KEY;
         s->right[i] = (uint8_t)after;
         s->left[after] = (uint8_t)i;
-        set_pair(t, s, i, after);
-        set_pair(t, s, s->left[i], i);
+        set_key(t, s, i, after);
+        set_key(t, s, s->left[i], i);
     }
 }
 
@@ -1269,14 +1247,13 @@ static int add_merge(Tokenizer *t, const uint16_t *edges, int row, char *err) {
         return fail(err, "tok.merges: row %d holds an id that is not below %d", row, t->n);
     uint64_t hash = pair_hash(left, right);
     uint32_t bit = (uint32_t)(hash >> (62 - t->pair_bits)), i = bit >> 2;
-    while (t->pairs[i].row != 0) i = (i + 1) & ((1u << t->pair_bits) - 1);
-    t->pairs[i] = (Pair){left, right, result, (uint32_t)row + 1};
+    while (t->pairs[i] != 0) i = (i + 1) & ((1u << t->pair_bits) - 1);
+    t->pairs[i] = (uint32_t)hash >> t->row_bits << t->row_bits | (uint32_t)(row + 1);
     t->maybe[bit >> 5] |= 1u << (bit & 31);
     int a = edges[left] >> 8, b = edges[right] & 255;
-    BytePair *bytes = &t->byte_pairs[a << 8 | b];
+    int32_t *key = &t->byte_key[a << 8 | b];
     join(t, a, b);
-    if (bytes->key == NO_KEY && t->symbol[a] == left && t->symbol[b] == right)
-        *bytes = (BytePair){row * PLACES, result};
+    if (*key == NO_KEY && t->symbol[a] == left && t->symbol[b] == right) *key = row * PLACES;
     return 0;
 }
 
@@ -1288,12 +1265,13 @@ static int open_merges(Tokenizer *t, const TensorFile *f, char *err) {
     int n = (int)merges->shape[0];
     t->merge = merges->data;
     t->pair_bits = table_bits(n);
+    while (n >> t->row_bits != 0) t->row_bits++;
     t->pairs = calloc((size_t)1 << t->pair_bits, sizeof *t->pairs);
     t->maybe = calloc((size_t)1 << (t->pair_bits - 3), sizeof *t->maybe);
-    t->byte_pairs = malloc(65536 * sizeof *t->byte_pairs);
+    t->byte_key = malloc(65536 * sizeof *t->byte_key);
     uint16_t *edges = edges_of(t);
-    bool ok = t->pairs != NULL && t->maybe != NULL && t->byte_pairs != NULL && edges != NULL;
-    for (int i = 0; i < 65536 && ok; i++) t->byte_pairs[i] = (BytePair){NO_KEY, DROPPED};
+    bool ok = t->pairs != NULL && t->maybe != NULL && t->byte_key != NULL && edges != NULL;
+    for (int i = 0; i < 65536 && ok; i++) t->byte_key[i] = NO_KEY;
     int status = ok ? 0 : no_memory(err);
     for (int i = 0; i < n && status == 0; i++) status = add_merge(t, edges, i, err);
     if (t->spm) open_spm_joins(t);
@@ -1401,7 +1379,7 @@ void tokenizer_close(Tokenizer *t) {
     if (t == NULL) return;
     free(t->pairs);
     free(t->maybe);
-    free(t->byte_pairs);
+    free(t->byte_key);
     free(t->words);
     free(t->char_id);
     free(t->added);

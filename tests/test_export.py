@@ -812,6 +812,15 @@ class TestTokenizers(Case):
             except export.Refusal:
                 pass
 
+    def test_token_that_swallows_space(self):
+        path = self.copy("smol")
+        with open(os.path.join(path, "tokenizer.json")) as f:
+            added = json.load(f)["added_tokens"]
+        added[2]["rstrip"] = True  # <|im_end|>
+        self.edit(path, "tokenizer.json", added_tokens=added)
+        postfix = self.convert(path).meta["kvzip.postfix"]
+        self.assertEqual(postfix, "<|im_end|><|im_start|>assistant\n")
+
     def test_metaspace(self):
         path = self.copy("mistral")
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
