@@ -74,9 +74,11 @@ static void fill_ids(int *ids, int n, const Tokenizer *tok, int vocab) {
 }
 
 static Context context_of(Run *r, int seq, int depth, bool local) {
-    return (Context){.state = r->b->state, .kv = &r->kv, .tok = r->b->tok, .seq = seq,
-                     .ids = r->ids, .n_ctx = depth, .chunk = r->b->chunk, .local = local,
-                     .postfix = tokenizer_chat(r->b->tok)->kvzip_postfix};
+    Context c = r->b->method;
+    c.state = r->b->state, c.kv = &r->kv, c.tok = r->b->tok, c.seq = seq;
+    c.ids = r->ids, c.n_ctx = depth, c.local = local;
+    c.postfix = tokenizer_chat(r->b->tok)->kvzip_postfix;
+    return c;
 }
 
 static void emit(const Run *r, BenchRow row) { r->b->row(r->b->arg, &row); }
@@ -109,7 +111,7 @@ static int bench_score(Run *r, int depth, bool local, char *err) {
     int seq = kvcache_new(&r->kv, err);
     if (seq < 0) return -1;
     Context c = context_of(r, seq, depth, local);
-    if (context_score(&c, r->b->policy, r->score, err) != 0) return -1;
+    if (context_score(&c, c.policy, r->score, err) != 0) return -1;
     BenchRow read = {.work = "prefill", .n = depth, .ratio = 1, .batch = 1,
                      .tokens_per_s = depth / c.prefill_s, .seconds = c.prefill_s};
     BenchRow score = {.work = "score", .score_attn = local ? "local" : "full", .n = depth,
@@ -177,7 +179,7 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
     char path[1024];
     snprintf(path, sizeof path, "%s/run-bench.%ld.kvc", dir && *dir ? dir : "/tmp", (long)getpid());
     KVInfo info = {.fingerprint = r->model->fingerprint, .model = r->model->name,
-                   .policy = r->b->policy->name, .n_ctx = depth, .ratio = ratio, .ids = r->ids,
+                   .policy = r->b->method.policy->name, .n_ctx = depth, .ratio = ratio, .ids = r->ids,
                    .n_ids = depth};
     if (kvcache_save(&r->kv, seq, path, &info, err) != 0) return -1;
     double t[REPEATS];
@@ -199,11 +201,9 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
 static int evicted_fork(Run *r, int seq, int depth, double ratio, char *err) {
     int fork = kvcache_fork(&r->kv, seq, err);
     if (fork < 0) return -1;
-    int scored = kvcache_scored_layers(&r->kv.shape, NULL);
-    if (ratio >= 1 || scored == 0) return fork;
-    if (kvcache_select(r->keep, r->score, scored, r->kv.shape.n_kv_heads, depth, ratio, r->b->level,
-                       false, err) < 0)
-        return -1;
+    Context c = context_of(r, fork, depth, false);
+    if (ratio >= 1 || context_scores(&c) == 0) return fork;
+    if (context_select(&c, r->score, ratio, r->keep, err) < 0) return -1;
     return kvcache_compact(&r->kv, fork, 0, depth, r->keep, err) != 0 ? -1 : fork;
 }
 

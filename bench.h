@@ -27,10 +27,8 @@ typedef struct {
     RunState *state;         // max_logits at least the largest batch
     const Tokenizer *tok;
     KVType kv;
-    const Policy *policy;    // who scores
-    KVLevel level;
+    Context method;          // policy, level, chunk; the rest is filled in
     int n;                   // tokens of a decode run
-    int chunk;               // ids per repeat pass
     BenchList prompts, depths, ratios, batches;
     void (*row)(void *arg, const BenchRow *row);  // called as rows are done
     void *arg;

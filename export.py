@@ -1113,7 +1113,6 @@ class Vocab:
         self.texts, self.kinds = texts, kinds  # texts as the source spells them
         self.merges = np.zeros((0, 3), np.int32)
         self.ids = {t: i for i, t in reversed(list(enumerate(texts))) if t is not None}
-        self.pieces = None  # what the ids print, where that is no text
         self.strippers = []  # special tokens that swallow the white space after them
         self.meta = dict(model=model, split="none", nfc=0, ignore_merges=0, add_bos=0,
                          bos_id=-1, unk_id=-1, space_prefix=0, byte_fallback=0)
@@ -1135,7 +1134,7 @@ class Vocab:
         return out
 
     def outputs(self):
-        pieces = self.pieces or self.bytes_of(byte_alphabet())
+        pieces = self.bytes_of(byte_alphabet())
         ends = np.cumsum([0] + [len(p) for p in pieces], dtype=np.int64)
         if ends[-1] >= 1 << 31:
             raise Refusal("the vocabulary is too large")
@@ -1375,9 +1374,9 @@ def vocab_from_ranks(data, split):
         raise Refusal("the rank file is damaged") from None
     n = 1 + max(ranks.values())
     v = Vocab([None] * n, [UNUSED] * n, "bpe")
-    v.pieces = [b""] * n
+    printable = {b: c for c, b in byte_alphabet().items()}
     for token, i in ranks.items():
-        v.pieces[i], v.kinds[i] = token, NORMAL
+        v.texts[i], v.kinds[i] = "".join(printable[b] for b in token), NORMAL
     v.merges = merges_by_score(ranks, [-i for i in range(n)])
     v.meta.update(split=split, nfc=int(split == "qwen2"), ignore_merges=1)
     return v
@@ -1413,7 +1412,9 @@ def vocab_from_directory(path, model_type):
     if bos is not None and v.meta["bos_id"] < 0:
         v.meta["bos_id"] = bos
     if isinstance(config.get("add_bos_token"), bool):
-        v.meta["add_bos"] = int(config["add_bos_token"] and v.meta["bos_id"] >= 0)
+        v.meta["add_bos"] = int(config["add_bos_token"])
+    if v.meta["bos_id"] < 0:
+        v.meta["add_bos"] = 0
     return v, config
 
 
@@ -1425,7 +1426,9 @@ def vocab_from_model(path, model_type):
     split = {"llama": "llama3", "smollm3": "llama3", "qwen2": "qwen2", "qwen3": "qwen2"}
     if model_type not in split:
         raise Refusal(f"a rank file does not say how {model_type!r} splits text")
-    return vocab_from_ranks(data, split[model_type])
+    v = vocab_from_ranks(data, split[model_type])
+    v.meta["add_bos"] = int(split[model_type] == "llama3")
+    return v
 
 
 def vocab_from_gguf(meta):

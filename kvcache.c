@@ -18,7 +18,6 @@
 
 enum {
     SLAB_PAGES = 64,
-    MAX_HEAD_DIM = 256,
     TILE_ROWS = 64,     // query rows (tokens times group) that share one pass over the pages
     SPLIT_TOKENS = 8,   // runs up to this length are split over page ranges as well
     SPLIT_ROWS = 32,    // and batches up to this many tokens
@@ -455,15 +454,14 @@ static int attend_ranges(const Attend *a, const KVRun *run, Range *r, int *n_sub
     return 5;
 }
 
-// lse [rows][n_heads]; rows that do not count get infinity, so that their weights vanish in the sweep.
-static void store_lse(const Tile *t, const Attend *a, int g, int row, int pos) {
+// lse [rows][n_heads]
+static void store_lse(const Tile *t, const Attend *a, int g, int row) {
     const KVScoring *s = a->kv->scoring;
     for (int i = 0; i < t->n; i++) {
         int token = i / t->group;
         float *lse = &a->kv->lse[(size_t)(row + token) * a->kv->shape.n_heads + g * t->group + i % t->group];
         *lse = t->max[i] + logf(t->sum[i]);
         if (s->pair_log) *lse += logf(a->query->x_norm[row + token]);
-        if (pos + token < s->first_row_pos) *lse = INFINITY;
     }
 }
 
@@ -532,9 +530,7 @@ static void attend_unit(void *ctx, int unit) {
     tile_start(&t);
     for (int i = 0; i < n_ranges; i++) {
         attend_range(&t, ranges[i]);
-        if (i == n_subset - 1 && scores_run(a, run)) {
-            store_lse(&t, a, g, row + token, a->kv->seqs[run->seq].next_pos + token);
-        }
+        if (i == n_subset - 1 && scores_run(a, run)) store_lse(&t, a, g, row + token);
     }
     if (splits > 1) store_partial(&t, a, g, row + token, split);
     else if (a->query->out) tile_store(&t, a, g, row + token);
@@ -580,7 +576,7 @@ static void sweep_rows(Tile *t, const KVScoring *s, const float *lse, int n_head
         for (int c = max_int(t->first + i / t->group + 1 - base, 0); c < PAGE; c++) row[c] = -INFINITY;
         if (!s->sum) {
             kern.max_into(acc[i % t->group], row, -b);
-        } else if (b < INFINITY) {
+        } else {
             kern.exp64(row, b);
             kern.add(acc[i % t->group], row, PAGE);
         }
@@ -626,7 +622,7 @@ static void sweep_unit(void *ctx, int unit) {
 static void sweep(const Attend *a, const KVRun *run, int row) {
     const KVScoring *s = a->kv->scoring;
     int len = kvcache_head(a->kv, run->seq, a->layer, 0)->len, t1 = min_int(s->t1, len);
-    if (s->t0 >= t1 || a->kv->seqs[run->seq].next_pos + run->n <= s->first_row_pos) return;
+    if (s->t0 >= t1) return;
     Sweep w = {a, run, row, s->t0 / PAGE};
     int n_pages = (t1 + PAGE - 1) / PAGE - w.first_page;
     parallel_for(a->kv->pool, n_pages * a->kv->shape.n_kv_heads, sweep_unit, &w);
@@ -738,32 +734,55 @@ static int keep_heads(uint8_t *keep, const float *score, size_t n_heads, size_t 
     return failed;
 }
 
-long kvcache_select(uint8_t *keep, const float *score, int n_layers, int n_kv_heads, int n_ctx, double ratio,
-                    KVLevel level, bool ref_ties, char *err) {
-    size_t n_heads = (size_t)n_layers * n_kv_heads, n = n_heads * n_ctx, k = (size_t)((double)n * ratio);
+static int check_scores(const float *score, const KVSelect *s, char *err) {
+    size_t n = (size_t)s->n_layers * s->n_kv_heads * s->n_ctx;
     for (size_t i = 0; i < n; i++) {
         if (isnan(score[i])) {
-            return fail(err, "the score of pair %zu of layer %zu, head %zu is not a number", i % n_ctx,
-                        i / n_ctx / n_kv_heads, i / n_ctx % n_kv_heads);
+            return fail(err, "the score of pair %zu of layer %zu, head %zu is not a number", i % s->n_ctx,
+                        i / s->n_ctx / s->n_kv_heads, i / s->n_ctx % s->n_kv_heads);
         }
     }
-    if (ratio >= 1.0 || n == 0) {
+    return 0;
+}
+
+// A copy of the scores in which the best floor(safeguard * floor(n_ctx * ratio)) pairs of every head cannot lose.
+static float *safeguarded(const float *score, const KVSelect *s, uint8_t *keep, size_t *hist) {
+    size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
+    size_t safe = (size_t)(floor((double)n_ctx * s->ratio) * s->safeguard);
+    float *copy = malloc(n * sizeof *copy);
+    for (size_t i = 0; copy && i < n; i += n_ctx) keep_best(keep + i, score + i, n_ctx, safe, hist);
+    for (size_t i = 0; copy && i < n; i++) copy[i] = keep[i] ? INFINITY : score[i];
+    return copy;
+}
+
+static void keep_pools(uint8_t *keep, const float *score, const KVSelect *s, size_t *hist) {
+    size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
+    size_t pool = s->level == LEVEL_PAIR ? n : s->level == LEVEL_LAYER ? s->n_kv_heads * n_ctx : n_ctx;
+    bool above = s->ref_ties && (s->level == LEVEL_PAIR || s->level == LEVEL_LAYER);
+    for (size_t i = 0; i < n; i += pool) {
+        size_t k = s->level == LEVEL_BUDGET ? (size_t)s->budget[i / n_ctx] : (size_t)((double)pool * s->ratio);
+        if (above) keep_above(keep + i, score + i, pool, k, hist);
+        else keep_best(keep + i, score + i, pool, k, hist);
+    }
+}
+
+long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *err) {
+    size_t n_heads = (size_t)s->n_layers * s->n_kv_heads, n = n_heads * s->n_ctx;
+    if (check_scores(score, s, err) != 0) return -1;
+    if (s->ratio >= 1.0 || n == 0) {
         memset(keep, 1, n);
         return (long)n;
     }
     size_t *hist = malloc(65536 * sizeof *hist);
-    if (!hist) return fail(err, "out of memory for selecting");
-    int failed = 0;
-    if (level == LEVEL_UNIFORM) {
-        size_t per_head = (size_t)((double)n_ctx * ratio);
-        for (size_t h = 0; h < n_heads; h++) keep_best(keep + h * n_ctx, score + h * n_ctx, n_ctx, per_head, hist);
-    } else if (level == LEVEL_HEAD) {
-        failed = keep_heads(keep, score, n_heads, n_ctx, ratio, ref_ties, hist);
-    } else if (ref_ties) {
-        keep_above(keep, score, n, k, hist);
-    } else {
-        keep_best(keep, score, n, k, hist);
+    float *raised = NULL;
+    int failed = !hist;
+    if (hist && s->level == LEVEL_HEAD) {
+        failed = keep_heads(keep, score, n_heads, (size_t)s->n_ctx, s->ratio, s->ref_ties, hist);
+    } else if (hist) {
+        if (s->safeguard > 0.0) failed = !(raised = safeguarded(score, s, keep, hist));
+        if (!failed) keep_pools(keep, raised ? raised : score, s, hist);
     }
+    free(raised);
     free(hist);
     if (failed) return fail(err, "out of memory for selecting");
     long kept = 0;
@@ -831,6 +850,20 @@ int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, 
         if (v) v[i] = kv->type == KV_F32 ? ((float *)p->v)[iv] : f16_f32(((uint16_t *)p->v)[iv]);
     }
     return p->pos[c];
+}
+
+static void to_float(const KVCache *kv, float *out, const uint8_t *in, size_t n) {
+    if (kv->type == KV_F32) memcpy(out, in, n * sizeof *out);
+    else kern.f16_to_f32(out, (const uint16_t *)in, n);
+}
+
+int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v) {
+    const KVHead *h = kvcache_head(kv, seq, layer, g);
+    const KVPage *p = &kv->pages[h->page[b - h->dropped / PAGE]];
+    size_t n = (size_t)kv->shape.head_dim * PAGE;
+    if (k) to_float(kv, k, p->k, n);
+    if (v) to_float(kv, v, p->v, n);
+    return min_int(h->len - b * PAGE, PAGE);
 }
 
 size_t kvcache_bytes(const KVCache *kv, int seq) {

@@ -9,6 +9,8 @@
 #include "kernels.h"
 #include "tensors.h"
 
+enum { MAX_HEAD_DIM = 256 };
+
 typedef enum { KV_F16, KV_F32 } KVType;
 
 typedef struct {
@@ -111,7 +113,6 @@ struct KVScoring {
     bool subset;       // softmax over prefix, [t0, t1) and own pairs (arXiv 2505.23416), else over all
     bool local;        // the layer's output is computed over the subset too
     bool sum;          // reduction over rows and group: sum of weights, else log of the largest
-    int first_row_pos; // rows at earlier positions do not score
     int n_ctx;         // pairs per head in score[] and pair_log
     float *score;      // [scored layers][n_kv_heads][n_ctx] pair t at t - n_prefix; start: 0 (sum), -INFINITY (log)
     const float *pair_log;  // [scored layers][n_heads][n_ctx] added before the maximum over the group, or NULL
@@ -123,14 +124,23 @@ void kvcache_score_end(KVCache *kv);
 int kvcache_scored_layers(const KVShape *shape, int *layers);
 
 // ---- evicting ----
-typedef enum { LEVEL_PAIR, LEVEL_UNIFORM, LEVEL_HEAD } KVLevel;
+typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } KVLevel;
 
-// keep[i] = 1 for the pairs that stay. score [n_layers][n_kv_heads][n_ctx]. Exactly floor(N * ratio) pairs,
-// N = n_layers * n_kv_heads * n_ctx (UNIFORM: floor(n_ctx * ratio) per head; HEAD: the floor(heads * ratio) heads
-// with the largest maxima stay whole), ties by layer, head, position. ref_ties: score > sorted[floor(N * ratio) - 1], the authors' rule.
-// Returns the number kept, or -1 with err (memory, a NaN score).
-long kvcache_select(uint8_t *keep, const float *score, int n_layers, int n_kv_heads, int n_ctx, double ratio,
-                    KVLevel level, bool ref_ties, char *err);
+// Who competes with whom, and for how many places. Pairs compete in pools: all of them (PAIR), those of a layer
+// (LAYER), those of a head (UNIFORM, BUDGET). Of a pool of n exactly floor(n * ratio) stay, or BUDGET's number;
+// ties by layer, head, position. HEAD: the floor(heads * ratio) heads with the largest maxima stay whole.
+typedef struct {
+    int n_layers, n_kv_heads, n_ctx;  // scored layers, heads and pairs
+    double ratio;        // share that stays, 1 = all
+    KVLevel level;
+    bool ref_ties;       // PAIR, LAYER, HEAD: score > sorted[floor(n * ratio) - 1], the authors' rule
+    double safeguard;    // PAIR, LAYER: this share of a UNIFORM budget is sure for every head (arXiv 2407.11550)
+    const int *budget;   // BUDGET: [n_layers][n_kv_heads] pairs that stay, each 0 to n_ctx
+} KVSelect;
+
+// keep[i] = 1 for the pairs that stay; keep and score [n_layers][n_kv_heads][n_ctx]. Returns the number kept, or
+// -1 with err (memory, a NaN score).
+long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *err);
 
 // Evicts for real: of the pairs [n_prefix, n_prefix + n_ctx) in the scored layers those with keep = 0 go,
 // the others slide left. All other pairs, and the position counter, stay. keep [scored][n_kv_heads][n_ctx].
@@ -140,6 +150,9 @@ int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
 // k, v [head_dim] (each may be NULL) of pair t as float, and its position. The accessor for norms and geometry.
 int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, float *v);
+// The same for the 64 pairs from 64 b on: k [head_dim][64], one pair a column, and v [64][head_dim]. Returns how
+// many of them there are; the other columns mean nothing.
+int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v);
 size_t kvcache_bytes(const KVCache *kv, int seq);  // pages, positions and page tables of one sequence
 size_t kvcache_type_size(KVType t);
 const char *kvcache_type_name(KVType t);

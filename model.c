@@ -337,19 +337,29 @@ static void embed_row(void *ctx, int i) {
     for (int j = 0; j < m->config.dim; j++) x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->rows[i].token, j);
 }
 
-// cos and sin of every row's position, one table per rope base (arXiv 2104.09864). In float32, as transformers.
+// cos and sin of a position (arXiv 2104.09864). In float32, as transformers.
+static void rope_table(const Config *c, int r, int pos, float *table) {
+    int half = c->rotary_dim / 2;
+    for (int j = 0; j < half; j++) {
+        float angle = (float)pos * c->inv_freq[r * half + j];
+        table[2 * j] = cosf(angle) * c->rope_mscale[r];
+        table[2 * j + 1] = sinf(angle) * c->rope_mscale[r];
+    }
+}
+
+// Every row's position, one table per rope base.
 static void rope_row(void *ctx, int i) {
     RunState *s = ((const Step *)ctx)->s;
     const Config *c = &s->model->config;
-    int half = c->rotary_dim / 2;
     for (int r = 0; r < c->n_ropes; r++) {
-        float *table = s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim;
-        for (int j = 0; j < half; j++) {
-            float angle = (float)s->pos[i] * c->inv_freq[r * half + j];
-            table[2 * j] = cosf(angle) * c->rope_mscale[r];
-            table[2 * j + 1] = sinf(angle) * c->rope_mscale[r];
-        }
+        rope_table(c, r, s->pos[i], s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim);
     }
+}
+
+// The table of a row in layer l, or NULL where the layer does not rotate.
+static const float *rope_of(const RunState *s, int l, int row) {
+    const Config *c = &s->model->config;
+    return c->rope[l] < 0 ? NULL : s->rope + ((size_t)c->rope[l] * s->max_rows + row) * c->rotary_dim;
 }
 
 static void rotate(float *v, const float *table, int half) {
@@ -373,8 +383,7 @@ static void qkv_row(void *ctx, int i) {
     RunState *s = st->s;
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[st->l];
-    int r = c->rope[st->l];
-    const float *rope = r < 0 ? NULL : s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim;
+    const float *rope = rope_of(s, st->l, i);
     heads_row(s->q + (size_t)i * c->q_dim, c->n_heads, w->bq, w->q_norm, rope, c);
     heads_row(s->k + (size_t)i * c->kv_dim, c->n_kv_heads, w->bk, w->k_norm, rope, c);
     heads_row(s->v + (size_t)i * c->kv_dim, c->n_kv_heads, w->bv, NULL, NULL, c);
@@ -498,6 +507,7 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
         const Layer *w = &m->layers[l];
         bool last = l == c->n_layers - 1;
         project_qkv(s, l, n);
+        if (s->tap) s->tap(s->tap_arg, l, n);
         if (kv->scoring) each_row(s, n, x_norm_row, s);
         kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
         KVQuery query = {s->q, last && n_logits == 0 ? NULL : s->ab.x, s->ab.stride, s->x_norm};
@@ -516,6 +526,26 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
 }
 
 // ---- for policies ----
+
+void model_rope(const Model *m, int l, int pos, float *rope) {
+    const Config *c = &m->config;
+    for (int j = 0; j < c->rotary_dim; j++) rope[j] = j % 2 ? 0.0f : 1.0f;
+    if (c->rope[l] >= 0) rope_table(c, c->rope[l], pos, rope);
+}
+
+void model_rotate(const Model *m, float *v, const float *rope) { rotate(v, rope, m->config.rotary_dim / 2); }
+
+void model_unrotate(const RunState *s, int l, int row, float *v) {
+    const float *table = rope_of(s, l, row);
+    int half = s->model->config.rotary_dim / 2;
+    if (!table) return;
+    float m = s->model->config.rope_mscale[s->model->config.rope[l]], back = 1.0f / (m * m);
+    for (int j = 0; j < half; j++) {
+        float a = v[j], b = v[j + half], cosine = table[2 * j] * back, sine = table[2 * j + 1] * back;
+        v[j] = a * cosine + b * sine;
+        v[j + half] = b * cosine - a * sine;
+    }
+}
 
 typedef struct {
     const Matrix *wo;

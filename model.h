@@ -68,6 +68,10 @@ typedef struct {
     float *logits;     // [max_logits][vocab_size], in the order of the rows that asked
     int n_logits;      // of the last call
     void *block;       // all of the above
+    // When set, called in every layer once its n rows are ready: the layer's input in xb.x, and q, k (both
+    // rotated), v and pos. For policies that learn from what passes.
+    void (*tap)(void *arg, int layer, int n);
+    void *tap_arg;
     size_t bytes;
 } RunState;
 
@@ -85,6 +89,14 @@ void state_close(RunState *s);
 // and attends over them. Rows of one sequence stand together, in order, and continue at its next position.
 // Allocates nothing but cache pages. Returns 0, or -1 with err, and then no sequence has changed.
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
+
+// Rotation (arXiv 2104.09864) of layer l to an absolute position: cos, sin [rotary_dim / 2][2], 1 and 0 where the
+// layer does not rotate. model_rotate applies one to v [head_dim].
+void model_rope(const Model *m, int l, int pos, float *rope);
+void model_rotate(const Model *m, float *v, const float *rope);
+
+// q or k [head_dim] of a row that forward is computing, as it was before its rotation. For taps.
+void model_unrotate(const RunState *s, int l, int row, float *v);
 
 // gram [n_heads][head_dim][head_dim] = Wo_h^T Wo_h of layer l, so that |Wo_h v|^2 = v^T gram_h v.
 void model_wo_gram(const Model *m, ThreadPool *pool, int l, float *gram);

@@ -4,6 +4,9 @@
 // shared routine turns scores and a ratio into a keep set and evicts (kvcache_select, kvcache_compact). KVzip
 // (arXiv 2505.23416) asks the model to repeat the context, chunk by chunk, with the answer forced, and takes
 // the largest attention weight each pair receives. No question is involved, so the result serves any.
+// The others need no second pass: they watch the attention of the first one, or look at keys and values.
+// Their formulas are those of NVIDIA's kvpress, whose scores the fixtures hold; pairs of the protected prefix
+// take part in every sum and softmax.
 #define _POSIX_C_SOURCE 200809L
 #include "policies.h"
 
@@ -18,6 +21,9 @@ static const char ASK_FIRST[] = "\n\nRepeat the previous context exactly.";
 static const char ASK_NEXT[] = "\n\nRepeat the part of the previous context exactly, starting with ";
 enum { TAIL = 8 };
 
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -30,11 +36,12 @@ static int report(const Context *c, const char *what, long done, long total, cha
 }
 
 // Feeds ids to a sequence in blocks, wanting no logits.
-static int feed(Context *c, int seq, const int *ids, int n, const char *what, long done, long total, char *err) {
+static int feed(Context *c, int seq, const int *ids, int n, const char *what, long done, long total,
+                char *err) {
     Row rows[MAX_ROWS];
     for (int i = 0; i < n;) {
-        int m = 0;
-        for (; m < c->state->max_rows && m < MAX_ROWS && i + m < n; m++) rows[m] = (Row){seq, ids[i + m], false};
+        int m = min_int(min_int(c->state->max_rows, MAX_ROWS), n - i);
+        for (int j = 0; j < m; j++) rows[j] = (Row){seq, ids[i + j], false};
         if (forward(c->state, c->kv, rows, m, err) != 0) return -1;
         i += m;
         if (report(c, what, done + i, total, err) != 0) return -1;
@@ -48,6 +55,23 @@ int context_read(Context *c, char *err) {
     if (feed(c, c->seq, c->ids, n, "read", 0, n, err) != 0) return -1;
     c->prefill_s = now() - start;
     return 0;
+}
+
+// The number of the parameter called key [n], or -1.
+static int find_param(const Param *params, const char *key, size_t n) {
+    for (int i = 0; i < MAX_PARAMS && params[i].name; i++) {
+        if (strlen(params[i].name) == n && memcmp(params[i].name, key, n) == 0) return i;
+    }
+    return -1;
+}
+
+// A parameter of the policy, or of the level, by the name it has in the table.
+static double param(const Context *c, const char *name) {
+    return c->policy_param[find_param(c->policy->params, name, strlen(name))];
+}
+
+static double level_param(const Context *c, const char *name) {
+    return c->level_param[find_param(c->level->params, name, strlen(name))];
 }
 
 // ---- KVzip ----
@@ -90,8 +114,8 @@ static int repeat_chunk(Context *c, KVScoring *s, int a, int b, char *err) {
 // (times |Wo v| / |x| with pair_log).
 static int repeat_all(Context *c, float *score, const float *pair_log, char *err) {
     int n = c->n_prefix + c->n_ctx;
-    KVScoring s = {.max_rows = c->state->max_rows, .n_prefix = c->n_prefix, .own = n, .subset = true, .local = c->local,
-                   .n_ctx = c->n_ctx, .score = score, .pair_log = pair_log};
+    KVScoring s = {.max_rows = c->state->max_rows, .n_prefix = c->n_prefix, .own = n, .subset = true,
+                   .local = c->local, .n_ctx = c->n_ctx, .score = score, .pair_log = pair_log};
     for (size_t i = 0; i < context_scores(c); i++) score[i] = -INFINITY;
     for (int a = 0; a < c->n_ctx; a += c->chunk) {
         int b = c->n_ctx - a < c->chunk ? c->n_ctx : a + c->chunk;
@@ -119,7 +143,7 @@ static void value_logs(void *ctx, int h) {
     const Config *m = &w->c->state->model->config;
     int d = m->head_dim, g = h / (m->n_heads / m->n_kv_heads);
     const float *gram = w->gram + (size_t)h * d * d;
-    float v[256], gv[256];
+    float v[MAX_HEAD_DIM], gv[MAX_HEAD_DIM];
     for (int t = 0; t < w->c->n_ctx; t++) {
         kvcache_pair(w->c->kv, w->c->seq, w->layer, g, w->c->n_prefix + t, NULL, v);
         kern.gemm_f32(gv, (size_t)d, v, (size_t)d, gram, 1, d, d, false);
@@ -154,19 +178,502 @@ static int score_kvzip_plus(Context *c, float *score, char *err) {
     return status;
 }
 
-// ---- the table ----
+// ---- the attention of the first pass ----
+
+static int group_of(const Context *c) { return c->kv->shape.n_heads / c->kv->shape.n_kv_heads; }
+
+// Reads the context; the last `rows` of its tokens are watched: score becomes the sum of the weights that
+// each pair receives from them, over all query heads of the group.
+static int read_watched(Context *c, int rows, float *score, char *err) {
+    double start = now();
+    int n = c->n_prefix + c->n_ctx, from = n - rows;
+    KVScoring s = {.seq = c->seq, .max_rows = c->state->max_rows, .n_prefix = c->n_prefix, .t0 = c->n_prefix,
+                   .t1 = n, .sum = true, .n_ctx = c->n_ctx, .score = score};
+    memset(score, 0, context_scores(c) * sizeof *score);
+    if (feed(c, c->seq, c->ids, from, "read", 0, n, err) != 0) return -1;
+    if (kvcache_score_begin(c->kv, &s, err) != 0) return -1;
+    int status = feed(c, c->seq, c->ids + from, rows, "read", from, n, err);
+    kvcache_score_end(c->kv);
+    c->prefill_s = now() - start;
+    return status;
+}
+
+// Pairs [from, to) of the context must stay: they get 1 more than the best other score of their layer. (Not
+// the best itself: with equals the earlier pair wins.)
+static void protect(const Context *c, float *score, int from, int to) {
+    int n_kv_heads = c->kv->shape.n_kv_heads, n_layers = kvcache_scored_layers(&c->kv->shape, NULL);
+    for (int l = 0; l < n_layers; l++, score += (size_t)n_kv_heads * c->n_ctx) {
+        float best = -INFINITY;
+        for (int i = 0; i < n_kv_heads * c->n_ctx; i++) {
+            if (i % c->n_ctx < from || i % c->n_ctx >= to) best = fmaxf(best, score[i]);
+        }
+        for (int g = 0; g < n_kv_heads; g++) {
+            for (int t = from; t < to; t++) score[g * c->n_ctx + t] = best > -INFINITY ? best + 1.0f : 1.0f;
+        }
+    }
+}
+
+// Mean over the last tokens, smoothed along the context; what lies beyond its ends counts as 0.
+static int score_snapkv(Context *c, float *score, char *err) {
+    int rows = min_int((int)param(c, "window"), c->n_ctx), kernel = (int)param(c, "kernel");
+    int n = c->n_ctx - rows;
+    float scale = 1.0f / ((float)rows * (float)group_of(c) * (float)kernel);
+    float *raw = malloc((size_t)(n + 1) * sizeof *raw);
+    if (!raw) return fail(err, "out of memory for smoothing %d scores", n);
+    int status = read_watched(c, rows, score, err);
+    for (size_t i = 0; status == 0 && i < context_scores(c); i += (size_t)c->n_ctx) {
+        memcpy(raw, score + i, (size_t)n * sizeof *raw);
+        for (int t = 0; t < n; t++) {
+            int lo = max_int(t - kernel / 2, 0), hi = min_int(t - kernel / 2 + kernel, n);
+            float sum = 0.0f;
+            for (int j = lo; j < hi; j++) sum += raw[j];
+            score[i + (size_t)t] = sum * scale;
+        }
+    }
+    free(raw);
+    if (status == 0) protect(c, score, n, c->n_ctx);
+    return status;
+}
+
+// The last token's weights, mean over all heads of the layer: one set of tokens for all of them.
+static int score_tova(Context *c, float *score, char *err) {
+    int rows = min_int(1, c->n_ctx), n_kv_heads = c->kv->shape.n_kv_heads;
+    if (read_watched(c, rows, score, err) != 0) return -1;
+    size_t n = (size_t)c->n_ctx, layer = n * (size_t)n_kv_heads;
+    for (size_t at = 0; at < context_scores(c); at += layer) {
+        for (size_t t = 0; t < n; t++) {
+            float sum = 0.0f;
+            for (int g = 0; g < n_kv_heads; g++) sum += score[at + (size_t)g * n + t];
+            sum /= (float)c->kv->shape.n_heads;
+            for (int g = 0; g < n_kv_heads; g++) score[at + (size_t)g * n + t] = sum;
+        }
+    }
+    protect(c, score, c->n_ctx - rows, c->n_ctx);
+    return 0;
+}
+
+// H2O for a prompt: all weights a pair receives, over the number of tokens that could see it, since the plain
+// sum favours old pairs.
+static int score_observed(Context *c, float *score, char *err) {
+    int window = min_int((int)param(c, "window"), c->n_ctx);
+    if (read_watched(c, c->n_prefix + c->n_ctx, score, err) != 0) return -1;
+    for (size_t i = 0; i < context_scores(c); i++) {
+        score[i] /= (float)(group_of(c) * (c->n_ctx - (int)(i % (size_t)c->n_ctx)));
+    }
+    protect(c, score, c->n_ctx - window, c->n_ctx);
+    return 0;
+}
+
+// ---- positions, norms and geometry ----
+
+// One kv head of one scored layer.
+typedef struct {
+    const Context *c;
+    int layer, g;
+    float *score;  // [n_ctx]
+} Head;
+
+typedef struct {
+    const Context *c;
+    float *score;
+    void (*fn)(const Head *h);
+} Heads;
+
+static int scored_layer(const KVShape *shape, int s) {
+    int l = 0;
+    while (shape->window[l] != 0 || s-- > 0) l++;
+    return l;
+}
+
+static void call_head(void *ctx, int i) {
+    const Heads *h = ctx;
+    const KVShape *shape = &h->c->kv->shape;
+    Head head = {h->c, scored_layer(shape, i / shape->n_kv_heads), i % shape->n_kv_heads,
+                 h->score + (size_t)i * h->c->n_ctx};
+    h->fn(&head);
+}
+
+// Reads the context, then lets fn fill in one head at a time.
+static int score_heads(Context *c, float *score, void (*fn)(const Head *h), char *err) {
+    if (context_read(c, err) != 0) return -1;
+    int n = kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads;
+    parallel_for(c->state->pool, n, call_head, &(Heads){c, score, fn});
+    return 0;
+}
+
+static int n_blocks(const Context *c) { return (c->n_prefix + c->n_ctx + PAGE - 1) / PAGE; }
+
+// Scores of the pairs from 64 b on, those of the prefix left out.
+static void put_block(const Head *h, int b, const float *x) {
+    int first = h->c->n_prefix - b * PAGE, end = min_int(first + h->c->n_ctx, PAGE);
+    for (int j = max_int(first, 0); j < end; j++) h->score[j - first] = x[j];
+}
+
+// out[j] = sum over i of x[i][j] y[i][j]
+static void dot_columns(float *out, const float *x, const float *y, int d) {
+    for (int j = 0; j < PAGE; j++) out[j] = 0.0f;
+    for (int i = 0; i < d * PAGE; i++) out[i % PAGE] += x[i] * y[i];
+}
+
+static void knorm_head(const Head *h) {
+    float k[MAX_HEAD_DIM * PAGE], norm[PAGE];
+    for (int b = 0; b < n_blocks(h->c); b++) {
+        kvcache_block(h->c->kv, h->c->seq, h->layer, h->g, b, k, NULL);
+        dot_columns(norm, k, k, h->c->kv->shape.head_dim);
+        for (int j = 0; j < PAGE; j++) norm[j] = -sqrtf(norm[j]);
+        put_block(h, b, norm);
+    }
+}
+
+static int score_knorm(Context *c, float *score, char *err) { return score_heads(c, score, knorm_head, err); }
+
+// The keys of a block over their norms; columns after the last pair are zero.
+static void unit_keys(const Head *h, int b, float *k) {
+    float norm[PAGE];
+    int d = h->c->kv->shape.head_dim, n = kvcache_block(h->c->kv, h->c->seq, h->layer, h->g, b, k, NULL);
+    dot_columns(norm, k, k, d);
+    for (int j = 0; j < PAGE; j++) norm[j] = j < n ? 1.0f / fmaxf(sqrtf(norm[j]), 1e-12f) : 0.0f;
+    for (int i = 0; i < d * PAGE; i++) k[i] *= norm[i % PAGE];
+}
+
+// Keys that point away from the mean direction stay: minus the cosine of the angle between the two.
+static void keydiff_head(const Head *h) {
+    float k[MAX_HEAD_DIM * PAGE], mean[MAX_HEAD_DIM] = {0}, cosine[PAGE], length = 0.0f;
+    int d = h->c->kv->shape.head_dim;
+    for (int b = 0; b < n_blocks(h->c); b++) {
+        unit_keys(h, b, k);
+        for (int i = 0; i < d * PAGE; i++) mean[i / PAGE] += k[i];
+    }
+    for (int i = 0; i < d; i++) length += mean[i] * mean[i];
+    length = fmaxf(sqrtf(length), 1e-12f);
+    for (int b = 0; b < n_blocks(h->c); b++) {
+        unit_keys(h, b, k);
+        memset(cosine, 0, sizeof cosine);
+        for (int i = 0; i < d * PAGE; i++) cosine[i % PAGE] -= k[i] * (mean[i / PAGE] / length);
+        put_block(h, b, cosine);
+    }
+}
+
+static int score_keydiff(Context *c, float *score, char *err) {
+    return score_heads(c, score, keydiff_head, err);
+}
+
+// The newest pairs stay, and the very first, where the model looks when nothing else fits.
+static void streaming_head(const Head *h) {
+    int n = h->c->n_prefix + h->c->n_ctx, sink = (int)param(h->c, "sink");
+    for (int t = 0; t < h->c->n_ctx; t++) {
+        int pos = h->c->n_prefix + t;
+        h->score[t] = (float)(pos < sink ? n : pos);
+    }
+}
+
+static int score_streaming(Context *c, float *score, char *err) {
+    return score_heads(c, score, streaming_head, err);
+}
+
+// splitmix64 of a counter, so that neither threads nor other heads change a head's numbers.
+static uint64_t mix(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static void random_head(const Head *h) {
+    uint64_t seed = mix(mix(mix((uint64_t)param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
+    for (int t = 0; t < h->c->n_ctx; t++) h->score[t] = (float)(mix(seed + (uint64_t)t) >> 40) * 0x1p-24f;
+}
+
+static int score_random(Context *c, float *score, char *err) {
+    return score_heads(c, score, random_head, err);
+}
+
+// ---- expected attention ----
+
+// What later queries will ask, judged by those seen: q before RoPE is taken as normal with mean m and
+// covariance C, its rotation as R, the average over the next `future` positions. Then pair j is expected to
+// weigh exp(z_j), z_j = s k_j.(R m) + s^2/2 k_j.(R C R^T) k_j, s = 1/sqrt(head_dim) (arXiv 2510.00636; that s
+// also where the model's own scale is another). The first `sink` tokens are outliers: their queries do not
+// count, and they stay.
+typedef struct {
+    const Context *c;
+    int sink;
+    float *shift;   // [n_layers][n_heads][d] the first query that counts, taken off all: large means cancel
+    float *mean;    // [n_layers][n_heads][d] sum of the queries, in the end s R m
+    float *cov;     // [n_layers][n_heads][d][d] sum of their products, in the end s^2/2 R C R^T
+    float *rope;    // [n_layers][rotary_dim / 2][2] R
+    float *z;       // [n_heads][n_prefix + n_ctx] of one layer
+    float *v_norm;  // [n_kv_heads][n_prefix + n_ctx]
+    int layer, n_rows;  // at work: the layer, and rows of a forward call
+    float *score;       // [n_kv_heads][n_ctx] of the layer
+} Expected;
+
+static float *of_head(float *base, const Expected *e, int layer, int h, int size) {
+    return base + ((size_t)layer * e->c->kv->shape.n_heads + h) * size;
+}
+
+// Adds the rows of one forward call to the sums of query head h.
+static void add_queries(void *ctx, int h) {
+    const Expected *e = ctx;
+    const RunState *s = e->c->state;
+    int d = s->model->config.head_dim, n;
+    float rows[PAGE * MAX_HEAD_DIM], columns[MAX_HEAD_DIM * PAGE];
+    float *shift = of_head(e->shift, e, e->layer, h, d);
+    float *sum = of_head(e->mean, e, e->layer, h, d), *products = of_head(e->cov, e, e->layer, h, d * d);
+    for (int i = max_int(e->sink - s->pos[0], 0); i < e->n_rows; i += n) {
+        n = min_int(e->n_rows - i, PAGE);
+        for (int r = 0; r < n; r++) {
+            float *q = rows + r * d;
+            memcpy(q, s->q + ((size_t)(i + r) * s->model->config.n_heads + h) * d, (size_t)d * sizeof *q);
+            model_unrotate(s, e->layer, i + r, q);
+            if (s->pos[i + r] == e->sink) memcpy(shift, q, (size_t)d * sizeof *q);
+            for (int j = 0; j < d; j++) columns[j * PAGE + r] = q[j] -= shift[j], sum[j] += q[j];
+        }
+        kern.gemm_f32(products, (size_t)d, columns, PAGE, rows, d, n, d, true);
+    }
+}
+
+static void tap_queries(void *arg, int layer, int n) {
+    Expected *e = arg;
+    const KVShape *shape = &e->c->kv->shape;
+    e->layer = layer, e->n_rows = n;
+    if (shape->window[layer] == 0) parallel_for(e->c->state->pool, shape->n_heads, add_queries, e);
+}
+
+// Sums become s R m and s^2/2 R C R^T. C is symmetric, so R from the right and R from the left are both a
+// rotation of its rows.
+static void finish_moments(void *ctx, int i) {
+    const Expected *e = ctx;
+    const Model *m = e->c->state->model;
+    int d = m->config.head_dim, layer = i / m->config.n_heads, h = i % m->config.n_heads;
+    float count = (float)(e->c->n_prefix + e->c->n_ctx - e->sink), s = 1.0f / sqrtf((float)d);
+    float *mean = of_head(e->mean, e, layer, h, d), *cov = of_head(e->cov, e, layer, h, d * d);
+    const float *shift = of_head(e->shift, e, layer, h, d);
+    const float *rope = e->rope + (size_t)layer * m->config.rotary_dim;
+    for (int j = 0; j < d; j++) mean[j] /= count;
+    for (int j = 0; j < d * d; j++) cov[j] = 0.5f * s * s * (cov[j] / count - mean[j / d] * mean[j % d]);
+    for (int j = 0; j < d; j++) mean[j] = s * (mean[j] + shift[j]);
+    model_rotate(m, mean, rope);
+    for (int side = 0; side < 2; side++) {
+        for (int j = 0; j < d; j++) model_rotate(m, cov + j * d, rope);
+        for (int j = 0; j < d * d; j++) {
+            int t = j % d * d + j / d;
+            if (t > j) {
+                float swap = cov[j];
+                cov[j] = cov[t], cov[t] = swap;
+            }
+        }
+    }
+}
+
+// rope [n_layers][rotary_dim] becomes the average rotation of the positions after the context.
+static void mean_rotation(const Context *c, int future, float *rope) {
+    const Config *m = &c->state->model->config;
+    float at[MAX_HEAD_DIM];
+    int n = c->n_prefix + c->n_ctx;
+    for (int l = 0; l < m->n_layers; l++) {
+        for (int p = 0; p < future; p++) {
+            model_rope(c->state->model, l, n + p, at);
+            for (int j = 0; j < m->rotary_dim; j++) rope[l * m->rotary_dim + j] += at[j] / (float)future;
+        }
+    }
+}
+
+// z and v_norm of one block of pairs of one kv head.
+static void expect_block(void *ctx, int i) {
+    const Expected *e = ctx;
+    const KVCache *kv = e->c->kv;
+    int d = kv->shape.head_dim, g = i % kv->shape.n_kv_heads, b = i / kv->shape.n_kv_heads;
+    int group = group_of(e->c);
+    size_t n = (size_t)(e->c->n_prefix + e->c->n_ctx), at = (size_t)b * PAGE;
+    float k[MAX_HEAD_DIM * PAGE], v[PAGE * MAX_HEAD_DIM], ck[MAX_HEAD_DIM * PAGE], z[PAGE];
+    int pairs = kvcache_block(kv, e->c->seq, e->layer, g, b, k, v);
+    for (int h = g * group; h < (g + 1) * group; h++) {
+        const float *mean = of_head(e->mean, e, e->layer, h, d);
+        kern.gemm_f32(ck, PAGE, of_head(e->cov, e, e->layer, h, d * d), (size_t)d, k, d, d, PAGE, false);
+        for (int j = 0; j < d * PAGE; j++) ck[j] += mean[j / PAGE];
+        dot_columns(z, ck, k, d);
+        memcpy(e->z + (size_t)h * n + at, z, (size_t)pairs * sizeof *z);
+    }
+    for (int j = 0; j < pairs; j++) {
+        float sum = 0.0f;
+        for (int x = 0; x < d; x++) sum += v[j * d + x] * v[j * d + x];
+        e->v_norm[(size_t)g * n + at + (size_t)j] = sqrtf(sum);
+    }
+}
+
+// Turns z [n] into weights, over the pairs from sink on.
+static void softmax_from(float *z, int sink, int n) {
+    float max = -INFINITY, sum = 0.0f;
+    for (int t = sink; t < n; t++) max = fmaxf(max, z[t]);
+    for (int t = sink; t < n; t++) sum += z[t] = expf(z[t] - max);
+    for (int t = sink; t < n; t++) z[t] /= sum;
+}
+
+// score = (mean weight over the group + epsilon) |v|
+static void expect_head(void *ctx, int g) {
+    const Expected *e = ctx;
+    int n_prefix = e->c->n_prefix, n = n_prefix + e->c->n_ctx, group = group_of(e->c);
+    float *score = e->score + (size_t)g * e->c->n_ctx, epsilon = (float)param(e->c, "epsilon");
+    memset(score, 0, (size_t)e->c->n_ctx * sizeof *score);
+    for (int h = g * group; h < (g + 1) * group; h++) {
+        float *z = e->z + (size_t)h * n;
+        softmax_from(z, e->sink, n);
+        for (int t = max_int(e->sink, n_prefix); t < n; t++) score[t - n_prefix] += z[t] / (float)group;
+    }
+    for (int t = n_prefix; t < n; t++) {
+        score[t - n_prefix] = (score[t - n_prefix] + epsilon) * e->v_norm[(size_t)g * n + t];
+    }
+}
+
+static int expected_open(Expected *e, const Context *c, char *err) {
+    const Config *m = &c->state->model->config;
+    size_t n = (size_t)(c->n_prefix + c->n_ctx), d = (size_t)m->head_dim;
+    size_t heads = (size_t)m->n_layers * m->n_heads;
+    *e = (Expected){.c = c, .sink = max_int(min_int((int)param(c, "sink"), (int)n - 1), 0)};
+    e->shift = calloc(heads * d, sizeof *e->shift);
+    e->mean = calloc(heads * d, sizeof *e->mean);
+    e->cov = calloc(heads * d * d, sizeof *e->cov);
+    e->rope = calloc((size_t)m->n_layers * (m->rotary_dim + 1), sizeof *e->rope);
+    e->z = malloc(((size_t)m->n_heads * n + 1) * sizeof *e->z);
+    e->v_norm = malloc(((size_t)m->n_kv_heads * n + 1) * sizeof *e->v_norm);
+    if (e->shift && e->mean && e->cov && e->rope && e->z && e->v_norm) return 0;
+    return fail(err, "out of memory for the moments of %zu query heads", heads);
+}
+
+static void expected_close(Expected *e) {
+    free(e->shift), free(e->mean), free(e->cov), free(e->rope), free(e->z), free(e->v_norm);
+}
+
+static int score_expected(Context *c, float *score, char *err) {
+    const KVShape *shape = &c->kv->shape;
+    int n_scored = kvcache_scored_layers(shape, NULL), status = -1;
+    Expected e;
+    if (expected_open(&e, c, err) == 0) {
+        c->state->tap = tap_queries, c->state->tap_arg = &e;
+        status = context_read(c, err);
+        c->state->tap = NULL;
+    }
+    if (status == 0) {
+        mean_rotation(c, (int)param(c, "future"), e.rope);
+        parallel_for(c->state->pool, shape->n_layers * shape->n_heads, finish_moments, &e);
+        for (int s = 0; s < n_scored; s++) {
+            e.layer = scored_layer(shape, s);
+            e.score = score + (size_t)s * shape->n_kv_heads * c->n_ctx;
+            parallel_for(c->state->pool, n_blocks(c) * shape->n_kv_heads, expect_block, &e);
+            parallel_for(c->state->pool, shape->n_kv_heads, expect_head, &e);
+        }
+        protect(c, score, 0, max_int(min_int(e.sink - c->n_prefix, c->n_ctx), 0));
+    }
+    expected_close(&e);
+    return status;
+}
+
+// ---- budgets ----
+
+// PyramidKV (arXiv 2406.02069): lower layers keep more. A line over the layers from max down to min, whose
+// mean is an equal budget and min a beta-th of that, if it fits between SnapKV's window and the context.
+static int budget_pyramid(const Context *c, double ratio, int *budget, char *err) {
+    (void)err;
+    int n_layers = kvcache_scored_layers(&c->kv->shape, NULL), n_kv_heads = c->kv->shape.n_kv_heads;
+    double n = c->n_ctx, equal = n * ratio, window = level_param(c, "window");
+    double min = equal / level_param(c, "beta"), max = 2 * equal - min;
+    if (max >= n - window) max = n - window, min = 2 * equal - max;
+    if (!(n >= max && max >= min && min >= window) || n_layers == 1) min = max = equal;
+    for (int i = 0; i < n_layers * n_kv_heads; i++) {
+        budget[i] = (int)rint(max - i / n_kv_heads * (max - min) / (n_layers > 1 ? n_layers - 1 : 1));
+    }
+    return 0;
+}
+
+// ---- the tables ----
 
 const Policy policies[] = {
-    {"kvzip", score_kvzip, "largest attention while the context is repeated (arXiv 2505.23416)"},
-    {"kvzip+", score_kvzip_plus, "the same times |Wo v| / |x|, the pair's share of the output (arXiv 2601.07891)"},
-    {NULL, NULL, NULL},
+    {"kvzip", score_kvzip, "largest attention while the context is repeated (arXiv 2505.23416)", {{0}}},
+    {"kvzip+", score_kvzip_plus, "the same times |Wo v| / |x|, its share of the output (arXiv 2601.07891)",
+     {{0}}},
+    {"expected", score_expected, "attention that later queries will likely pay, times |v| (arXiv 2510.00636)",
+     {{"future", 512, 1, 1e6, false, "positions to come that queries are expected at"},
+      {"sink", 4, 0, 1e6, false, "first tokens: they stay, and their queries do not count"},
+      {"epsilon", 0, 0, 1, true, "added to the attention before it is multiplied by |v|"}}},
+    {"observed", score_observed, "mean attention from all tokens that follow (H2O, arXiv 2306.14048)",
+     {{"window", 0, 0, 1e6, false, "last tokens, which stay"}}},
+    {"snapkv", score_snapkv, "mean attention from the last tokens, smoothed (arXiv 2404.14469)",
+     {{"window", 64, 1, 1e6, false, "last tokens: they are asked, and stay"},
+      {"kernel", 5, 1, 1e6, false, "width of the smoothing"}}},
+    {"tova", score_tova, "attention from the last token, one set for all heads of a layer (arXiv 2401.06104)",
+     {{0}}},
+    {"keydiff", score_keydiff, "keys that point away from their mean (arXiv 2504.15364)", {{0}}},
+    {"knorm", score_knorm, "keys with a small norm (arXiv 2406.11430)", {{0}}},
+    {"streaming", score_streaming, "the newest pairs and the very first (arXiv 2309.17453)",
+     {{"sink", 4, 0, 1e6, false, "first tokens, which stay"}}},
+    {"random", score_random, "any pairs: what every method must beat",
+     {{"seed", 1, 0, 1e9, false, "of the numbers"}}},
+    {NULL, NULL, NULL, {{0}}},
+};
+
+#define SAFEGUARD {"safeguard", 0, 0, 1, true, "share of an equal budget that is sure for every head"}
+const Level levels[] = {
+    {"pair", LEVEL_PAIR, NULL, "the best pairs of all heads", {SAFEGUARD}},
+    {"layer", LEVEL_LAYER, NULL, "the best pairs of each layer (Ada-KV, arXiv 2407.11550)", {SAFEGUARD}},
+    {"uniform", LEVEL_UNIFORM, NULL, "as many pairs in every head", {{0}}},
+    {"pyramid", LEVEL_BUDGET, budget_pyramid, "more pairs in lower layers (PyramidKV, arXiv 2406.02069)",
+     {{"beta", 20, 1, 1e6, true, "the last layer keeps the mean divided by this"},
+      {"window", 64, 0, 1e6, false, "pairs that every head needs at least"}}},
+    {"head", LEVEL_HEAD, NULL, "whole heads, those with the best pairs", {{0}}},
+    {NULL, LEVEL_PAIR, NULL, NULL, {{0}}},
 };
 
 const Policy *policy_find(const char *name) {
-    for (const Policy *p = policies; p->name; p++) {
-        if (!strcmp(p->name, name)) return p;
+    const Policy *p = policies;
+    while (p->name && strcmp(p->name, name) != 0) p++;
+    return p->name ? p : NULL;
+}
+
+const Level *level_find(const char *name) {
+    const Level *l = levels;
+    while (l->name && strcmp(l->name, name) != 0) l++;
+    return l->name ? l : NULL;
+}
+
+// ---- contexts ----
+
+static void set_defaults(double *value, const Param *params) {
+    for (int i = 0; i < MAX_PARAMS; i++) value[i] = params[i].value;
+}
+
+// Sets the parameter called key [n] if there is one. Returns 1, 0 when there is none, or -1.
+static int set_param(double *value, const Param *params, const char *key, size_t n, double x, char *err) {
+    int i = find_param(params, key, n);
+    if (i < 0) return 0;
+    const Param *p = &params[i];
+    if (!(x >= p->lo && x <= p->hi) || (!p->real && x != floor(x))) {
+        const char *kind = p->real ? "number" : "whole number";
+        return fail(err, "%s needs a %s from %g to %g", p->name, kind, p->lo, p->hi);
     }
-    return NULL;
+    value[i] = x;
+    return 1;
+}
+
+int context_set(Context *c, const Policy *p, const Level *l, const char *key_values, char *err) {
+    c->policy = p, c->level = l;
+    set_defaults(c->policy_param, p->params);
+    set_defaults(c->level_param, l->params);
+    for (const char *s = key_values; s && *s; s += *s == ',') {
+        size_t n = strcspn(s, "=,");
+        if (n == 0 || s[n] != '=') return fail(err, "needs key=value,..");
+        char *end;
+        double x = strtod(s + n + 1, &end);
+        if (end == s + n + 1 || (*end && *end != ',')) x = NAN;
+        int a = set_param(c->policy_param, p->params, s, n, x, err);
+        int b = a < 0 ? -1 : set_param(c->level_param, l->params, s, n, x, err);
+        if (b < 0) return -1;
+        if (a + b == 0) {
+            return fail(err, "policy %s and level %s have no parameter '%.*s'", p->name, l->name, (int)n, s);
+        }
+        s += strcspn(s, ",");
+    }
+    return 0;
 }
 
 size_t context_scores(const Context *c) {
@@ -176,7 +683,27 @@ size_t context_scores(const Context *c) {
 int context_score(Context *c, const Policy *p, float *score, char *err) {
     double start = now();
     c->prefill_s = 0.0;
+    if (c->policy != p) {
+        c->policy = p;
+        set_defaults(c->policy_param, p->params);
+    }
     if (p->score(c, score, err) != 0) return -1;
     c->score_s = now() - start - c->prefill_s;
     return 0;
+}
+
+long context_select(const Context *c, const float *score, double ratio, uint8_t *keep, char *err) {
+    const Level *l = c->level ? c->level : levels;
+    KVSelect s = {.n_layers = kvcache_scored_layers(&c->kv->shape, NULL),
+                  .n_kv_heads = c->kv->shape.n_kv_heads, .n_ctx = c->n_ctx, .ratio = ratio,
+                  .level = l->pool, .ref_ties = c->ref_ties};
+    int safeguard = find_param(l->params, "safeguard", strlen("safeguard")), status = 0;
+    if (safeguard >= 0) s.safeguard = c->level_param[safeguard];
+    int *budget = malloc(((size_t)s.n_layers * s.n_kv_heads + 1) * sizeof *budget);
+    if (!budget) return fail(err, "out of memory for the budgets of %d heads", s.n_layers * s.n_kv_heads);
+    if (l->budget) status = l->budget(c, ratio, budget, err);
+    s.budget = budget;
+    long kept = status == 0 ? kvcache_select(keep, score, &s, err) : -1;
+    free(budget);
+    return kept;
 }

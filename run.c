@@ -191,10 +191,10 @@ enum {
 
 typedef struct {
     const char *prompt, *file, *ids, *out, *cache, *system, *task, *answer_prefix, *stop;
-    const char *policy, *set, *isa;
+    const char *policy, *level, *set, *isa;
     long threads, n, seed, n_prefix, chunk, batch;
     double temp, top_p, ratio;
-    int level, score_attn, kv;  // which of the flag's choices; kv -1 when not given
+    int score_attn, kv;  // which of the flag's choices; kv -1 when not given
     bool special, bos, decode, raw, ref_ties, ignore_eos, keep, json, quiet;
     BenchList depths, ratios, prompts, batches;
     const char *command;
@@ -203,7 +203,7 @@ typedef struct {
 } Options;
 
 static const Options defaults = {
-    .policy = "kvzip", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .batch = 1, .temp = -1,
+    .policy = "kvzip", .level = "pair", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .batch = 1, .temp = -1,
     .top_p = 0.95, .ratio = 0.3, .kv = -1, .depths = {{0, 1024}, 2}, .ratios = {{1, 0.3}, 2},
     .prompts = {{512}, 1}, .batches = {{1, 4}, 2}};
 
@@ -240,11 +240,12 @@ static const Flag flags[] = {
      "continue after a saved context"},
     {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH, 0,
      "who scores (default kvzip):"},
-    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH, 0, "parameters of the policy"},
     {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS, SCORE,
      "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
-    {"--level", "LEVEL", CHOICE, AT(level), 0, 0, "pair|uniform|head", COMPRESS | BENCH, SCORE,
-     "the best pairs of all heads (default), as many of each, or whole heads"},
+    {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH, SCORE,
+     "which pairs compete for a place (default pair):"},
+    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH, 0,
+     "parameters of the policy and the level, as listed there"},
     {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS, SCORE,
      "the authors' threshold rule, which drops ties, instead of the exact count"},
     {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH, 0,
@@ -413,6 +414,12 @@ static void parse_options(Options *o, const Command *c, int argc, char **argv) {
         die_usage(c->name, "unexpected argument '%s'", o->args[c->max_args]);
 }
 
+static void help_row(const char *name, const char *help, const Param *params) {
+    out("  %-22s  %s: %s\n", "", name, help);
+    for (int i = 0; i < MAX_PARAMS && params[i].name; i++)
+        out("  %-22s    %s=%g: %s\n", "", params[i].name, params[i].value, params[i].help);
+}
+
 static void print_help(const Command *c) {
     out("usage: run %s %s [flags]\n  %s\n\nflags:\n", c->name, c->args, c->help);
     for (int i = 0; i < N_FLAGS; i++) {
@@ -422,8 +429,9 @@ static void print_help(const Command *c) {
         snprintf(head, sizeof head, "%s %s", f->name, f->value ? f->value : "");
         out("  %-22s%s%s%s\n", head, f->choices ? f->choices : "", f->choices ? ": " : "", f->help);
         if (f->at == AT(policy))
-            for (const Policy *p = policies; p->name; p++)
-                out("  %-22s  %s: %s\n", "", p->name, p->help);
+            for (const Policy *p = policies; p->name; p++) help_row(p->name, p->help, p->params);
+        if (f->at == AT(level))
+            for (const Level *l = levels; l->name; l++) help_row(l->name, l->help, l->params);
     }
     out("  %-22s%s\n\nexamples:\n%s", "-h", "this text", c->examples);
 }
@@ -1128,24 +1136,29 @@ static int cmd_chat(const Options *o) {
 
 // ---- contexts: compress and score ----
 
-static const Policy *chosen_policy(const Options *o) {
-    const Policy *p = policy_find(o->policy);
-    if (!p) {
-        Buffer names = {0};
-        for (p = policies; p->name; p++) {
-            buffer_add(&names, " ", 1);
-            buffer_add(&names, p->name, strlen(p->name));
-        }
+static void add_name(Buffer *names, const char *name) {
+    buffer_add(names, " ", 1);
+    buffer_add(names, name, strlen(name));
+}
+
+// A context that knows how it will be compressed, and nothing else yet.
+static Context chosen_method(const Options *o) {
+    char err[ERR_LEN];
+    Context c = {.chunk = (int)o->chunk, .local = o->score_attn == 1, .ref_ties = o->ref_ties};
+    const Policy *policy = policy_find(o->policy);
+    const Level *level = level_find(o->level);
+    Buffer names = {0};
+    if (!policy) {
+        for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
         die_usage(o->command, "--policy %s: there are%s", o->policy, names.s);
     }
-    if (o->set) {
-        size_t key = strcspn(o->set, "=,");
-        if (key == 0 || o->set[key] != '=')
-            die_usage(o->command, "--set %s: needs key=value,..", o->set);
-        die_usage(o->command, "--set %s: policy %s has no parameter '%.*s'", o->set, p->name,
-                  (int)key, o->set);
+    if (!level) {
+        for (const Level *l = levels; l->name; l++) add_name(&names, l->name);
+        die_usage(o->command, "--level %s: there are%s", o->level, names.s);
     }
-    return p;
+    if (context_set(&c, policy, level, o->set, err) != 0)
+        die_usage(o->command, "--set %s: %s", o->set, err);
+    return c;
 }
 
 // What stands before the context: the chat's beginning and the task. Our own task text is part of
@@ -1174,7 +1187,7 @@ static void prefix_ids(const Session *s, Ids *ids) {
 }
 
 // Prefix and context as ids, and how they are read and scored.
-static Context open_context(Session *s, const Buffer *text, Ids *ids, Progress *p) {
+static void open_context(Context *c, Session *s, const Buffer *text, Ids *ids, Progress *p) {
     const Options *o = s->o;
     int n_prefix = o->n_prefix < 0 ? 0 : (int)o->n_prefix;
     if (!o->ids && o->n_prefix >= 0) die_usage(o->command, "--n-prefix goes with --ids");
@@ -1188,11 +1201,10 @@ static Context open_context(Session *s, const Buffer *text, Ids *ids, Progress *
     if (ids->n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
     warn_length(s, ids->n);
     *p = progress_begin(s);
-    return (Context){.state = &s->state, .kv = &s->kv, .tok = s->tok, .seq = new_sequence(s),
-                     .ids = ids->id, .n_prefix = n_prefix, .n_ctx = ids->n - n_prefix,
-                     .chunk = (int)o->chunk, .local = o->score_attn == 1,
-                     .postfix = o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix,
-                     .progress = progress_step, .progress_arg = p};
+    c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);
+    c->ids = ids->id, c->n_prefix = n_prefix, c->n_ctx = ids->n - n_prefix;
+    c->postfix = o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix;
+    c->progress = progress_step, c->progress_arg = p;
 }
 
 // The end of a command that Ctrl-C stopped, after its file is gone.
@@ -1208,11 +1220,11 @@ static void check_interrupted(const Options *o) {
     die_interrupted();
 }
 
-// Prefill, and scores [context_scores(c)] unless p is NULL. The result is malloc'ed.
-static float *read_context(Context *c, const Policy *p, const Progress *progress) {
+// Prefill, and scores [context_scores(c)] if wanted. The result is malloc'ed, or NULL.
+static float *read_context(Context *c, bool scored, const Progress *progress) {
     char err[ERR_LEN];
-    float *score = p ? allocate(context_scores(c), sizeof *score) : NULL;
-    int rc = p ? context_score(c, p, score, err) : context_read(c, err);
+    float *score = scored ? allocate(context_scores(c), sizeof *score) : NULL;
+    int rc = scored ? context_score(c, c->policy, score, err) : context_read(c, err);
     progress_end(progress);
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s", err);
@@ -1238,18 +1250,18 @@ static int cmd_score(const Options *o) {
     Progress progress;
     char n_prefix[16];
     check_output(o);
-    const Policy *policy = chosen_policy(o);
+    Context c = chosen_method(o);
     Buffer text = read_text(o, NULL);
     catch_signals();
     open_session(&s, o, NULL, 1);
-    Context c = open_context(&s, &text, &ids, &progress);
+    open_context(&c, &s, &text, &ids, &progress);
     if (c.n_ctx == 0) die("the context is empty: there is nothing to score");
-    float *score = read_context(&c, policy, &progress);
+    float *score = read_context(&c, true, &progress);
     int *layers = allocate(s.model.config.n_layers, sizeof *layers);
     size_t n_scored = kvcache_scored_layers(&s.kv.shape, layers), n_heads = s.kv.shape.n_kv_heads;
     snprintf(n_prefix, sizeof n_prefix, "%d", c.n_prefix);
     Meta meta[] = {{"format", "kvzip.c scores 1"}, {"fingerprint", s.model.fingerprint},
-                   {"model", s.model.name}, {"policy", policy->name}, {"n_prefix", n_prefix}};
+                   {"model", s.model.name}, {"policy", c.policy->name}, {"n_prefix", n_prefix}};
     size_t bytes = context_scores(&c) * sizeof *score;
     Tensor tensors[] = {
         {"scores", T_F32, 3, {n_scored, n_heads, c.n_ctx}, score, bytes},
@@ -1290,7 +1302,6 @@ typedef struct {
 
 static Shrunk shrink(Session *s, const Context *c, const float *score) {
     char err[ERR_LEN];
-    const Options *o = s->o;
     int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
     Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx,
                 .full = kvcache_bytes(&s->kv, c->seq)};
@@ -1298,8 +1309,7 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
     r.memory_full = private_memory();
     if (score) {
         uint8_t *keep = allocate(r.n_pairs, 1);
-        r.n_kept = kvcache_select(keep, score, n_scored, n_heads, c->n_ctx, o->ratio,
-                                  (KVLevel)o->level, o->ref_ties, err);
+        r.n_kept = context_select(c, score, s->o->ratio, keep, err);
         if (r.n_kept < 0 || kvcache_compact(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
             die("%s", err);
         free(keep);
@@ -1310,9 +1320,9 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
     return r;
 }
 
-static void save_context(Session *s, const Context *c, const char *policy) {
+static void save_context(Session *s, const Context *c) {
     char err[ERR_LEN];
-    KVInfo info = {.fingerprint = s->model.fingerprint, .model = s->model.name, .policy = policy,
+    KVInfo info = {.fingerprint = s->model.fingerprint, .model = s->model.name, .policy = c->policy->name,
                    .n_prefix = c->n_prefix, .n_ctx = c->n_ctx, .ratio = s->o->ratio, .ids = c->ids,
                    .n_ids = c->n_prefix + c->n_ctx};
     if (interrupted) die_interrupted();
@@ -1348,16 +1358,16 @@ static int cmd_compress(const Options *o) {
     Ids ids = {0};
     Progress progress;
     check_output(o);
-    const Policy *policy = chosen_policy(o);
+    Context c = chosen_method(o);
     Buffer text = read_text(o, NULL);
     catch_signals();
     open_session(&s, o, NULL, 1);
-    Context c = open_context(&s, &text, &ids, &progress);
+    open_context(&c, &s, &text, &ids, &progress);
     if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c.n_ctx > 0;
-    float *score = read_context(&c, scored ? policy : NULL, &progress);
+    float *score = read_context(&c, scored, &progress);
     Shrunk r = shrink(&s, &c, score);
-    save_context(&s, &c, policy->name);
+    save_context(&s, &c);
     compress_figures(o, &c, &r);
     free(score);
     free(text.s);
@@ -1671,10 +1681,10 @@ static int cmd_bench(const Options *o) {
     int most = 1;
     for (int i = 0; i < o->batches.n; i++)
         if (o->batches.v[i] > most) most = (int)o->batches.v[i];
+    Context method = chosen_method(o);
     open_session(&s, o, NULL, most);
-    Bench b = {.state = &s.state, .tok = s.tok, .kv = s.kv.type, .policy = chosen_policy(o),
-               .level = (KVLevel)o->level, .n = o->n < 0 ? 32 : (int)o->n, .chunk = (int)o->chunk,
-               .prompts = o->prompts, .depths = o->depths, .ratios = o->ratios,
+    Bench b = {.state = &s.state, .tok = s.tok, .kv = s.kv.type, .method = method,
+               .n = o->n < 0 ? 32 : (int)o->n, .prompts = o->prompts, .depths = o->depths, .ratios = o->ratios,
                .batches = o->batches, .row = print_bench, .arg = &s};
     if (!o->json) {
         out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,

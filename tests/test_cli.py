@@ -157,11 +157,12 @@ def test_usage(m):
     for flag, value in [("--temp", "-1"), ("--top-p", "1.1"), ("-j", "0"), ("--seed", "x")]:
         fails(2, "%s %s: needs" % (flag, value), "generate", m.path, "-p", "a", flag, value)
     fails(2, "--kv q9: needs one of f16|f32", "generate", m.path, "-p", "a", "--kv", "q9")
-    fails(2, "--level x: needs one of pair|uniform|head", "compress", m.path, "--level", "x")
+    fails(2, "--level x: there are pair layer uniform", "compress", m.path, "-o", "x", "-p", "a", "--level", "x")
     fails(2, "--isa mmx", "generate", m.path, "-p", "a", "--isa", "mmx")
     score = ["score", m.path, "-p", "a", "-o", "/tmp/x"]
     fails(2, "--policy best: there are kvzip", *score, "--policy", "best")
     fails(2, "no parameter 'window'", *score, "--set", "window=3")
+    fails(2, "window needs a whole number from 1", *score, "--policy", "snapkv", "--set", "window=0")
     fails(2, "needs key=value", *score, "--set", "window")
     fails(2, "only one of", "generate", m.path, "-p", "a", "-f", "b")
     fails(2, "needs -p TEXT", "compress", m.path, "-o", "/tmp/x")

@@ -651,7 +651,7 @@ class TestWriting(Case):
                 "export.Progress.add = lambda *a: os.kill(os.getpid(), signal.SIGTERM); "
                 "export.main()")
         argv = [sys.executable, "-c", code, os.path.dirname(TESTS), os.path.join(FIXTURES, "smol")]
-        p = subprocess.run([*argv, "-o", self.out], capture_output=True, text=True)
+        p = subprocess.run([*argv, "-o", self.out], capture_output=True, text=True, timeout=60)
         self.assertEqual((p.returncode, p.stderr), (1, "export.py: interrupted, nothing written\n"))
         self.assertEqual(os.listdir(self.dir), [])
 
@@ -754,12 +754,29 @@ class TestTokenizers(Case):
         got = export.merges_by_score(ids, list(score.values()))
         self.assertEqual(got.tolist(), [[ids[l], ids[r], ids[l + r]] for l, r, _ in want])
 
-    def test_rank_file(self):
-        tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abc", b"\xff\xfe"]
-        path = os.path.join(self.dir, "x.tiktoken")
+    def write_ranks(self, path, tokens):
         with open(path, "wb") as f:
             for i, t in enumerate(tokens):
                 f.write(base64.b64encode(t) + b" %d\n" % i)
+
+    def test_rank_file_with_added_tokens(self):
+        """As Meta ships it: tokenizer.model is a rank file, special tokens are in the config."""
+        path = self.copy("llama")
+        os.unlink(os.path.join(path, "tokenizer.json"))
+        tokens = [bytes([b]) for b in range(256)] + [b" a"]
+        self.write_ranks(os.path.join(path, "tokenizer.model"), tokens)
+        special = {"content": "<|begin_of_text|>", "special": True}
+        self.edit(path, "tokenizer_config.json", added_tokens_decoder={"258": special})
+        c = self.convert(path)
+        self.assertEqual(c.t["tok.kind"].tolist(), [0] * 257 + [4, 1])
+        self.assertEqual(c.t["tok.bytes"].tobytes(), b"".join(tokens) + b"<|begin_of_text|>")
+        self.assertEqual(c.meta["tokenizer.split"], "llama3")
+        self.assertEqual((c.meta["tokenizer.bos_id"], c.meta["tokenizer.add_bos"]), ("258", "1"))
+
+    def test_rank_file(self):
+        tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abc", b"\xff\xfe"]
+        path = os.path.join(self.dir, "x.tiktoken")
+        self.write_ranks(path, tokens)
         c = self.convert(path, "--tokenizer-only", "--split", "qwen2")
         want = [[97, 98, 256], [256, 99, 257], [255, 254, 258]]
         self.assertEqual(c.t["tok.merges"].tolist(), want)

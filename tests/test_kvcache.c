@@ -278,13 +278,18 @@ static void test_worked_example(void) {
 
 // ---- selecting and evicting ----
 
-static void check_keep(const float *score, double ratio, KVLevel level, bool ref_ties, const char *want) {
+static void check_select(const float *score, const KVSelect *how, const char *want) {
     uint8_t keep[10];
     char have[11] = "";
-    long n = 0, kept = kvcache_select(keep, score, 1, 2, 5, ratio, level, ref_ties, err);
+    long n = 0, kept = kvcache_select(keep, score, how, err);
     for (int i = 0; i < 10; i++) have[i] = keep[i] ? '1' : '0', n += keep[i];
     CHECK_STR(have, want);
     CHECK(n == kept);
+}
+
+// One layer of two heads, five pairs each.
+static void check_keep(const float *score, double ratio, KVLevel level, bool ref_ties, const char *want) {
+    check_select(score, &(KVSelect){1, 2, 5, ratio, level, ref_ties, 0.0, NULL}, want);
 }
 
 static void test_select(void) {
@@ -300,13 +305,25 @@ static void test_select(void) {
     check_keep(s, 0.5, LEVEL_UNIFORM, false, "1010011000");
     check_keep(s, 0.5, LEVEL_HEAD, true, "0000000000");
     check_keep(s, 0.5, LEVEL_HEAD, false, "1111100000");
+    check_keep(s, 0.6, LEVEL_UNIFORM, true, "1011011010");
+    // Two layers of one head: a layer's pairs compete among themselves alone.
+    check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER}, "1011011010");
+    check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER, .ref_ties = true}, "1000011000");
+    // Ada-KV's safeguard: of 5 x 0.6 = 3 pairs the best floor(3 x 0.7) = 2 are sure, even the worst head's.
+    const float low[10] = {.9f, .8f, .7f, .6f, .5f, .1f, .2f, .3f, .4f, .0f};
+    check_keep(low, 0.6, LEVEL_PAIR, false, "1111100010");
+    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_LAYER, .safeguard = 0.7}, "1111000110");
+    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_PAIR, .safeguard = 1.0}, "1110001110");
+    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_BUDGET, .budget = (int[]){0, 4}}, "0000011110");
     const float neg[10] = {-1, -2, -INFINITY, 0.0f, -0.0f, -3, -4, -5, -6, -7};
     check_keep(neg, 0.3, LEVEL_PAIR, false, "1001100000");
     float nan[10] = {0};
     uint8_t keep[10];
     nan[7] = NAN;
-    CHECK(kvcache_select(keep, nan, 1, 2, 5, 0.5, LEVEL_PAIR, false, err) == -1);
-    CHECK(kvcache_select(keep, nan, 1, 2, 0, 0.5, LEVEL_PAIR, false, err) == 0);
+    KVSelect how = {1, 2, 5, 0.5, LEVEL_PAIR, false, 0.0, NULL};
+    CHECK(kvcache_select(keep, nan, &how, err) == -1);
+    how.n_ctx = 0;
+    CHECK(kvcache_select(keep, nan, &how, err) == 0);
 }
 
 // After compacting, attention equals a softmax over the kept pairs of the untouched cache.

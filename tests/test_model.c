@@ -1,52 +1,7 @@
 // The runtime against the reference: for each tiny model of tests/fixtures its converted weights must give
 // the stored logits, keys, values, greedy ids, KVzip scores, keep sets and logits after eviction. Then the
 // laws that need a model: blocks of any size agree, threads change no bit, ratio 1 changes no bit.
-#include "../policies.h"
-#include "test.h"
-
-typedef struct {
-    Model model;
-    TensorFile want;
-    Tokenizer *tok;
-    ThreadPool *pool;
-    RunState state;
-    KVCache kv;
-    char name[32];
-} Fixture;
-
-static char err[ERR_LEN];
-
-static bool fixture_open(Fixture *f, const char *name, const char *weights, KVType type, int threads) {
-    char path[256];
-    *f = (Fixture){0};
-    snprintf(f->name, sizeof f->name, "%s", name);
-    snprintf(path, sizeof path, "tests/fixtures/%s", weights);
-    bool ok = model_open(&f->model, path, err) == 0;
-    snprintf(path, sizeof path, "tests/fixtures/%s/expected.safetensors", name);
-    ok = ok && tensors_open(&f->want, path, err) == 0;
-    ok = ok && (f->tok = tokenizer_open(&f->model.file, err)) != NULL;
-    f->pool = pool_open(threads);
-    KVShape shape = model_kv_shape(&f->model);
-    ok = ok && state_open(&f->state, &f->model, f->pool, MAX_ROWS, 96, err) == 0;
-    ok = ok && kvcache_open(&f->kv, &shape, type, f->pool, err) == 0;
-    if (!ok) printf("%s: %s\n", weights, err);
-    return CHECK(ok);
-}
-
-static void fixture_close(Fixture *f) {
-    kvcache_close(&f->kv);
-    state_close(&f->state);
-    pool_close(f->pool);
-    tokenizer_close(f->tok);
-    tensors_close(&f->want);
-    model_close(&f->model);
-}
-
-static const Tensor *want(const Fixture *f, const char *name) {
-    const Tensor *t = tensors_find(&f->want, name);
-    if (!t) printf("%s: no %s\n", f->name, name), exit(1);
-    return t;
-}
+#include "fixture.h"
 
 // Feeds ids in blocks of `block`, all with logits when out is given: out [n][vocab].
 static void feed(Fixture *f, int seq, const int *ids, int n, int block, float *out) {
@@ -72,12 +27,6 @@ static float *logits_of(Fixture *f, int seq, const int *ids, int n, int block) {
     float *out = malloc((size_t)n * f->model.config.vocab_size * sizeof *out);
     feed(f, seq, ids, n, block, out);
     return out;
-}
-
-static double far(const float *a, const float *b, size_t n) {
-    double worst = 0;
-    for (size_t i = 0; i < n; i++) worst = fabs((double)a[i] - b[i]) > worst || isnan(a[i]) ? fabs((double)a[i] - b[i]) : worst;
-    return worst;
 }
 
 static void check_greedy(Fixture *f, int seq, const float *last, const char *name) {
@@ -125,23 +74,14 @@ static void test_prefill(Fixture *f) {
     free(have);
 }
 
-// prefix + context of the fixture, and its postfix text from the fixture's ids.
-static Context fixture_context(Fixture *f, int *ids, int chunk) {
-    const Tensor *prefix = want(f, "kvzip.prefix"), *ctx = want(f, "kvzip.ctx");
-    memcpy(ids, prefix->data, prefix->bytes);
-    memcpy(ids + prefix->shape[0], ctx->data, ctx->bytes);
-    return (Context){.state = &f->state, .kv = &f->kv, .tok = f->tok, .seq = kvcache_new(&f->kv, err), .ids = ids,
-                     .n_prefix = (int)prefix->shape[0], .n_ctx = (int)ctx->shape[0], .chunk = chunk,
-                     .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
-}
-
 static void check_mask(const Fixture *f, const float *score, const char *level, int percent, KVLevel kv_level, bool ref_ties) {
     char name[64];
     snprintf(name, sizeof name, "mask.%s.r%d", level, percent);
     const Tensor *t = want(f, name);
     int n_layers = (int)t->shape[0], n_kv_heads = (int)t->shape[1], n_ctx = (int)t->shape[2];
     uint8_t *keep = malloc(t->bytes);
-    CHECK(kvcache_select(keep, score, n_layers, n_kv_heads, n_ctx, percent / 100.0, kv_level, ref_ties, err) >= 0);
+    KVSelect how = {n_layers, n_kv_heads, n_ctx, percent / 100.0, kv_level, ref_ties, 0.0, NULL};
+    CHECK(kvcache_select(keep, score, &how, err) >= 0);
     if (!CHECK(memcmp(keep, t->data, t->bytes) == 0)) printf("%s: %s differs\n", f->name, name);
     free(keep);
 }
@@ -204,12 +144,6 @@ static void test_kvzip(Fixture *f) {
     free(score), free(plus), free(local);
 }
 
-// Mistral's KVzip values are those of the model with its window off.
-static void window_off(Fixture *f) {
-    static const int none[16];
-    f->model.config.window = f->kv.shape.window = none;
-}
-
 // ---- laws ----
 
 static void test_blocks(Fixture *f) {
@@ -262,7 +196,8 @@ static float *compress_bits(const char *weights, KVType type, int threads, doubl
     uint8_t *keep = malloc(n_score);
     CHECK(context_score(&c, policy_find("kvzip"), out, err) == 0);
     int n_layers = kvcache_scored_layers(&f.kv.shape, NULL);
-    CHECK(kvcache_select(keep, out, n_layers, f.kv.shape.n_kv_heads, c.n_ctx, ratio, LEVEL_PAIR, false, err) >= 0);
+    KVSelect how = {n_layers, f.kv.shape.n_kv_heads, c.n_ctx, ratio, LEVEL_PAIR, false, 0.0, NULL};
+    CHECK(kvcache_select(keep, out, &how, err) >= 0);
     if (ratio > 0) CHECK(kvcache_compact(&f.kv, c.seq, c.n_prefix, c.n_ctx, keep, err) == 0);
     feed(&f, c.seq, query->data, (int)query->shape[0], 20, out + n_score);
     free(keep);
