@@ -7,7 +7,7 @@ PYTHON ?= python3
 ALL_CFLAGS = -std=c11 -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(CFLAGS)
 LDLIBS = -lm -lpthread
 
-PARTS = tensors kernels tokenizer kvcache model policies
+PARTS = tensors kernels tokenizer kvcache model policies eval
 PROGRAM = $(PARTS) bench run
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build
@@ -22,7 +22,7 @@ $(BUILD)/%.o: %.c | $(BUILD)
 	$(CC) $(ALL_CFLAGS) -MMD -c -o $@ $<
 
 $(BUILD)/test_%: tests/test_%.c $(PARTS:%=$(BUILD)/%.o)
-	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.o,$^) $(LDLIBS)
 
 $(BUILD):
 	mkdir -p $@
