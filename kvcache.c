@@ -974,7 +974,7 @@ static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info,
 
 // One page per 64 pairs, in the file's order. The extra reference keeps mapped pages from being written.
 static int load_head(KVCache *kv, KVHead *h, int len, int dropped, const Tensor *part[3], size_t *page, char *err) {
-    if (dropped < 0 || dropped % PAGE || len < dropped) return fail(err, "a head of %d pairs less %d", len, dropped);
+    if (dropped < 0 || dropped % PAGE || len < dropped || len > 1 << 30) return fail(err, "a head of %d pairs less %d", len, dropped);
     h->len = len, h->dropped = dropped;
     int n = pages_used(h);
     if ((size_t)n > part[0]->shape[0] - *page) return fail(err, "fewer pages than the heads' lengths need");

@@ -1,19 +1,19 @@
 // tokenizer.c: text to token ids and back.
 //
-// Encoding walks through the text once and cuts it finer at each step:
+// Encoding walks through a text once and cuts it finer at each step:
 //   added tokens ("<|im_end|>", runs of newlines) are found first, the longest from the left;
 //   what lies between them is a stretch: brought to NFC, or given a leading space, where the model
 //     wants that;
-//   a byte-level model cuts a stretch into pieces (words, numbers, white space) with hand-written
+//   a byte-level model cuts a stretch into pieces (words, numbers, white space), with hand-written
 //     matchers that do what the published regular expressions do;
-//   a piece falls apart into spans where no merge reaches across, whatever stands there (`joins`);
+//   a long piece falls apart into spans where no token reaches across, whatever stands there;
 //   a span is merged by rank, the lowest first, the leftmost among equals.
 //
-// Merges inside a part of a text do not depend on what lies outside, as long as nothing merges across
-// its ends. It follows that a sequence of tokens is the encoding of its text exactly when each two
-// neighbours, encoded by themselves, stay these two. So a long span is encoded in windows that fit
-// into the cache, and glued where the neighbours prove that the seam is right. The time is O(n log n)
-// for any text and vocabulary.
+// Merges inside a part of a text do not depend on what lies outside, as long as nothing merges
+// across its ends. So a sequence of tokens is the encoding of its text exactly when each two
+// neighbours, encoded by themselves, stay these two. That is why a long span may be encoded in
+// windows that fit into the cache, glued where the neighbours prove the seam. Time is O(n log n)
+// whatever the text.
 //
 // A Tokenizer never changes after opening; what a call needs lives in its Encoder.
 #include "tokenizer.h"
@@ -31,13 +31,6 @@ enum { NORMAL, SPECIAL, USER_DEFINED, BYTE, UNUSED };  // tok.kind
 enum { MAX_STOPS = 64, MAX_PIECE = TOK_STREAM_MAX - 4 };
 enum { N_CODE_POINTS = 0x110000, N_CCC = 0x20000, METASPACE = 0x2581 };
 
-// The tables are open-addressing ones: a key lies at the slot that the upper bits of its hash name, or
-// in the next free one behind it.
-typedef struct {
-    uint32_t tag;  // lower half of the hash
-    uint32_t id;   // + 1; 0: the slot is free
-} Word;
-
 typedef struct {
     const uint8_t *text;
     int bytes, id;
@@ -49,39 +42,47 @@ typedef struct {
     bool digits_apart;  // every number character is a piece, before `next` sees the text
 } Splitter;
 
-struct Tokenizer {
-    int n;                      // ids
-    const uint8_t *bytes;       // what the ids print, one after the other
-    const int32_t *offsets;     // [n + 1] where each id's bytes begin
-    const uint8_t *kind;        // [n]
-    const int32_t (*merge)[3];  // [n_merges] left, right, result; the row number is the rank
-    uint32_t *pairs;            // [1 << pair_bits] row of merge, + 1, and above it a tag; 0: free
-    uint32_t *maybe;            // [1 << (pair_bits - 3)] 4 bits a slot, set for pairs that merge
-    int pair_bits, row_bits;
-    int32_t *byte_key;          // [256][256] Small.key at place 0 of two symbols of one byte each
-    Word *words;                // [1 << word_bits] tokens by their text, only with ignore_merges
-    int word_bits;
-    uint32_t joins[256][8];     // bit b of joins[a]: some merge has a left part that ends in byte a
-                                // and a right part that begins with byte b
+// Both hash tables use open addressing: a key lies in the slot that the upper bits of its hash
+// name, or in the next free one.
+typedef struct {
+    uint32_t tag;  // lower half of the hash
+    uint32_t id;   // + 1; 0: free
+} Word;
 
-    bool spm;          // SentencePiece: symbols are characters; otherwise bytes
+struct Tokenizer {
+    int n;                   // ids
+    const uint8_t *bytes;    // what the ids print, one after the other
+    const int32_t *offsets;  // [n + 1] where each id's bytes begin
+    const uint8_t *kind;     // [n]
+
+    bool spm;  // SentencePiece: symbols are characters; otherwise they are bytes
     const Splitter *split;
     int nfc, ignore_merges, add_bos;
-    int space_prefix;  // 0 never, 1 before every stretch, 2 before a text that begins without a space
+    int space_prefix;    // 0 never, 1 before every stretch, 2 before a text without one
     int bos_id, unk_id;  // -1: none
     int stop[MAX_STOPS], n_stops;
 
-    int byte_id[256];          // token of one byte, with spm the byte-fallback one; -1: none
-    uint32_t symbol[256];      // what a character of one byte starts as
-    int *char_id;              // [N_CODE_POINTS] id + 1 of a character, only with spm
-    Added *added;              // [n_added] sorted by text
+    Added *added;  // [n_added] special and user-defined tokens, sorted by text
     int n_added;
-    int added_from[257];       // where the added tokens of each first byte begin
+    int added_from[257];       // where those of each first byte begin
     uint8_t added_kinds[256];  // 1 << kind of each of them
+
+    int byte_id[256];      // token of one byte, with spm the byte-fallback one; -1: none
+    int *char_id;          // [N_CODE_POINTS] token of one character, + 1; only with spm
+    uint32_t symbol[256];  // what a character of one byte starts as
+
+    const int32_t (*merge)[3];  // left, right, result; the row number is the rank
+    uint32_t *pairs;            // [1 << pair_bits] row of merge, + 1, and above it a tag; 0: free
+    uint32_t *maybe;            // [1 << pair_bits] x 4 bits, set for the pairs that merge
+    int pair_bits, row_bits;
+    int32_t *byte_key;  // [256][256] Short.key, at place 0, of two symbols of one byte
+    Word *words;        // [1 << word_bits] normal tokens by their text, only with ignore_merges
+    int word_bits;
+    bool joins[256][256];  // these bytes are neighbours in some token
 
     uint8_t *class;           // [N_CODE_POINTS + 1] LETTER .. CARE; the last is an invalid byte's
     uint8_t *ccc;             // [N_CCC] canonical combining class, only with nfc
-    uint16_t *decomposition;  // [N_CODE_POINTS] row + 1 in decomposition_row, only with nfc
+    uint16_t *decomposition;  // [N_CODE_POINTS] see decomposition_row, only with nfc
     ChatTemplate chat;
 };
 
@@ -181,11 +182,13 @@ static int put_utf8(uint8_t *out, uint32_t c) {
 static inline const uint8_t *skip(const Tokenizer *t, const uint8_t *p, const uint8_t *end,
                                   int mask, bool has) {
     uint32_t c;
-    for (int len; p < end; p += len) {
-        len = next_char(p, end, &c);
-        if (((t->class[c] & mask) != 0) != has) break;
+    for (;;) {
+        while (p < end && *p < 0x80 && ((t->class[*p] & mask) != 0) == has) p++;
+        if (p == end || *p < 0x80) return p;
+        int len = next_char(p, end, &c);
+        if (((t->class[c] & mask) != 0) != has) return p;
+        p += len;
     }
-    return p;
 }
 
 static void set_class(Tokenizer *t, const UnicodeRange *range, size_t n, int bit) {
@@ -273,7 +276,8 @@ static int decompose(const Tokenizer *t, Region *r, uint32_t c) {
     }
     uint32_t second[8];
     int depth = 0;
-    for (const UnicodePair *row; depth < 8 && (row = decomposition_row(t, c)) != NULL; c = row->first)
+    for (const UnicodePair *row; depth < 8 && (row = decomposition_row(t, c)) != NULL;
+         c = row->first)
         if (row->second != 0) second[depth++] = row->second;
     int status = region_add(r, c);
     while (depth > 0 && status == 0) status = region_add(r, second[--depth]);
@@ -321,8 +325,10 @@ static uint32_t composed(uint32_t a, uint32_t b) {
     while (lo < hi) {
         size_t mid = (lo + hi) / 2;
         const UnicodePair *row = &unicode_composed[mid];
-        if (row->second < b || (row->second == b && row->first < a)) lo = mid + 1;
-        else hi = mid;
+        if (row->second < b || (row->second == b && row->first < a))
+            lo = mid + 1;
+        else
+            hi = mid;
     }
     bool found = lo < LENGTH(unicode_composed) && unicode_composed[lo].second == b &&
                  unicode_composed[lo].first == a;
@@ -336,7 +342,8 @@ static void compose(const Tokenizer *t, Region *r) {
     for (size_t i = 0; i < r->n; i++) {
         uint32_t c = r->c[i], whole = 0;
         int ccc = ccc_of(t, c);
-        if (starter != SIZE_MAX && (n - 1 == starter || last < ccc)) whole = composed(r->c[starter], c);
+        if (starter != SIZE_MAX && (n - 1 == starter || last < ccc))
+            whole = composed(r->c[starter], c);
         if (whole != 0) {
             r->c[starter] = whole;
             continue;
@@ -349,8 +356,8 @@ static void compose(const Tokenizer *t, Region *r) {
 }
 
 // Appends the region that begins at p, in NFC, to out; returns its end, NULL when memory is out.
-static const uint8_t *nfc_region(const Tokenizer *t, Region *r, const uint8_t *p, const uint8_t *end,
-                                 Bytes *out) {
+static const uint8_t *nfc_region(const Tokenizer *t, Region *r, const uint8_t *p,
+                                 const uint8_t *end, Bytes *out) {
     uint32_t c;
     const uint8_t *start = p;
     r->n = 0;
@@ -368,15 +375,17 @@ static const uint8_t *nfc_region(const Tokenizer *t, Region *r, const uint8_t *p
 
 // Makes out the NFC of p[n], or leaves it empty when p[n] is in NFC already.
 static int to_nfc(const Tokenizer *t, const uint8_t *p, size_t n, Bytes *out) {
-    const uint8_t *end = p + n, *care;
+    const uint8_t *end = p + n;
     Region r = {0};
     int status = 0;
     out->n = 0;
-    for (; status == 0 && (care = skip(t, p, end, CARE, false)) < end;) {
-        const uint8_t *before = char_before(care, p);
-        if (before == NULL) before = care;
-        status = bytes_add(out, p, (size_t)(before - p));
-        if (status == 0) p = nfc_region(t, &r, before, end, out);
+    while (status == 0) {
+        const uint8_t *care = skip(t, p, end, CARE, false);
+        if (care == end) break;
+        const uint8_t *start = char_before(care, p);
+        if (start == NULL) start = care;
+        status = bytes_add(out, p, (size_t)(start - p));
+        if (status == 0) p = nfc_region(t, &r, start, end, out);
         if (p == NULL) status = -1;
     }
     if (status == 0 && out->n > 0) status = bytes_add(out, p, (size_t)(end - p));
@@ -442,7 +451,8 @@ static inline const uint8_t *gpt4_piece(const Tokenizer *t, const uint8_t *p, co
     int class = class_at(t, p, end, &len);
     if (class & LETTER) return skip(t, p + len, end, LETTER, true);
     if (class & NUMBER) {
-        for (int i = 0; i < max_digits && p < end && class_at(t, p, end, &len) & NUMBER; i++) p += len;
+        for (int i = 0; i < max_digits && p < end && class_at(t, p, end, &len) & NUMBER; i++)
+            p += len;
         return p;
     }
     const uint8_t *q = p + len;
@@ -470,15 +480,17 @@ static const uint8_t *whole_piece(const Tokenizer *t, const uint8_t *p, const ui
 }
 
 static const Splitter splitters[] = {
-    {"none", whole_piece, false},       {"gpt2", gpt2_piece, false},
-    {"digits+gpt2", gpt2_piece, true},  {"llama3", llama3_piece, false},
-    {"qwen2", qwen2_piece, false},
+    {"none", whole_piece, false},         // SentencePiece
+    {"gpt2", gpt2_piece, false},
+    {"digits+gpt2", gpt2_piece, true},    // SmolLM2
+    {"llama3", llama3_piece, false},
+    {"qwen2", qwen2_piece, false},        // and Qwen3
 };
 
 // ---- merging ----
 //
-// A window is a span, or a part of a long one, that is encoded by itself. Its symbols are characters
-// or bytes at first, tokens in the end.
+// A window is a span, or a part of a long one, that is encoded by itself. Its symbols are
+// characters or bytes at first, tokens in the end.
 
 enum { WINDOW = 48, PLACES = 64, MAX_ROUNDS = 64, MAX_WINDOW = 1 << 28 };
 enum { NO_KEY = INT32_MAX / PLACES * PLACES };
@@ -495,8 +507,12 @@ typedef struct {
     size_t cap;
 } Window;
 
+// Odd, and no simple ratio: 2^64 / golden ratio, and a prime of xxHash.
+#define HASH_A 0x9e3779b97f4a7c15u
+#define HASH_B 0xc2b2ae3d27d4eb4fu
+
 static inline uint64_t pair_hash(uint32_t left, uint32_t right) {
-    return left * 0x9e3779b97f4a7c15u + right * 0xc2b2ae3d27d4eb4fu;
+    return left * HASH_A + right * HASH_B;
 }
 
 static inline uint32_t pair_rank(const Tokenizer *t, uint32_t left, uint32_t right) {
@@ -512,10 +528,11 @@ static inline uint32_t pair_rank(const Tokenizer *t, uint32_t left, uint32_t rig
     }
 }
 
-// The symbols that one character starts as: its token, else its bytes' tokens, else the unknown token.
-// Without all three it is one symbol DROPPED, which never merges and never comes out.
+// The symbols that one character starts as: its token, else its bytes' tokens, else the unknown
+// token. Without all three it is one symbol DROPPED, which never merges and never comes out.
 static inline int char_symbols(const Tokenizer *t, const uint8_t *p, int len, uint32_t c,
                                uint32_t *ids) {
+    if (c < 0x80) return ids[0] = t->symbol[c], 1;
     int n = 0, id = c == INVALID ? 0 : t->char_id[c == METASPACE ? ' ' : c];
     if (id > 0) return ids[0] = (uint32_t)id - 1, 1;
     for (; n < len && t->byte_id[p[n]] >= 0; n++) ids[n] = (uint32_t)t->byte_id[p[n]];
@@ -527,14 +544,14 @@ static inline int char_symbols(const Tokenizer *t, const uint8_t *p, int len, ui
 // Rank and place of a pair make one number, rank * PLACES + place, and the least of all is merged
 // next. A symbol that went into its left neighbour leaves a hole. Place PLACES is outside.
 typedef struct {
-    int n;                         // places
+    int n;  // places
     uint32_t id[PLACES + 1];
-    uint8_t at[PLACES];            // byte where each symbol begins
-    int32_t key[PLACES + 1];       // NO_KEY or more: does not merge with its right neighbour
+    uint8_t at[PLACES];       // byte where each symbol begins
+    int32_t key[PLACES + 1];  // NO_KEY or more: does not merge with its right neighbour
     uint8_t left[PLACES + 1], right[PLACES + 1];
-} Small;
+} Short;
 
-static inline void set_key(const Tokenizer *t, Small *s, int left, int right) {
+static inline void set_key(const Tokenizer *t, Short *s, int left, int right) {
     uint32_t rank = pair_rank(t, s->id[left], s->id[right]);
     s->key[left] = rank == NONE ? NO_KEY : (int32_t)(rank * PLACES) + left;
 }
@@ -552,44 +569,47 @@ static inline int32_t least(const int32_t *key, int n) {
     return smaller(smaller(low[0], low[1]), smaller(low[2], low[3]));
 }
 
-static void small_characters(const Tokenizer *t, Small *s, const uint8_t *p, size_t n) {
+static void short_characters(const Tokenizer *t, Short *s, const uint8_t *p, size_t n) {
     uint32_t c;
     for (size_t i = 0, len; i < n; i += len) {
         len = (size_t)next_char(p + i, p + n, &c);
-        int more = len == 1 && c < 0x80 ? 0 : char_symbols(t, p + i, (int)len, c, s->id + s->n);
-        if (more == 0) s->id[s->n] = t->symbol[c];
-        for (int j = 0; j == 0 || j < more; j++, s->n++) {
-            s->at[s->n] = (uint8_t)(i + (size_t)j);
-            if (s->n == 0) continue;
-            if (more == 0 && p[i - 1] < 0x80) s->key[s->n - 1] = t->byte_key[p[i - 1] << 8 | p[i]] + s->n - 1;
-            else set_key(t, s, s->n - 1, s->n);
-        }
+        int k = char_symbols(t, p + i, (int)len, c, s->id + s->n);
+        for (int j = 0; j < k; j++) s->at[s->n++] = (uint8_t)(i + (size_t)j);
+    }
+    for (int i = 0; i + 1 < s->n; i++) {
+        uint8_t a = p[s->at[i]], b = p[s->at[i + 1]];
+        if ((a | b) < 0x80)
+            s->key[i] = t->byte_key[a << 8 | b] + i;
+        else
+            set_key(t, s, i, i + 1);
     }
 }
 
 // Fills s with the symbols of p[n], n from 1 to PLACES.
-static inline void small_symbols(const Tokenizer *t, Small *s, const uint8_t *p, size_t n) {
-    for (int i = 0; i <= PLACES; i++) {
+static inline void short_symbols(const Tokenizer *t, Short *s, const uint8_t *p, size_t n) {
+    for (int i = 0; i < PLACES; i++) {
         s->key[i] = NO_KEY;
+        s->at[i] = (uint8_t)i;
         s->left[i] = (uint8_t)(i - 1);
         s->right[i] = (uint8_t)(i + 1);
     }
     s->left[0] = PLACES;
     s->n = 0;
     if (t->spm) {
-        small_characters(t, s, p, n);
+        short_characters(t, s, p, n);
     } else {
-        for (; s->n + 1 < (int)n; s->n++) {
-            s->id[s->n] = t->symbol[p[s->n]];
-            s->key[s->n] = t->byte_key[p[s->n] << 8 | p[s->n + 1]] + s->n;
+        int last = (int)n - 1;
+        for (int i = 0; i < last; i++) {
+            s->id[i] = t->symbol[p[i]];
+            s->key[i] = t->byte_key[p[i] << 8 | p[i + 1]] + i;
         }
-        s->id[s->n] = t->symbol[p[s->n]];
-        s->n++;
+        s->id[last] = t->symbol[p[last]];
+        s->n = (int)n;
     }
     s->id[s->n] = s->id[PLACES] = DROPPED;  // what lies outside merges with nothing
 }
 
-static inline void merge_small(const Tokenizer *t, Small *s) {
+static inline void merge_short(const Tokenizer *t, Short *s) {
     for (int32_t next; (next = least(s->key, s->n)) < NO_KEY;) {
         int i = next % PLACES, j = s->right[i], after = s->right[j];
         s->id[i] = (uint32_t)t->merge[next / PLACES][2];
@@ -693,7 +713,8 @@ static void merge_queued(const Tokenizer *t, Window *w, Queue *q) {
 static int merge_window(const Tokenizer *t, Window *w) {
     if (merge_rounds(t, w)) return 0;
     size_t n = (size_t)w->n;
-    Queue q = {malloc(3 * n * sizeof *q.key), 0, malloc(n * sizeof *q.left), malloc(n * sizeof *q.right)};
+    Queue q = {malloc(3 * n * sizeof *q.key), 0, malloc(n * sizeof *q.left),
+               malloc(n * sizeof *q.right)};
     bool ok = q.key != NULL && q.left != NULL && q.right != NULL;
     if (ok) merge_queued(t, w, &q);
     free(q.key);
@@ -704,12 +725,22 @@ static int merge_window(const Tokenizer *t, Window *w) {
 
 // ---- spans ----
 
+enum { KNOWN_BITS = 12, MAX_KNOWN = 3, WORTH_KNOWING = 4096 };
+
+typedef struct {
+    uint64_t key[2];  // a word of up to 15 bytes, and its length
+    int n;
+    uint32_t id[MAX_KNOWN];
+} Known;
+
 typedef struct {
     const Tokenizer *t;
     Ids *out;
-    int stretch;             // out->n where the current stretch began
+    Known *known;                   // [1 << KNOWN_BITS], NULL for a short text
+    const uint8_t *end, *text_end;  // of the readable bytes: of this stretch's buffer, of the text
+    int stretch;                    // out->n where the current stretch began
     Window now, next, seam;
-    Bytes nfc, spaced;       // the current stretch, rewritten
+    Bytes nfc, spaced;  // the current stretch, rewritten
 } Encoder;
 
 static int window_room(Window *w, size_t n) {
@@ -727,30 +758,29 @@ static void window_symbols(const Tokenizer *t, Window *w, const uint8_t *p, size
     w->n = 0;
     for (size_t i = 0, len = 1; i < n; i += len) {
         int k = 1;
+        ids[0] = t->symbol[p[i]];
         if (t->spm) {
             len = (size_t)next_char(p + i, p + n, &c);
             k = char_symbols(t, p + i, (int)len, c, ids);
-        } else {
-            ids[0] = t->symbol[p[i]];
         }
-        for (int j = 0; j < k; j++) w->s[w->n++] = (Symbol){ids[j], NONE, (uint32_t)i + (uint32_t)j};
+        for (int j = 0; j < k; j++)
+            w->s[w->n++] = (Symbol){ids[j], NONE, (uint32_t)i + (uint32_t)j};
     }
     for (int i = 0; i + 1 < w->n; i++) w->s[i].rank = pair_rank(t, w->s[i].id, w->s[i + 1].id);
 }
 
 // Encodes p[n] by itself into w.
 static int encode_window(const Tokenizer *t, Window *w, const uint8_t *p, size_t n) {
-    Small small;
+    Short s;
     if (window_room(w, n) != 0) return -1;
     if (n > PLACES) {
         window_symbols(t, w, p, n);
         return merge_window(t, w);
     }
-    small_symbols(t, &small, p, n);
-    merge_small(t, &small);
+    short_symbols(t, &s, p, n);
+    merge_short(t, &s);
     w->n = 0;
-    for (int i = 0; i < small.n; i = small.right[i])
-        w->s[w->n++] = (Symbol){small.id[i], NONE, t->spm ? small.at[i] : (uint32_t)i};
+    for (int i = 0; i < s.n; i = s.right[i]) w->s[w->n++] = (Symbol){s.id[i], NONE, s.at[i]};
     return 0;
 }
 
@@ -820,12 +850,10 @@ static int encode_long(Encoder *e, const uint8_t *p, size_t n) {
     return push_symbols(e, e->now.s, e->now.n);
 }
 
-static int encode_span(Encoder *e, const uint8_t *p, size_t n) {
-    Small s;
-    if (n > PLACES) return encode_long(e, p, n);
-    if (n == 1) return push_symbol(e, e->t->symbol[*p]);
-    small_symbols(e->t, &s, p, n);
-    merge_small(e->t, &s);
+static int encode_short(Encoder *e, const uint8_t *p, size_t n) {
+    Short s;
+    short_symbols(e->t, &s, p, n);
+    merge_short(e->t, &s);
     for (int i = 0; i < s.n; i = s.right[i])
         if (push_symbol(e, s.id[i]) != 0) return -1;
     return 0;
@@ -837,12 +865,12 @@ static uint64_t text_hash(const uint8_t *p, size_t n) {
     uint64_t h = n, x;
     for (; n >= 8; p += 8, n -= 8) {
         memcpy(&x, p, 8);
-        h = (h ^ x) * 0x9e3779b97f4a7c15u;
+        h = (h ^ x) * HASH_A;
         h ^= h >> 32;
     }
     for (x = 0; n > 0; n--) x = x << 8 | p[n - 1];
-    h = (h ^ x) * 0x9e3779b97f4a7c15u;
-    return (h ^ h >> 29) * 0xc2b2ae3d27d4eb4fu;
+    h = (h ^ x) * HASH_A;
+    return (h ^ h >> 29) * HASH_B;
 }
 
 // The id that prints p[n], -1 when none does.
@@ -858,20 +886,55 @@ static int word_id(const Tokenizer *t, const uint8_t *p, size_t n) {
     }
 }
 
-static inline bool joined(const Tokenizer *t, uint8_t a, uint8_t b) {
-    return t->joins[a][b >> 5] >> (b & 31) & 1;
+// p[n] with its length, as two numbers; p has 16 readable bytes, n is below 16.
+static inline void word_key(uint64_t *key, const uint8_t *p, size_t n) {
+    memcpy(key, p, 16);
+    if (n < 8)
+        key[0] &= ((uint64_t)1 << 8 * n) - 1, key[1] = 0;
+    else
+        key[1] &= ((uint64_t)1 << 8 * (n - 8)) - 1;
+    key[1] |= (uint64_t)n << 56;
+}
+
+// A piece or span of at most PLACES bytes. Words come again: the last ones seen are remembered.
+static int encode_word(Encoder *e, const uint8_t *p, size_t n) {
+    uint64_t key[2];
+    Known *known = NULL;
+    int from = e->out->n, id = -1;
+    if (e->known != NULL && n < 16 && e->end - p >= 16) {
+        word_key(key, p, n);
+        known = &e->known[(key[0] * HASH_A + key[1] * HASH_B) >> (64 - KNOWN_BITS)];
+        if (known->key[0] == key[0] && known->key[1] == key[1]) {
+            for (int i = 0; i < known->n; i++)
+                if (push_symbol(e, known->id[i]) != 0) return -1;
+            return 0;
+        }
+    }
+    if (e->t->ignore_merges) id = word_id(e->t, p, n);
+    if ((id >= 0 ? ids_push(e->out, id) : encode_short(e, p, n)) != 0) return -1;
+    int ids = e->out->n - from;
+    if (known == NULL || ids > MAX_KNOWN) return 0;
+    *known = (Known){{key[0], key[1]}, ids, {0}};
+    memcpy(known->id, e->out->id + from, (size_t)ids * sizeof *known->id);
+    return 0;
+}
+
+static int encode_span(Encoder *e, const uint8_t *p, size_t n) {
+    if (n > PLACES) return encode_long(e, p, n);
+    return e->t->spm ? encode_word(e, p, n) : encode_short(e, p, n);
 }
 
 static int encode_piece(Encoder *e, const uint8_t *p, size_t n) {
     const Tokenizer *t = e->t;
+    if (n == 1) return push_symbol(e, t->symbol[*p]);
+    if (n <= PLACES && !t->spm) return encode_word(e, p, n);
     if (t->ignore_merges) {
         int id = word_id(t, p, n);
         if (id >= 0) return ids_push(e->out, id);
     }
-    if (n <= WINDOW && !t->spm) return encode_span(e, p, n);
     size_t from = 0;
     for (size_t i = 1; i < n; i++)
-        if (!joined(t, p[i - 1], p[i])) {
+        if (!t->joins[p[i - 1]][p[i]]) {
             if (encode_span(e, p + from, i - from) != 0) return -1;
             from = i;
         }
@@ -915,6 +978,7 @@ static int encode_stretch(Encoder *e, const uint8_t *p, size_t n, bool begins, b
         if (bytes_add(&e->spaced, " ", 1) != 0 || bytes_add(&e->spaced, p, n) != 0) return -1;
         p = e->spaced.p, n = e->spaced.n;
     }
+    e->end = p == e->nfc.p || p == e->spaced.p ? p + n : e->text_end;
     return encode_pieces(e, p, p + n);
 }
 
@@ -946,12 +1010,15 @@ static int open_added(Tokenizer *t) {
     return 0;
 }
 
-// The first row of added[lo, hi), which agree in their first `depth` bytes, whose next byte is b or more.
+// The first row of added[lo, hi), which agree in their first `depth` bytes, whose next byte is b or
+// more.
 static int added_lower(const Tokenizer *t, int lo, int hi, int depth, int b) {
     while (lo < hi) {
         int mid = lo + (hi - lo) / 2;
-        if (t->added[mid].text[depth] < b) lo = mid + 1;
-        else hi = mid;
+        if (t->added[mid].text[depth] < b)
+            lo = mid + 1;
+        else
+            hi = mid;
     }
     return lo;
 }
@@ -976,22 +1043,21 @@ static const Added *added_at(const Tokenizer *t, const uint8_t *p, const uint8_t
 typedef struct {
     const uint8_t *p;
     size_t n;
-    bool special;        // special tokens are recognized,
+    bool special;           // special tokens are recognized,
     size_t user, user_end;  // but not in the user's part, or overlapping it
-    bool begins;         // nothing came before
-    bool spaced;         // the end of an added token, or nothing, came before
+    bool begins;            // nothing came before
+    bool spaced;            // the end of an added token, or nothing, came before
 } Text;
 
 static int encode_text(Encoder *e, const Text *text) {
     const uint8_t *p = text->p, *end = p + text->n, *from = p;
     const uint8_t *user = p + text->user, *user_end = p + text->user_end;
+    e->text_end = end;
     int kinds = 1 << USER_DEFINED | (text->special ? 1 << SPECIAL : 0);
     bool begins = text->begins, spaced = text->spaced;
-    while (p < end) {
-        if (!(e->t->added_kinds[*p] & kinds)) {
-            p++;
-            continue;
-        }
+    for (;;) {
+        while (p < end && !(e->t->added_kinds[*p] & kinds)) p++;
+        if (p == end) break;
         bool forbidden = !text->special || (p >= user && p < user_end);
         const uint8_t *special_end = forbidden ? p : p < user ? user : end;
         const Added *a = added_at(e->t, p, end, special_end);
@@ -1009,8 +1075,11 @@ static int encode_text(Encoder *e, const Text *text) {
 }
 
 static int append_text(const Tokenizer *t, const Text *text, Ids *out) {
+    if (text->n == 0) return 0;
     Encoder e = {.t = t, .out = out};
+    if (text->n >= WORTH_KNOWING) e.known = calloc((size_t)1 << KNOWN_BITS, sizeof *e.known);
     int status = encode_text(&e, text);
+    free(e.known);
     free(e.now.s);
     free(e.next.s);
     free(e.seam.s);
@@ -1049,8 +1118,9 @@ bool tokenizer_is_stop(const Tokenizer *t, int id) {
 int tokenizer_n_vocab(const Tokenizer *t) { return t->n; }
 const ChatTemplate *tokenizer_chat(const Tokenizer *t) { return &t->chat; }
 
-// What id adds to a text, into out, which may have its piece's length; returns the bytes written. The
-// decoders of SentencePiece models turn every U+2581 into a space, but not one made of byte tokens.
+// What id adds to a text, into out, which may have its piece's length; returns the bytes written.
+// The decoders of SentencePiece models turn every U+2581 into a space, but not one made of byte
+// tokens.
 static size_t print_piece(const Tokenizer *t, int id, uint8_t *out) {
     int n;
     size_t to = 0;
@@ -1117,12 +1187,14 @@ static void trim(const Tokenizer *t, const uint8_t **start, const uint8_t **end)
     }
 }
 
-static int append_template(const Tokenizer *t, Bytes *rendered, size_t user, size_t user_end, bool first,
-                           Ids *out) {
+static int append_template(const Tokenizer *t, Bytes *rendered, size_t user, size_t user_end,
+                           bool first, Ids *out) {
     int last = out->n > 0 ? out->id[out->n - 1] : -1;
-    bool after_added = last >= 0 && last < t->n &&
-                       (t->kind[last] == SPECIAL || t->kind[last] == USER_DEFINED);
-    Text text = {rendered->p, rendered->n, true, user, user_end, first, false};
+    bool after_added =
+        last >= 0 && last < t->n && (t->kind[last] == SPECIAL || t->kind[last] == USER_DEFINED);
+    Text text = {.p = rendered->p, .n = rendered->n, .special = true, .begins = first};
+    text.user = user;
+    text.user_end = user_end;
     text.spaced = first || out->n == 0 || after_added;
     return append_text(t, &text, out);
 }
@@ -1132,9 +1204,13 @@ static int add_string(Bytes *b, const char *s) { return bytes_add(b, s, strlen(s
 int tokenizer_turn(const Tokenizer *t, char role, const char *text, bool first, bool after_system,
                    Ids *out) {
     const ChatTemplate *c = &t->chat;
-    const char *prefix = role == 's' ? c->system_prefix : role == 'a' ? c->assistant_prefix
-                         : after_system ? c->user_prefix_after_system : c->user_prefix;
-    const char *suffix = role == 's' ? c->system_suffix : role == 'a' ? c->assistant_suffix : c->user_suffix;
+    const char *prefix = role == 's'    ? c->system_prefix
+                         : role == 'a'  ? c->assistant_prefix
+                         : after_system ? c->user_prefix_after_system
+                                        : c->user_prefix;
+    const char *suffix = role == 's'   ? c->system_suffix
+                         : role == 'a' ? c->assistant_suffix
+                                       : c->user_suffix;
     const uint8_t *start = (const uint8_t *)text, *end = start + strlen(text);
     if (c->trim) trim(t, &start, &end);
     Bytes b = {0};
@@ -1178,59 +1254,49 @@ static int open_vocabulary(Tokenizer *t, const TensorFile *f, char *err) {
                     t->offsets[t->n], bytes->shape[0]);
     for (int id = 0; id < t->n; id++) {
         if (t->offsets[id + 1] < t->offsets[id] || t->offsets[id + 1] - t->offsets[id] > MAX_PIECE)
-            return fail(err, "tok.offsets: id %d goes from byte %d to %d, a piece has at most %d", id,
-                        t->offsets[id], t->offsets[id + 1], MAX_PIECE);
-        if (t->kind[id] > UNUSED) return fail(err, "tok.kind: id %d is of kind %d", id, t->kind[id]);
+            return fail(err, "tok.offsets: id %d goes from byte %d to %d, a piece has at most %d",
+                        id, t->offsets[id], t->offsets[id + 1], MAX_PIECE);
+        if (t->kind[id] > UNUSED)
+            return fail(err, "tok.kind: id %d is of kind %d", id, t->kind[id]);
     }
     return 0;
 }
 
-// Which id a symbol of the text starts as. A token of several ids keeps the lowest, and a normal
-// token goes before an added one.
+// A token whose text is one byte or one character is what such a symbol starts as; the first of
+// several, and a normal one before an added one.
+static void open_symbol(Tokenizer *t, int id, const uint8_t *p, int n) {
+    uint32_t c;
+    if (n == 1 && t->kind[id] == (t->spm ? BYTE : NORMAL) && t->byte_id[*p] < 0)
+        t->byte_id[*p] = id;
+    if (!t->spm || t->kind[id] == BYTE || utf8_char(p, p + n, &c) != n) return;
+    int *known = &t->char_id[c == METASPACE ? ' ' : c];
+    if (*known == 0 || (t->kind[id] == NORMAL && t->kind[*known - 1] != NORMAL)) *known = id + 1;
+}
+
+// With characters for symbols, bytes of one character hold together, and a space is as good as
+// U+2581.
+static void open_spm_joins(Tokenizer *t) {
+    for (int a = 0x80; a < 256; a++) memset(&t->joins[a][0x80], true, 0x40);
+    for (int a = 0; a < 256; a++) t->joins[a][' '] = t->joins[a][0xe2] |= t->joins[a][' '];
+    for (int b = 0; b < 256; b++) t->joins[' '][b] = t->joins[0x81][b] |= t->joins[' '][b];
+}
+
 static int open_symbols(Tokenizer *t) {
-    for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
     if (t->spm && (t->char_id = calloc(N_CODE_POINTS, sizeof *t->char_id)) == NULL) return -1;
-    for (int id = t->n - 1; id >= 0; id--) {
+    for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
+    for (int id = 0; id < t->n; id++) {
         int n;
         const uint8_t *p = (const uint8_t *)tokenizer_piece(t, id, &n);
-        uint32_t c;
-        if (n == 0 || n > 4 || t->kind[id] == SPECIAL || t->kind[id] == UNUSED) continue;
-        if (n == 1 && t->kind[id] == (t->spm ? BYTE : NORMAL)) t->byte_id[*p] = id;
-        if (!t->spm || t->kind[id] == BYTE || utf8_char(p, p + n, &c) != n) continue;
-        if (c == METASPACE) c = ' ';
-        if (t->kind[id] == NORMAL || t->char_id[c] == 0) t->char_id[c] = id + 1;
+        if (n == 0 || t->kind[id] == SPECIAL || t->kind[id] == UNUSED) continue;
+        if (n <= 4) open_symbol(t, id, p, n);
+        for (int i = 1; i < n; i++) t->joins[p[i - 1]][p[i]] = true;
     }
+    if (t->spm) open_spm_joins(t);
     for (int b = 0; b < 256; b++) {
         int id = t->spm && b < 0x80 && t->char_id[b] > 0 ? t->char_id[b] - 1 : t->byte_id[b];
         t->symbol[b] = (uint32_t)(id >= 0 ? id : t->unk_id);
     }
     return 0;
-}
-
-// First and last byte of what each id stands for in the text, as first | last << 8.
-static uint16_t *edges_of(const Tokenizer *t) {
-    uint16_t *edges = malloc((size_t)t->n * sizeof *edges);
-    for (int id = 0; edges != NULL && id < t->n; id++) {
-        int n;
-        const uint8_t *p = (const uint8_t *)tokenizer_piece(t, id, &n);
-        uint8_t first = n > 0 ? p[0] : 0, last = n > 0 ? p[n - 1] : 0;
-        if (t->spm && n >= 3 && memcmp(p, "\xe2\x96\x81", 3) == 0) first = ' ';
-        if (t->spm && n >= 3 && memcmp(p + n - 3, "\xe2\x96\x81", 3) == 0) last = ' ';
-        edges[id] = (uint16_t)(first | last << 8);
-    }
-    return edges;
-}
-
-static void join(Tokenizer *t, int a, int b) { t->joins[a][b >> 5] |= 1u << (b & 31); }
-
-// With characters for symbols, bytes of one character hold together, and U+2581 is a space.
-static void open_spm_joins(Tokenizer *t) {
-    for (int a = 0x80; a < 256; a++)
-        for (int b = 0x80; b < 0xc0; b++) join(t, a, b);
-    for (int a = 0; a < 256; a++)
-        if (joined(t, (uint8_t)a, ' ')) join(t, a, 0xe2);
-    for (int b = 0; b < 256; b++)
-        if (joined(t, ' ', (uint8_t)b)) join(t, 0x81, b);
 }
 
 // Tables of 2^bits slots are at most three quarters full.
@@ -1240,43 +1306,42 @@ static int table_bits(int n) {
     return bits;
 }
 
-static int add_merge(Tokenizer *t, const uint16_t *edges, int row, char *err) {
-    uint32_t n = (uint32_t)t->n, left = (uint32_t)t->merge[row][0], right = (uint32_t)t->merge[row][1];
-    uint32_t result = (uint32_t)t->merge[row][2];
-    if (left >= n || right >= n || result >= n)
-        return fail(err, "tok.merges: row %d holds an id that is not below %d", row, t->n);
+static void add_pair(Tokenizer *t, uint32_t left, uint32_t right, int row) {
     uint64_t hash = pair_hash(left, right);
     uint32_t bit = (uint32_t)(hash >> (62 - t->pair_bits)), i = bit >> 2;
     while (t->pairs[i] != 0) i = (i + 1) & ((1u << t->pair_bits) - 1);
     t->pairs[i] = (uint32_t)hash >> t->row_bits << t->row_bits | (uint32_t)(row + 1);
     t->maybe[bit >> 5] |= 1u << (bit & 31);
-    int a = edges[left] >> 8, b = edges[right] & 255;
-    int32_t *key = &t->byte_key[a << 8 | b];
-    join(t, a, b);
-    if (*key == NO_KEY && t->symbol[a] == left && t->symbol[b] == right) *key = row * PLACES;
-    return 0;
 }
 
+// A merge that would make a special token is left out: no text becomes one.
 static int open_merges(Tokenizer *t, const TensorFile *f, char *err) {
     const Tensor *merges = tensors_get(f, err, "tok.merges", T_I32, 2, -1, 3);
     if (merges == NULL) return -1;
     if (merges->shape[0] >= NO_KEY / PLACES)
         return fail(err, "tensor tok.merges: %zu rows are too many", merges->shape[0]);
-    int n = (int)merges->shape[0];
+    int rows = (int)merges->shape[0];
+    uint32_t n = (uint32_t)t->n;
     t->merge = merges->data;
-    t->pair_bits = table_bits(n);
-    while (n >> t->row_bits != 0) t->row_bits++;
+    t->pair_bits = table_bits(rows);
+    while (rows >> t->row_bits != 0) t->row_bits++;
     t->pairs = calloc((size_t)1 << t->pair_bits, sizeof *t->pairs);
     t->maybe = calloc((size_t)1 << (t->pair_bits - 3), sizeof *t->maybe);
     t->byte_key = malloc(65536 * sizeof *t->byte_key);
-    uint16_t *edges = edges_of(t);
-    bool ok = t->pairs != NULL && t->maybe != NULL && t->byte_key != NULL && edges != NULL;
-    for (int i = 0; i < 65536 && ok; i++) t->byte_key[i] = NO_KEY;
-    int status = ok ? 0 : no_memory(err);
-    for (int i = 0; i < n && status == 0; i++) status = add_merge(t, edges, i, err);
-    if (t->spm) open_spm_joins(t);
-    free(edges);
-    return status;
+    if (t->pairs == NULL || t->maybe == NULL || t->byte_key == NULL) return no_memory(err);
+    for (int i = 0; i < rows; i++) {
+        const int32_t *row = t->merge[i];
+        if ((uint32_t)row[0] >= n || (uint32_t)row[1] >= n || (uint32_t)row[2] >= n)
+            return fail(err, "tok.merges: row %d holds an id that is not below %d", i, t->n);
+        if (t->kind[row[2]] != SPECIAL) add_pair(t, (uint32_t)row[0], (uint32_t)row[1], i);
+    }
+    for (int ab = 0; ab < 65536; ab++) {
+        uint32_t rank = NONE;
+        if (t->joins[ab >> 8][ab & 255])
+            rank = pair_rank(t, t->symbol[ab >> 8], t->symbol[ab & 255]);
+        t->byte_key[ab] = rank == NONE ? NO_KEY : (int32_t)(rank * PLACES);
+    }
+    return 0;
 }
 
 static int open_words(Tokenizer *t) {
@@ -1302,8 +1367,10 @@ static int open_stops(Tokenizer *t, const char *list, char *err) {
         long id = strtol(p, &end, 10);
         bool last = *end == 0;
         if (end == p || (!last && *end != ',') || id < 0 || id >= t->n || t->n_stops == MAX_STOPS)
-            return fail(err, "metadata tokenizer.stop_ids: expected at most %d ids below %d, found \"%.100s\"",
-                        MAX_STOPS, t->n, list);
+            return fail(
+                err,
+                "metadata tokenizer.stop_ids: expected at most %d ids below %d, found \"%.100s\"",
+                MAX_STOPS, t->n, list);
         t->stop[t->n_stops++] = (int)id;
         p = last ? end : end + 1;
     }
@@ -1311,7 +1378,8 @@ static int open_stops(Tokenizer *t, const char *list, char *err) {
 }
 
 static int open_meta(Tokenizer *t, const TensorFile *f, char *err) {
-    const char *model = tensors_meta(f, "tokenizer.model"), *split = tensors_meta(f, "tokenizer.split");
+    const char *model = tensors_meta(f, "tokenizer.model"),
+               *split = tensors_meta(f, "tokenizer.split");
     const char *stops = tensors_meta(f, "tokenizer.stop_ids");
     if (model == NULL || (strcmp(model, "bpe") != 0 && strcmp(model, "spm") != 0))
         return fail(err, "metadata tokenizer.model: expected \"bpe\" or \"spm\", found \"%.100s\"",
@@ -1320,7 +1388,8 @@ static int open_meta(Tokenizer *t, const TensorFile *f, char *err) {
     for (size_t i = 0; split != NULL && i < LENGTH(splitters); i++)
         if (strcmp(split, splitters[i].name) == 0) t->split = &splitters[i];
     if (t->split == NULL)
-        return fail(err, "metadata tokenizer.split: \"%.100s\" is not known", split ? split : "(nothing)");
+        return fail(err, "metadata tokenizer.split: \"%.100s\" is not known",
+                    split ? split : "(nothing)");
     if (tensors_meta_int(f, "tokenizer.nfc", 0, 1, &t->nfc, err) != 0 ||
         tensors_meta_int(f, "tokenizer.ignore_merges", 0, 1, &t->ignore_merges, err) != 0 ||
         tensors_meta_int(f, "tokenizer.add_bos", 0, 1, &t->add_bos, err) != 0 ||
@@ -1336,7 +1405,9 @@ static const char *text_meta(const TensorFile *f, const char *key) {
     return value == NULL ? "" : value;
 }
 
-static bool flag_meta(const TensorFile *f, const char *key) { return strcmp(text_meta(f, key), "1") == 0; }
+static bool flag_meta(const TensorFile *f, const char *key) {
+    return strcmp(text_meta(f, key), "1") == 0;
+}
 
 static void open_chat(ChatTemplate *c, const TensorFile *f) {
     c->present = flag_meta(f, "chat.present");
@@ -1359,7 +1430,8 @@ static int open_all(Tokenizer *t, const TensorFile *f, char *err) {
     if (open_vocabulary(t, f, err) != 0 || open_meta(t, f, err) != 0) return -1;
     if (open_classes(t) != 0 || open_symbols(t) != 0 || open_added(t) != 0) return no_memory(err);
     if (open_merges(t, f, err) != 0) return -1;
-    if ((t->nfc && open_nfc(t) != 0) || (t->ignore_merges && open_words(t) != 0)) return no_memory(err);
+    if ((t->nfc && open_nfc(t) != 0) || (t->ignore_merges && open_words(t) != 0))
+        return no_memory(err);
     open_chat(&t->chat, f);
     return 0;
 }

@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "test.h"
+#include "vocab.h"
 
 static char err[ERR_LEN];
 static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
@@ -226,80 +227,6 @@ static void test_invalid(const Fixture *f) {
 
 // ---- vocabularies made up here ----
 
-enum { MAX_TOKENS = 700, MAX_MERGES = 400 };
-
-// A file in memory: tok.* and tokenizer.*, to be changed before opening.
-typedef struct {
-    uint8_t bytes[32 * MAX_TOKENS], kind[MAX_TOKENS];
-    int32_t offsets[MAX_TOKENS + 1], merges[MAX_MERGES][3];
-    int n, n_merges;
-    Tensor tensors[4];
-    Meta meta[9];
-    TensorFile file;
-} Vocab;
-
-static int add_token(Vocab *v, const char *text, int bytes, int kind) {
-    memcpy(v->bytes + v->offsets[v->n], text, (size_t)bytes);
-    v->offsets[v->n + 1] = v->offsets[v->n] + bytes;
-    v->kind[v->n] = (uint8_t)kind;
-    return v->n++;
-}
-
-static void set_meta(Vocab *v, const char *key, const char *value) {
-    for (int i = 0; i < 9; i++)
-        if (strcmp(v->meta[i].key, key) == 0) v->meta[i].value = value;
-}
-
-// All 256 bytes as tokens (as byte-fallback tokens with spm), nothing else.
-static Vocab *vocab_new(const char *model, const char *split) {
-    static const char *const keys[] = {"tokenizer.add_bos",  "tokenizer.bos_id",       "tokenizer.ignore_merges",
-                                       "tokenizer.model",    "tokenizer.nfc",          "tokenizer.space_prefix",
-                                       "tokenizer.split",    "tokenizer.stop_ids",     "tokenizer.unk_id"};
-    Vocab *v = calloc(1, sizeof *v);
-    for (int i = 0; i < 9; i++) v->meta[i] = (Meta){keys[i], "0"};
-    set_meta(v, "tokenizer.model", model);
-    set_meta(v, "tokenizer.split", split);
-    set_meta(v, "tokenizer.bos_id", "-1");
-    set_meta(v, "tokenizer.unk_id", "-1");
-    set_meta(v, "tokenizer.stop_ids", "");
-    for (int b = 0; b < 256; b++) {
-        char c = (char)b;
-        add_token(v, &c, 1, strcmp(model, "spm") == 0 ? 3 : 0);
-    }
-    return v;
-}
-
-static Tokenizer *vocab_open(Vocab *v) {
-    size_t n = (size_t)v->n;
-    v->tensors[0] = (Tensor){"tok.bytes", T_U8, 1, {(size_t)v->offsets[n]}, v->bytes, (size_t)v->offsets[n]};
-    v->tensors[1] = (Tensor){"tok.kind", T_U8, 1, {n}, v->kind, n};
-    v->tensors[2] = (Tensor){"tok.merges", T_I32, 2, {(size_t)v->n_merges, 3}, v->merges, 12 * (size_t)v->n_merges};
-    v->tensors[3] = (Tensor){"tok.offsets", T_I32, 1, {n + 1}, v->offsets, 4 * (n + 1)};
-    v->file = (TensorFile){.tensors = v->tensors, .n_tensors = 4, .meta = v->meta, .n_meta = 9};
-    Tokenizer *t = tokenizer_open(&v->file, err);
-    return t;
-}
-
-static int find_token(const Vocab *v, const uint8_t *p, int n) {
-    for (int id = 0; id < v->n; id++)
-        if (v->offsets[id + 1] - v->offsets[id] == n && memcmp(v->bytes + v->offsets[id], p, (size_t)n) == 0) return id;
-    return -1;
-}
-
-// Byte-pair encoding as it is defined: the lowest rank in the text, the leftmost of it, again and again.
-static int merge_plainly(const Vocab *v, int *ids, int n) {
-    for (;;) {
-        int best = v->n_merges, at = 0;
-        for (int i = 0; i + 1 < n; i++)
-            for (int r = 0; r < best; r++)
-                if (v->merges[r][0] == ids[i] && v->merges[r][1] == ids[i + 1]) best = r, at = i;
-        if (best == v->n_merges) return n;
-        ids[at] = v->merges[best][2];
-        memmove(ids + at + 1, ids + at + 2, (size_t)(n - at - 2) * sizeof *ids);
-        n--;
-    }
-}
-
 // Merges of random tokens into longer ones. shuffled: ranks do not follow lengths, so that a merge may
 // bring up a pair that has to go before it.
 static void random_merges(Vocab *v, int letters, int merges, bool shuffled) {
@@ -314,6 +241,7 @@ static void random_merges(Vocab *v, int letters, int merges, bool shuffled) {
         if (a + b > 12) continue;
         memcpy(text, v->bytes + v->offsets[side[0]], (size_t)a);
         memcpy(text + a, v->bytes + v->offsets[side[1]], (size_t)b);
+        if (memchr(text + 1, ' ', (size_t)(a + b - 1)) != NULL) continue;  // words stay apart
         int result = find_token(v, text, a + b);
         if (result < 0) result = add_token(v, (char *)text, a + b, 0);
         bool known = false;
@@ -340,7 +268,7 @@ static void test_merging(void) {
         Vocab *v = vocab_new("bpe", "none");
         int letters = 1 + rand() % 4;
         random_merges(v, letters, 1 + rand() % 60, i % 3 == 0);
-        Tokenizer *t = vocab_open(v);
+        Tokenizer *t = vocab_open(v, err);
         if (!CHECK(t != NULL)) return;
         for (int k = 0; k < 6; k++) {
             int n = 1 + rand() % (k < 4 ? 200 : LONGEST), period = k % 2 ? 1 + rand() % 9 : n;
@@ -352,6 +280,37 @@ static void test_merging(void) {
             if (!CHECK(same_ids(&ids, want, n_want))) printf("vocabulary %d, text %d: %.*s\n", i, k, n, text);
             ids_free(&ids);
         }
+        tokenizer_close(t);
+        free(v);
+    }
+}
+
+// A text of words that come again, each merged by itself: what is remembered of them is right. Words
+// have up to 20 letters, so that some are too long to be remembered, and some end up as many tokens.
+static void test_words(void) {
+    enum { N = 30000 };
+    static char text[N + 64];
+    static int want[N + 64];
+    srand(3);
+    for (int i = 0; i < 20; i++) {
+        bool spm = i % 2;
+        Vocab *v = vocab_new(spm ? "spm" : "bpe", spm ? "none" : "gpt2");
+        for (int c = 'a'; spm && c <= 'd'; c++) add_token(v, (char[]){(char)c}, 1, 0);
+        if (spm) add_token(v, " ", 1, 0);
+        random_merges(v, spm ? 0 : 4, 40, false);
+        Tokenizer *t = vocab_open(v, err);
+        int n = 0, n_want = 0;
+        while (n < N) {
+            int from = n, letters = rand() % 4 == 0 ? 1 + rand() % 20 : 1 + rand() % 4;
+            if (n > 0) text[n++] = ' ';
+            for (int j = 0; j < letters; j++) text[n++] = (char)('a' + rand() % 4);
+            for (int j = from; j < n; j++)
+                want[n_want + j - from] = !spm ? text[j] : text[j] == ' ' ? 260 : 256 + text[j] - 'a';
+            n_want += merge_plainly(v, want + n_want, n - from);
+        }
+        Ids ids = {0};
+        CHECK(tokenizer_encode(t, text, (size_t)n, 0, &ids) == 0 && same_ids(&ids, want, n_want));
+        ids_free(&ids);
         tokenizer_close(t);
         free(v);
     }
@@ -372,7 +331,7 @@ static void test_long_chains(void) {
         memcpy(v->merges[v->n_merges++], (int32_t[3]){last, 'A' + i % 50, id}, sizeof v->merges[0]);
         last = id;
     }
-    Tokenizer *t = vocab_open(v);
+    Tokenizer *t = vocab_open(v, err);
     for (int cut = 0; cut < 3; cut++) {
         for (int i = 0; i < N; i++) text[i] = (char)('A' + (i + cut * (i / 700)) % 50);
         for (int i = 0; i < N; i++) want[i] = text[i];
@@ -389,7 +348,7 @@ static void test_long_chains(void) {
 static const char *ids_of(Vocab *v, const char *text, unsigned flags) {
     static char out[4096];
     Ids ids = {0};
-    Tokenizer *t = vocab_open(v);
+    Tokenizer *t = vocab_open(v, err);
     int at = 0;
     out[0] = 0;
     if (!CHECK(t != NULL && tokenizer_encode(t, text, strlen(text), flags, &ids) == 0)) return err;
@@ -419,6 +378,11 @@ static void test_added_tokens(void) {
     set_meta(v, "tokenizer.add_bos", "1");
     CHECK_STR(ids_of(v, "y", TOK_BOS), "256 121");
     CHECK_STR(ids_of(v, "y", TOK_SPECIAL), "121");
+    int part = add_token(v, "<a", 2, 0);
+    int32_t merges[2][3] = {{'<', 'a', part}, {part, '>', 256}};
+    memcpy(v->merges, merges, sizeof merges);
+    v->n_merges = 2;
+    CHECK_STR(ids_of(v, "<a>", 0), "262 62");  // nothing merges to a special token
     free(v);
 }
 
@@ -455,7 +419,7 @@ static void test_nfc(void) {
         {"e\xff\u0301", "e\xff\u0301"}, {"\xcc", "\xcc"}, {"e\u0301\xcc", "é\xcc"}, {"<e\u0301>", "<é>"}};
     Vocab *v = vocab_new("bpe", "none");
     set_meta(v, "tokenizer.nfc", "1");
-    Tokenizer *t = vocab_open(v);
+    Tokenizer *t = vocab_open(v, err);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Ids ids = {0};
         size_t n;
@@ -472,7 +436,7 @@ static void test_nfc(void) {
 // A character split over tokens shows when it is complete; the end of the answer shows what is left.
 static void test_streaming(void) {
     Vocab *v = vocab_new("bpe", "none");
-    Tokenizer *t = vocab_open(v);
+    Tokenizer *t = vocab_open(v, err);
     char out[TOK_STREAM_MAX];
     TokStream s = {0};
     const char *smile = "😀";
@@ -493,7 +457,7 @@ static void test_streaming(void) {
 
 static void refuse(Vocab *v, const char *reason) {
     err[0] = 0;
-    Tokenizer *t = vocab_open(v);
+    Tokenizer *t = vocab_open(v, err);
     CHECK(t == NULL);
     if (!CHECK(strstr(err, reason) != NULL)) printf("\"%s\" does not say \"%s\"\n", err, reason);
     tokenizer_close(t);
@@ -563,6 +527,7 @@ int main(void) {
         fixture_close(&f);
     }
     test_merging();
+    test_words();
     test_long_chains();
     test_added_tokens();
     test_spaces_and_unknowns();
