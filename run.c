@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "bench.h"
+#include "eval.h"
 #include "model.h"
 #include "policies.h"
 #include "tokenizer.h"
@@ -185,18 +186,19 @@ static const char *size_text(char buf[32], double bytes) {
 
 enum {
     GENERATE = 1, CHAT = 2, COMPRESS = 4, ASK = 8, SCORE = 16, LOGITS = 32, TOKENIZE = 64,
-    INFO = 128, BENCH = 256, ALL = 511,
+    INFO = 128, BENCH = 256, EVAL = 512, ALL = 1023,
     ANSWERS = GENERATE | CHAT | ASK, CONTEXT = COMPRESS | SCORE, RUNS = ALL & ~(TOKENIZE | INFO)
 };
 
 typedef struct {
     const char *prompt, *file, *ids, *out, *cache, *system, *task, *answer_prefix, *stop;
     const char *policy, *level, *set, *isa;
+    const char *ppl, *chart, *shard, *kvs;
     long threads, n, seed, n_prefix, chunk, batch;
     double temp, top_p, ratio;
     int score_attn, kv;  // which of the flag's choices; kv -1 when not given
-    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, json, quiet;
-    BenchList depths, ratios, prompts, batches;
+    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, merge, json, quiet;
+    BenchList depths, ratios, shares, prompts, batches;
     const char *command;
     char **args;  // [n_args] what is left: MODEL, CACHE, questions
     int n_args;
@@ -205,6 +207,7 @@ typedef struct {
 static const Options defaults = {
     .policy = "kvzip", .level = "pair", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .batch = 1, .temp = -1,
     .top_p = 0.95, .ratio = 0.3, .kv = -1, .depths = {{0, 1024}, 2}, .ratios = {{1, 0.3}, 2},
+    .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6}, .kvs = "f16",
     .prompts = {{512}, 1}, .batches = {{1, 4}, 2}};
 
 typedef enum { SWITCH, TEXT, COUNT, REAL, CHOICE, LIST } FlagKind;
@@ -223,15 +226,15 @@ typedef struct {
 #define AT(field) offsetof(Options, field)
 #define RATIO_MIN 1e-6
 static const Flag flags[] = {
-    {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH), 0,
+    {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH | EVAL), 0,
      "the text; - reads stdin"},
     {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, TOKENIZE, 0, "the text (default: stdin)"},
-    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH), 0,
+    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH | EVAL), 0,
      "a file with the text; - reads stdin"},
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, TOKENIZE, 0, "a file with the text or the ids"},
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, ASK, 0,
      "questions, one a line; the start of the answer may follow after a tab"},
-    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL, ALL & ~(CHAT | ASK | BENCH | INFO), 0,
+    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL, ALL & ~(CHAT | ASK | BENCH | EVAL | INFO), 0,
      "token ids instead of a text, decimal, white space between"},
     {"--n-prefix", "N", COUNT, AT(n_prefix), 0, INT_MAX, NULL, CONTEXT, 0,
      "with --ids: the first N are the protected prefix (default 0)"},
@@ -244,23 +247,39 @@ static const Flag flags[] = {
      "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
     {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH, SCORE,
      "which pairs compete for a place (default pair):"},
-    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH, 0,
+    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL, 0,
      "parameters of the policy and the level, as listed there"},
+    {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0, "who scores (default kvzip):"},
+    {"--level", "NAME,..", TEXT, AT(level), 0, 0, NULL, EVAL, 0,
+     "which pairs compete for a place (default pair):"},
+    {"--ratio", "R,..", LIST, AT(shares), RATIO_MIN, 1, NULL, EVAL, 0,
+     "shares of the context's pairs that stay (default 1,0.7,0.5,0.3,0.2,0.1)"},
+    {"--kv", "TYPE,..", TEXT, AT(kvs), 0, 0, NULL, EVAL, 0,
+     "numbers of the cache, f16 or f32 (default f16); the first one's full cache is the yardstick"},
+    {"-o", "FILE", TEXT, AT(out), 0, 0, NULL, EVAL, 0,
+     "results, added as they come; what is there already is not done again"},
+    {"--chart", "FILE", TEXT, AT(chart), 0, 0, NULL, EVAL, 0, "an SVG of the results"},
+    {"--shard", "I/N", TEXT, AT(shard), 0, 0, NULL, EVAL, 0,
+     "only every N-th context, from the I-th on"},
+    {"--merge", NULL, SWITCH, AT(merge), 0, 0, NULL, EVAL, 0,
+     "the arguments are files of results, of shards for example: one table of all"},
+    {"--ppl", "FILE", TEXT, AT(ppl), 0, 0, NULL, EVAL, 0,
+     "perplexity of a text, with the windows of llama-perplexity, instead of tasks"},
     {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS, SCORE,
      "the authors' threshold rule, which drops ties, instead of the exact count"},
-    {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH, 0,
+    {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH | EVAL, 0,
      "tokens repeated at a time (default 2000)"},
-    {"--score-attn", "HOW", CHOICE, AT(score_attn), 0, 0, "full|local", CONTEXT, BENCH,
+    {"--score-attn", "HOW", CHOICE, AT(score_attn), 0, 0, "full|local", CONTEXT | EVAL, BENCH,
      "the repeated text sees all of the context (default), or its own part"},
-    {"--system", "TEXT", TEXT, AT(system), 0, 0, NULL, CHAT | CONTEXT, 0,
+    {"--system", "TEXT", TEXT, AT(system), 0, 0, NULL, CHAT | CONTEXT | EVAL, 0,
      "system text of the chat"},
-    {"--task", "TEXT", TEXT, AT(task), 0, 0, NULL, CONTEXT, 0,
+    {"--task", "TEXT", TEXT, AT(task), 0, 0, NULL, CONTEXT | EVAL, 0,
      "what stands before the context instead of a request to answer briefly"},
-    {"--raw", NULL, SWITCH, AT(raw), 0, 0, NULL, ASK | CONTEXT, 0,
+    {"--raw", NULL, SWITCH, AT(raw), 0, 0, NULL, ASK | CONTEXT | EVAL, 0,
      "no chat template: context and questions are taken as they are"},
     {"--answer-prefix", "TEXT", TEXT, AT(answer_prefix), 0, 0, NULL, ASK, 0,
      "the start of every answer, which small models need"},
-    {"--stop", "TEXT", TEXT, AT(stop), 0, 0, NULL, ANSWERS, 0, "end an answer after this text"},
+    {"--stop", "TEXT", TEXT, AT(stop), 0, 0, NULL, ANSWERS | EVAL, 0, "end an answer after this text"},
     {"--keep", NULL, SWITCH, AT(keep), 0, 0, NULL, ASK, 0,
      "each question sees the ones before it and their answers"},
     {"--batch", "N", COUNT, AT(batch), 1, MAX_BATCH, NULL, ASK, 0,
@@ -286,6 +305,8 @@ static const Flag flags[] = {
     {"-n", "N", COUNT, AT(n), 0, INT_MAX, NULL, ASK, ALL,
      "tokens of an answer at most (default 96)"},
     {"-n", "N", COUNT, AT(n), 1, 4096, NULL, BENCH, ALL, "tokens of a decode run (default 32)"},
+    {"-n", "N", COUNT, AT(n), 1, 65536, NULL, EVAL, ALL,
+     "tokens of an answer at most (default 96), or of a window of --ppl (default 512)"},
     {"--temp", "T", REAL, AT(temp), 0, 100, NULL, GENERATE | CHAT, ALL,
      "temperature (default 0.7; 0: always the likeliest token)"},
     {"--temp", "T", REAL, AT(temp), 0, 100, NULL, ASK, ALL,
@@ -297,7 +318,7 @@ static const Flag flags[] = {
     {"-j", "N", COUNT, AT(threads), 1, 1024, NULL, RUNS, ALL, "threads (default: one per core)"},
     {"--isa", "SET", TEXT, AT(isa), 0, 0, NULL, RUNS, ALL,
      "scalar, avx2, avx512 or neon (default: the best)"},
-    {"--kv", "TYPE", CHOICE, AT(kv), 0, 0, "f16|f32", RUNS, ALL,
+    {"--kv", "TYPE", CHOICE, AT(kv), 0, 0, "f16|f32", RUNS & ~EVAL, ALL & ~EVAL,
      "numbers of the cache (default f16)"},
     {"--json", NULL, SWITCH, AT(json), 0, 0, NULL, ALL, ALL, "one JSON object a line"},
     {"-q", NULL, SWITCH, AT(quiet), 0, 0, NULL, ALL, ALL, "no progress, no figures"},
@@ -543,8 +564,8 @@ static void check_output(const Options *o) {
         return;
     }
     if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", o->out);
-    const char *const inputs[] = {o->args[0], o->file, o->ids, o->cache};
-    for (int i = 0; i < 4; i++)
+    const char *const inputs[] = {o->args[0], o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids, o->cache};
+    for (int i = 0; i < 5; i++)
         if (same_file(inputs[i], &st))
             die("%s: is read by this command, so it cannot be -o", o->out);
 }
@@ -658,6 +679,7 @@ static void warn_length(Session *s, long positions) {
 
 typedef struct {
     bool on;           // on a terminal, not with -q
+    const char *unit;  // of what is counted; NULL: tokens
     const char *what;  // the work that started at `start`
     double start, last, shown;
 } Progress;
@@ -680,8 +702,9 @@ static int progress_step(void *arg, const char *what, long done, long total) {
     if (done > total) done = total;
     if (p->on && done > 0 && elapsed >= 0.5 && t - p->shown >= 0.1) {
         int bar = (int)(WIDTH * done / total), left = (int)(elapsed / done * (total - done) + 0.5);
-        fprintf(stderr, "\r%-8s [%.*s%*s] %3ld%%  %.0f tokens/s  %d:%02d left \033[K", what, bar,
-                full, WIDTH - bar, "", 100 * done / total, done / elapsed, left / 60, left % 60);
+        fprintf(stderr, "\r%-8s [%.*s%*s] %3ld%%  %.0f %s/s  %d:%02d left \033[K", what, bar, full,
+                WIDTH - bar, "", 100 * done / total, done / elapsed, p->unit ? p->unit : "tokens",
+                left / 60, left % 60);
         p->shown = t;
     }
     return interrupted != 0;
@@ -1141,21 +1164,28 @@ static void add_name(Buffer *names, const char *name) {
     buffer_add(names, name, strlen(name));
 }
 
+static const Policy *get_policy(const Options *o, const char *name) {
+    const Policy *policy = policy_find(name);
+    if (policy) return policy;
+    Buffer names = {0};
+    for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
+    die_usage(o->command, "--policy %s: there are%s", name, names.s);
+}
+
+static const Level *get_level(const Options *o, const char *name) {
+    const Level *level = level_find(name);
+    if (level) return level;
+    Buffer names = {0};
+    for (const Level *l = levels; l->name; l++) add_name(&names, l->name);
+    die_usage(o->command, "--level %s: there are%s", name, names.s);
+}
+
 // A context that knows how it will be compressed, and nothing else yet.
 static Context chosen_method(const Options *o) {
     char err[ERR_LEN];
     Context c = {.chunk = (int)o->chunk, .local = o->score_attn == 1, .ref_ties = o->ref_ties};
-    const Policy *policy = policy_find(o->policy);
-    const Level *level = level_find(o->level);
-    Buffer names = {0};
-    if (!policy) {
-        for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
-        die_usage(o->command, "--policy %s: there are%s", o->policy, names.s);
-    }
-    if (!level) {
-        for (const Level *l = levels; l->name; l++) add_name(&names, l->name);
-        die_usage(o->command, "--level %s: there are%s", o->level, names.s);
-    }
+    const Policy *policy = get_policy(o, o->policy);
+    const Level *level = get_level(o, o->level);
     if (context_set(&c, policy, level, o->set, err) != 0)
         die_usage(o->command, "--set %s: %s", o->set, err);
     return c;
@@ -1698,6 +1728,219 @@ static int cmd_bench(const Options *o) {
     return 0;
 }
 
+// ---- eval ----
+
+static int perplexity_step(void *arg, int window, int n_windows, double ppl) {
+    Progress *p = arg;
+    if (p->on) fprintf(stderr, "\rwindow %d of %d: %.4f \033[K", window, n_windows, ppl);
+    p->shown = now();
+    return interrupted != 0;
+}
+
+static int eval_text(const Options *o) {
+    Session s;
+    char err[ERR_LEN];
+    PerplexityResult r;
+    if (o->n_args != 1) die_usage(o->command, "--ppl needs MODEL alone, not '%s'", o->args[1]);
+    Buffer text = read_all(o->ppl);
+    catch_signals();
+    open_session(&s, o, NULL, MAX_BATCH);
+    Progress progress = progress_begin(&s);
+    Perplexity p = {.state = &s.state, .tok = s.tok, .kv = s.kv.type, .window = o->n < 0 ? 512 : (int)o->n,
+                    .progress = perplexity_step, .arg = &progress};
+    double start = now();
+    int rc = eval_perplexity(&p, text.s, text.n, &r, err);
+    progress_end(&progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s: %s", o->ppl, err);
+    if (o->json) {
+        json("{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ", o->ppl,
+             kvcache_type_name(s.kv.type), p.window, r.value, r.low);
+        json("'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error, r.n, now() - start);
+    } else {
+        out("perplexity %.4f +- %.5f over %d tokens in windows of %d\n", r.value, r.error, r.n, p.window);
+    }
+    flush();
+    free(text.s);
+    close_session(&s);
+    return 0;
+}
+
+static bool same_table(const EvalRow *a, const EvalRow *b) {
+    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0;
+}
+
+static bool same_line(const EvalRow *a, const EvalRow *b) {
+    return same_table(a, b) && strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
+           strcmp(a->kv, b->kv) == 0;
+}
+
+// The first row that is in the same table, or on the same line of it, as rows[i] is i itself.
+static bool is_first(const EvalRow *rows, int i, bool (*same)(const EvalRow *a, const EvalRow *b)) {
+    int first = 0;
+    while (!same(&rows[first], &rows[i])) first++;
+    return first == i;
+}
+
+// The different ratios of all rows, from the largest down; returns how many.
+static int table_columns(const EvalRow *rows, int n, double *column, int most) {
+    int n_columns = 0;
+    for (double last = INFINITY, next; n_columns < most; column[n_columns++] = last = next) {
+        next = -1;
+        for (int i = 0; i < n; i++)
+            if (rows[i].ratio < last && rows[i].ratio > next) next = rows[i].ratio;
+        if (next < 0) break;
+    }
+    return n_columns;
+}
+
+static void print_cell(const EvalRow *row, bool share) {
+    char text[64];
+    snprintf(text, sizeof text, share ? "%.1f ±%.1f" : "%.4f ±%.4f", (share ? 100 : 1) * row->value,
+             (share ? 50 : 0.5) * (row->high - row->low));
+    out("%17s", text);  // one byte more than it shows
+}
+
+// One line per policy, one column per ratio; ± is half the width of the 95% interval.
+static void print_table(const EvalRow *rows, int n, int first, const double *column, int n_columns) {
+    const EvalRow *head = &rows[first];
+    bool share = strcmp(head->metric, "kl") != 0 && strcmp(head->metric, "nll") != 0;
+    char name[64];
+    snprintf(name, sizeof name, "%s, %s, %d answers", head->metric, share ? "%" : "nat/token", head->n);
+    out("%s\n%-30s", head->task, name);
+    for (int k = 0; k < n_columns; k++) out("%16g", column[k]);
+    put("\n", 1);
+    for (int i = first; i < n; i++) {
+        if (!same_table(&rows[i], head) || !is_first(rows, i, same_line)) continue;
+        snprintf(name, sizeof name, "  %s %s %s", rows[i].policy, rows[i].level, rows[i].kv);
+        out("%-30s", name);
+        for (int k = 0; k < n_columns; k++) {
+            int j = i;
+            while (j < n && !(same_line(&rows[j], &rows[i]) && rows[j].ratio == column[k])) j++;
+            if (j < n) print_cell(&rows[j], share);
+            else out("%16s", "");
+        }
+        put("\n", 1);
+    }
+}
+
+static void print_rows(const Options *o, const EvalResults *results) {
+    enum { COLUMNS = 16 };
+    char err[ERR_LEN];
+    double column[COLUMNS];
+    EvalRow *rows;
+    int n;
+    if (eval_rows(results, &rows, &n, err) != 0) die("%s", err);
+    int n_columns = table_columns(rows, n, column, COLUMNS);
+    for (int i = 0; i < n; i++) {
+        const EvalRow *r = &rows[i];
+        if (o->json) {
+            json("{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ", r->task,
+                 r->policy, r->level, r->ratio, r->kept, r->kv);
+            json("'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n", r->metric, r->value,
+                 r->low, r->high, r->n);
+        } else if (is_first(rows, i, same_table)) {
+            print_table(rows, n, i, column, n_columns);
+        }
+    }
+    flush();
+    if (o->chart && eval_chart(rows, n, o->chart, err) != 0) die("%s", err);
+    free(rows);
+}
+
+static int eval_merge(const Options *o) {
+    EvalResults results = {0};
+    char err[ERR_LEN];
+    for (int i = 0; i < o->n_args; i++)
+        if (eval_results_open(&results, o->args[i], false, err) != 0) die("%s: %s", o->args[i], err);
+    if (o->out) check_output(o);
+    if (o->out && eval_results_save(&results, o->out, err) != 0) die("%s: %s", o->out, err);
+    print_rows(o, &results);
+    eval_results_close(&results);
+    return 0;
+}
+
+// The next of the names between commas, or NULL. The result is malloc'ed.
+static char *next_name(const char **list) {
+    if (!*list || !**list) return NULL;
+    size_t n = strcspn(*list, ",");
+    char *name = copy_text(*list, n);
+    *list += n + ((*list)[n] == ',');
+    return name;
+}
+
+static KVType get_kv(const Options *o, const char *name) {
+    const KVType types[] = {KV_F16, KV_F32};
+    for (int i = 0; i < 2; i++)
+        if (strcmp(kvcache_type_name(types[i]), name) == 0) return types[i];
+    die_usage(o->command, "--kv %s: there are f16 and f32", name);
+}
+
+// What is compared with what, from the flags.
+static void eval_lists(const Options *o, Eval *e) {
+    const char *policy = o->policy, *level = o->level, *kv = o->kvs;
+    char *name;
+    char err[ERR_LEN];
+    for (; e->n_policies < EVAL_LIST && (name = next_name(&policy)); free(name))
+        e->policy[e->n_policies++] = get_policy(o, name);
+    for (; e->n_levels < EVAL_LIST && (name = next_name(&level)); free(name))
+        e->level[e->n_levels++] = get_level(o, name);
+    for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); free(name)) e->kv[e->n_kvs++] = get_kv(o, name);
+    for (; e->n_ratios < o->shares.n; e->n_ratios++) e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
+    if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
+    if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
+    e->n_shards = 1;
+    char end;
+    if (o->shard && (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 || e->shard < 1 ||
+                     e->shard > e->n_shards))
+        die_usage(o->command, "--shard %s: needs I/N, I from 1 to N", o->shard);
+    if (o->shard) e->shard--;
+}
+
+static int ask_ids(void *arg, const EvalQuestion *q, Ids *ids) {
+    const Talk talk = {.on_context = true};
+    Question question = {(char *)q->question, (char *)q->answer_prefix};
+    question_ids(arg, &talk, &question, ids);
+    return 0;
+}
+
+static int eval_step(void *arg, long done, long total) { return progress_step(arg, "eval", done, total); }
+
+static int cmd_eval(const Options *o) {
+    Session s;
+    EvalTasks tasks;
+    EvalResults results = {0};
+    Ids prefix = {0};
+    char err[ERR_LEN];
+    if (o->merge) return eval_merge(o);
+    if (o->ppl) return eval_text(o);
+    if (o->n_args != 2) die_usage(o->command, "needs MODEL TASKS.jsonl");
+    Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n, .stop = o->stop, .set = o->set, .settings = o->raw};
+    eval_lists(o, &e);
+    if (o->out) check_output(o);
+    if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
+    if (o->out && eval_results_open(&results, o->out, true, err) != 0) die("%s: %s", o->out, err);
+    catch_signals();
+    open_session(&s, o, NULL, MAX_BATCH);
+    prefix_ids(&s, &prefix);
+    Progress progress = progress_begin(&s);
+    progress.unit = "answers";
+    e.state = &s.state, e.prefix = &prefix, e.ask = ask_ids, e.ask_arg = &s;
+    e.progress = eval_step, e.progress_arg = &progress;
+    e.context = (Context){.tok = s.tok, .chunk = (int)o->chunk, .local = o->score_attn == 1,
+                          .postfix = o->raw ? "\n" : tokenizer_chat(s.tok)->kvzip_postfix};
+    int rc = eval_run(&e, &tasks, &results, err);
+    progress_end(&progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s", err);
+    print_rows(o, &results);
+    eval_results_close(&results);
+    eval_tasks_close(&tasks);
+    ids_free(&prefix);
+    close_session(&s);
+    return 0;
+}
+
 // ---- main ----
 
 static const Command commands[] = {
@@ -1731,6 +1974,12 @@ static const Command commands[] = {
     {"bench", BENCH, "MODEL", 1, 1, cmd_bench,
      "prefill, decode, scoring and loading at given depths and ratios",
      "  run bench smollm2.kvz --depth 0,2048,8192 --ratio 1,0.3 --batch 1,8\n"},
+    {"eval", EVAL, "MODEL TASKS.jsonl | MODEL --ppl FILE | --merge FILE...", 1, INT_MAX, cmd_eval,
+     "what compressing costs in answers: policies, levels and ratios beside the full cache",
+     "  run eval smollm2.kvz facts.jsonl --policy kvzip,snapkv --ratio 1,0.3,0.1 -o facts.results\n"
+     "  run eval smollm2.kvz facts.jsonl --shard 2/4 -o facts.2\n"
+     "  run eval --merge facts.1 facts.2 facts.3 facts.4 --chart facts.svg\n"
+     "  run eval smollm2.kvz --ppl wiki.test.raw\n"},
     {"info", INFO, "FILE", 1, 1, cmd_info,
      "what a model, a saved cache or any safetensors file holds, and where its bytes go",
      "  run info smollm2.kvz\n  run info town.kvc --json\n"},
