@@ -111,6 +111,7 @@ static void max_into_scalar(float *run, const float *s, float b) {
 }
 
 static void quantize_scalar(const Acts *a, int t0, int t1) {
+    int16_t *q = a->q;
     for (int t = t0; t < t1; t++) {
         for (int g = 0; g < a->stride / QGROUP; g++) {
             size_t at = (size_t)t * a->stride + (size_t)g * QGROUP, group = at / QGROUP;
@@ -118,9 +119,10 @@ static void quantize_scalar(const Acts *a, int t0, int t1) {
             for (int i = 0; i < QGROUP; i++) max = fmaxf(max, fabsf(a->x[at + i]));
             float scale = max / 127.0f, inv = max > 0.0f ? 127.0f / max : 0.0f;
             int sum = 0;
-            for (int i = 0; i < QGROUP; i++) sum += a->q[at + i] = (int16_t)lrintf(a->x[at + i] * inv);
+            for (int i = 0; i < QGROUP; i++) sum += q[at + i] = (int16_t)lrintf(a->x[at + i] * inv);
             a->scale[group] = scale;
             a->sum[group] = scale * (float)sum;
+            a->shift[group] = -128 * sum;
         }
     }
 }
@@ -213,7 +215,7 @@ static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
         unpack_int_scalar(&b, w, panel, c0, cols);
         for (int t = t0; t < t1; t++) {
-            const int16_t *q = x->q + (size_t)t * x->stride + c0;
+            const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride + c0;
             size_t group = ((size_t)t * x->stride + c0) / QGROUP;
             for (int r = 0; r < PANEL; r++) {
                 float sum = c0 > 0 ? out[t * ld + r] : 0.0f;
@@ -233,6 +235,7 @@ static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
 
 static const Kernels scalar_kernels = {
     .name = "scalar",
+    .q_size = 2,
     .matmul = {matmul_float_scalar, matmul_float_scalar, matmul_float_scalar, matmul_int_scalar, matmul_int_scalar},
     .quantize = quantize_scalar,
     .gemm_f32 = gemm_f32_scalar,
@@ -398,10 +401,12 @@ AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
         __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
         for (int i = 0; i < 4; i += 2) {
             __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[i], q[i + 1]), 0xd8);
-            _mm256_storeu_si256((void *)(a->q + at + 8 * i), packed);
+            _mm256_storeu_si256((void *)((int16_t *)a->q + at + 8 * i), packed);
         }
+        float total = hsum(_mm256_cvtepi32_ps(sum));
         a->scale[at / QGROUP] = scale;
-        a->sum[at / QGROUP] = scale * hsum(_mm256_cvtepi32_ps(sum));
+        a->sum[at / QGROUP] = scale * total;
+        a->shift[at / QGROUP] = -128 * (int)total;
     }
 }
 
@@ -565,7 +570,7 @@ AVX2_INLINE __m256i add_in_order(__m256i a, __m256i b) {
 // integers, then scaled. sum [T][16] are the running results.
 AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0, int cols,
                           const bool offset, const int T) {
-    const int16_t *q = x->q + (size_t)t * x->stride + c0;
+    const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride + c0;
     for (int g = 0; g < cols / QGROUP; g++) {
         __m256i acc[4][2];
         UNROLL for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
@@ -669,7 +674,7 @@ AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Ac
     int groups = w->cols_padded / QGROUP;
     const uint8_t *line = w->data + (size_t)panel * groups * (q4 ? 256 : 512);
     const uint16_t *scale = w->scale + (size_t)panel * groups * PANEL;
-    const int16_t *q = x->q + (size_t)t * x->stride;
+    const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride;
     const __m128i zero = _mm_set1_epi8(offset ? 0 : 8);  // of q4
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int g = 0; g < groups; g++) {
@@ -712,6 +717,7 @@ AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int pane
 
 static const Kernels avx2_kernels = {
     .name = "avx2",
+    .q_size = 2,
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2, matmul_q4_avx2},
     .quantize = quantize_avx2,
     .gemm_f32 = gemm_f32_avx2,
@@ -732,6 +738,255 @@ static bool has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
 }
+
+// ---- AVX-512 with VNNI: x86-64 servers, and laptops from Ice Lake (2019) and Zen 4 (2022) on ----
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define AVX512_INLINE \
+    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+
+// As exp_avx2; the power of two is one instruction.
+AVX512_INLINE __m512 exp_avx512(__m512 x) {
+    __mmask16 in_range = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);  // true for NaN
+    x = _mm512_min_ps(_mm512_set1_ps(88.37f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(in_range, p, n);
+}
+
+AVX512_INLINE __m512 gate_avx512(__m512 x, __m512 u, __m512 y) {
+    __m512 e = exp_avx512(_mm512_sub_ps(_mm512_setzero_ps(), u));
+    return _mm512_mul_ps(_mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), y);
+}
+
+AVX512 static void silu_mul_avx512(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        _mm512_storeu_ps(x + i, gate_avx512(v, v, _mm512_loadu_ps(y + i)));
+    }
+    silu_mul_avx2(x + i, y + i, n - i);
+}
+
+AVX512 static void gelu_mul_avx512(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i), v2 = _mm512_mul_ps(v, v);
+        __m512 u = _mm512_fmadd_ps(_mm512_mul_ps(v2, v), _mm512_set1_ps(GELU_B), v);
+        u = _mm512_mul_ps(u, _mm512_set1_ps(GELU_A));
+        _mm512_storeu_ps(x + i, gate_avx512(v, u, _mm512_loadu_ps(y + i)));
+    }
+    gelu_mul_avx2(x + i, y + i, n - i);
+}
+
+AVX512 static float max64_avx512(const float *s) {
+    __m512 a = _mm512_max_ps(_mm512_loadu_ps(s), _mm512_loadu_ps(s + 16));
+    __m512 b = _mm512_max_ps(_mm512_loadu_ps(s + 32), _mm512_loadu_ps(s + 48));
+    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+}
+
+AVX512 static float exp64_avx512(float *s, float m) {
+    __m512 e[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        e[i] = exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(s + 16 * i), _mm512_set1_ps(m)));
+        _mm512_storeu_ps(s + 16 * i, e[i]);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
+}
+
+AVX512 static void max_into_avx512(float *run, const float *s, float b) {
+    for (int i = 0; i < PAGE; i += 16) {
+        __m512 v = _mm512_add_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(b));
+        _mm512_storeu_ps(run + i, _mm512_max_ps(v, _mm512_loadu_ps(run + i)));
+    }
+}
+
+AVX512 static void quantize_avx512(const Acts *a, int t0, int t1) {
+    for (size_t at = (size_t)t0 * a->stride; at < (size_t)t1 * a->stride; at += QGROUP) {
+        __m512 v0 = _mm512_loadu_ps(a->x + at), v1 = _mm512_loadu_ps(a->x + at + 16);
+        float max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v0), _mm512_abs_ps(v1)));
+        __m512 inv = _mm512_set1_ps(max > 0.0f ? 127.0f / max : 0.0f);
+        __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inv)), q1 = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inv));
+        _mm_storeu_si128((void *)((int8_t *)a->q + at), _mm512_cvtepi32_epi8(q0));
+        _mm_storeu_si128((void *)((int8_t *)a->q + at + 16), _mm512_cvtepi32_epi8(q1));
+        int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1));
+        a->scale[at / QGROUP] = max / 127.0f;
+        a->sum[at / QGROUP] = max / 127.0f * (float)sum;
+        a->shift[at / QGROUP] = -128 * sum;
+    }
+}
+
+AVX512_INLINE __m512 load16(const void *b, size_t i, const bool half) {
+    if (half) return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const uint16_t *)b + i)));
+    return _mm512_loadu_ps((const float *)b + i);
+}
+
+// As gemm_tile: R * C + C + 1 <= 32.
+AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
+    float *c = g->c + (size_t)i * g->ldc + j;
+    const float *a = g->a + (size_t)i * g->lda;
+    __m512 acc[12][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
+        }
+    }
+    for (int k = 0; k < g->inner; k++) {
+        __m512 b[4];
+        UNROLL for (int v = 0; v < C; v++) b[v] = load16(g->b, k * g->ldb + (size_t)(j + 16 * v), half);
+        UNROLL for (int r = 0; r < R; r++) {
+            __m512 ar = _mm512_set1_ps(a[r * g->lda + k]);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm512_fmadd_ps(ar, b[v], acc[r][v]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) _mm512_storeu_ps(c + r * g->ldc + 16 * v, acc[r][v]);
+    }
+}
+
+AVX512_INLINE void gemm_rows512(const Gemm *g, int i, const int R, const int C, const bool half) {
+    int j = 0;
+    for (; j + 16 * C <= g->cols; j += 16 * C) gemm_tile512(g, i, j, R, C, half);
+    for (; j < g->cols; j += 16) gemm_tile512(g, i, j, R, 1, half);
+}
+
+AVX512_INLINE void gemm_avx512(const Gemm *g, const bool half) {
+    int i = 0;
+    if (g->cols < 64) {
+        for (; i + 12 <= g->n; i += 12) gemm_rows512(g, i, 12, 1, half);
+    }
+    for (; i + 6 <= g->n; i += 6) gemm_rows512(g, i, 6, 4, half);
+    for (; i + 3 <= g->n; i += 3) gemm_rows512(g, i, 3, 4, half);
+    for (; i < g->n; i++) gemm_rows512(g, i, 1, 4, half);
+}
+
+AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
+                                   int cols, bool add) {
+    if (cols % 16) gemm_f32_avx2(c, ldc, a, lda, b, n, inner, cols, add);
+    else gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+}
+
+AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
+                                   int cols, bool add) {
+    if (cols % 16) gemm_f16_avx2(c, ldc, a, lda, b, n, inner, cols, add);
+    else gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+}
+
+AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                                       int t1) {
+    float block[BLOCK * PANEL];
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        const float *b = block;
+        if (w->type == W_F32) b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+        else unpack_16bit_avx2(block, w, panel, c0, cols);
+        gemm_f32_avx512(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols, PANEL,
+                        c0 > 0);
+    }
+}
+
+// A q8 or q4 panel and where its scales and offsets are.
+typedef struct {
+    const uint8_t *line;
+    const uint16_t *scale, *offset;
+    const Acts *x;
+    int groups;
+} IntPanel;
+
+// Weights of 4 columns by 16 rows as unsigned bytes, 128 more than they are (q4 with offsets: as they are).
+// A q4 line holds two such quads.
+AVX512_INLINE __m512i load_quads(const uint8_t *line, int quad, const bool q4, const bool offset) {
+    if (!q4) return _mm512_xor_si512(_mm512_loadu_si512(line + 64 * quad), _mm512_set1_epi8((char)0x80));
+    __m512i v = _mm512_loadu_si512(line + 64 * (quad / 2));
+    if (quad % 2) v = _mm512_srli_epi16(v, 4);
+    v = _mm512_and_si512(v, _mm512_set1_epi8(15));
+    return offset ? v : _mm512_add_epi8(v, _mm512_set1_epi8(120));
+}
+
+// T tokens against a whole panel, straight from the file. vpdpbusd multiplies unsigned by signed bytes, so
+// weights are made unsigned and each sum starts at -128 * sum(q). The same integers as everywhere.
+AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4, const bool offset,
+                             const int T) {
+    const Acts *x = p->x;
+    const int8_t *q = (const int8_t *)x->q + (size_t)t * x->stride;
+    size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
+    __m512 sum[12];
+    UNROLL for (int i = 0; i < T; i++) sum[i] = _mm512_setzero_ps();
+    for (int g = 0; g < p->groups; g++, at++, q += QGROUP) {
+        const uint8_t *line = p->line + (size_t)g * QGROUP * PANEL / (q4 ? 2 : 1);
+        __m512i acc[12];
+        UNROLL for (int i = 0; i < T; i++) acc[i] = offset ? _mm512_setzero_si512() : _mm512_set1_epi32(x->shift[at + i * step]);
+        UNROLL for (int quad = 0; quad < QGROUP / 4; quad++) {
+            __m512i w = load_quads(line, quad, q4, offset);
+            UNROLL for (int i = 0; i < T; i++) {
+                int a;
+                memcpy(&a, q + (size_t)i * x->stride + 4 * quad, 4);
+                acc[i] = _mm512_dpbusd_epi32(acc[i], w, _mm512_set1_epi32(a));
+            }
+        }
+        __m512 scale = load16(p->scale, (size_t)g * PANEL, true);
+        __m512 shift = offset ? load16(p->offset, (size_t)g * PANEL, true) : scale;
+        UNROLL for (int i = 0; i < T; i++) {
+            __m512 s = _mm512_mul_ps(scale, _mm512_set1_ps(x->scale[at + i * step]));
+            sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i]), s, sum[i]);
+            if (offset) sum[i] = _mm512_fmadd_ps(shift, _mm512_set1_ps(x->sum[at + i * step]), sum[i]);
+        }
+    }
+    UNROLL for (int i = 0; i < T; i++) _mm512_storeu_ps(out + (t + i) * ld, sum[i]);
+}
+
+AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
+                               const bool q4, const bool offset) {
+    int groups = w->cols_padded / QGROUP, t = t0;
+    size_t first = (size_t)panel * groups;
+    IntPanel p = {w->data + first * QGROUP * PANEL / (q4 ? 2 : 1), w->scale + first * PANEL,
+                  offset ? w->offset + first * PANEL : NULL, x, groups};
+    for (; t + 12 <= t1; t += 12) vnni_tile(out, ld, &p, t, q4, offset, 12);
+    for (; t + 4 <= t1; t += 4) vnni_tile(out, ld, &p, t, q4, offset, 4);
+    for (; t < t1; t++) vnni_tile(out, ld, &p, t, q4, offset, 1);
+}
+
+AVX512 static void matmul_q8_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    matmul_vnni(out, ld, w, panel, x, t0, t1, false, false);
+}
+
+AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    if (w->offset) matmul_vnni(out, ld, w, panel, x, t0, t1, true, true);
+    else matmul_vnni(out, ld, w, panel, x, t0, t1, true, false);
+}
+
+static const Kernels avx512_kernels = {
+    .name = "avx512",
+    .q_size = 1,
+    .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512, matmul_q4_avx512},
+    .quantize = quantize_avx512,
+    .gemm_f32 = gemm_f32_avx512,
+    .gemm_f16 = gemm_f16_avx512,
+    .rmsnorm = rmsnorm_avx2,
+    .add = add_avx2,
+    .scale = scale_avx2,
+    .silu_mul = silu_mul_avx512,
+    .gelu_mul = gelu_mul_avx512,
+    .max64 = max64_avx512,
+    .exp64 = exp64_avx512,
+    .max_into = max_into_avx512,
+    .f16_to_f32 = f16_to_f32_avx2,
+    .f32_to_f16 = f32_to_f16_avx2,
+};
+
+static bool has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 // ---- choosing ----
@@ -745,6 +1000,7 @@ static bool always(void) { return true; }
 
 static const Isa isas[] = {  // best first
 #ifdef __x86_64__
+    {&avx512_kernels, has_avx512},
     {&avx2_kernels, has_avx2},
 #endif
     {&scalar_kernels, always},

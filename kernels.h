@@ -46,9 +46,11 @@ typedef struct {
 typedef struct {
     int cols, stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
     float *x;          // [n][stride]
-    int16_t *q;        // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns
+    void *q;           // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns;
+                       //                 int16 or int8, of the table's q_size bytes
     float *scale;      // [n][stride/32]
     float *sum;        // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
+    int *shift;        // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
 } Acts;
 
 static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
@@ -57,10 +59,11 @@ static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t =
 
 typedef struct {
     const char *name;
+    int q_size;  // bytes of a number in Acts.q
 
     // out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and t0 <= t < t1.
     void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1);
-    // q, scale and sum of rows [t0, t1) from x.
+    // q, scale, sum and shift of rows [t0, t1) from x.
     void (*quantize)(const Acts *x, int t0, int t1);
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b a page

@@ -193,9 +193,10 @@ static Acts take_acts(RunState *s, int cols) {
     Acts a = {.cols = cols, .stride = (cols + QGROUP - 1) / QGROUP * QGROUP};
     size_t n = (size_t)s->max_rows * a.stride;
     a.x = take(s, n, sizeof *a.x);
-    a.q = take(s, n, sizeof *a.q);
+    a.q = take(s, n, sizeof(int16_t));
     a.scale = take(s, n / QGROUP, sizeof *a.scale);
     a.sum = take(s, n / QGROUP, sizeof *a.sum);
+    a.shift = take(s, n / QGROUP, sizeof *a.shift);
     return a;
 }
 
@@ -266,10 +267,7 @@ static void product_panel(void *ctx, int i) {
     }
     for (int t = t0; t < t1; t++) {  // the padded rows of the last panel must not reach the next output row
         float last[PANEL], *out = p->out + (size_t)t * p->ld + panel * PANEL;
-        Acts row = *j->x;
-        row.x += (size_t)t * row.stride, row.q += (size_t)t * row.stride;
-        row.scale += (size_t)t * row.stride / QGROUP, row.sum += (size_t)t * row.stride / QGROUP;
-        kern.matmul[p->w->type](last, PANEL, p->w, panel, &row, 0, 1);
+        kern.matmul[p->w->type](last, 0, p->w, panel, j->x, t, t + 1);
         memcpy(out, last, (size_t)rows * sizeof(float));
     }
 }
