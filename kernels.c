@@ -153,6 +153,10 @@ static void gemm_f16_scalar(float *c, size_t ldc, const float *a, size_t lda, co
     }
 }
 
+static void pack_f16_scalar(void *packed, const uint16_t *b, int inner, int cols) {
+    f16_to_f32_scalar(packed, b, (size_t)inner * cols);
+}
+
 // Columns unpacked at a time: 16 rows x 256 columns of f32 are 16 KB, half of a first-level cache.
 enum { BLOCK = 256 };
 
@@ -240,6 +244,8 @@ static const Kernels scalar_kernels = {
     .quantize = quantize_scalar,
     .gemm_f32 = gemm_f32_scalar,
     .gemm_f16 = gemm_f16_scalar,
+    .pack_f16 = pack_f16_scalar,
+    .gemm_packed = gemm_f32_scalar,
     .rmsnorm = rmsnorm_scalar,
     .add = add_scalar,
     .scale = scale_scalar,
@@ -478,6 +484,10 @@ AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda,
         return;
     }
     gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+}
+
+AVX2 static void pack_f16_avx2(void *packed, const uint16_t *b, int inner, int cols) {
+    f16_to_f32_avx2(packed, b, (size_t)inner * cols);
 }
 
 // A line of 16-bit weights is [16 rows][2 columns]. bf16: the two columns are the halves of 32-bit lanes.
@@ -722,6 +732,8 @@ static const Kernels avx2_kernels = {
     .quantize = quantize_avx2,
     .gemm_f32 = gemm_f32_avx2,
     .gemm_f16 = gemm_f16_avx2,
+    .pack_f16 = pack_f16_avx2,
+    .gemm_packed = gemm_f32_avx2,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -970,6 +982,8 @@ static const Kernels avx512_kernels = {
     .quantize = quantize_avx512,
     .gemm_f32 = gemm_f32_avx512,
     .gemm_f16 = gemm_f16_avx512,
+    .pack_f16 = pack_f16_avx2,
+    .gemm_packed = gemm_f32_avx512,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -981,6 +995,92 @@ static const Kernels avx512_kernels = {
     .f16_to_f32 = f16_to_f32_avx2,
     .f32_to_f16 = f32_to_f16_avx2,
 };
+
+// ---- AVX-512 with BF16: attention of many rows, twice as fast as in f32 ----
+
+#define BF16_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c"
+#define BF16 __attribute__((target(BF16_TARGET)))
+#define BF16_INLINE static inline __attribute__((always_inline, target(BF16_TARGET)))
+
+// Shapes that the tiles below cover; all others stay in f32.
+static bool fits_bf16(int inner, int cols) { return inner % 2 == 0 && cols % 16 == 0 && inner <= 256; }
+
+// [inner/2][cols][2] bf16: rows 2k and 2k + 1 of b alternate.
+BF16 static void pack_f16_bf16(void *packed, const uint16_t *b, int inner, int cols) {
+    if (!fits_bf16(inner, cols)) {
+        pack_f16_avx2(packed, b, inner, cols);
+        return;
+    }
+    static const uint16_t alternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_loadu_si512(alternate);
+    uint8_t *out = packed;
+    for (int k = 0; k < inner; k += 2) {
+        for (int j = 0; j < cols; j += 16, out += 64) {
+            __m512 even = load16(b, (size_t)k * cols + j, true), odd = load16(b, (size_t)(k + 1) * cols + j, true);
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
+        }
+    }
+}
+
+// R rows of a as bf16, [R][inner].
+BF16_INLINE void rows_to_bf16(uint16_t *out, const float *a, size_t lda, int inner, int n) {
+    for (int r = 0; r < n; r++) {
+        int k = 0;
+        for (; k + 16 <= inner; k += 16)
+            _mm256_storeu_si256((void *)(out + r * inner + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r * lda + k)));
+        if (k == inner) continue;
+        __mmask16 tail = (__mmask16)((1u << (inner - k)) - 1);
+        __m512 v = _mm512_maskz_loadu_ps(tail, a + r * lda + k);
+        _mm256_mask_storeu_epi16(out + r * inner + k, tail, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+}
+
+// As gemm_tile512, on pairs of the inner dimension: a [R][inner] bf16, b packed.
+BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const int R, const int C) {
+    float *c = g->c + (size_t)i * g->ldc + j;
+    const uint8_t *b = (const uint8_t *)g->b + (size_t)j * 4;
+    __m512 acc[6][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
+        }
+    }
+    for (int k = 0; k < g->inner; k += 2, b += g->ldb * 4) {
+        __m512i w[4];
+        UNROLL for (int v = 0; v < C; v++) w[v] = _mm512_loadu_si512(b + 64 * v);
+        UNROLL for (int r = 0; r < R; r++) {
+            int pair;
+            memcpy(&pair, a + r * g->inner + k, 4);
+            __m512i ar = _mm512_set1_epi32(pair);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)ar, (__m512bh)w[v]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) _mm512_storeu_ps(c + r * g->ldc + 16 * v, acc[r][v]);
+    }
+}
+
+BF16_INLINE void bf16_rows(const Gemm *g, int i, const int R) {
+    uint16_t a[6 * 256];
+    int j = 0;
+    rows_to_bf16(a, g->a + (size_t)i * g->lda, g->lda, g->inner, R);
+    for (; j + 64 <= g->cols; j += 64) bf16_tile(g, a, i, j, R, 4);
+    for (; j < g->cols; j += 16) bf16_tile(g, a, i, j, R, 1);
+}
+
+BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
+                                  int inner, int cols, bool add) {
+    if (!fits_bf16(inner, cols)) {
+        gemm_f32_avx512(c, ldc, a, lda, packed, n, inner, cols, add);
+        return;
+    }
+    Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add};
+    int i = 0;
+    for (; i + 6 <= n; i += 6) bf16_rows(&g, i, 6);
+    for (; i < n; i++) bf16_rows(&g, i, 1);
+}
 
 static bool has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -1010,6 +1110,13 @@ int kernels_init(const char *isa) {
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         if ((!isa || !strcmp(isa, isas[i].set->name)) && isas[i].usable()) {
             kern = *isas[i].set;
+#ifdef __x86_64__
+            if (isas[i].set == &avx512_kernels && __builtin_cpu_supports("avx512bf16")) {
+                kern.pack_f16 = pack_f16_bf16;
+                kern.gemm_packed = gemm_packed_bf16;
+                kern.packed_error = 0x1p-8f;
+            }
+#endif
             return 0;
         }
     }

@@ -73,6 +73,13 @@ typedef struct {
     void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner, int cols,
                      bool add);
 
+    // The same for many rows of a: b is first packed the way this instruction set multiplies fastest (inner * cols
+    // floats of room), from half precision. bf16 where the machine multiplies that, else f32.
+    void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
+    void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n, int inner,
+                        int cols, bool add);
+    float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
+
     void (*rmsnorm)(float *out, const float *x, const float *w, int n, float eps);  // arXiv 1910.07467
     void (*add)(float *x, const float *y, int n);                                   // x += y
     void (*scale)(float *x, float a, int n);                                        // x *= a

@@ -19,6 +19,7 @@
 enum {
     SLAB_PAGES = 64,
     TILE_ROWS = 64,     // query rows (tokens times group) that share one pass over the pages
+    MANY_TOKENS = 9,    // runs from this length on read packed pages
     SPLIT_TOKENS = 8,   // runs up to this length are split over page ranges as well
     SPLIT_ROWS = 32,    // and batches up to this many tokens
     SPLITS = 16,        // ranges at most
@@ -334,6 +335,7 @@ typedef struct {
     const KVHead *head;
     int n, group, window;
     int first;  // pair of the first token's own key; the token after it owns the next pair
+    bool many;  // part of a long run
     float q[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim], times the attention scale
     float o[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim] sum of exp(s - max) v
     float max[TILE_ROWS], sum[TILE_ROWS];
@@ -341,18 +343,18 @@ typedef struct {
     float page[MAX_HEAD_DIM * PAGE];  // keys or values as f32
 } Tile;
 
-// Half-precision pages are converted once when many rows read them, on the fly otherwise.
-enum { CONVERT_ROWS = 12 };
-
+// c (+)= a page. Half-precision pages are packed once for the many rows of a long run, and converted on the fly
+// for the few of a short one. The length of the run alone decides, so that company changes no bit.
 static void tile_product(Tile *t, float *c, size_t ldc, const float *a, size_t lda, const uint8_t *page, int inner,
                          int cols, bool add) {
-    const void *b = page;
-    if (t->kv->type == KV_F16 && t->n >= CONVERT_ROWS) {
-        kern.f16_to_f32(t->page, (const uint16_t *)page, (size_t)inner * cols);
-        b = t->page;
+    if (t->kv->type == KV_F32) {
+        kern.gemm_f32(c, ldc, a, lda, page, t->n, inner, cols, add);
+    } else if (t->many) {
+        kern.pack_f16(t->page, (const uint16_t *)page, inner, cols);
+        kern.gemm_packed(c, ldc, a, lda, t->page, t->n, inner, cols, add);
+    } else {
+        kern.gemm_f16(c, ldc, a, lda, page, t->n, inner, cols, add);
     }
-    if (t->kv->type == KV_F16 && b == page) kern.gemm_f16(c, ldc, a, lda, b, t->n, inner, cols, add);
-    else kern.gemm_f32(c, ldc, a, lda, b, t->n, inner, cols, add);
 }
 
 // s [n][64] = q . k, scaled and capped.
@@ -403,14 +405,19 @@ static void attend_range(Tile *t, Range r) {
     for (int p = (r.lo - t->head->dropped) / PAGE; p * PAGE + t->head->dropped < r.hi; p++) attend_page(t, p, r);
 }
 
-// Query heads of kv head g, tokens [row, row + n_tokens) of the batch, token 0 owning pair `first`.
-static void tile_load(Tile *t, const Attend *a, int g, int seq, int row, int n_tokens, int first) {
+static int tokens_per_tile(const KVCache *kv) { return TILE_ROWS / (kv->shape.n_heads / kv->shape.n_kv_heads); }
+
+// Query heads of kv head g for as many tokens of a run as fit, from token `token` on; row is the run's first in
+// the batch.
+static void tile_load(Tile *t, const Attend *a, int g, const KVRun *run, int row, int token) {
     const KVShape *shape = &a->kv->shape;
     int d = shape->head_dim, group = shape->n_heads / shape->n_kv_heads;
-    t->kv = a->kv, t->head = kvcache_head(a->kv, seq, a->layer, g);
-    t->n = n_tokens * group, t->group = group, t->window = shape->window[a->layer], t->first = first;
+    int n_tokens = min_int(tokens_per_tile(a->kv), run->n - token);
+    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g), t->many = run->n >= MANY_TOKENS;
+    t->n = n_tokens * group, t->group = group, t->window = shape->window[a->layer];
+    t->first = t->head->len - run->n + token;
     for (int i = 0; i < n_tokens; i++) {
-        const float *q = a->query->q + ((size_t)(row + i) * shape->n_heads + (size_t)g * group) * d;
+        const float *q = a->query->q + ((size_t)(row + token + i) * shape->n_heads + (size_t)g * group) * d;
         memcpy(t->q + i * group * d, q, (size_t)group * d * sizeof(float));
     }
     kern.scale(t->q, shape->scale, t->n * d);
@@ -469,7 +476,6 @@ static void store_lse(const Tile *t, const Attend *a, int g, int row) {
 
 // Work of one run: blocks of tokens x kv heads x page ranges. Long runs have many blocks and one range
 // each; a few tokens have one block, whose pages are cut into ranges and merged afterwards.
-static int tokens_per_tile(const KVCache *kv) { return TILE_ROWS / (kv->shape.n_heads / kv->shape.n_kv_heads); }
 static int run_splits(const Attend *a, int r) { return r < SPLIT_ROWS ? a->splits[r] : 1; }
 static int run_blocks(const Attend *a, const KVRun *run) {
     return (run->n + tokens_per_tile(a->kv) - 1) / tokens_per_tile(a->kv);
@@ -525,8 +531,7 @@ static void attend_unit(void *ctx, int unit) {
     Range ranges[MAX_RANGES];
     int n_subset, n_ranges = attend_ranges(a, run, ranges, &n_subset);
     if (splits > 1) ranges[0] = split_range(h, split);
-    tile_load(&t, a, g, run->seq, row + token, min_int(tokens_per_tile(a->kv), run->n - token),
-              h->len - run->n + token);
+    tile_load(&t, a, g, run, row, token);
     tile_start(&t);
     for (int i = 0; i < n_ranges; i++) {
         attend_range(&t, ranges[i]);
@@ -611,7 +616,7 @@ static void sweep_unit(void *ctx, int unit) {
         for (int c = 0; c < PAGE; c++) acc[i][c] = kv->scoring->sum ? 0.0f : -INFINITY;
     }
     for (int i = 0; i < w->run->n; i += step) {
-        tile_load(&t, w->a, g, w->run->seq, w->row + i, min_int(step, w->run->n - i), h->len - w->run->n + i);
+        tile_load(&t, w->a, g, w->run, w->row, i);
         tile_scores(&t, &kv->pages[h->page[page]]);
         const float *lse = kv->lse + (size_t)(w->row + i) * kv->shape.n_heads + g * group;
         sweep_rows(&t, kv->scoring, lse, kv->shape.n_heads, base, acc);
