@@ -21,9 +21,9 @@ enum {
     TILE_ROWS = 64,     // query rows (tokens times group) that share one pass over the pages
     MANY_TOKENS = 9,    // runs from this length on read packed pages
     SPLIT_TOKENS = 8,   // runs up to this length are split over page ranges as well
-    SPLIT_ROWS = 32,    // and batches up to this many tokens
-    SPLITS = 16,        // ranges at most
-    SPLIT_PAGES = 16,   // pages in a range at least
+    SPLIT_ROWS = 64,    // tokens of such runs, and runs, that are worked on together
+    SPLITS = 32,        // ranges at most
+    SPLIT_PAGES = 4,    // pages in a range at least
     MAX_RANGES = 5,
 };
 
@@ -324,9 +324,11 @@ typedef struct {
     KVCache *kv;
     int layer;
     const KVRun *runs;
-    int n_runs, n_rows;
+    int n_runs;
     const KVQuery *query;
-    int splits[SPLIT_ROWS];  // page ranges of each run; more runs than this have one each
+    int row[SPLIT_ROWS];     // of each run's first token in the batch
+    int splits[SPLIT_ROWS];  // page ranges of each run
+    int slot[SPLIT_ROWS];    // of a run with more than one: where its partial results begin
 } Attend;
 
 // Query rows of one kv head that pass over the pages together; row i is token i / group.
@@ -407,20 +409,25 @@ static void attend_range(Tile *t, Range r) {
 
 static int tokens_per_tile(const KVCache *kv) { return TILE_ROWS / (kv->shape.n_heads / kv->shape.n_kv_heads); }
 
-// Query heads of kv head g for as many tokens of a run as fit, from token `token` on; row is the run's first in
-// the batch.
-static void tile_load(Tile *t, const Attend *a, int g, const KVRun *run, int row, int token) {
+// Puts the query heads of kv head g of tokens [token, token + n) of run r under those that the tile has.
+static void tile_add(Tile *t, const Attend *a, int g, int r, int token, int n) {
     const KVShape *shape = &a->kv->shape;
-    int d = shape->head_dim, group = shape->n_heads / shape->n_kv_heads;
-    int n_tokens = min_int(tokens_per_tile(a->kv), run->n - token);
-    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g), t->many = run->n >= MANY_TOKENS;
-    t->n = n_tokens * group, t->group = group, t->window = shape->window[a->layer];
-    t->first = t->head->len - run->n + token;
-    for (int i = 0; i < n_tokens; i++) {
-        const float *q = a->query->q + ((size_t)(row + token + i) * shape->n_heads + (size_t)g * group) * d;
-        memcpy(t->q + i * group * d, q, (size_t)group * d * sizeof(float));
+    int d = shape->head_dim;
+    for (int i = 0; i < n; i++, t->n += t->group) {
+        const float *q = a->query->q + ((size_t)(a->row[r] + token + i) * shape->n_heads + (size_t)g * t->group) * d;
+        memcpy(t->q + t->n * d, q, (size_t)t->group * d * sizeof(float));
+        kern.scale(t->q + t->n * d, shape->scale, t->group * d);
     }
-    kern.scale(t->q, shape->scale, t->n * d);
+}
+
+// A tile of as many tokens of run r as fit, from token `token` on.
+static void tile_load(Tile *t, const Attend *a, int g, int r, int token) {
+    const KVShape *shape = &a->kv->shape;
+    const KVRun *run = &a->runs[r];
+    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g), t->many = run->n >= MANY_TOKENS;
+    t->n = 0, t->group = shape->n_heads / shape->n_kv_heads, t->window = shape->window[a->layer];
+    t->first = t->head->len - run->n + token;
+    tile_add(t, a, g, r, token, min_int(tokens_per_tile(a->kv), run->n - token));
 }
 
 static void tile_start(Tile *t) {
@@ -475,28 +482,36 @@ static void store_lse(const Tile *t, const Attend *a, int g, int row) {
 // ---- cutting attention into work ----
 
 // Work of one run: blocks of tokens x kv heads x page ranges. Long runs have many blocks and one range
-// each; a few tokens have one block, whose pages are cut into ranges and merged afterwards.
-static int run_splits(const Attend *a, int r) { return r < SPLIT_ROWS ? a->splits[r] : 1; }
-static int run_blocks(const Attend *a, const KVRun *run) {
-    return (run->n + tokens_per_tile(a->kv) - 1) / tokens_per_tile(a->kv);
+// each; a few tokens have one block, whose pages are cut into ranges and merged afterwards. Where the
+// sequences of a batch are forks that list the same pages in a range, the first one's tile takes the rows
+// of all of them, so that those pages are read once. Cuts follow from a sequence alone and a row's bits
+// do not depend on its neighbours: an answer is the same in any company.
+static int run_blocks(const Attend *a, int r) {
+    return (a->runs[r].n + tokens_per_tile(a->kv) - 1) / tokens_per_tile(a->kv);
 }
 
-static float *partial_at(const Attend *a, int row, int h, int split) {
-    size_t i = ((size_t)row * a->kv->shape.n_heads + h) * SPLITS + split;
+static float *partial_at(const Attend *a, int slot, int h, int split) {
+    size_t i = ((size_t)slot * a->kv->shape.n_heads + h) * SPLITS + split;
     return a->kv->partial + i * (a->kv->shape.head_dim + 2);
 }
 
-static void store_partial(const Tile *t, const Attend *a, int g, int row, int split) {
+// The tile's rows from row `from` on are tokens of run r.
+static void store_partial(const Tile *t, const Attend *a, int g, int r, int from, int split) {
     int d = t->kv->shape.head_dim;
-    for (int i = 0; i < t->n; i++) {
-        float *p = partial_at(a, row + i / t->group, g * t->group + i % t->group, split);
-        p[0] = t->max[i], p[1] = t->sum[i];
-        memcpy(p + 2, t->o + i * d, (size_t)d * sizeof(float));
+    for (int i = 0; i < a->runs[r].n * t->group; i++) {
+        float *p = partial_at(a, a->slot[r] + i / t->group, g * t->group + i % t->group, split);
+        p[0] = t->max[from + i], p[1] = t->sum[from + i];
+        memcpy(p + 2, t->o + (from + i) * d, (size_t)d * sizeof(float));
     }
 }
 
-// A head is cut by its length alone, into at most SPLITS ranges of this many pages.
-static int split_pages(const KVHead *h) { return max_int(SPLIT_PAGES, (pages_used(h) + SPLITS - 1) / SPLITS); }
+// Pages in a range: enough for SPLITS of them, doubled rather than fitted, so that forks of nearly the same
+// length are cut at the same places.
+static int split_pages(const KVHead *h) {
+    int pages = SPLIT_PAGES;
+    while (pages * SPLITS < pages_used(h)) pages *= 2;
+    return pages;
+}
 
 static Range split_range(const KVHead *h, int split) {
     int pages = split_pages(h), lo = h->dropped + split * pages * PAGE;
@@ -506,7 +521,7 @@ static Range split_range(const KVHead *h, int split) {
 // Splits of a run: enough for its longest head.
 static int count_splits(const Attend *a, const KVRun *run) {
     int splits = 1;
-    if (run->n > SPLIT_TOKENS || a->n_rows > SPLIT_ROWS || scores_run(a, run)) return 1;
+    if (run->n > min_int(SPLIT_TOKENS, tokens_per_tile(a->kv)) || scores_run(a, run)) return 1;
     for (int g = 0; g < a->kv->shape.n_kv_heads; g++) {
         const KVHead *h = kvcache_head(a->kv, run->seq, a->layer, g);
         splits = max_int(splits, (pages_used(h) + split_pages(h) - 1) / split_pages(h));
@@ -514,41 +529,82 @@ static int count_splits(const Attend *a, const KVRun *run) {
     return splits;
 }
 
+// Whether run r reads the same pages as the run before it in this range, before either's own tokens.
+static bool shares_split(const Attend *a, int g, int split, int r) {
+    Range range[2];
+    const KVHead *h[2];
+    if (a->kv->shape.window[a->layer] || a->splits[r - 1] == 1 || a->splits[r] == 1) return false;
+    for (int i = 0; i < 2; i++) {
+        const KVRun *run = &a->runs[r - 1 + i];
+        h[i] = kvcache_head(a->kv, run->seq, a->layer, g), range[i] = split_range(h[i], split);
+        if (range[i].hi > h[i]->len - run->n || range[i].lo >= range[i].hi) return false;
+    }
+    if (range[0].lo != range[1].lo || range[0].hi != range[1].hi) return false;
+    int first = range[0].lo / PAGE, n = (range[0].hi - range[0].lo + PAGE - 1) / PAGE;
+    return memcmp(h[0]->page + first, h[1]->page + first, (size_t)n * sizeof *h[0]->page) == 0;
+}
+
+// The runs whose rows one tile takes in this range: those from the result's lo to hi, r among them.
+static Range split_group(const Attend *a, int g, int split, int r) {
+    int group = a->kv->shape.n_heads / a->kv->shape.n_kv_heads, rows = 0;
+    Range runs = {0, 0};
+    while (runs.hi <= r || (runs.hi < a->n_runs && runs.hi > runs.lo)) {
+        int more = a->runs[runs.hi].n * group;
+        bool joins = runs.hi > runs.lo && rows + more <= TILE_ROWS && shares_split(a, g, split, runs.hi);
+        if (!joins && runs.hi > r) break;
+        if (!joins) runs.lo = runs.hi, rows = 0;
+        rows += more, runs.hi++;
+    }
+    return runs;
+}
+
+static void attend_split(const Attend *a, int r, int g, int split) {
+    Range runs = split_group(a, g, split, r);
+    if (runs.lo != r) return;
+    Tile t;
+    tile_load(&t, a, g, r, 0);
+    Range pairs = split_range(t.head, split);
+    for (int i = r + 1; i < runs.hi; i++) tile_add(&t, a, g, i, 0, a->runs[i].n);
+    if (runs.hi > r + 1) t.first = pairs.hi;  // before every row's own pair
+    tile_start(&t);
+    attend_range(&t, pairs);
+    for (int i = r, from = 0; i < runs.hi; from += a->runs[i++].n * t.group) store_partial(&t, a, g, i, from, split);
+}
+
+static void attend_block(const Attend *a, int r, int g, int token) {
+    const KVRun *run = &a->runs[r];
+    Tile t;
+    Range ranges[MAX_RANGES];
+    int n_subset, n_ranges = attend_ranges(a, run, ranges, &n_subset);
+    tile_load(&t, a, g, r, token);
+    tile_start(&t);
+    for (int i = 0; i < n_ranges; i++) {
+        attend_range(&t, ranges[i]);
+        if (i == n_subset - 1 && scores_run(a, run)) store_lse(&t, a, g, a->row[r] + token);
+    }
+    if (a->query->out) tile_store(&t, a, g, a->row[r] + token);
+}
+
 static int run_units(const Attend *a, int r) {
-    return run_blocks(a, &a->runs[r]) * a->kv->shape.n_kv_heads * run_splits(a, r);
+    return a->kv->shape.n_kv_heads * (a->splits[r] > 1 ? a->splits[r] : run_blocks(a, r));
 }
 
 static void attend_unit(void *ctx, int unit) {
     const Attend *a = ctx;
-    int row = 0, r = 0;
-    for (int n; unit >= (n = run_units(a, r)); r++) unit -= n, row += a->runs[r].n;
-    const KVRun *run = &a->runs[r];
-    int splits = run_splits(a, r), split = unit % splits, g = unit / splits % a->kv->shape.n_kv_heads;
-    int token = unit / splits / a->kv->shape.n_kv_heads * tokens_per_tile(a->kv);
-    KVHead *h = kvcache_head(a->kv, run->seq, a->layer, g);
-
-    Tile t;
-    Range ranges[MAX_RANGES];
-    int n_subset, n_ranges = attend_ranges(a, run, ranges, &n_subset);
-    if (splits > 1) ranges[0] = split_range(h, split);
-    tile_load(&t, a, g, run, row, token);
-    tile_start(&t);
-    for (int i = 0; i < n_ranges; i++) {
-        attend_range(&t, ranges[i]);
-        if (i == n_subset - 1 && scores_run(a, run)) store_lse(&t, a, g, row + token);
-    }
-    if (splits > 1) store_partial(&t, a, g, row + token, split);
-    else if (a->query->out) tile_store(&t, a, g, row + token);
+    int r = 0, n_kv_heads = a->kv->shape.n_kv_heads;
+    for (int n; unit >= (n = run_units(a, r)); r++) unit -= n;
+    if (a->splits[r] > 1) attend_split(a, r, unit % n_kv_heads, unit / n_kv_heads);
+    else attend_block(a, r, unit % n_kv_heads, unit / n_kv_heads * tokens_per_tile(a->kv));
 }
 
 // out of one (token, query head) from its page ranges, in their order.
-static void merge_splits(const Attend *a, int row, int h, int splits) {
-    int d = a->kv->shape.head_dim;
-    float max = -INFINITY, sum = 0.0f, *out = out_row(a, row, h);
-    for (int i = 0; i < splits; i++) max = fmaxf(max, partial_at(a, row, h, i)[0]);
+static void merge_splits(const Attend *a, int r, int token, int h) {
+    int d = a->kv->shape.head_dim, splits = a->splits[r], slot = a->slot[r] + token;
+    float max = -INFINITY, sum = 0.0f, *out = out_row(a, a->row[r] + token, h);
+    for (int i = 0; i < splits; i++) max = fmaxf(max, partial_at(a, slot, h, i)[0]);
     memset(out, 0, (size_t)d * sizeof *out);
     for (int i = 0; i < splits; i++) {
-        const float *p = partial_at(a, row, h, i);
+        const float *p = partial_at(a, slot, h, i);
         if (p[1] == 0.0f) continue;
         float w = expf(p[0] - max);
         sum += w * p[1];
@@ -563,8 +619,7 @@ static void merge_splits(const Attend *a, int row, int h, int splits) {
 // the largest weight needs no exp at all: the sweep over the scored pages is a product and a maximum.
 typedef struct {
     const Attend *a;
-    const KVRun *run;
-    int row;         // of the run's first token
+    int r;           // the run whose rows score
     int first_page;  // of the scored pairs
 } Sweep;
 
@@ -607,28 +662,29 @@ static void raise_scores(const Attend *a, int g, int base, float (*acc)[PAGE]) {
 static void sweep_unit(void *ctx, int unit) {
     const Sweep *w = ctx;
     const KVCache *kv = w->a->kv;
+    const KVRun *run = &w->a->runs[w->r];
     int g = unit % kv->shape.n_kv_heads, page = w->first_page + unit / kv->shape.n_kv_heads, base = page * PAGE;
-    const KVHead *h = kvcache_head(kv, w->run->seq, w->a->layer, g);
+    const KVHead *h = kvcache_head(kv, run->seq, w->a->layer, g);
     Tile t;
     float acc[TILE_ROWS][PAGE];
     int group = kv->shape.n_heads / kv->shape.n_kv_heads, step = tokens_per_tile(kv);
     for (int i = 0; i < group; i++) {
         for (int c = 0; c < PAGE; c++) acc[i][c] = kv->scoring->sum ? 0.0f : -INFINITY;
     }
-    for (int i = 0; i < w->run->n; i += step) {
-        tile_load(&t, w->a, g, w->run, w->row, i);
+    for (int i = 0; i < run->n; i += step) {
+        tile_load(&t, w->a, g, w->r, i);
         tile_scores(&t, &kv->pages[h->page[page]]);
-        const float *lse = kv->lse + (size_t)(w->row + i) * kv->shape.n_heads + g * group;
+        const float *lse = kv->lse + (size_t)(w->a->row[w->r] + i) * kv->shape.n_heads + g * group;
         sweep_rows(&t, kv->scoring, lse, kv->shape.n_heads, base, acc);
     }
     raise_scores(w->a, g, base, acc);
 }
 
-static void sweep(const Attend *a, const KVRun *run, int row) {
+static void sweep(const Attend *a, int r) {
     const KVScoring *s = a->kv->scoring;
-    int len = kvcache_head(a->kv, run->seq, a->layer, 0)->len, t1 = min_int(s->t1, len);
+    int len = kvcache_head(a->kv, a->runs[r].seq, a->layer, 0)->len, t1 = min_int(s->t1, len);
     if (s->t0 >= t1) return;
-    Sweep w = {a, run, row, s->t0 / PAGE};
+    Sweep w = {a, r, s->t0 / PAGE};
     int n_pages = (t1 + PAGE - 1) / PAGE - w.first_page;
     parallel_for(a->kv->pool, n_pages * a->kv->shape.n_kv_heads, sweep_unit, &w);
 }
@@ -653,18 +709,29 @@ int kvcache_scored_layers(const KVShape *shape, int *layers) {
     return n;
 }
 
+static void attend_runs(Attend *a) {
+    int n_units = 0, n_heads = a->kv->shape.n_heads;
+    for (int r = 0; r < a->n_runs; r++) n_units += run_units(a, r);
+    parallel_for(a->kv->pool, n_units, attend_unit, a);
+    for (int r = 0; r < a->n_runs; r++) {
+        for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++) merge_splits(a, r, i / n_heads, i % n_heads);
+        if (scores_run(a, &a->runs[r])) sweep(a, r);
+    }
+}
+
 void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const KVQuery *query) {
-    Attend a = {.kv = kv, .layer = layer, .runs = runs, .n_runs = n_runs, .query = query};
-    int n_units = 0, row = 0;
-    for (int r = 0; r < n_runs; r++) a.n_rows += runs[r].n;
-    for (int r = 0; r < min_int(n_runs, SPLIT_ROWS); r++) a.splits[r] = count_splits(&a, &runs[r]);
-    for (int r = 0; r < n_runs; r++) n_units += run_units(&a, r);
-    parallel_for(kv->pool, n_units, attend_unit, &a);
-    for (int r = 0; r < n_runs; row += runs[r++].n) {
-        for (int i = 0; run_splits(&a, r) > 1 && i < runs[r].n * kv->shape.n_heads; i++) {
-            merge_splits(&a, row + i / kv->shape.n_heads, i % kv->shape.n_heads, run_splits(&a, r));
+    Attend a = {.kv = kv, .layer = layer, .query = query};
+    for (int r = 0, row = 0; r < n_runs;) {  // as many runs at a time as there is room for
+        int slots = 0;
+        a.runs = runs + r;
+        for (a.n_runs = 0; r < n_runs && a.n_runs < SPLIT_ROWS; row += runs[r++].n) {
+            int i = a.n_runs, splits = count_splits(&a, &runs[r]);
+            if (splits > 1 && slots + runs[r].n > SPLIT_ROWS) break;
+            a.row[i] = row, a.splits[i] = splits, a.slot[i] = slots;
+            if (splits > 1) slots += runs[r].n;
+            a.n_runs++;
         }
-        if (scores_run(&a, &runs[r])) sweep(&a, &runs[r], row);
+        attend_runs(&a);
     }
 }
 

@@ -26,7 +26,7 @@
 #include "policies.h"
 #include "tokenizer.h"
 
-enum { MAX_BATCH = 64 };
+enum { MAX_BATCH = 64, ASK_BATCH = 8 };
 static const double CHATTY = 0.7;  // temperature of generate and chat
 
 // What KVzip's authors put before every context (arXiv 2505.23416, their code).
@@ -205,7 +205,7 @@ typedef struct {
 } Options;
 
 static const Options defaults = {
-    .policy = "kvzip", .level = "pair", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .batch = 1, .temp = -1,
+    .policy = "kvzip", .level = "pair", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .temp = -1,
     .top_p = 0.95, .ratio = 0.3, .kv = -1, .depths = {{0, 1024}, 2}, .ratios = {{1, 0.3}, 2},
     .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6}, .kvs = "f16",
     .prompts = {{512}, 1}, .batches = {{1, 4}, 2}};
@@ -283,7 +283,7 @@ static const Flag flags[] = {
     {"--keep", NULL, SWITCH, AT(keep), 0, 0, NULL, ASK, 0,
      "each question sees the ones before it and their answers"},
     {"--batch", "N", COUNT, AT(batch), 1, MAX_BATCH, NULL, ASK, 0,
-     "questions answered together (default 1); answers come when all are done"},
+     "questions answered together (default 8; 1 with --keep); the answers are those of one at a time"},
     {"--ignore-eos", NULL, SWITCH, AT(ignore_eos), 0, 0, NULL, ANSWERS, 0,
      "do not stop at stop tokens"},
     {"--special", NULL, SWITCH, AT(special), 0, 0, NULL, TOKENIZE, 0,
@@ -1126,6 +1126,7 @@ static int cmd_ask(const Options *o) {
     bool from_stdin = (o->n_args == 2 && !o->file) || (o->file && strcmp(o->file, "-") == 0);
     Questions from = {.args = o->args + 2, .n_args = o->n_args - 2, .prefix = o->answer_prefix};
     if (o->keep && o->batch > 1) die_usage(o->command, "--keep and --batch do not go together");
+    int batch = o->batch ? (int)o->batch : o->keep ? 1 : ASK_BATCH;
     if (o->file || from_stdin) {
         from.name = from_stdin ? "stdin" : o->file;
         from.file = from_stdin ? stdin : fopen(o->file, "r");
@@ -1133,10 +1134,10 @@ static int cmd_ask(const Options *o) {
         if (!from.file) die("%s: %s", o->file, strerror(errno));
     }
     catch_signals();
-    open_session(&s, o, o->args[1], (int)o->batch);
+    open_session(&s, o, o->args[1], batch);
     s.temp = o->temp < 0 ? 0 : o->temp;
     Talk talk = {.on_context = true, .keep = o->keep};
-    converse(&s, &talk, &from, from.person ? 1 : (int)o->batch, o->n < 0 ? 96 : (int)o->n, false);
+    converse(&s, &talk, &from, from.person ? 1 : batch, o->n < 0 ? 96 : (int)o->n, false);
     if (from.file && !from_stdin) fclose(from.file);
     close_session(&s);
     return exit_code();

@@ -131,6 +131,38 @@ static void test_thread_bits(void) {
     free(first);
 }
 
+// Forks that read the same pages together, and sequences that share nothing, get the bits they get alone.
+static void test_company(const int *window) {
+    enum { FORKS = 26, STEPS = 5 };
+    KVCache kv;
+    KVShape shape = shape_with(window);
+    CHECK(kvcache_open(&kv, &shape, KV_F16, NULL, err) == 0);
+    int base = kvcache_new(&kv, err), seq[FORKS], alone[FORKS];
+    append_random(&kv, base, 64 * 4 * 33 + 17, NULL);  // past the first doubling of page ranges
+    for (int i = 0; i < FORKS; i++) {
+        seq[i] = i % 9 == 8 ? kvcache_new(&kv, err) : kvcache_fork(&kv, base, err);
+        append_random(&kv, seq[i], 1 + i * 13, NULL);
+        alone[i] = kvcache_fork(&kv, seq[i], err);
+    }
+    for (int s = 0; s < STEPS; s++) {
+        KVRun runs[FORKS];
+        int rows = 0, wrong = 0;
+        for (int i = 0; i < FORKS; i++) runs[i] = (KVRun){seq[i], 1 + (i + s) % 4 * (s > 1)}, rows += runs[i].n;
+        size_t width = HEADS * D;
+        float *q = randoms(rows * width), *k = randoms((size_t)rows * KV * D), *v = randoms((size_t)rows * KV * D);
+        float *together = malloc(rows * width * sizeof *q), *one = malloc(rows * width * sizeof *q);
+        step(&kv, runs, FORKS, together, q, k, v);
+        for (int i = 0, row = 0; i < FORKS; row += runs[i++].n) {
+            step(&kv, &(KVRun){alone[i], runs[i].n}, 1, one, q + row * width, k + (size_t)row * KV * D,
+                 v + (size_t)row * KV * D);
+            wrong += memcmp(one, together + row * width, runs[i].n * width * sizeof *one) != 0;
+        }
+        CHECK(wrong == 0);
+        free(q), free(k), free(v), free(together), free(one);
+    }
+    kvcache_close(&kv);
+}
+
 // ---- sequences ----
 
 static float *snapshot(const KVCache *kv, int seq, int *n) {
@@ -462,6 +494,7 @@ int main(void) {
     kernels_init(NULL);
     if (!quick) test_attention(KV_F32, one_window, 0.5f);
     if (!quick) test_thread_bits();
+    if (!quick) test_company(no_window), test_company(one_window);
     test_fork_and_rewind();
     test_worked_example();
     for (int i = 0; i < 16; i += quick ? 5 : 1) {
