@@ -962,6 +962,7 @@ AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel
     IntPanel p = {w->data + first * QGROUP * PANEL / (q4 ? 2 : 1), w->scale + first * PANEL,
                   offset ? w->offset + first * PANEL : NULL, x, groups};
     for (; t + 12 <= t1; t += 12) vnni_tile(out, ld, &p, t, q4, offset, 12);
+    for (; t + 8 <= t1; t += 8) vnni_tile(out, ld, &p, t, q4, offset, 8);
     for (; t + 4 <= t1; t += 4) vnni_tile(out, ld, &p, t, q4, offset, 4);
     for (; t < t1; t++) vnni_tile(out, ld, &p, t, q4, offset, 1);
 }

@@ -589,12 +589,13 @@ static int run_units(const Attend *a, int r) {
     return a->kv->shape.n_kv_heads * (a->splits[r] > 1 ? a->splits[r] : run_blocks(a, r));
 }
 
+// Unit i of run r stands at i * n_runs + r: what one tile does for all runs is spread over the whole job.
 static void attend_unit(void *ctx, int unit) {
     const Attend *a = ctx;
-    int r = 0, n_kv_heads = a->kv->shape.n_kv_heads;
-    for (int n; unit >= (n = run_units(a, r)); r++) unit -= n;
-    if (a->splits[r] > 1) attend_split(a, r, unit % n_kv_heads, unit / n_kv_heads);
-    else attend_block(a, r, unit % n_kv_heads, unit / n_kv_heads * tokens_per_tile(a->kv));
+    int r = unit % a->n_runs, i = unit / a->n_runs, n_kv_heads = a->kv->shape.n_kv_heads;
+    if (i >= run_units(a, r)) return;
+    if (a->splits[r] > 1) attend_split(a, r, i % n_kv_heads, i / n_kv_heads);
+    else attend_block(a, r, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(a->kv));
 }
 
 // out of one (token, query head) from its page ranges, in their order.
@@ -711,8 +712,8 @@ int kvcache_scored_layers(const KVShape *shape, int *layers) {
 
 static void attend_runs(Attend *a) {
     int n_units = 0, n_heads = a->kv->shape.n_heads;
-    for (int r = 0; r < a->n_runs; r++) n_units += run_units(a, r);
-    parallel_for(a->kv->pool, n_units, attend_unit, a);
+    for (int r = 0; r < a->n_runs; r++) n_units = max_int(n_units, run_units(a, r));
+    parallel_for(a->kv->pool, n_units * a->n_runs, attend_unit, a);
     for (int r = 0; r < a->n_runs; r++) {
         for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++) merge_splits(a, r, i / n_heads, i % n_heads);
         if (scores_run(a, &a->runs[r])) sweep(a, r);
