@@ -24,13 +24,21 @@ def run(*args):
     return [json.loads(line) for line in done.stdout.decode().splitlines()]
 
 
+def decode_s(row):
+    return row["n_answer"] / row["tokens_per_s"]
+
+
 def ask_all(model, folder, ratio):
-    """Compresses at a ratio and asks everything -> figures of the compression, answers, decode tokens/s."""
+    """Compresses at a ratio and asks everything -> figures of the compression, answers, decode tokens/s of the
+    questions one at a time and together."""
     cache = os.path.join(folder, f"{ratio}.kvc")
     figures = run("compress", model, "-f", TEXT, "-o", cache, "--ratio", str(ratio))[0]
-    rows = run("ask", model, cache, "-f", QUESTIONS, "--stop", ".", "-n", "48")
+    ask = ("ask", model, cache, "-f", QUESTIONS, "--stop", ".", "-n", "48")
+    rows, together = run(*ask, "--batch", "1"), run(*ask)
+    if [r["answer"] for r in rows] != [r["answer"] for r in together]:
+        sys.exit("asked together, the questions got other answers than one at a time")
     tokens = sum(r["n_answer"] for r in rows)
-    return figures, rows, tokens / sum(r["n_answer"] / r["tokens_per_s"] for r in rows)
+    return figures, rows, tokens / sum(map(decode_s, rows)), tokens / max(map(decode_s, together))
 
 
 def main():
@@ -39,8 +47,8 @@ def main():
     model = sys.argv[1]
     wanted = open(os.path.join(HERE, "answers.txt")).read().splitlines()
     with tempfile.TemporaryDirectory() as folder:
-        full, full_rows, full_speed = ask_all(model, folder, 1)
-        small, small_rows, small_speed = ask_all(model, folder, 0.3)
+        full, full_rows, full_speed, full_batch = ask_all(model, folder, 1)
+        small, small_rows, small_speed, small_batch = ask_all(model, folder, 0.3)
 
     right = [0, 0]
     print(f"\n{full['n_ctx']} tokens of demo/chronicle.txt, read once, asked {len(wanted)} questions\n")
@@ -52,6 +60,7 @@ def main():
     print(f"{'answers right':24}{right[0]:>12}{right[1]:>12}")
     print(f"{'cache':24}{full['bytes'] / 1e6:>9.1f} MB{small['bytes'] / 1e6:>9.1f} MB")
     print(f"{'decode, tokens/s':24}{full_speed:>12.0f}{small_speed:>12.0f}")
+    print(f"{'all questions together':24}{full_batch:>12.0f}{small_batch:>12.0f}")
     print(f"{'time to read':24}{full['prefill_s']:>10.2f} s{small['prefill_s']:>10.2f} s")
     print(f"{'time to score':24}{'-':>12}{small['score_s']:>10.2f} s")
     print(f"""
