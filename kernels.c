@@ -490,31 +490,63 @@ AVX2 static void pack_f16_avx2(void *packed, const uint16_t *b, int inner, int c
     f16_to_f32_avx2(packed, b, (size_t)inner * cols);
 }
 
-// A line of 16-bit weights is [16 rows][2 columns]. bf16: the two columns are the halves of 32-bit lanes.
-// f16: bytes are shuffled so that four rows of one column lie together, then converted.
-AVX2 static void unpack_16bit_avx2(float *out, const Matrix *w, int panel, int c0, int cols) {
-    const uint8_t *in = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL * 2;
-    const __m256i split = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+// Half a line of 16-bit weights, [8 rows][2 columns], as its two columns. bf16: they are the halves of 32-bit
+// lanes. f16: bytes are shuffled so that four rows of one column lie together, then converted.
+AVX2_INLINE void split_line(const uint8_t *line, const bool bf16, __m256 *even, __m256 *odd) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
                                            0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    for (int c = 0; c < cols; c += 2, in += 64, out += 2 * PANEL) {
+    __m256i v = _mm256_loadu_si256((const void *)line);
+    if (bf16) {
+        *even = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+        *odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)));
+    } else {
+        v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, order), 0xd8);
+        *even = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+        *odd = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+    }
+}
+
+AVX2 static void unpack_16bit_avx2(float *out, const Matrix *w, int panel, int c0, int cols) {
+    const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL * 2;
+    for (int c = 0; c < cols; c += 2, line += 64, out += 2 * PANEL) {
         for (int half = 0; half < 2; half++) {
-            __m256i v = _mm256_loadu_si256((const void *)(in + 32 * half));
             __m256 even, odd;
-            if (w->type == W_BF16) {
-                even = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-                odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)));
-            } else {
-                v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, split), 0xd8);
-                even = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
-                odd = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
-            }
+            split_line(line + 32 * half, w->type == W_BF16, &even, &odd);
             _mm256_storeu_ps(out + 8 * half, even);
             _mm256_storeu_ps(out + PANEL + 8 * half, odd);
         }
     }
 }
 
+// One token, straight from the file: the sums of the blocked product, in its order.
+AVX2_INLINE void half_row(float *out, const Matrix *w, int panel, const float *x, const bool bf16) {
+    const uint8_t *line = w->data + (size_t)panel * w->cols_padded * PANEL * 2;
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int c = 0; c < w->cols_padded; c += 2, line += 64) {
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m256 even, odd;
+            split_line(line + 32 * half, bf16, &even, &odd);
+            sum[half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + c), even, sum[half]);
+            sum[half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + c + 1), odd, sum[half]);
+        }
+    }
+    _mm256_storeu_ps(out, sum[0]);
+    _mm256_storeu_ps(out + 8, sum[1]);
+}
+
+// Up to two tokens of 16-bit weights, for which unpacking to memory does not pay; false for all else.
+AVX2 static bool few_halves(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    if (t1 - t0 > 2 || w->type == W_F32) return false;
+    for (int t = t0; t < t1; t++) {
+        const float *row = x->x + (size_t)t * x->stride;
+        if (w->type == W_BF16) half_row(out + t * ld, w, panel, row, true);
+        else half_row(out + t * ld, w, panel, row, false);
+    }
+    return true;
+}
+
 AVX2 static void matmul_float_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+    if (few_halves(out, ld, w, panel, x, t0, t1)) return;
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
@@ -894,6 +926,7 @@ AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t 
 
 AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
                                        int t1) {
+    if (few_halves(out, ld, w, panel, x, t0, t1)) return;
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
