@@ -1460,21 +1460,24 @@ static int cmd_logits(const Options *o) {
 }
 
 static int cmd_tokenize(const Options *o) {
-    Session s;
+    char err[ERR_LEN];
+    TensorFile file;
     Ids ids = {0};
     if (o->ids && !o->decode) die_usage(o->command, "--ids goes with --decode");
     Buffer text = read_text(o, "-");
-    open_model(&s, o);
+    if (tensors_open(&file, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    Tokenizer *tok = tokenizer_open(&file, err);  // all that is needed of a model: its tokenizer alone will do
+    if (!tok) die("%s: %s", o->args[0], err);
     if (o->decode) {
         const char *from = o->ids ? o->ids : o->file ? o->file : "the ids";
-        parse_ids(&text, from, s.model.config.vocab_size, &ids);
+        parse_ids(&text, from, tokenizer_n_vocab(tok), &ids);
         size_t n;
-        char *bytes = tokenizer_decode(s.tok, ids.id, ids.n, &n);
+        char *bytes = tokenizer_decode(tok, ids.id, ids.n, &n);
         if (!bytes) die_memory();
         put(bytes, n);
         free(bytes);
     } else {
-        encode(s.tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0),
+        encode(tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0),
                &ids);
         if (o->json) json("{'ids': [");
         for (int i = 0; i < ids.n; i++) out("%s%d", i == 0 ? "" : o->json ? ", " : " ", ids.id[i]);
@@ -1482,7 +1485,8 @@ static int cmd_tokenize(const Options *o) {
     }
     free(text.s);
     ids_free(&ids);
-    close_session(&s);
+    tokenizer_close(tok);
+    tensors_close(&file);
     return 0;
 }
 
