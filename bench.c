@@ -20,8 +20,8 @@ typedef struct {
     const Bench *b;
     const Model *model;
     KVCache kv;
-    int *ids;        // [max_depth or longest prompt] the synthetic context
-    float *score;    // [scored layers][n_kv_heads][depth]
+    int *ids;      // [max_depth or longest prompt] the synthetic context
+    float *score;  // [scored layers][n_kv_heads][depth]
     uint8_t *keep;
     size_t weights;  // bytes a decode step reads
 } Run;
@@ -98,7 +98,11 @@ static int bench_prefill(Run *r, int n, char *err) {
         kvcache_drop(&r->kv, seq);
     }
     double s = median(t, done);
-    emit(r, (BenchRow){.work = "prefill", .n = n, .ratio = 1, .batch = 1, .tokens_per_s = n / s,
+    emit(r, (BenchRow){.work = "prefill",
+                       .n = n,
+                       .ratio = 1,
+                       .batch = 1,
+                       .tokens_per_s = n / s,
                        .seconds = s});
     return 0;
 }
@@ -112,11 +116,21 @@ static int bench_score(Run *r, int depth, bool local, char *err) {
     if (seq < 0) return -1;
     Context c = context_of(r, seq, depth, local);
     if (context_score(&c, c.policy, r->score, err) != 0) return -1;
-    BenchRow read = {.work = "prefill", .n = depth, .ratio = 1, .batch = 1,
-                     .tokens_per_s = depth / c.prefill_s, .seconds = c.prefill_s};
-    BenchRow score = {.work = "score", .score_attn = local ? "local" : "full", .n = depth,
-                      .depth = depth, .ratio = 1, .batch = 1, .tokens_per_s = depth / c.score_s,
-                      .seconds = c.score_s, .cache_bytes = kvcache_bytes(&r->kv, seq)};
+    BenchRow read = {.work = "prefill",
+                     .n = depth,
+                     .ratio = 1,
+                     .batch = 1,
+                     .tokens_per_s = depth / c.prefill_s,
+                     .seconds = c.prefill_s};
+    BenchRow score = {.work = "score",
+                      .score_attn = local ? "local" : "full",
+                      .n = depth,
+                      .depth = depth,
+                      .ratio = 1,
+                      .batch = 1,
+                      .tokens_per_s = depth / c.score_s,
+                      .seconds = c.score_s,
+                      .cache_bytes = kvcache_bytes(&r->kv, seq)};
     if (!local) emit(r, read);
     emit(r, score);
     return seq;
@@ -153,8 +167,14 @@ static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
         while (done < REPEATS && (done == 0 || now() - begin < LONG_RUN))
             if (decode_once(r, seq, batch, n, &t[done++], err) != 0) return -1;
         double s = median(t, done);
-        BenchRow row = {.work = "decode", .n = n, .depth = depth, .ratio = ratio, .batch = batch,
-                        .tokens_per_s = n * batch / s, .seconds = s, .cache_bytes = cache,
+        BenchRow row = {.work = "decode",
+                        .n = n,
+                        .depth = depth,
+                        .ratio = ratio,
+                        .batch = batch,
+                        .tokens_per_s = n * batch / s,
+                        .seconds = s,
+                        .cache_bytes = cache,
                         .gb_per_s = 1e-9 * (double)(r->weights + cache) * n / s};
         emit(r, row);
     }
@@ -178,8 +198,12 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
     const char *dir = getenv("TMPDIR");
     char path[1024];
     snprintf(path, sizeof path, "%s/run-bench.%ld.kvc", dir && *dir ? dir : "/tmp", (long)getpid());
-    KVInfo info = {.fingerprint = r->model->fingerprint, .model = r->model->name,
-                   .policy = r->b->method.policy->name, .n_ctx = depth, .ratio = ratio, .ids = r->ids,
+    KVInfo info = {.fingerprint = r->model->fingerprint,
+                   .model = r->model->name,
+                   .policy = r->b->method.policy->name,
+                   .n_ctx = depth,
+                   .ratio = ratio,
+                   .ids = r->ids,
                    .n_ids = depth};
     if (kvcache_save(&r->kv, seq, path, &info, err) != 0) return -1;
     double t[REPEATS];
@@ -188,8 +212,13 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
     unlink(path);
     if (rc != 0) return -1;
     double s = median(t, REPEATS);
-    BenchRow row = {.work = "load", .n = depth, .depth = depth, .ratio = ratio, .batch = 1,
-                    .tokens_per_s = depth / s, .seconds = s,
+    BenchRow row = {.work = "load",
+                    .n = depth,
+                    .depth = depth,
+                    .ratio = ratio,
+                    .batch = 1,
+                    .tokens_per_s = depth / s,
+                    .seconds = s,
                     .cache_bytes = kvcache_bytes(&r->kv, seq)};
     emit(r, row);
     return 0;

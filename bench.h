@@ -24,11 +24,11 @@ typedef struct {
 } BenchRow;
 
 typedef struct {
-    RunState *state;         // max_logits at least the largest batch
+    RunState *state;  // max_logits at least the largest batch
     const Tokenizer *tok;
     KVType kv;
-    Context method;          // policy, level, chunk; the rest is filled in
-    int n;                   // tokens of a decode run
+    Context method;  // policy, level, chunk; the rest is filled in
+    int n;           // tokens of a decode run
     BenchList prompts, depths, ratios, batches;
     void (*row)(void *arg, const BenchRow *row);  // called as rows are done
     void *arg;

@@ -1,12 +1,13 @@
 // eval.c: what compressing costs, in perplexity and in answers.
 //
-// Everything here is one operation. A row of questions is fed to forks of one cache together with the
-// answer that the full cache gave, and every row of logits is judged where it stands: which token is
-// the likeliest, how likely the full cache's token is, how far the distribution is from the full
-// cache's. An answer is the full cache's own when no row disagrees, so decoding is needed only from
-// the first disagreement on. Perplexity is the same thing with the second half of a window as the
-// answer. Tasks and results are JSON Lines; results are appended as cells are done, so that a run
-// that was interrupted goes on where it stopped and shards are joined by reading all their files.
+// Everything here is one operation. A row of questions is fed to forks of one cache together with
+// the answer that the full cache gave, and every row of logits is judged where it stands: which
+// token is the likeliest, how likely the full cache's token is, how far the distribution is from
+// the full cache's. An answer is the full cache's own when no row disagrees, so decoding is needed
+// only from the first disagreement on. Perplexity is the same thing with the second half of a
+// window as the answer. Tasks and results are JSON Lines; results are appended as cells are done,
+// so that a run that was interrupted goes on where it stopped and shards are joined by reading all
+// their files.
 #define _POSIX_C_SOURCE 200809L
 #include "eval.h"
 
@@ -27,10 +28,10 @@ typedef enum { J_NULL, J_BOOL, J_NUMBER, J_STRING, J_LIST, J_OBJECT } JsonKind;
 
 typedef struct {
     JsonKind kind;
-    const char *key;         // of a member of an object
-    char *text;              // of a string
-    double number;           // of a number, 0 or 1 of a bool
-    int child, next;         // indices of nodes, 0: none
+    const char *key;  // of a member of an object
+    char *text;       // of a string
+    double number;    // of a number, 0 or 1 of a bool
+    int child, next;  // indices of nodes, 0: none
 } JsonNode;
 
 // One line at a time. Strings are unescaped in place, which never makes them longer.
@@ -66,7 +67,8 @@ static long json_hex(const char *p) {
     long v = 0;
     for (int i = 0; i < 4; i++) {
         if (!isxdigit((unsigned char)p[i])) return -1;
-        v = 16 * v + (isdigit((unsigned char)p[i]) ? p[i] - '0' : tolower((unsigned char)p[i]) - 'a' + 10);
+        v = 16 * v +
+            (isdigit((unsigned char)p[i]) ? p[i] - '0' : tolower((unsigned char)p[i]) - 'a' + 10);
     }
     return v;
 }
@@ -98,9 +100,12 @@ static int json_string(Json *j, char **text) {
             continue;
         }
         const char *at = *++j->p ? strchr(names, *j->p) : NULL;
-        if (at) *out++ = values[at - names], j->p++;
-        else if (*j->p != 'u') return json_fail(j, "an unknown escape in a string");
-        else if (json_unicode(j, &out) != 0) return -1;
+        if (at)
+            *out++ = values[at - names], j->p++;
+        else if (*j->p != 'u')
+            return json_fail(j, "an unknown escape in a string");
+        else if (json_unicode(j, &out) != 0)
+            return -1;
     }
     j->p++;
     *out = '\0';
@@ -126,8 +131,10 @@ static int json_members(Json *j, int parent, char close, int depth) {
         int node = json_value(j, depth + 1);
         if (node < 0) return -1;
         j->node[node].key = key;
-        if (last) j->node[last].next = node;
-        else j->node[parent].child = node;
+        if (last)
+            j->node[last].next = node;
+        else
+            j->node[parent].child = node;
         last = node;
     }
     j->p++;
@@ -140,14 +147,18 @@ static int json_number(Json *j, int node) {
     size_t n = strspn(j->p, chars);
     j->node[node].kind = J_NUMBER;
     j->node[node].number = strtod(j->p, &end);
-    if (n == 0 || end != j->p + n || *j->p == '+' || *j->p == '.') return json_fail(j, "not a JSON value");
+    if (n == 0 || end != j->p + n || *j->p == '+' || *j->p == '.')
+        return json_fail(j, "not a JSON value");
     j->p = end;
     return node;
 }
 
 static int json_value(Json *j, int depth) {
-    static const struct { const char *word; JsonKind kind; double number; } words[] = {
-        {"null", J_NULL, 0}, {"false", J_BOOL, 0}, {"true", J_BOOL, 1}};
+    static const struct {
+        const char *word;
+        JsonKind kind;
+        double number;
+    } words[] = {{"null", J_NULL, 0}, {"false", J_BOOL, 0}, {"true", J_BOOL, 1}};
     int node = json_node(j);
     if (node < 0) return -1;
     json_space(j);
@@ -188,11 +199,12 @@ static const JsonNode *json_member(const Json *j, int object, const char *key) {
     return NULL;
 }
 
-// The same, of one kind; NULL when it is absent. An absent one that is needed or one of another kind
-// is an error in *status.
-static const JsonNode *json_get(const Json *j, int object, const char *key, JsonKind kind, bool needed,
-                                int *status) {
-    static const char *const kinds[] = {"", "true or false", "a number", "a string", "a list", "an object"};
+// The same, of one kind; NULL when it is absent. An absent one that is needed or one of another
+// kind is an error in *status.
+static const JsonNode *json_get(const Json *j, int object, const char *key, JsonKind kind,
+                                bool needed, int *status) {
+    static const char *const kinds[] = {"",         "true or false", "a number",
+                                        "a string", "a list",        "an object"};
     const JsonNode *m = json_member(j, object, key);
     if (*status != 0) return NULL;
     if (!m && needed) *status = fail(j->err, "line %d: \"%s\" is missing", j->line, key);
@@ -209,9 +221,12 @@ static const char *json_text(const Json *j, int object, const char *key, bool ne
 static void put_json(FILE *f, const char *s) {
     fputc('"', f);
     for (; *s; s++) {
-        if (*s == '"' || *s == '\\') fprintf(f, "\\%c", *s);
-        else if ((unsigned char)*s < 0x20) fprintf(f, "\\u%04x", *s);
-        else fputc(*s, f);
+        if (*s == '"' || *s == '\\')
+            fprintf(f, "\\%c", *s);
+        else if ((unsigned char)*s < 0x20)
+            fprintf(f, "\\u%04x", *s);
+        else
+            fputc(*s, f);
     }
     fputc('"', f);
 }
@@ -263,8 +278,8 @@ static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
 
 // ---- how good an answer is ----
 
-// Lower case, no punctuation, no articles, number words as digits, single spaces (as KVzip's authors
-// and SQuAD's script compare, arXiv 1606.05250). In place: a word never gets longer.
+// Lower case, no punctuation, no articles, number words as digits, single spaces (as KVzip's
+// authors and SQuAD's script compare, arXiv 1606.05250). In place: a word never gets longer.
 static void normalize(char *s) {
     static const char *const articles[] = {"a", "an", "the"};
     static const char *const digits[] = {"zero", "one", "two",   "three", "four",
@@ -294,7 +309,8 @@ static bool contained(const char *text, const char *want) {
     size_t n = strlen(want);
     if (n == 0) return false;
     for (const char *at = text; (at = strstr(at, want)) != NULL; at++) {
-        bool before = at > text && isdigit((unsigned char)at[-1]) && isdigit((unsigned char)want[0]);
+        bool before =
+            at > text && isdigit((unsigned char)at[-1]) && isdigit((unsigned char)want[0]);
         bool after = isdigit((unsigned char)want[n - 1]) && isdigit((unsigned char)at[n]);
         if (!before && !after) return true;
     }
@@ -341,10 +357,14 @@ static int choice_letter(const char *s) {
 static double metric_value(EvalMetric metric, const char *answer, const char *want) {
     int letter;
     switch (metric) {
-        case METRIC_EXACT: return strcmp(answer, want) == 0;
-        case METRIC_F1: return word_f1(answer, want);
-        case METRIC_CHOICE: return (letter = choice_letter(answer)) && letter == choice_letter(want);
-        default: return contained(answer, want);
+    case METRIC_EXACT:
+        return strcmp(answer, want) == 0;
+    case METRIC_F1:
+        return word_f1(answer, want);
+    case METRIC_CHOICE:
+        return (letter = choice_letter(answer)) && letter == choice_letter(want);
+    default:
+        return contained(answer, want);
     }
 }
 
@@ -372,7 +392,8 @@ static int task_question(const Json *j, int object, bool as_is, EvalQuestion *q,
     q->answers = answers;
     if (status != 0) return -1;
     for (int i = list->child; i; i = j->node[i].next) {
-        if (j->node[i].kind != J_STRING) return fail(j->err, "line %d: an answer is not a string", j->line);
+        if (j->node[i].kind != J_STRING)
+            return fail(j->err, "line %d: an answer is not a string", j->line);
         answers[q->n_answers++] = j->node[i].text;
         if (!as_is) normalize(j->node[i].text);
     }
@@ -382,7 +403,8 @@ static int task_question(const Json *j, int object, bool as_is, EvalQuestion *q,
 static int task_questions(const Json *j, const JsonNode *list, EvalTask *t) {
     int n = 0;
     for (int i = list->child; i; i = j->node[i].next) {
-        if (j->node[i].kind != J_OBJECT) return fail(j->err, "line %d: a question is not an object", j->line);
+        if (j->node[i].kind != J_OBJECT)
+            return fail(j->err, "line %d: a question is not an object", j->line);
         n++;
     }
     if (n == 0) return fail(j->err, "line %d: a context without questions", j->line);
@@ -471,13 +493,13 @@ typedef struct {
 // A question, or a window of text, on its way through a cache.
 typedef struct {
     const EvalQuestion *q;
-    Ids ask;         // what is read first
-    Ids full;        // the answer that is judged: the full cache's own, with the stop token that ended it
-    float *logits;   // [full.n][vocab] of the full cache, while its group is at work
-    Step *step;      // [full.n]
+    Ids ask;   // what is read first
+    Ids full;  // the answer that is judged: the full cache's own, with the stop token that ended it
+    float *logits;  // [full.n][vocab] of the full cache, while its group is at work
+    Step *step;     // [full.n]
     int seq;
-    Ids answer;      // the answer of the cache at hand
-    char *text;      // [n_text] what it prints, NUL-terminated
+    Ids answer;  // the answer of the cache at hand
+    char *text;  // [n_text] what it prints, NUL-terminated
     size_t n_text, text_cap;
     double full_value;  // of the full cache's answer, in the task's metric
     bool done;
@@ -486,11 +508,11 @@ typedef struct {
 typedef struct {
     RunState *state;
     KVCache *kv;
-    bool keep;               // logits go into the items, else they are compared with those there
+    bool keep;  // logits go into the items, else they are compared with those there
     Row row[MAX_ROWS];
     int n;
-    Item *item[MAX_ROWS];    // of the rows with logits, in their order
-    int at[MAX_ROWS];        // which token of the answer they predict
+    Item *item[MAX_ROWS];  // of the rows with logits, in their order
+    int at[MAX_ROWS];      // which token of the answer they predict
     int n_logits;
 } Batch;
 
@@ -609,7 +631,8 @@ static int score_windows(Windows *w, const Ids *ids, PerplexityResult *out, char
         rc = fail(err, "the text has %d tokens, a window needs %d", ids->n, p->window);
     else if (rc != 0 || !(w->item.step = malloc((size_t)p->window * sizeof *w->item.step)))
         rc = fail(err, "out of memory");
-    else rc = kvcache_open(&w->kv, &shape, p->kv, p->state->pool, err);
+    else
+        rc = kvcache_open(&w->kv, &shape, p->kv, p->state->pool, err);
     for (int i = 0; i < n_windows && rc == 0; i++) {
         int *window = ids->id + (size_t)i * p->window;
         if (bos.n > 0) window[0] = bos.id[0];
@@ -621,7 +644,8 @@ static int score_windows(Windows *w, const Ids *ids, PerplexityResult *out, char
     return rc;
 }
 
-int eval_perplexity(const Perplexity *p, const char *text, size_t n, PerplexityResult *out, char *err) {
+int eval_perplexity(const Perplexity *p, const char *text, size_t n, PerplexityResult *out,
+                    char *err) {
     Windows w = {.p = p, .batch = {.state = p->state}};
     w.batch.kv = &w.kv;
     Ids ids = {0};
@@ -643,8 +667,8 @@ static int results_settings(EvalResults *r, const char *settings, char *err) {
         if (!r->settings) return fail(err, "out of memory");
         strcpy(r->settings, settings);
     } else if (strcmp(r->settings, settings) != 0) {
-        return fail(err, "results of other tasks, another model or other settings (%s, not %s)", settings,
-                    r->settings);
+        return fail(err, "results of other tasks, another model or other settings (%s, not %s)",
+                    settings, r->settings);
     }
     return 0;
 }
@@ -686,13 +710,17 @@ static void put_numbers(FILE *f, const char *key, const float *v, int n) {
 }
 
 static int put_cell(FILE *f, const EvalCell *c, char *err) {
-    const char *const texts[][2] = {{"task", c->task}, {"metric", c->metric}, {"policy", c->policy},
-                                    {"level", c->level}, {"kv", c->kv}};
+    const char *const texts[][2] = {{"task", c->task},
+                                    {"metric", c->metric},
+                                    {"policy", c->policy},
+                                    {"level", c->level},
+                                    {"kv", c->kv}};
     for (int i = 0; i < 5; i++) {
         fprintf(f, i ? ", \"%s\": " : "{\"%s\": ", texts[i][0]);
         put_json(f, texts[i][1]);
     }
-    fprintf(f, ", \"context\": %d, \"ratio\": %.17g, \"kept\": %.9g", c->context, c->ratio, c->kept);
+    fprintf(f, ", \"context\": %d, \"ratio\": %.17g, \"kept\": %.9g", c->context, c->ratio,
+            c->kept);
     put_numbers(f, "value", c->value, c->n);
     put_numbers(f, "same", c->same, c->n);
     put_numbers(f, "kl", c->kl, c->n);
@@ -704,8 +732,10 @@ static int put_cell(FILE *f, const EvalCell *c, char *err) {
 static int read_numbers(const Json *j, int object, const char *key, float *v, int n) {
     int status = 0, i = 0;
     const JsonNode *list = json_get(j, object, key, J_LIST, true, &status);
-    for (int at = list ? list->child : 0; at && i < n; at = j->node[at].next) v[i++] = (float)j->node[at].number;
-    if (status == 0 && i < n) status = fail(j->err, "line %d: \"%s\" has %d numbers, not %d", j->line, key, i, n);
+    for (int at = list ? list->child : 0; at && i < n; at = j->node[at].next)
+        v[i++] = (float)j->node[at].number;
+    if (status == 0 && i < n)
+        status = fail(j->err, "line %d: \"%s\" has %d numbers, not %d", j->line, key, i, n);
     return status;
 }
 
@@ -724,10 +754,11 @@ static int read_cell(Json *j, int top, EvalResults *r) {
     c.context = (int)context->number, c.ratio = ratio->number, c.kept = kept->number;
     if (find_cell(r, &c)) return 0;
     for (int i = value->child; i; i = j->node[i].next) n++;
-    if (n == 0 || alloc_cell(&c, n) != 0) return json_fail(j, n ? "out of memory" : "a cell of no questions");
-    if (read_numbers(j, top, "value", c.value, n) != 0 || read_numbers(j, top, "same", c.same, n) != 0 ||
-        read_numbers(j, top, "kl", c.kl, n) != 0 || read_numbers(j, top, "nll", c.nll, n) != 0 ||
-        add_cell(r, c, j->err) != 0) {
+    if (n == 0 || alloc_cell(&c, n) != 0)
+        return json_fail(j, n ? "out of memory" : "a cell of no questions");
+    if (read_numbers(j, top, "value", c.value, n) != 0 ||
+        read_numbers(j, top, "same", c.same, n) != 0 || read_numbers(j, top, "kl", c.kl, n) != 0 ||
+        read_numbers(j, top, "nll", c.nll, n) != 0 || add_cell(r, c, j->err) != 0) {
         free(c.value);
         return -1;
     }
@@ -808,7 +839,8 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// Mean of v [n] and the middle 95% of the means of as many questions drawn from it again (Efron 1979).
+// Mean of v [n] and the middle 95% of the means of as many questions drawn from it again (Efron
+// 1979).
 static void summarize(EvalRow *row, const float *v, int n) {
     double mean[RESAMPLES], sum = 0;
     uint64_t random = 1;
@@ -833,7 +865,8 @@ static bool same_figure(const EvalCell *a, const EvalCell *b) {
 }
 
 // Cells [first, r->n) that belong to the figure of cell `first`, as four rows. v [4][room].
-static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *row, float *v, int room) {
+static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *row, float *v,
+                        int room) {
     const EvalCell *c = &r->cell[first];
     const char *const names[] = {c->metric, "same", "kl", "nll"};
     int n = 0;
@@ -841,14 +874,20 @@ static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *ro
     for (int i = first; i < r->n; i++) {
         const EvalCell *d = &r->cell[i];
         if (done[i] || !same_figure(c, d)) continue;
-        for (int m = 0; m < 4; m++) memcpy(v + (size_t)m * room + n, d->value + m * d->n, d->n * sizeof *v);
+        for (int m = 0; m < 4; m++)
+            memcpy(v + (size_t)m * room + n, d->value + m * d->n, d->n * sizeof *v);
         kept += d->kept * d->n;
         n += d->n;
         done[i] = true;
     }
     for (int m = 0; m < 4; m++) {
-        row[m] = (EvalRow){.task = c->task, .policy = c->policy, .level = c->level, .kv = c->kv,
-                           .metric = names[m], .ratio = c->ratio, .kept = kept / n};
+        row[m] = (EvalRow){.task = c->task,
+                           .policy = c->policy,
+                           .level = c->level,
+                           .kv = c->kv,
+                           .metric = names[m],
+                           .ratio = c->ratio,
+                           .kept = kept / n};
         summarize(&row[m], v + (size_t)m * room, n);
     }
 }
@@ -875,19 +914,27 @@ int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err) {
 
 typedef struct {
     FILE *f;
-    const EvalRow *rows;   // [n]
+    const EvalRow *rows;  // [n]
     int n;
     int line[EVAL_LINES];  // a row of each line: policy, level and page type
     int n_lines;
 } Chart;
 
-enum { PANEL_W = 300, PANEL_H = 200, PANEL_LEFT = 60, PANEL_TOP = 50, PANEL_X = 380, PANEL_Y = 280 };
+enum {
+    PANEL_W = 300,
+    PANEL_H = 200,
+    PANEL_LEFT = 60,
+    PANEL_TOP = 50,
+    PANEL_X = 380,
+    PANEL_Y = 280
+};
 static const char *const colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
                                       "#e69f00", "#56b4e9", "#000000", "#999933"};
 static const double KL_LEAST = 1e-4, KL_MOST = 10;
 
 static bool same_line(const EvalRow *a, const EvalRow *b) {
-    return strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 && strcmp(a->kv, b->kv) == 0;
+    return strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
+           strcmp(a->kv, b->kv) == 0;
 }
 
 static bool same_panel(const EvalRow *a, const EvalRow *b) {
@@ -910,15 +957,19 @@ static double height_of(const EvalRow *row, double v) {
 
 static void put_xml(FILE *f, const char *s) {
     for (; *s; s++) {
-        if (*s == '<') fputs("&lt;", f);
-        else if (*s == '&') fputs("&amp;", f);
-        else fputc(*s, f);
+        if (*s == '<')
+            fputs("&lt;", f);
+        else if (*s == '&')
+            fputs("&amp;", f);
+        else
+            fputc(*s, f);
     }
 }
 
 static void chart_axes(const Chart *c, const EvalRow *row) {
     bool kl = strcmp(row->metric, "kl") == 0;
-    fprintf(c->f, "<rect width='%d' height='%d' class='box'/><text y='-12' class='title'>", PANEL_W, PANEL_H);
+    fprintf(c->f, "<rect width='%d' height='%d' class='box'/><text y='-12' class='title'>", PANEL_W,
+            PANEL_H);
     put_xml(c->f, row->task);
     fprintf(c->f, ": %s%s</text>\n", row->metric, kl ? ", nat per token" : "");
     for (int i = 0; i <= 5; i++) {
@@ -928,7 +979,8 @@ static void chart_axes(const Chart *c, const EvalRow *row) {
         fprintf(c->f, "<text x='-6' y='%g' class='y'>%g</text>", y + 4, value);
         fprintf(c->f, "<text x='%g' y='%d' class='x'>%g</text>\n", x, PANEL_H + 16, at);
     }
-    fprintf(c->f, "<text x='%d' y='%d' class='x'>share of pairs kept</text>\n", PANEL_W / 2, PANEL_H + 34);
+    fprintf(c->f, "<text x='%d' y='%d' class='x'>share of pairs kept</text>\n", PANEL_W / 2,
+            PANEL_H + 34);
 }
 
 // Of line k in a panel the row with the next larger share than `kept`, or NULL.
@@ -943,11 +995,16 @@ static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, do
 
 static void chart_line(const Chart *c, const EvalRow *panel, int k) {
     const EvalRow *row = next_point(c, panel, k, -1);
-    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8], k < 8 ? "none" : k < 16 ? "5 3" : "2 2");
-    for (double px = 0, py = -1, x, y; row; row = next_point(c, panel, k, row->kept), px = x, py = y) {
+    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8],
+            k < 8    ? "none"
+            : k < 16 ? "5 3"
+                     : "2 2");
+    for (double px = 0, py = -1, x, y; row;
+         row = next_point(c, panel, k, row->kept), px = x, py = y) {
         x = row->kept * PANEL_W, y = (1 - height_of(row, row->value)) * PANEL_H;
         if (py >= 0) fprintf(c->f, "<path d='M%.1f %.1f L%.1f %.1f' class='line'/>", px, py, x, y);
-        fprintf(c->f, "<path d='M%.1f %.1f V%.1f' class='line'/>", x, (1 - height_of(row, row->low)) * PANEL_H,
+        fprintf(c->f, "<path d='M%.1f %.1f V%.1f' class='line'/>", x,
+                (1 - height_of(row, row->low)) * PANEL_H,
                 (1 - height_of(row, row->high)) * PANEL_H);
         fprintf(c->f, "<circle cx='%.1f' cy='%.1f' r='2.5' fill='%s'/>\n", x, y, colours[k % 8]);
     }
@@ -958,9 +1015,13 @@ static void chart_legend(const Chart *c, int top) {
     for (int k = 0; k < c->n_lines; k++) {
         const EvalRow *row = &c->rows[c->line[k]];
         int x = PANEL_LEFT + k % 5 * 220, y = top + k / 5 * 20;
-        fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4, colours[k % 8],
-                k < 8 ? "none" : k < 16 ? "5 3" : "2 2");
-        fprintf(c->f, "<text x='%d' y='%d'>%s %s, %s</text>\n", x + 30, y, row->policy, row->level, row->kv);
+        fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4,
+                colours[k % 8],
+                k < 8    ? "none"
+                : k < 16 ? "5 3"
+                         : "2 2");
+        fprintf(c->f, "<text x='%d' y='%d'>%s %s, %s</text>\n", x + 30, y, row->policy, row->level,
+                row->kv);
     }
 }
 
@@ -974,10 +1035,11 @@ static void chart_draw(Chart *c) {
         n_panels += begins_panel(c, i);
     }
     int bottom = PANEL_TOP + (n_panels + 2) / 3 * PANEL_Y;
-    fprintf(c->f, "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' font-family='sans-serif' "
-                  "font-size='12'>\n<style>.box,.line{fill:none}.box{stroke:#444}.grid{stroke:#ddd}"
-                  ".title{font-weight:bold}.x{text-anchor:middle}.y{text-anchor:end}</style>\n"
-                  "<rect width='100%%' height='100%%' fill='#fff'/>\n",
+    fprintf(c->f,
+            "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' font-family='sans-serif' "
+            "font-size='12'>\n<style>.box,.line{fill:none}.box{stroke:#444}.grid{stroke:#ddd}"
+            ".title{font-weight:bold}.x{text-anchor:middle}.y{text-anchor:end}</style>\n"
+            "<rect width='100%%' height='100%%' fill='#fff'/>\n",
             3 * PANEL_X, bottom + (c->n_lines + 4) / 5 * 20 + 20);
     for (int i = 0; i < c->n; i++) {
         if (!begins_panel(c, i)) continue;
@@ -996,7 +1058,8 @@ int eval_chart(const EvalRow *rows, int n, const char *path, char *err) {
     if (!c.f) return fail(err, "%s: %s", path, strerror(errno));
     chart_draw(&c);
     bool bad = ferror(c.f);
-    return fclose(c.f) == 0 && !bad ? 0 : fail(err, "%s: cannot be written: %s", path, strerror(errno));
+    return fclose(c.f) == 0 && !bad ? 0
+                                    : fail(err, "%s: cannot be written: %s", path, strerror(errno));
 }
 
 // ---- policies and ratios ----
@@ -1006,21 +1069,22 @@ enum { GROUP = 32 };  // questions at work together: each has a fork of the cach
 typedef struct {
     const Eval *e;
     EvalResults *results;
-    const EvalTask *task;    // at hand
-    Ids ids;                 // prefix and context
-    KVCache kv[EVAL_LIST];   // one of each page type
-    int full[EVAL_LIST];     // the sequence in each that holds the context
-    Item *item;              // [task->n_questions]
-    int group, group_end;    // items whose full logits are there
+    const EvalTask *task;   // at hand
+    Ids ids;                // prefix and context
+    KVCache kv[EVAL_LIST];  // one of each page type
+    int full[EVAL_LIST];    // the sequence in each that holds the context
+    Item *item;             // [task->n_questions]
+    int group, group_end;   // items whose full logits are there
     Batch batch;
-    float *score;            // of the policy at hand
+    float *score;  // of the policy at hand
     uint8_t *keep;
-    long done, total;        // questions times cells
+    long done, total;  // questions times cells
 } Run;
 
 static int report(const Run *r, char *err) {
     const Eval *e = r->e;
-    if (e->progress && e->progress(e->progress_arg, r->done, r->total) != 0) return fail(err, "interrupted");
+    if (e->progress && e->progress(e->progress_arg, r->done, r->total) != 0)
+        return fail(err, "interrupted");
     return 0;
 }
 
@@ -1059,13 +1123,16 @@ int eval_check_set(const Eval *e, char *err) {
     for (const char *s = e->set; s && *s; s += *s == ',') {
         size_t key = strcspn(s, "=,");
         bool known = false;
-        for (int i = 0; i < e->n_policies; i++) known = known || has_param(e->policy[i]->params, s, key);
-        for (int i = 0; i < e->n_levels; i++) known = known || has_param(e->level[i]->params, s, key);
+        for (int i = 0; i < e->n_policies; i++)
+            known = known || has_param(e->policy[i]->params, s, key);
+        for (int i = 0; i < e->n_levels; i++)
+            known = known || has_param(e->level[i]->params, s, key);
         if (!known) return fail(err, "no policy or level here has a parameter '%.*s'", (int)key, s);
         s += strcspn(s, ",");
     }
     for (int i = 0; i < e->n_policies * e->n_levels; i++)
-        if (set_method(e, &c, e->policy[i / e->n_levels], e->level[i % e->n_levels], err) != 0) return -1;
+        if (set_method(e, &c, e->policy[i / e->n_levels], e->level[i % e->n_levels], err) != 0)
+            return -1;
     return 0;
 }
 
@@ -1083,7 +1150,9 @@ static int add_text(Item *it, const char *bytes, int n) {
     return 0;
 }
 
-static int limit_of(const Run *r) { return r->task->max_tokens ? r->task->max_tokens : r->e->max_tokens; }
+static int limit_of(const Run *r) {
+    return r->task->max_tokens ? r->task->max_tokens : r->e->max_tokens;
+}
 
 // One more token of an answer. A stop token is one of its ids, but prints nothing.
 static int take(const Run *r, Item *it, int id, char *err) {
@@ -1093,7 +1162,8 @@ static int take(const Run *r, Item *it, int id, char *err) {
     const char *piece = tokenizer_piece(tok, id, &n);
     size_t len = stop ? strlen(stop) : 0, from = it->n_text >= len ? it->n_text - len + 1 : 0;
     if (tokenizer_is_special(tok, id)) n = 0;
-    if (ids_push(&it->answer, id) != 0 || add_text(it, piece, n) != 0) return fail(err, "out of memory");
+    if (ids_push(&it->answer, id) != 0 || add_text(it, piece, n) != 0)
+        return fail(err, "out of memory");
     it->done = tokenizer_is_stop(tok, id) || it->answer.n >= limit_of(r);
     char *at = len ? strstr(it->text + from, stop) : NULL;
     if (!at) return 0;
@@ -1123,8 +1193,10 @@ static int generate(Run *r, int seq, Item *items, int n, char *err) {
             if (it->done) continue;
             int id = it->step[it->full.n].best;
             if (take(r, it, id, err) != 0) return -1;
-            if (it->done) kvcache_drop(b->kv, it->seq);
-            else if (live++, add_row(b, it, id, it->full.n, err) != 0) return -1;
+            if (it->done)
+                kvcache_drop(b->kv, it->seq);
+            else if (live++, add_row(b, it, id, it->full.n, err) != 0)
+                return -1;
         }
     } while (live > 0);
     return 0;
@@ -1153,7 +1225,8 @@ static int open_items(Run *r, char *err) {
         Item *it = &r->item[i];
         it->q = &r->task->questions[i];
         it->step = malloc(((size_t)limit_of(r) + 1) * sizeof *it->step);
-        if (!it->step || r->e->ask(r->e->ask_arg, it->q, &it->ask) != 0) return fail(err, "out of memory");
+        if (!it->step || r->e->ask(r->e->ask_arg, it->q, &it->ask) != 0)
+            return fail(err, "out of memory");
         if (it->ask.n == 0) return fail(err, "line %d: an empty question", r->task->line);
     }
     return 0;
@@ -1172,7 +1245,8 @@ static int answer_full(Run *r, char *err) {
     int n = r->task->n_questions;
     r->batch.kv = &r->kv[0];
     for (int i = 0; i < n; i += GROUP)
-        if (generate(r, r->full[0], r->item + i, n - i < GROUP ? n - i : GROUP, err) != 0) return -1;
+        if (generate(r, r->full[0], r->item + i, n - i < GROUP ? n - i : GROUP, err) != 0)
+            return -1;
     for (Item *it = r->item; it < r->item + n; it++) {
         it->full = it->answer;
         it->answer = (Ids){0};
@@ -1186,7 +1260,8 @@ static int read_context(Run *r, char *err) {
     r->ids.n = 0;
     for (int i = 0; i < e->prefix->n; i++)
         if (ids_push(&r->ids, e->prefix->id[i]) != 0) return fail(err, "out of memory");
-    if (tokenizer_encode(e->context.tok, r->task->context, strlen(r->task->context), 0, &r->ids) != 0)
+    if (tokenizer_encode(e->context.tok, r->task->context, strlen(r->task->context), 0, &r->ids) !=
+        0)
         return fail(err, "out of memory");
     if (r->ids.n == e->prefix->n) return fail(err, "line %d: an empty context", r->task->line);
     for (int k = 0; k < e->n_kvs; k++) {
@@ -1244,13 +1319,15 @@ static int ask_group(Run *r, KVCache *kv, int seq, EvalCell *c, char *err) {
     if (answer_items(r, seq, items, n, err) != 0) return -1;
     for (int i = 0; i < n; i++) {
         int q = r->group + i;
-        c->value[q] = (float)(c->same[q] > 0 ? items[i].full_value : eval_answer(r->task, items[i].q, items[i].text));
+        c->value[q] = (float)(c->same[q] > 0 ? items[i].full_value
+                                             : eval_answer(r->task, items[i].q, items[i].text));
     }
     r->done += n;
     return report(r, err);
 }
 
-// The next group: as many questions as LOGITS_BYTES hold the full cache's logits of. Computes these.
+// The next group: as many questions as LOGITS_BYTES hold the full cache's logits of. Computes
+// these.
 static int next_group(Run *r, int begin, char *err) {
     size_t row = (size_t)r->e->state->model->config.vocab_size * sizeof(float), bytes = 0;
     if (r->group == begin && r->group_end > begin) return 0;
@@ -1264,7 +1341,8 @@ static int next_group(Run *r, int begin, char *err) {
         bytes += it->full.n * row;
         if (r->group_end > begin && bytes > LOGITS_BYTES) break;
         it->logits = malloc(it->full.n * row);
-        if (!it->logits) return fail(err, "out of memory for the logits of an answer of %d tokens", it->full.n);
+        if (!it->logits)
+            return fail(err, "out of memory for the logits of an answer of %d tokens", it->full.n);
         r->group_end++;
     }
     return force_items(r, &r->kv[0], r->full[0], true, r->item + begin, r->group_end - begin, err);
@@ -1350,8 +1428,11 @@ static int plan_cells(Run *r, const Policy *p, Cell *plan, int *n, char *err) {
         if (!p && plan_cell(r, plan, n, full, err) != 0) return -1;
         for (int i = 0; p && i < e->n_levels * e->n_ratios; i++) {
             const Level *l = e->level[i / e->n_ratios];
-            Cell c = {.c = {.policy = p->name, .level = l->name, .ratio = e->ratio[i % e->n_ratios]},
-                      .policy = p, .level = l, .kv = k};
+            Cell c = {
+                .c = {.policy = p->name, .level = l->name, .ratio = e->ratio[i % e->n_ratios]},
+                .policy = p,
+                .level = l,
+                .kv = k};
             if (plan_cell(r, plan, n, c, err) != 0) return -1;
         }
     }
@@ -1370,7 +1451,8 @@ static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char 
     free(r->keep);
     r->score = malloc((context_scores(&c) + 1) * sizeof *r->score);
     r->keep = malloc(context_scores(&c) + 1);
-    if (!r->score || !r->keep) return fail(err, "out of memory for the scores of %d tokens", c.n_ctx);
+    if (!r->score || !r->keep)
+        return fail(err, "out of memory for the scores of %d tokens", c.n_ctx);
     int rc = set_method(r->e, &c, p, r->e->level[0], err);
     if (rc == 0) rc = context_score(&c, p, r->score, err);
     kvcache_drop(&r->kv[0], seq);
@@ -1394,7 +1476,8 @@ static int run_context(Run *r, const EvalTask *task, Cell *plan, char *err) {
     r->task = task;
     r->group = r->group_end = 0;
     int rc = run_policy(r, NULL, &read, plan, err);
-    for (int i = 0; i < r->e->n_policies && rc == 0; i++) rc = run_policy(r, r->e->policy[i], &read, plan, err);
+    for (int i = 0; i < r->e->n_policies && rc == 0; i++)
+        rc = run_policy(r, r->e->policy[i], &read, plan, err);
     for (int k = 0; read && rc == 0 && k < r->e->n_kvs; k++) kvcache_drop(&r->kv[k], r->full[k]);
     free_items(r);
     return rc;
@@ -1405,13 +1488,15 @@ static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, 
     const Context *c = &e->context;
     char text[ERR_LEN];
     int most = e->max_tokens, local = c->local;
-    uint64_t h = hash_bytes(e->settings, e->prefix->id, (size_t)e->prefix->n * sizeof *e->prefix->id);
-    h = hash_bytes(hash_bytes(h, &most, sizeof most), e->stop ? e->stop : "", e->stop ? strlen(e->stop) : 0);
+    uint64_t h =
+        hash_bytes(e->settings, e->prefix->id, (size_t)e->prefix->n * sizeof *e->prefix->id);
+    h = hash_bytes(hash_bytes(h, &most, sizeof most), e->stop ? e->stop : "",
+                   e->stop ? strlen(e->stop) : 0);
     h = hash_bytes(hash_bytes(h, &c->chunk, sizeof c->chunk), &local, sizeof local);
     h = hash_bytes(hash_bytes(h, c->postfix, strlen(c->postfix)), &e->kv[0], sizeof e->kv[0]);
     h = hash_bytes(h, e->set ? e->set : "", e->set ? strlen(e->set) : 0);
-    snprintf(text, sizeof text, "%s %s, tasks %016" PRIx64 ", settings %016" PRIx64, e->state->model->name,
-             e->state->model->fingerprint, tasks->hash, h);
+    snprintf(text, sizeof text, "%s %s, tasks %016" PRIx64 ", settings %016" PRIx64,
+             e->state->model->name, e->state->model->fingerprint, tasks->hash, h);
     bool fresh = !r->settings;
     if (results_settings(r, text, err) != 0) return -1;
     if (!fresh || !r->log) return 0;

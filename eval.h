@@ -1,5 +1,5 @@
-// eval.h: what compressing costs. Perplexity of a text; and questions of which every one is asked of
-// the same compressed cache, for each policy, level, ratio and page type, beside the full cache.
+// eval.h: what compressing costs. Perplexity of a text; and questions of which every one is asked
+// of the same compressed cache, for each policy, level, ratio and page type, beside the full cache.
 #ifndef EVAL_H
 #define EVAL_H
 #include "policies.h"
@@ -9,10 +9,10 @@ enum { EVAL_LIST = 16 };
 // ---- perplexity ----
 
 typedef struct {
-    RunState *state;     // as many rows as it has room for logits are scored at a time
+    RunState *state;  // as many rows as it has room for logits are scored at a time
     const Tokenizer *tok;
     KVType kv;
-    int window;          // tokens per window, at least 4
+    int window;  // tokens per window, at least 4
     int (*progress)(void *arg, int window, int n_windows, double ppl);  // nonzero stops
     void *arg;
 } Perplexity;
@@ -23,12 +23,13 @@ typedef struct {
     int n;                // tokens scored
 } PerplexityResult;
 
-// The windowing of llama.cpp's llama-perplexity, so that figures can be compared: the text, less one
-// newline at its end, is cut into windows that do not overlap; where the tokenizer adds a beginning
-// token it takes the place of each window's first one; what the second half's tokens say about their
-// successors in the window is scored; what is left at the end of the text is not.
+// The windowing of llama.cpp's llama-perplexity, so that figures can be compared: the text, less
+// one newline at its end, is cut into windows that do not overlap; where the tokenizer adds a
+// beginning token it takes the place of each window's first one; what the second half's tokens say
+// about their successors in the window is scored; what is left at the end of the text is not.
 // Returns 0, or -1 with err.
-int eval_perplexity(const Perplexity *p, const char *text, size_t n, PerplexityResult *out, char *err);
+int eval_perplexity(const Perplexity *p, const char *text, size_t n, PerplexityResult *out,
+                    char *err);
 
 // ---- tasks ----
 
@@ -41,23 +42,23 @@ typedef struct {
 } EvalQuestion;
 
 typedef struct {
-    int line;             // in the file, from 1
-    const char *task;     // its name in the results
+    int line;          // in the file, from 1
+    const char *task;  // its name in the results
     const char *context;
-    const char *stop;     // an answer ends after this text; NULL: as Eval has it
+    const char *stop;  // an answer ends after this text; NULL: as Eval has it
     EvalMetric metric;
-    bool all;             // contained: the share of the answers found, not whether one of them is
-    int max_tokens;       // of an answer; 0: as Eval has it
+    bool all;        // contained: the share of the answers found, not whether one of them is
+    int max_tokens;  // of an answer; 0: as Eval has it
     EvalQuestion *questions;
     int n_questions;
-    char **answers;       // of all questions
+    char **answers;  // of all questions
 } EvalTask;
 
 typedef struct {
-    EvalTask *task;   // [n] in the order of the file
+    EvalTask *task;  // [n] in the order of the file
     int n;
-    uint64_t hash;    // of the file's bytes
-    char *text;       // the file; every string above points in here, unescaped in place
+    uint64_t hash;  // of the file's bytes
+    char *text;     // the file; every string above points in here, unescaped in place
 } EvalTasks;
 
 // Reads JSON Lines, one context a line: {"context": "..", "metric": "contained|exact|f1|choice",
@@ -90,24 +91,27 @@ typedef struct {
     int n, cap;
     char *settings;  // what all cells share: model, tasks and the like; NULL: not known yet
     FILE *log;       // where new cells are added, or NULL
-    char **text;     // [n_texts] the files read: cells' strings point in here, or into tasks and tables
+    char *
+        *text;  // [n_texts] the files read: cells' strings point in here, or into tasks and tables
     int n_texts;
 } EvalResults;
 
-// Reads cells from a file of results, if there is one; `append` keeps it open, so that eval_run adds
-// each cell as it is done. A last line that was cut off is dropped. Cells that are there already are
-// left out, cells of another model or other settings refused. Returns 0, or -1 with err.
+// Reads cells from a file of results, if there is one; `append` keeps it open, so that eval_run
+// adds each cell as it is done. A last line that was cut off is dropped. Cells that are there
+// already are left out, cells of another model or other settings refused. Returns 0, or -1 with
+// err.
 int eval_results_open(EvalResults *r, const char *path, bool append, char *err);
-int eval_results_save(const EvalResults *r, const char *path, char *err);  // all of them, as a new file
+int eval_results_save(const EvalResults *r, const char *path,
+                      char *err);         // all of them, as a new file
 void eval_results_close(EvalResults *r);  // safe on a zeroed struct, and twice
 
 // A figure over all contexts of a task.
 typedef struct {
     const char *task, *policy, *level, *kv;
-    const char *metric;        // contained, exact, f1, choice; same, kl, nll
+    const char *metric;  // contained, exact, f1, choice; same, kl, nll
     double ratio, kept;
-    double value, low, high;   // mean over questions; 95% bootstrap interval, fixed seed
-    int n;                     // questions
+    double value, low, high;  // mean over questions; 95% bootstrap interval, fixed seed
+    int n;                    // questions
 } EvalRow;
 
 // rows is malloc'ed. In the order in which tasks and cells were done. Returns 0, or -1 with err.
@@ -120,27 +124,29 @@ int eval_chart(const EvalRow *rows, int n, const char *path, char *err);
 // ---- policies and ratios ----
 
 typedef struct {
-    RunState *state;           // max_logits: answers that decode together
-    Context context;           // tok, chunk, local, postfix; the rest is filled in per context
-    const Ids *prefix;         // protected ids before every context
+    RunState *state;    // max_logits: answers that decode together
+    Context context;    // tok, chunk, local, postfix; the rest is filled in per context
+    const Ids *prefix;  // protected ids before every context
     const Policy *policy[EVAL_LIST];
     const Level *level[EVAL_LIST];
-    const char *set;           // "key=value,..": each takes the parameters it knows; or NULL
+    const char *set;  // "key=value,..": each takes the parameters it knows; or NULL
     double ratio[EVAL_LIST];
-    KVType kv[EVAL_LIST];      // the full cache of the first one is the yardstick
+    KVType kv[EVAL_LIST];  // the full cache of the first one is the yardstick
     int n_policies, n_levels, n_ratios, n_kvs;
-    int max_tokens;            // of an answer, where the task does not say
-    const char *stop;          // an answer ends after this text, where the task does not say; or NULL
-    int shard, n_shards;       // contexts shard, shard + n_shards, .. (from 0)
-    uint64_t settings;         // hash of whatever else changes the answers
-    // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no memory.
+    int max_tokens;       // of an answer, where the task does not say
+    const char *stop;     // an answer ends after this text, where the task does not say; or NULL
+    int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
+    uint64_t settings;    // hash of whatever else changes the answers
+    // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no
+    // memory.
     int (*ask)(void *arg, const EvalQuestion *q, Ids *ids);
     void *ask_arg;
     int (*progress)(void *arg, long done, long total);  // questions times cells; nonzero stops
     void *progress_arg;
 } Eval;
 
-// Whether e->set makes sense: every key is one that a policy or a level of e knows. 0, or -1 with err.
+// Whether e->set makes sense: every key is one that a policy or a level of e knows. 0, or -1 with
+// err.
 int eval_check_set(const Eval *e, char *err);
 
 // Every question of every context, for each policy, level, ratio and page type that r does not have

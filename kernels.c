@@ -1,12 +1,13 @@
 // kernels.c: the arithmetic, once as plain C and once per instruction set, and the thread pool.
 //
-// The scalar function is the definition; each variant stands under it, and tests hold the two against
-// each other for every tail length. Everything heavy is one of two products. Weights in 16-bit and
-// 32-bit floats are unpacked, some columns at a time, to f32 [columns][16 rows] and multiplied like any
-// small matrix; q8 and q4 are unpacked to 16-bit integers [columns/2][16 rows][2] and multiplied with
-// activations that were rounded to 8 bits in groups of 32. The unpacked block stays in the first-level
-// cache while all tokens of the call pass over it. The fact that must stay true: the sum for one output
-// runs over the columns in order, whatever the tile, so any batch and any thread count give the same bits.
+// The scalar function is the definition; each variant stands under it, and tests hold the two
+// against each other for every tail length. Everything heavy is one of two products. Weights in
+// 16-bit and 32-bit floats are unpacked, some columns at a time, to f32 [columns][16 rows] and
+// multiplied like any small matrix; q8 and q4 are unpacked to 16-bit integers [columns/2][16
+// rows][2] and multiplied with activations that were rounded to 8 bits in groups of 32. The
+// unpacked block stays in the first-level cache while all tokens of the call pass over it. The fact
+// that must stay true: the sum for one output runs over the columns in order, whatever the tile, so
+// any batch and any thread count give the same bits.
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE
 #include "kernels.h"
@@ -129,8 +130,8 @@ static void quantize_scalar(const Acts *a, int t0, int t1) {
 
 // ---- scalar: products ----
 
-static void gemm_f32_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
-                            int cols, bool add) {
+static void gemm_f32_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                            int inner, int cols, bool add) {
     const float *bf = b;
     for (int i = 0; i < n; i++) {
         for (int j = 0; j < cols; j++) {
@@ -141,13 +142,14 @@ static void gemm_f32_scalar(float *c, size_t ldc, const float *a, size_t lda, co
     }
 }
 
-static void gemm_f16_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
-                            int cols, bool add) {
+static void gemm_f16_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                            int inner, int cols, bool add) {
     const uint16_t *bh = b;
     for (int i = 0; i < n; i++) {
         for (int j = 0; j < cols; j++) {
             float sum = add ? c[i * ldc + j] : 0.0f;
-            for (int k = 0; k < inner; k++) sum += a[i * lda + k] * f16_f32(bh[(size_t)k * cols + j]);
+            for (int k = 0; k < inner; k++)
+                sum += a[i * lda + k] * f16_f32(bh[(size_t)k * cols + j]);
             c[i * ldc + j] = sum;
         }
     }
@@ -176,14 +178,16 @@ static void unpack_float_scalar(float *out, const Matrix *w, int panel, int c0, 
     }
 }
 
-// A block of a quantized panel: w [cols/2][16][2], and per group of 32 columns scale [16] and offset [16].
+// A block of a quantized panel: w [cols/2][16][2], and per group of 32 columns scale [16] and
+// offset [16].
 typedef struct {
     int16_t w[BLOCK * PANEL];
     float scale[BLOCK / QGROUP * PANEL], offset[BLOCK / QGROUP * PANEL];
 } IntBlock;
 
 static void unpack_int_scalar(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
-    const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
+    const uint8_t *line =
+        w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
     size_t group = ((size_t)panel * w->cols_padded + c0) / QGROUP * PANEL;
     for (int i = 0; i < cols / QGROUP * PANEL; i++) {
         b->scale[i] = f16_f32(w->scale[group + i]);
@@ -203,17 +207,19 @@ static void unpack_int_scalar(IntBlock *b, const Matrix *w, int panel, int c0, i
     }
 }
 
-static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                int t0, int t1) {
     float b[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
         unpack_float_scalar(b, w, panel, c0, cols);
-        gemm_f32_scalar(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols,
-                        PANEL, c0 > 0);
+        gemm_f32_scalar(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b,
+                        t1 - t0, cols, PANEL, c0 > 0);
     }
 }
 
-static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                              int t0, int t1) {
     IntBlock b;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
@@ -240,7 +246,8 @@ static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
 static const Kernels scalar_kernels = {
     .name = "scalar",
     .q_size = 2,
-    .matmul = {matmul_float_scalar, matmul_float_scalar, matmul_float_scalar, matmul_int_scalar, matmul_int_scalar},
+    .matmul = {matmul_float_scalar, matmul_float_scalar, matmul_float_scalar, matmul_int_scalar,
+               matmul_int_scalar},
     .quantize = quantize_scalar,
     .gemm_f32 = gemm_f32_scalar,
     .gemm_f16 = gemm_f16_scalar,
@@ -282,13 +289,14 @@ AVX2_INLINE float hmax(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln2 / 2, a polynomial of degree 6 for exp(r). Within 2 ulp (tests measure
-// 1.1) of the true value; below -87.3 the result is 0, above 88.3 it stays at exp(88.3).
+// exp(x) = 2^n exp(r), |r| <= ln2 / 2, a polynomial of degree 6 for exp(r). Within 2 ulp (tests
+// measure 1.1) of the true value; below -87.3 the result is 0, above 88.3 it stays at exp(88.3).
 AVX2_INLINE __m256 exp_avx2(__m256 x) {
     const __m256 lo = _mm256_set1_ps(-87.33f), hi = _mm256_set1_ps(88.37f);
     __m256 in_range = _mm256_cmp_ps(x, lo, _CMP_NLT_UQ);  // true for NaN, which must stay one
     x = _mm256_min_ps(hi, x);
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m256 n =
+        _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
     __m256 p = _mm256_set1_ps(1.0f / 720);
@@ -305,14 +313,16 @@ AVX2_INLINE __m256 exp_avx2(__m256 x) {
 
 AVX2 static void f16_to_f32_avx2(float *out, const uint16_t *in, size_t n) {
     size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(in + i))));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(in + i))));
     f16_to_f32_scalar(out + i, in + i, n - i);
 }
 
 AVX2 static void f32_to_f16_avx2(uint16_t *out, const float *in, size_t n) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        _mm_storeu_si128((void *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128((void *)(out + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
     }
     f32_to_f16_scalar(out + i, in + i, n - i);
 }
@@ -320,7 +330,8 @@ AVX2 static void f32_to_f16_avx2(uint16_t *out, const float *in, size_t n) {
 AVX2 static void rmsnorm_avx2(float *out, const float *x, const float *w, int n, float eps) {
     __m256 acc = _mm256_setzero_ps();
     int i = 0;
-    for (; i + 8 <= n; i += 8) acc = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i), acc);
+    for (; i + 8 <= n; i += 8)
+        acc = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i), acc);
     float ss = hsum(acc);
     for (; i < n; i++) ss += x[i] * x[i];
     float r = 1.0f / sqrtf(ss / (float)n + eps);
@@ -333,13 +344,15 @@ AVX2 static void rmsnorm_avx2(float *out, const float *x, const float *w, int n,
 
 AVX2 static void add_avx2(float *x, const float *y, int n) {
     int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
     add_scalar(x + i, y + i, n - i);
 }
 
 AVX2 static void scale_avx2(float *x, float a, int n) {
     int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(a)));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(a)));
     scale_scalar(x + i, a, n - i);
 }
 
@@ -443,7 +456,8 @@ AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C
     }
     for (int k = 0; k < g->inner; k++) {
         __m256 b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] = load8(g->b, k * g->ldb + (size_t)(j + 8 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] =
+            load8(g->b, k * g->ldb + (size_t)(j + 8 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             __m256 ar = _mm256_broadcast_ss(a + r * g->lda + k);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_fmadd_ps(ar, b[v], acc[r][v]);
@@ -468,8 +482,8 @@ AVX2_INLINE void gemm_avx2(const Gemm *g, const bool half) {
     for (; i < g->n; i++) gemm_rows(g, i, 1, 4, half);
 }
 
-AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
-                               int cols, bool add) {
+AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+                               int n, int inner, int cols, bool add) {
     if (cols % 8) {
         gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
         return;
@@ -477,8 +491,8 @@ AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda,
     gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
 }
 
-AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
-                               int cols, bool add) {
+AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+                               int n, int inner, int cols, bool add) {
     if (cols % 8) {
         gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
         return;
@@ -490,8 +504,9 @@ AVX2 static void pack_f16_avx2(void *packed, const uint16_t *b, int inner, int c
     f16_to_f32_avx2(packed, b, (size_t)inner * cols);
 }
 
-// Half a line of 16-bit weights, [8 rows][2 columns], as its two columns. bf16: they are the halves of 32-bit
-// lanes. f16: bytes are shuffled so that four rows of one column lie together, then converted.
+// Half a line of 16-bit weights, [8 rows][2 columns], as its two columns. bf16: they are the halves
+// of 32-bit lanes. f16: bytes are shuffled so that four rows of one column lie together, then
+// converted.
 AVX2_INLINE void split_line(const uint8_t *line, const bool bf16, __m256 *even, __m256 *odd) {
     const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
                                            0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
@@ -534,32 +549,40 @@ AVX2_INLINE void half_row(float *out, const Matrix *w, int panel, const float *x
     _mm256_storeu_ps(out + 8, sum[1]);
 }
 
-// Up to two tokens of 16-bit weights, for which unpacking to memory does not pay; false for all else.
-AVX2 static bool few_halves(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+// Up to two tokens of 16-bit weights, for which unpacking to memory does not pay; false for all
+// else.
+AVX2 static bool few_halves(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                            int t0, int t1) {
     if (t1 - t0 > 2 || w->type == W_F32) return false;
     for (int t = t0; t < t1; t++) {
         const float *row = x->x + (size_t)t * x->stride;
-        if (w->type == W_BF16) half_row(out + t * ld, w, panel, row, true);
-        else half_row(out + t * ld, w, panel, row, false);
+        if (w->type == W_BF16)
+            half_row(out + t * ld, w, panel, row, true);
+        else
+            half_row(out + t * ld, w, panel, row, false);
     }
     return true;
 }
 
-AVX2 static void matmul_float_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+AVX2 static void matmul_float_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                   int t0, int t1) {
     if (few_halves(out, ld, w, panel, x, t0, t1)) return;
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
         const float *b = block;
-        if (w->type == W_F32) b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
-        else unpack_16bit_avx2(block, w, panel, c0, cols);
-        gemm_f32_avx2(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols, PANEL,
-                      c0 > 0);
+        if (w->type == W_F32)
+            b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+        else
+            unpack_16bit_avx2(block, w, panel, c0, cols);
+        gemm_f32_avx2(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0,
+                      cols, PANEL, c0 > 0);
     }
 }
 
-// 64 bytes [16 rows][4 columns] to 16-bit integers [2][16 rows][2]. Within eight rows the two halves of a
-// register interleave, so rows come out in the order 0 1 4 5 2 3 6 7; scales and sums follow it.
+// 64 bytes [16 rows][4 columns] to 16-bit integers [2][16 rows][2]. Within eight rows the two
+// halves of a register interleave, so rows come out in the order 0 1 4 5 2 3 6 7; scales and sums
+// follow it.
 AVX2_INLINE void widen_line(int16_t *out, __m256i rows0_7, __m256i rows8_15) {
     for (int half = 0; half < 2; half++) {
         __m256i v = half ? rows8_15 : rows0_7;
@@ -582,7 +605,8 @@ AVX2 static void unpack_int_avx2(IntBlock *b, const Matrix *w, int panel, int c0
     size_t group = ((size_t)panel * w->cols_padded + c0) / QGROUP * PANEL;
     unpack_scales(b->scale, w->scale + group, cols / QGROUP * PANEL);
     if (w->offset) unpack_scales(b->offset, w->offset + group, cols / QGROUP * PANEL);
-    const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
+    const uint8_t *line =
+        w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
     if (w->type == W_Q8) {
         for (int c = 0; c < cols; c += 4, line += 64) {
             widen_line(b->w + c * PANEL, _mm256_loadu_si256((const void *)line),
@@ -592,7 +616,8 @@ AVX2 static void unpack_int_avx2(IntBlock *b, const Matrix *w, int panel, int c0
     }
     const __m256i low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(w->offset ? 0 : 8);
     for (int c = 0; c < cols; c += 8, line += 64) {
-        __m256i v0 = _mm256_loadu_si256((const void *)line), v1 = _mm256_loadu_si256((const void *)(line + 32));
+        __m256i v0 = _mm256_loadu_si256((const void *)line),
+                v1 = _mm256_loadu_si256((const void *)(line + 32));
         widen_line(b->w + c * PANEL, _mm256_sub_epi8(_mm256_and_si256(v0, low), zero),
                    _mm256_sub_epi8(_mm256_and_si256(v1, low), zero));
         v0 = _mm256_srli_epi16(v0, 4), v1 = _mm256_srli_epi16(v1, 4);
@@ -608,10 +633,10 @@ AVX2_INLINE __m256i add_in_order(__m256i a, __m256i b) {
     return a;
 }
 
-// T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns in 32-bit
-// integers, then scaled. sum [T][16] are the running results.
-AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0, int cols,
-                          const bool offset, const int T) {
+// T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns
+// in 32-bit integers, then scaled. sum [T][16] are the running results.
+AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0,
+                          int cols, const bool offset, const int T) {
     const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride + c0;
     for (int g = 0; g < cols / QGROUP; g++) {
         __m256i acc[4][2];
@@ -631,7 +656,8 @@ AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x,
         UNROLL for (int i = 0; i < T; i++) {
             size_t at = ((size_t)(t + i) * x->stride + c0) / QGROUP + g;
             UNROLL for (int h = 0; h < 2; h++) {
-                __m256 s = _mm256_mul_ps(_mm256_loadu_ps(b->scale + g * PANEL + 8 * h), _mm256_set1_ps(x->scale[at]));
+                __m256 s = _mm256_mul_ps(_mm256_loadu_ps(b->scale + g * PANEL + 8 * h),
+                                         _mm256_set1_ps(x->scale[at]));
                 __m256 v = _mm256_loadu_ps(sum[i] + 8 * h);
                 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][h]), s, v);
                 if (offset) {
@@ -645,12 +671,13 @@ AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x,
 }
 
 // Tokens [t, t + T) of one block; sums rest in out in memory order between blocks.
-AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts *x, int t, int c0, int cols,
-                            const bool offset, const int T) {
+AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts *x, int t, int c0,
+                            int cols, const bool offset, const int T) {
     float sum[4][PANEL];
     for (int i = 0; i < T; i++) {
         for (int h = 0; h < PANEL; h += 8) {
-            __m256 v = c0 ? swap_rows(_mm256_loadu_ps(out + (t + i) * ld + h)) : _mm256_setzero_ps();
+            __m256 v =
+                c0 ? swap_rows(_mm256_loadu_ps(out + (t + i) * ld + h)) : _mm256_setzero_ps();
             _mm256_storeu_ps(sum[i] + h, v);
         }
     }
@@ -662,8 +689,8 @@ AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts
     }
 }
 
-AVX2_INLINE void matmul_int_block(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
-                                  const bool offset) {
+AVX2_INLINE void matmul_int_block(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                  int t0, int t1, const bool offset) {
     IntBlock b;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK, t = t0;
@@ -684,8 +711,10 @@ AVX2_INLINE __m256i load_quad(const int16_t *q) {
     return _mm256_set1_epi64x(quad);
 }
 
-// 32 columns of a q8 panel (8 lines) or a q4 panel (4 lines) against one token; acc [4], four rows each.
-AVX2_INLINE void madd_group(__m256i *acc, const uint8_t *line, const int16_t *q, const bool q4, const __m128i zero) {
+// 32 columns of a q8 panel (8 lines) or a q4 panel (4 lines) against one token; acc [4], four rows
+// each.
+AVX2_INLINE void madd_group(__m256i *acc, const uint8_t *line, const int16_t *q, const bool q4,
+                            const __m128i zero) {
     const __m128i low = _mm_set1_epi8(15);
     UNROLL for (int c = 0; c < QGROUP; c += q4 ? 8 : 4, line += 64) {
         __m256i a = load_quad(q + c), b = q4 ? load_quad(q + c + 4) : a;
@@ -711,8 +740,8 @@ AVX2_INLINE __m256 join_pairs(__m256i a, __m256i b) {
 }
 
 // One token, straight from the file: nothing is unpacked to memory, and the same integers come out.
-AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Acts *x, int t, const bool q4,
-                                const bool offset) {
+AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Acts *x, int t,
+                                const bool q4, const bool offset) {
     int groups = w->cols_padded / QGROUP;
     const uint8_t *line = w->data + (size_t)panel * groups * (q4 ? 256 : 512);
     const uint16_t *scale = w->scale + (size_t)panel * groups * PANEL;
@@ -739,8 +768,8 @@ AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Ac
 }
 
 // Unpacking a block pays from four tokens on.
-AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
-                            const bool q4, const bool offset) {
+AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                            int t0, int t1, const bool q4, const bool offset) {
     if (t1 - t0 >= 4) {
         matmul_int_block(out, ld, w, panel, x, t0, t1, offset);
         return;
@@ -748,19 +777,24 @@ AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, c
     for (int t = t0; t < t1; t++) matmul_int_row(out + t * ld, w, panel, x, t, q4, offset);
 }
 
-AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                int t0, int t1) {
     matmul_int(out, ld, w, panel, x, t0, t1, false, false);
 }
 
-AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
-    if (w->offset) matmul_int(out, ld, w, panel, x, t0, t1, true, true);
-    else matmul_int(out, ld, w, panel, x, t0, t1, true, false);
+AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                int t0, int t1) {
+    if (w->offset)
+        matmul_int(out, ld, w, panel, x, t0, t1, true, true);
+    else
+        matmul_int(out, ld, w, panel, x, t0, t1, true, false);
 }
 
 static const Kernels avx2_kernels = {
     .name = "avx2",
     .q_size = 2,
-    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2, matmul_q4_avx2},
+    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2,
+               matmul_q4_avx2},
     .quantize = quantize_avx2,
     .gemm_f32 = gemm_f32_avx2,
     .gemm_f16 = gemm_f16_avx2,
@@ -780,20 +814,25 @@ static const Kernels avx2_kernels = {
 
 static bool has_avx2(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
+    return __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("fma");  // F16C came before both
 }
 
 // ---- AVX-512 with VNNI: x86-64 servers, and laptops from Ice Lake (2019) and Zen 4 (2022) on ----
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-#define AVX512_INLINE \
-    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define AVX512 \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define AVX512_INLINE             \
+    static inline __attribute__(( \
+        always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 // As exp_avx2; the power of two is one instruction.
 AVX512_INLINE __m512 exp_avx512(__m512 x) {
-    __mmask16 in_range = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);  // true for NaN
+    __mmask16 in_range =
+        _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);  // true for NaN
     x = _mm512_min_ps(_mm512_set1_ps(88.37f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                    _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
     __m512 p = _mm512_set1_ps(1.0f / 720);
@@ -843,7 +882,8 @@ AVX512 static float exp64_avx512(float *s, float m) {
         e[i] = exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(s + 16 * i), _mm512_set1_ps(m)));
         _mm512_storeu_ps(s + 16 * i, e[i]);
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
+    return _mm512_reduce_add_ps(
+        _mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
 }
 
 AVX512 static void max_into_avx512(float *run, const float *s, float b) {
@@ -858,7 +898,8 @@ AVX512 static void quantize_avx512(const Acts *a, int t0, int t1) {
         __m512 v0 = _mm512_loadu_ps(a->x + at), v1 = _mm512_loadu_ps(a->x + at + 16);
         float max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v0), _mm512_abs_ps(v1)));
         __m512 inv = _mm512_set1_ps(max > 0.0f ? 127.0f / max : 0.0f);
-        __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inv)), q1 = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inv));
+        __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inv)),
+                q1 = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inv));
         _mm_storeu_si128((void *)((int8_t *)a->q + at), _mm512_cvtepi32_epi8(q0));
         _mm_storeu_si128((void *)((int8_t *)a->q + at + 16), _mm512_cvtepi32_epi8(q1));
         int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1));
@@ -874,7 +915,8 @@ AVX512_INLINE __m512 load16(const void *b, size_t i, const bool half) {
 }
 
 // As gemm_tile: R * C + C + 1 <= 32.
-AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
+AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const int C,
+                                const bool half) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     __m512 acc[12][4];
@@ -885,7 +927,8 @@ AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const 
     }
     for (int k = 0; k < g->inner; k++) {
         __m512 b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] = load16(g->b, k * g->ldb + (size_t)(j + 16 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] =
+            load16(g->b, k * g->ldb + (size_t)(j + 16 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             __m512 ar = _mm512_set1_ps(a[r * g->lda + k]);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm512_fmadd_ps(ar, b[v], acc[r][v]);
@@ -912,29 +955,35 @@ AVX512_INLINE void gemm_avx512(const Gemm *g, const bool half) {
     for (; i < g->n; i++) gemm_rows512(g, i, 1, 4, half);
 }
 
-AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
-                                   int cols, bool add) {
-    if (cols % 16) gemm_f32_avx2(c, ldc, a, lda, b, n, inner, cols, add);
-    else gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+                                   int n, int inner, int cols, bool add) {
+    if (cols % 16)
+        gemm_f32_avx2(c, ldc, a, lda, b, n, inner, cols, add);
+    else
+        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
 }
 
-AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner,
-                                   int cols, bool add) {
-    if (cols % 16) gemm_f16_avx2(c, ldc, a, lda, b, n, inner, cols, add);
-    else gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+                                   int n, int inner, int cols, bool add) {
+    if (cols % 16)
+        gemm_f16_avx2(c, ldc, a, lda, b, n, inner, cols, add);
+    else
+        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
 }
 
-AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                                       int t1) {
+AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, int panel,
+                                       const Acts *x, int t0, int t1) {
     if (few_halves(out, ld, w, panel, x, t0, t1)) return;
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
         const float *b = block;
-        if (w->type == W_F32) b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
-        else unpack_16bit_avx2(block, w, panel, c0, cols);
-        gemm_f32_avx512(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols, PANEL,
-                        c0 > 0);
+        if (w->type == W_F32)
+            b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+        else
+            unpack_16bit_avx2(block, w, panel, c0, cols);
+        gemm_f32_avx512(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b,
+                        t1 - t0, cols, PANEL, c0 > 0);
     }
 }
 
@@ -946,20 +995,22 @@ typedef struct {
     int groups;
 } IntPanel;
 
-// Weights of 4 columns by 16 rows as unsigned bytes, 128 more than they are (q4 with offsets: as they are).
-// A q4 line holds two such quads.
+// Weights of 4 columns by 16 rows as unsigned bytes, 128 more than they are (q4 with offsets: as
+// they are). A q4 line holds two such quads.
 AVX512_INLINE __m512i load_quads(const uint8_t *line, int quad, const bool q4, const bool offset) {
-    if (!q4) return _mm512_xor_si512(_mm512_loadu_si512(line + 64 * quad), _mm512_set1_epi8((char)0x80));
+    if (!q4)
+        return _mm512_xor_si512(_mm512_loadu_si512(line + 64 * quad), _mm512_set1_epi8((char)0x80));
     __m512i v = _mm512_loadu_si512(line + 64 * (quad / 2));
     if (quad % 2) v = _mm512_srli_epi16(v, 4);
     v = _mm512_and_si512(v, _mm512_set1_epi8(15));
     return offset ? v : _mm512_add_epi8(v, _mm512_set1_epi8(120));
 }
 
-// T tokens against a whole panel, straight from the file. vpdpbusd multiplies unsigned by signed bytes, so
-// weights are made unsigned and each sum starts at -128 * sum(q). The same integers as everywhere.
-AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4, const bool offset,
-                             const int T) {
+// T tokens against a whole panel, straight from the file. vpdpbusd multiplies unsigned by signed
+// bytes, so weights are made unsigned and each sum starts at -128 * sum(q). The same integers as
+// everywhere.
+AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4,
+                             const bool offset, const int T) {
     const Acts *x = p->x;
     const int8_t *q = (const int8_t *)x->q + (size_t)t * x->stride;
     size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
@@ -968,7 +1019,8 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
     for (int g = 0; g < p->groups; g++, at++, q += QGROUP) {
         const uint8_t *line = p->line + (size_t)g * QGROUP * PANEL / (q4 ? 2 : 1);
         __m512i acc[12];
-        UNROLL for (int i = 0; i < T; i++) acc[i] = offset ? _mm512_setzero_si512() : _mm512_set1_epi32(x->shift[at + i * step]);
+        UNROLL for (int i = 0; i < T; i++) acc[i] =
+            offset ? _mm512_setzero_si512() : _mm512_set1_epi32(x->shift[at + i * step]);
         UNROLL for (int quad = 0; quad < QGROUP / 4; quad++) {
             __m512i w = load_quads(line, quad, q4, offset);
             UNROLL for (int i = 0; i < T; i++) {
@@ -982,14 +1034,15 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
         UNROLL for (int i = 0; i < T; i++) {
             __m512 s = _mm512_mul_ps(scale, _mm512_set1_ps(x->scale[at + i * step]));
             sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i]), s, sum[i]);
-            if (offset) sum[i] = _mm512_fmadd_ps(shift, _mm512_set1_ps(x->sum[at + i * step]), sum[i]);
+            if (offset)
+                sum[i] = _mm512_fmadd_ps(shift, _mm512_set1_ps(x->sum[at + i * step]), sum[i]);
         }
     }
     UNROLL for (int i = 0; i < T; i++) _mm512_storeu_ps(out + (t + i) * ld, sum[i]);
 }
 
-AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1,
-                               const bool q4, const bool offset) {
+AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                               int t0, int t1, const bool q4, const bool offset) {
     int groups = w->cols_padded / QGROUP, t = t0;
     size_t first = (size_t)panel * groups;
     IntPanel p = {w->data + first * QGROUP * PANEL / (q4 ? 2 : 1), w->scale + first * PANEL,
@@ -1000,19 +1053,24 @@ AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel
     for (; t < t1; t++) vnni_tile(out, ld, &p, t, q4, offset, 1);
 }
 
-AVX512 static void matmul_q8_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
+AVX512 static void matmul_q8_avx512(float *out, size_t ld, const Matrix *w, int panel,
+                                    const Acts *x, int t0, int t1) {
     matmul_vnni(out, ld, w, panel, x, t0, t1, false, false);
 }
 
-AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1) {
-    if (w->offset) matmul_vnni(out, ld, w, panel, x, t0, t1, true, true);
-    else matmul_vnni(out, ld, w, panel, x, t0, t1, true, false);
+AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int panel,
+                                    const Acts *x, int t0, int t1) {
+    if (w->offset)
+        matmul_vnni(out, ld, w, panel, x, t0, t1, true, true);
+    else
+        matmul_vnni(out, ld, w, panel, x, t0, t1, true, false);
 }
 
 static const Kernels avx512_kernels = {
     .name = "avx512",
     .q_size = 1,
-    .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512, matmul_q4_avx512},
+    .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512,
+               matmul_q4_avx512},
     .quantize = quantize_avx512,
     .gemm_f32 = gemm_f32_avx512,
     .gemm_f16 = gemm_f16_avx512,
@@ -1037,7 +1095,9 @@ static const Kernels avx512_kernels = {
 #define BF16_INLINE static inline __attribute__((always_inline, target(BF16_TARGET)))
 
 // Shapes that the tiles below cover; all others stay in f32.
-static bool fits_bf16(int inner, int cols) { return inner % 2 == 0 && cols % 16 == 0 && inner <= 256; }
+static bool fits_bf16(int inner, int cols) {
+    return inner % 2 == 0 && cols % 16 == 0 && inner <= 256;
+}
 
 // [inner/2][cols][2] bf16: rows 2k and 2k + 1 of b alternate.
 BF16 static void pack_f16_bf16(void *packed, const uint16_t *b, int inner, int cols) {
@@ -1045,13 +1105,15 @@ BF16 static void pack_f16_bf16(void *packed, const uint16_t *b, int inner, int c
         pack_f16_avx2(packed, b, inner, cols);
         return;
     }
-    static const uint16_t alternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_loadu_si512(alternate);
     uint8_t *out = packed;
     for (int k = 0; k < inner; k += 2) {
         for (int j = 0; j < cols; j += 16, out += 64) {
-            __m512 even = load16(b, (size_t)k * cols + j, true), odd = load16(b, (size_t)(k + 1) * cols + j, true);
+            __m512 even = load16(b, (size_t)k * cols + j, true),
+                   odd = load16(b, (size_t)(k + 1) * cols + j, true);
             __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
             _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
         }
@@ -1063,7 +1125,8 @@ BF16_INLINE void rows_to_bf16(uint16_t *out, const float *a, size_t lda, int inn
     for (int r = 0; r < n; r++) {
         int k = 0;
         for (; k + 16 <= inner; k += 16)
-            _mm256_storeu_si256((void *)(out + r * inner + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r * lda + k)));
+            _mm256_storeu_si256((void *)(out + r * inner + k),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r * lda + k)));
         if (k == inner) continue;
         __mmask16 tail = (__mmask16)((1u << (inner - k)) - 1);
         __m512 v = _mm512_maskz_loadu_ps(tail, a + r * lda + k);
@@ -1072,7 +1135,8 @@ BF16_INLINE void rows_to_bf16(uint16_t *out, const float *a, size_t lda, int inn
 }
 
 // As gemm_tile512, on pairs of the inner dimension: a [R][inner] bf16, b packed.
-BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const int R, const int C) {
+BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const int R,
+                           const int C) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const uint8_t *b = (const uint8_t *)g->b + (size_t)j * 4;
     __m512 acc[6][4];
@@ -1088,7 +1152,8 @@ BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const
             int pair;
             memcpy(&pair, a + r * g->inner + k, 4);
             __m512i ar = _mm512_set1_epi32(pair);
-            UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)ar, (__m512bh)w[v]);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] =
+                _mm512_dpbf16_ps(acc[r][v], (__m512bh)ar, (__m512bh)w[v]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) {
@@ -1104,8 +1169,8 @@ BF16_INLINE void bf16_rows(const Gemm *g, int i, const int R) {
     for (; j < g->cols; j += 16) bf16_tile(g, a, i, j, R, 1);
 }
 
-BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
-                                  int inner, int cols, bool add) {
+BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t lda,
+                                  const void *packed, int n, int inner, int cols, bool add) {
     if (!fits_bf16(inner, cols)) {
         gemm_f32_avx512(c, ldc, a, lda, packed, n, inner, cols, add);
         return;
@@ -1132,7 +1197,8 @@ typedef struct {
 
 static bool always(void) { return true; }
 
-static const Isa isas[] = {  // best first
+static const Isa isas[] = {
+    // best first
 #ifdef __x86_64__
     {&avx512_kernels, has_avx512},
     {&avx2_kernels, has_avx2},
@@ -1161,9 +1227,9 @@ const Kernels *kernels_scalar(void) { return &scalar_kernels; }
 
 // ---- threads ----
 
-// A job is a function and a counter; whoever is free takes the next indices. Workers spin for a moment
-// after a job, because the next one usually follows within microseconds, then sleep: an idle program
-// costs nothing.
+// A job is a function and a counter; whoever is free takes the next indices. Workers spin for a
+// moment after a job, because the next one usually follows within microseconds, then sleep: an idle
+// program costs nothing.
 enum { SPINS = 20000 };
 
 struct ThreadPool {
@@ -1172,9 +1238,9 @@ struct ThreadPool {
     void (*fn)(void *ctx, int i);
     void *ctx;
     int n;
-    atomic_int next;       // index to take
-    atomic_int busy;       // workers that have not finished the current job
-    atomic_uint job;       // counts jobs; a change wakes the workers
+    atomic_int next;  // index to take
+    atomic_int busy;  // workers that have not finished the current job
+    atomic_uint job;  // counts jobs; a change wakes the workers
     atomic_bool closing;
     atomic_int sleepers;
     pthread_mutex_t mutex;
@@ -1276,7 +1342,8 @@ void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx)
     atomic_store_explicit(&p->busy, p->n_workers, memory_order_relaxed);
     post_job(p);
     take_work(p);
-    for (int spin = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; spin++) relax(spin);
+    for (int spin = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; spin++)
+        relax(spin);
 }
 
 int cores_online(void) {

@@ -1,11 +1,12 @@
 // kernels.h: the arithmetic, one table of functions per instruction set, and the thread pool.
 //
-// Weights lie in panels of 16 rows. A 64-byte line of a panel holds 4 bytes of each of the 16 rows, so
-// k = 1 column for f32, 2 for bf16 and f16, 4 for q8, 8 for q4: [rows/16][cols/k][16][k]. One 512-bit
-// load, two of 256 bits or four of 128 take a line and no instruction set needs a horizontal sum.
-// q8 and q4 carry one f16 scale per row and 32 columns, [rows/16][cols/32][16]; q4 may carry offsets of
-// the same shape. A q4 line holds columns 0..3 in the low and 4..7 in the high half of its bytes:
-// w = scale * nibble + offset, where offset is -8 * scale when the file has none.
+// Weights lie in panels of 16 rows. A 64-byte line of a panel holds 4 bytes of each of the 16 rows,
+// so k = 1 column for f32, 2 for bf16 and f16, 4 for q8, 8 for q4: [rows/16][cols/k][16][k]. One
+// 512-bit load, two of 256 bits or four of 128 take a line and no instruction set needs a
+// horizontal sum. q8 and q4 carry one f16 scale per row and 32 columns, [rows/16][cols/32][16]; q4
+// may carry offsets of the same shape. A q4 line holds columns 0..3 in the low and 4..7 in the high
+// half of its bytes: w = scale * nibble + offset, where offset is -8 * scale when the file has
+// none.
 #ifndef KERNELS_H
 #define KERNELS_H
 #include <stdbool.h>
@@ -23,8 +24,8 @@ ThreadPool *pool_open(int n_threads);
 void pool_close(ThreadPool *p);  // NULL allowed
 int pool_threads(const ThreadPool *p);
 
-// Runs fn(ctx, i) for each i < n and returns when all are done; p may be NULL (a plain loop). Each i must
-// write only its own results, so the same bits come out for any number of threads.
+// Runs fn(ctx, i) for each i < n and returns when all are done; p may be NULL (a plain loop). Each
+// i must write only its own results, so the same bits come out for any number of threads.
 void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx);
 
 int cores_online(void);
@@ -35,22 +36,23 @@ typedef enum { W_F32, W_F16, W_BF16, W_Q8, W_Q4, W_TYPES } WType;
 
 typedef struct {
     WType type;
-    int rows, cols;          // as the model means them
-    int panels, cols_padded; // ceil(rows/16); cols rounded up to 32 (q8, q4) or k, padding is zero
-    const uint8_t *data;     // [panels][cols_padded/k][16][k]
-    const uint16_t *scale;   // f16 [panels][cols_padded/32][16], q8 and q4
-    const uint16_t *offset;  // f16, same shape, q4 only, may be NULL
+    int rows, cols;           // as the model means them
+    int panels, cols_padded;  // ceil(rows/16); cols rounded up to 32 (q8, q4) or k, padding is zero
+    const uint8_t *data;      // [panels][cols_padded/k][16][k]
+    const uint16_t *scale;    // f16 [panels][cols_padded/32][16], q8 and q4
+    const uint16_t *offset;   // f16, same shape, q4 only, may be NULL
 } Matrix;
 
 // The input of a matrix product, n rows. f32 and 16-bit weights read x, q8 and q4 weights read q.
 typedef struct {
-    int cols, stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
-    float *x;          // [n][stride]
-    void *q;           // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns;
-                       //                 int16 or int8, of the table's q_size bytes
-    float *scale;      // [n][stride/32]
-    float *sum;        // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
-    int *shift;        // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
+    int cols,
+        stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
+    float *x;    // [n][stride]
+    void *q;     // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns;
+                 //                 int16 or int8, of the table's q_size bytes
+    float *scale;  // [n][stride/32]
+    float *sum;    // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
+    int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
 } Acts;
 
 static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
@@ -62,34 +64,39 @@ typedef struct {
     int q_size;  // bytes of a number in Acts.q
 
     // out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and t0 <= t < t1.
-    void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0, int t1);
+    void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                            int t0, int t1);
     // q, scale, sum and shift of rows [t0, t1) from x.
     void (*quantize)(const Acts *x, int t0, int t1);
 
-    // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b a page
-    // of transposed keys this is q . k, with a page of values it is p v. f16: b is half precision.
-    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner, int cols,
-                     bool add);
-    void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n, int inner, int cols,
-                     bool add);
+    // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
+    // a page of transposed keys this is q . k, with a page of values it is p v. f16: b is half
+    // precision.
+    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                     int inner, int cols, bool add);
+    void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                     int inner, int cols, bool add);
 
-    // The same for many rows of a: b is first packed the way this instruction set multiplies fastest (inner * cols
-    // floats of room), from half precision. bf16 where the machine multiplies that, else f32.
+    // The same for many rows of a: b is first packed the way this instruction set multiplies
+    // fastest (inner * cols floats of room), from half precision. bf16 where the machine multiplies
+    // that, else f32.
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
-    void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n, int inner,
-                        int cols, bool add);
+    void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
+                        int inner, int cols, bool add);
     float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
 
-    void (*rmsnorm)(float *out, const float *x, const float *w, int n, float eps);  // arXiv 1910.07467
-    void (*add)(float *x, const float *y, int n);                                   // x += y
-    void (*scale)(float *x, float a, int n);                                        // x *= a
-    void (*silu_mul)(float *x, const float *y, int n);                              // x = silu(x) * y
-    void (*gelu_mul)(float *x, const float *y, int n);                              // x = gelu_tanh(x) * y
+    void (*rmsnorm)(float *out, const float *x, const float *w, int n,
+                    float eps);                         // arXiv 1910.07467
+    void (*add)(float *x, const float *y, int n);       // x += y
+    void (*scale)(float *x, float a, int n);            // x *= a
+    void (*silu_mul)(float *x, const float *y, int n);  // x = silu(x) * y
+    void (*gelu_mul)(float *x, const float *y, int n);  // x = gelu_tanh(x) * y
 
     // One row of 64 scores: its maximum; s = exp(s - m), which is 0 where s is -inf, and the sum.
     float (*max64)(const float *s);
     float (*exp64)(float *s, float m);
-    void (*max_into)(float *run, const float *s, float b);  // run[j] = max(run[j], s[j] + b) for 64 scores
+    void (*max_into)(float *run, const float *s,
+                     float b);  // run[j] = max(run[j], s[j] + b) for 64 scores
 
     void (*f16_to_f32)(float *out, const uint16_t *in, size_t n);
     void (*f32_to_f16)(uint16_t *out, const float *in, size_t n);  // round to nearest even
@@ -97,8 +104,8 @@ typedef struct {
 
 extern Kernels kern;  // filled once by kernels_init, before threads start
 
-// isa: "scalar", "avx2", "avx512", "neon", or NULL for the best this machine has. Returns 0, or -1 when the
-// machine (or this build) does not have it.
+// isa: "scalar", "avx2", "avx512", "neon", or NULL for the best this machine has. Returns 0, or -1
+// when the machine (or this build) does not have it.
 int kernels_init(const char *isa);
 const Kernels *kernels_scalar(void);  // the definition, for tests
 

@@ -1,11 +1,12 @@
 // kvcache.c: keys and values of past tokens, how much each pair matters, and which ones stay.
 //
-// A context is read once, then repeated by the model with the answer forced (KVzip, arXiv 2505.23416).
-// The largest attention a pair receives during the repeat is its score. Low pairs go, the prefix never
-// does, and the survivors slide left into fewer pages: from then on every (layer, kv head) has its own
-// length. Attention runs page by page with an online softmax, so it needs no more than the list of pages.
-// Invariants: keys are stored after RoPE and never rotated again; a page with more than one reference is
-// never written; work is cut by the data, not by the number of threads, so the bits are always the same.
+// A context is read once, then repeated by the model with the answer forced (KVzip, arXiv
+// 2505.23416). The largest attention a pair receives during the repeat is its score. Low pairs go,
+// the prefix never does, and the survivors slide left into fewer pages: from then on every (layer,
+// kv head) has its own length. Attention runs page by page with an online softmax, so it needs no
+// more than the list of pages. Invariants: keys are stored after RoPE and never rotated again; a
+// page with more than one reference is never written; work is cut by the data, not by the number of
+// threads, so the bits are always the same.
 #define _DEFAULT_SOURCE
 #define _DARWIN_C_SOURCE
 #include "kvcache.h"
@@ -18,12 +19,12 @@
 
 enum {
     SLAB_PAGES = 64,
-    TILE_ROWS = 64,     // query rows (tokens times group) that share one pass over the pages
-    MANY_TOKENS = 9,    // runs from this length on read packed pages
-    SPLIT_TOKENS = 8,   // runs up to this length are split over page ranges as well
-    SPLIT_ROWS = 64,    // tokens of such runs, and runs, that are worked on together
-    SPLITS = 32,        // ranges at most
-    SPLIT_PAGES = 4,    // pages in a range at least
+    TILE_ROWS = 64,    // query rows (tokens times group) that share one pass over the pages
+    MANY_TOKENS = 9,   // runs from this length on read packed pages
+    SPLIT_TOKENS = 8,  // runs up to this length are split over page ranges as well
+    SPLIT_ROWS = 64,   // tokens of such runs, and runs, that are worked on together
+    SPLITS = 32,       // ranges at most
+    SPLIT_PAGES = 4,   // pages in a range at least
     MAX_RANGES = 5,
 };
 
@@ -32,7 +33,9 @@ const char *kvcache_type_name(KVType t) { return t == KV_F32 ? "f32" : "f16"; }
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
-static inline int n_heads_total(const KVCache *kv) { return kv->shape.n_layers * kv->shape.n_kv_heads; }
+static inline int n_heads_total(const KVCache *kv) {
+    return kv->shape.n_layers * kv->shape.n_kv_heads;
+}
 
 // ---- pages ----
 
@@ -41,7 +44,9 @@ static uint8_t *slab_map(size_t bytes) {
     return p == MAP_FAILED ? NULL : p;
 }
 
-static size_t slab_bytes(const KVCache *kv) { return SLAB_PAGES * (kv->page_bytes + PAGE * sizeof(int)); }
+static size_t slab_bytes(const KVCache *kv) {
+    return SLAB_PAGES * (kv->page_bytes + PAGE * sizeof(int));
+}
 
 static int pages_grow(KVCache *kv, int n, char *err) {
     if (n > kv->pages_cap) {
@@ -50,7 +55,8 @@ static int pages_grow(KVCache *kv, int n, char *err) {
         if (pages) kv->pages = pages;
         int *free_page = realloc(kv->free_page, (size_t)cap * sizeof *free_page);
         if (free_page) kv->free_page = free_page;
-        if (!pages || !free_page) return fail(err, "out of memory for a table of %d cache pages", cap);
+        if (!pages || !free_page)
+            return fail(err, "out of memory for a table of %d cache pages", cap);
         kv->pages_cap = cap;
     }
     return 0;
@@ -76,7 +82,8 @@ static int slab_new(KVCache *kv, char *err) {
     return 0;
 }
 
-// An empty page with one reference, or -1. Zeroed: attention multiplies unused values by weights of 0.
+// An empty page with one reference, or -1. Zeroed: attention multiplies unused values by weights of
+// 0.
 static int page_new(KVCache *kv, char *err) {
     if (kv->n_free == 0 && slab_new(kv, err) != 0) return -1;
     int id = kv->free_page[--kv->n_free];
@@ -189,14 +196,17 @@ int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *poo
     *kv = (KVCache){.shape = *shape, .type = type, .pool = pool};
     int group = shape->n_heads / shape->n_kv_heads;
     if (shape->head_dim > MAX_HEAD_DIM || shape->head_dim % 8) {
-        return fail(err, "head_dim %d: the cache takes multiples of 8 up to %d", shape->head_dim, MAX_HEAD_DIM);
+        return fail(err, "head_dim %d: the cache takes multiples of 8 up to %d", shape->head_dim,
+                    MAX_HEAD_DIM);
     }
     if (group * shape->n_kv_heads != shape->n_heads || group > TILE_ROWS) {
-        return fail(err, "%d query heads do not share %d kv heads evenly, or more than %d share one",
+        return fail(err,
+                    "%d query heads do not share %d kv heads evenly, or more than %d share one",
                     shape->n_heads, shape->n_kv_heads, TILE_ROWS);
     }
     kv->page_bytes = 2 * (size_t)PAGE * (size_t)shape->head_dim * kvcache_type_size(type);
-    kv->partial = malloc((size_t)SPLIT_ROWS * shape->n_heads * SPLITS * (shape->head_dim + 2) * sizeof(float));
+    kv->partial = malloc((size_t)SPLIT_ROWS * shape->n_heads * SPLITS * (shape->head_dim + 2) *
+                         sizeof(float));
     if (!kv->partial) return fail(err, "out of memory for attention scratch");
     return 0;
 }
@@ -216,7 +226,8 @@ void kvcache_close(KVCache *kv) {
 
 // ---- appending ----
 
-// The last, partly filled page of a head is about to be written: if others list it too, take a copy.
+// The last, partly filled page of a head is about to be written: if others list it too, take a
+// copy.
 static int own_last_page(KVCache *kv, KVHead *h, char *err) {
     int last = pages_used(h) - 1;
     if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
@@ -250,7 +261,8 @@ int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
 }
 
 // Pair t of a head becomes k, v [head_dim] at position pos; its page is the head's own.
-static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k, const float *v, int pos) {
+static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k, const float *v,
+                       int pos) {
     int d = kv->shape.head_dim, i = t - h->dropped, c = i % PAGE;
     const KVPage *p = &kv->pages[h->page[i / PAGE]];
     p->pos[c] = pos;
@@ -284,17 +296,20 @@ static void append_head(void *ctx, int g) {
     h->len += a->run.n;
 }
 
-void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k, const float *v) {
+void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k,
+                    const float *v) {
     Append a = {kv, layer, 0, {0, 0}, k, v};
     for (int i = 0; i < n_runs; a.row0 += runs[i++].n) {
         a.run = runs[i];
-        parallel_for(a.run.n > SPLIT_TOKENS ? kv->pool : NULL, kv->shape.n_kv_heads, append_head, &a);
+        parallel_for(a.run.n > SPLIT_TOKENS ? kv->pool : NULL, kv->shape.n_kv_heads, append_head,
+                     &a);
     }
 }
 
 // Whole pages that the next token can no longer see are let go.
 static void drop_window(KVCache *kv, KVHead *h, int window) {
-    int n = (h->len - window + 1 - h->dropped) / PAGE;  // the next token sees itself and window - 1 before
+    int n = (h->len - window + 1 - h->dropped) /
+            PAGE;  // the next token sees itself and window - 1 before
     if (n <= 0) return;
     for (int i = 0; i < n; i++) page_unref(kv, h->page[i]);
     memmove(h->page, h->page + n, (size_t)(h->n_pages - n) * sizeof *h->page);
@@ -345,10 +360,11 @@ typedef struct {
     float page[MAX_HEAD_DIM * PAGE];  // keys or values as f32
 } Tile;
 
-// c (+)= a page. Half-precision pages are packed once for the many rows of a long run, and converted on the fly
-// for the few of a short one. The length of the run alone decides, so that company changes no bit.
-static void tile_product(Tile *t, float *c, size_t ldc, const float *a, size_t lda, const uint8_t *page, int inner,
-                         int cols, bool add) {
+// c (+)= a page. Half-precision pages are packed once for the many rows of a long run, and
+// converted on the fly for the few of a short one. The length of the run alone decides, so that
+// company changes no bit.
+static void tile_product(Tile *t, float *c, size_t ldc, const float *a, size_t lda,
+                         const uint8_t *page, int inner, int cols, bool add) {
     if (t->kv->type == KV_F32) {
         kern.gemm_f32(c, ldc, a, lda, page, t->n, inner, cols, add);
     } else if (t->many) {
@@ -367,8 +383,8 @@ static void tile_scores(Tile *t, const KVPage *p) {
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
 }
 
-// Folds one row's 64 scores into its running maximum and sum (arXiv 1805.02867), of which only columns
-// [lo, hi) are seen; s becomes the weights.
+// Folds one row's 64 scores into its running maximum and sum (arXiv 1805.02867), of which only
+// columns [lo, hi) are seen; s becomes the weights.
 static void online_softmax(Tile *t, int i, int lo, int hi) {
     float *s = t->s + i * PAGE;
     if (lo >= hi) {
@@ -404,17 +420,23 @@ static void attend_range(Tile *t, Range r) {
     r.lo = max_int(max_int(r.lo, t->head->dropped), t->window ? t->first - t->window + 1 : 0);
     r.hi = min_int(r.hi, last + 1);
     if (r.lo >= r.hi) return;
-    for (int p = (r.lo - t->head->dropped) / PAGE; p * PAGE + t->head->dropped < r.hi; p++) attend_page(t, p, r);
+    for (int p = (r.lo - t->head->dropped) / PAGE; p * PAGE + t->head->dropped < r.hi; p++)
+        attend_page(t, p, r);
 }
 
-static int tokens_per_tile(const KVCache *kv) { return TILE_ROWS / (kv->shape.n_heads / kv->shape.n_kv_heads); }
+static int tokens_per_tile(const KVCache *kv) {
+    return TILE_ROWS / (kv->shape.n_heads / kv->shape.n_kv_heads);
+}
 
-// Puts the query heads of kv head g of tokens [token, token + n) of run r under those that the tile has.
+// Puts the query heads of kv head g of tokens [token, token + n) of run r under those that the tile
+// has.
 static void tile_add(Tile *t, const Attend *a, int g, int r, int token, int n) {
     const KVShape *shape = &a->kv->shape;
     int d = shape->head_dim;
     for (int i = 0; i < n; i++, t->n += t->group) {
-        const float *q = a->query->q + ((size_t)(a->row[r] + token + i) * shape->n_heads + (size_t)g * t->group) * d;
+        const float *q =
+            a->query->q +
+            ((size_t)(a->row[r] + token + i) * shape->n_heads + (size_t)g * t->group) * d;
         memcpy(t->q + t->n * d, q, (size_t)t->group * d * sizeof(float));
         kern.scale(t->q + t->n * d, shape->scale, t->group * d);
     }
@@ -424,7 +446,8 @@ static void tile_add(Tile *t, const Attend *a, int g, int r, int token, int n) {
 static void tile_load(Tile *t, const Attend *a, int g, int r, int token) {
     const KVShape *shape = &a->kv->shape;
     const KVRun *run = &a->runs[r];
-    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g), t->many = run->n >= MANY_TOKENS;
+    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g),
+    t->many = run->n >= MANY_TOKENS;
     t->n = 0, t->group = shape->n_heads / shape->n_kv_heads, t->window = shape->window[a->layer];
     t->first = t->head->len - run->n + token;
     tile_add(t, a, g, r, token, min_int(tokens_per_tile(a->kv), run->n - token));
@@ -442,7 +465,8 @@ static float *out_row(const Attend *a, int row, int h) {
 static void tile_store(const Tile *t, const Attend *a, int g, int row) {
     int d = t->kv->shape.head_dim;
     for (int i = 0; i < t->n; i++) {
-        float *out = out_row(a, row + i / t->group, g * t->group + i % t->group), r = 1.0f / t->sum[i];
+        float *out = out_row(a, row + i / t->group, g * t->group + i % t->group),
+              r = 1.0f / t->sum[i];
         for (int j = 0; j < d; j++) out[j] = t->o[i * d + j] * r;
     }
 }
@@ -453,7 +477,8 @@ static bool scores_run(const Attend *a, const KVRun *run) {
     return a->kv->scoring && a->kv->scoring->seq == run->seq && a->kv->shape.window[a->layer] == 0;
 }
 
-// The pairs a run attends over, those of the scoring softmax first: *n_subset says how many ranges they are.
+// The pairs a run attends over, those of the scoring softmax first: *n_subset says how many ranges
+// they are.
 static int attend_ranges(const Attend *a, const KVRun *run, Range *r, int *n_subset) {
     const KVScoring *s = scores_run(a, run) ? a->kv->scoring : NULL;
     const int end = 1 << 30;
@@ -473,7 +498,8 @@ static void store_lse(const Tile *t, const Attend *a, int g, int row) {
     const KVScoring *s = a->kv->scoring;
     for (int i = 0; i < t->n; i++) {
         int token = i / t->group;
-        float *lse = &a->kv->lse[(size_t)(row + token) * a->kv->shape.n_heads + g * t->group + i % t->group];
+        float *lse =
+            &a->kv->lse[(size_t)(row + token) * a->kv->shape.n_heads + g * t->group + i % t->group];
         *lse = t->max[i] + logf(t->sum[i]);
         if (s->pair_log) *lse += logf(a->query->x_norm[row + token]);
     }
@@ -481,11 +507,12 @@ static void store_lse(const Tile *t, const Attend *a, int g, int row) {
 
 // ---- cutting attention into work ----
 
-// Work of one run: blocks of tokens x kv heads x page ranges. Long runs have many blocks and one range
-// each; a few tokens have one block, whose pages are cut into ranges and merged afterwards. Where the
-// sequences of a batch are forks that list the same pages in a range, the first one's tile takes the rows
-// of all of them, so that those pages are read once. Cuts follow from a sequence alone and a row's bits
-// do not depend on its neighbours: an answer is the same in any company.
+// Work of one run: blocks of tokens x kv heads x page ranges. Long runs have many blocks and one
+// range each; a few tokens have one block, whose pages are cut into ranges and merged afterwards.
+// Where the sequences of a batch are forks that list the same pages in a range, the first one's
+// tile takes the rows of all of them, so that those pages are read once. Cuts follow from a
+// sequence alone and a row's bits do not depend on its neighbours: an answer is the same in any
+// company.
 static int run_blocks(const Attend *a, int r) {
     return (a->runs[r].n + tokens_per_tile(a->kv) - 1) / tokens_per_tile(a->kv);
 }
@@ -505,8 +532,8 @@ static void store_partial(const Tile *t, const Attend *a, int g, int r, int from
     }
 }
 
-// Pages in a range: enough for SPLITS of them, doubled rather than fitted, so that forks of nearly the same
-// length are cut at the same places.
+// Pages in a range: enough for SPLITS of them, doubled rather than fitted, so that forks of nearly
+// the same length are cut at the same places.
 static int split_pages(const KVHead *h) {
     int pages = SPLIT_PAGES;
     while (pages * SPLITS < pages_used(h)) pages *= 2;
@@ -529,7 +556,8 @@ static int count_splits(const Attend *a, const KVRun *run) {
     return splits;
 }
 
-// Whether run r reads the same pages as the run before it in this range, before either's own tokens.
+// Whether run r reads the same pages as the run before it in this range, before either's own
+// tokens.
 static bool shares_split(const Attend *a, int g, int split, int r) {
     Range range[2];
     const KVHead *h[2];
@@ -550,7 +578,8 @@ static Range split_group(const Attend *a, int g, int split, int r) {
     Range runs = {0, 0};
     while (runs.hi <= r || (runs.hi < a->n_runs && runs.hi > runs.lo)) {
         int more = a->runs[runs.hi].n * group;
-        bool joins = runs.hi > runs.lo && rows + more <= TILE_ROWS && shares_split(a, g, split, runs.hi);
+        bool joins =
+            runs.hi > runs.lo && rows + more <= TILE_ROWS && shares_split(a, g, split, runs.hi);
         if (!joins && runs.hi > r) break;
         if (!joins) runs.lo = runs.hi, rows = 0;
         rows += more, runs.hi++;
@@ -568,7 +597,8 @@ static void attend_split(const Attend *a, int r, int g, int split) {
     if (runs.hi > r + 1) t.first = pairs.hi;  // before every row's own pair
     tile_start(&t);
     attend_range(&t, pairs);
-    for (int i = r, from = 0; i < runs.hi; from += a->runs[i++].n * t.group) store_partial(&t, a, g, i, from, split);
+    for (int i = r, from = 0; i < runs.hi; from += a->runs[i++].n * t.group)
+        store_partial(&t, a, g, i, from, split);
 }
 
 static void attend_block(const Attend *a, int r, int g, int token) {
@@ -589,13 +619,16 @@ static int run_units(const Attend *a, int r) {
     return a->kv->shape.n_kv_heads * (a->splits[r] > 1 ? a->splits[r] : run_blocks(a, r));
 }
 
-// Unit i of run r stands at i * n_runs + r: what one tile does for all runs is spread over the whole job.
+// Unit i of run r stands at i * n_runs + r: what one tile does for all runs is spread over the
+// whole job.
 static void attend_unit(void *ctx, int unit) {
     const Attend *a = ctx;
     int r = unit % a->n_runs, i = unit / a->n_runs, n_kv_heads = a->kv->shape.n_kv_heads;
     if (i >= run_units(a, r)) return;
-    if (a->splits[r] > 1) attend_split(a, r, i % n_kv_heads, i / n_kv_heads);
-    else attend_block(a, r, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(a->kv));
+    if (a->splits[r] > 1)
+        attend_split(a, r, i % n_kv_heads, i / n_kv_heads);
+    else
+        attend_block(a, r, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(a->kv));
 }
 
 // out of one (token, query head) from its page ranges, in their order.
@@ -616,8 +649,9 @@ static void merge_splits(const Attend *a, int r, int token, int h) {
 
 // ---- the scoring sweep ----
 
-// Once the log-sum-exp of each row is known, the weight of pair j in row t is exp(q_t . k_j - lse_t), so
-// the largest weight needs no exp at all: the sweep over the scored pages is a product and a maximum.
+// Once the log-sum-exp of each row is known, the weight of pair j in row t is exp(q_t . k_j -
+// lse_t), so the largest weight needs no exp at all: the sweep over the scored pages is a product
+// and a maximum.
 typedef struct {
     const Attend *a;
     int r;           // the run whose rows score
@@ -631,10 +665,12 @@ static int scored_index(const KVShape *shape, int layer) {
 }
 
 // Folds the tile's rows into acc [group][64].
-static void sweep_rows(Tile *t, const KVScoring *s, const float *lse, int n_heads, int base, float (*acc)[PAGE]) {
+static void sweep_rows(Tile *t, const KVScoring *s, const float *lse, int n_heads, int base,
+                       float (*acc)[PAGE]) {
     for (int i = 0; i < t->n; i++) {
         float *row = t->s + i * PAGE, b = lse[(size_t)(i / t->group) * n_heads + i % t->group];
-        for (int c = max_int(t->first + i / t->group + 1 - base, 0); c < PAGE; c++) row[c] = -INFINITY;
+        for (int c = max_int(t->first + i / t->group + 1 - base, 0); c < PAGE; c++)
+            row[c] = -INFINITY;
         if (!s->sum) {
             kern.max_into(acc[i % t->group], row, -b);
         } else {
@@ -647,13 +683,15 @@ static void sweep_rows(Tile *t, const KVScoring *s, const float *lse, int n_head
 // Raises the scores of one page's pairs by acc [group][64].
 static void raise_scores(const Attend *a, int g, int base, float (*acc)[PAGE]) {
     const KVScoring *s = a->kv->scoring;
-    int group = a->kv->shape.n_heads / a->kv->shape.n_kv_heads, l = scored_index(&a->kv->shape, a->layer);
+    int group = a->kv->shape.n_heads / a->kv->shape.n_kv_heads,
+        l = scored_index(&a->kv->shape, a->layer);
     float *score = s->score + ((size_t)l * a->kv->shape.n_kv_heads + g) * s->n_ctx - s->n_prefix;
     for (int t = max_int(base, s->t0); t < min_int(base + PAGE, s->t1); t++) {
         for (int i = 0; i < group; i++) {
             float v = acc[i][t - base];
             if (s->pair_log) {
-                v += s->pair_log[((size_t)l * a->kv->shape.n_heads + g * group + i) * s->n_ctx + t - s->n_prefix];
+                v += s->pair_log[((size_t)l * a->kv->shape.n_heads + g * group + i) * s->n_ctx + t -
+                                 s->n_prefix];
             }
             score[t] = s->sum ? score[t] + v : fmaxf(score[t], v);
         }
@@ -664,7 +702,8 @@ static void sweep_unit(void *ctx, int unit) {
     const Sweep *w = ctx;
     const KVCache *kv = w->a->kv;
     const KVRun *run = &w->a->runs[w->r];
-    int g = unit % kv->shape.n_kv_heads, page = w->first_page + unit / kv->shape.n_kv_heads, base = page * PAGE;
+    int g = unit % kv->shape.n_kv_heads, page = w->first_page + unit / kv->shape.n_kv_heads,
+        base = page * PAGE;
     const KVHead *h = kvcache_head(kv, run->seq, w->a->layer, g);
     Tile t;
     float acc[TILE_ROWS][PAGE];
@@ -715,7 +754,8 @@ static void attend_runs(Attend *a) {
     for (int r = 0; r < a->n_runs; r++) n_units = max_int(n_units, run_units(a, r));
     parallel_for(a->kv->pool, n_units * a->n_runs, attend_unit, a);
     for (int r = 0; r < a->n_runs; r++) {
-        for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++) merge_splits(a, r, i / n_heads, i % n_heads);
+        for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++)
+            merge_splits(a, r, i / n_heads, i % n_heads);
         if (scores_run(a, &a->runs[r])) sweep(a, r);
     }
 }
@@ -746,7 +786,8 @@ static uint32_t score_key(float f) {
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-// The key that stands at `rank` (0 = largest) among n scores: two passes over a histogram of 16 bits each.
+// The key that stands at `rank` (0 = largest) among n scores: two passes over a histogram of 16
+// bits each.
 static uint32_t key_at_rank(const float *score, size_t n, size_t rank, size_t *hist) {
     uint32_t top = 0, low = 65535;
     memset(hist, 0, 65536 * sizeof *hist);
@@ -778,16 +819,16 @@ static void keep_best(uint8_t *keep, const float *score, size_t n, size_t k, siz
     }
 }
 
-// The authors' rule: above the score at rank floor(n ratio) - 1, so that one pair fewer than that stays,
-// and fewer still on ties. Kept as it is: our mask equals theirs pair for pair.
+// The authors' rule: above the score at rank floor(n ratio) - 1, so that one pair fewer than that
+// stays, and fewer still on ties. Kept as it is: our mask equals theirs pair for pair.
 static void keep_above(uint8_t *keep, const float *score, size_t n, size_t k, size_t *hist) {
     uint32_t last = key_at_rank(score, n, k > 0 ? k - 1 : 0, hist);
     for (size_t i = 0; i < n; i++) keep[i] = score_key(score[i]) > last;
 }
 
 // Heads compete with their maximum: keep and score by head, then spread over the pairs.
-static int keep_heads(uint8_t *keep, const float *score, size_t n_heads, size_t n_ctx, double ratio, bool ref_ties,
-                      size_t *hist) {
+static int keep_heads(uint8_t *keep, const float *score, size_t n_heads, size_t n_ctx, double ratio,
+                      bool ref_ties, size_t *hist) {
     float *best = malloc(n_heads * sizeof *best);
     uint8_t *keep_head = malloc(n_heads);
     if (best && keep_head) {
@@ -795,10 +836,13 @@ static int keep_heads(uint8_t *keep, const float *score, size_t n_heads, size_t 
             best[h] = -INFINITY;
             for (size_t t = 0; t < n_ctx; t++) best[h] = fmaxf(best[h], score[h * n_ctx + t]);
         }
-        // Spread over pairs, rank floor(N ratio) - 1 falls on head floor((floor(N ratio) - 1) / n_ctx).
+        // Spread over pairs, rank floor(N ratio) - 1 falls on head floor((floor(N ratio) - 1) /
+        // n_ctx).
         size_t k = (size_t)((double)(n_heads * n_ctx) * ratio);
-        if (ref_ties) keep_above(keep_head, best, n_heads, (k > 0 ? k - 1 : 0) / n_ctx + 1, hist);
-        else keep_best(keep_head, best, n_heads, k / n_ctx, hist);
+        if (ref_ties)
+            keep_above(keep_head, best, n_heads, (k > 0 ? k - 1 : 0) / n_ctx + 1, hist);
+        else
+            keep_best(keep_head, best, n_heads, k / n_ctx, hist);
         for (size_t h = 0; h < n_heads; h++) memset(keep + h * n_ctx, keep_head[h], n_ctx);
     }
     int failed = !best || !keep_head;
@@ -811,14 +855,15 @@ static int check_scores(const float *score, const KVSelect *s, char *err) {
     size_t n = (size_t)s->n_layers * s->n_kv_heads * s->n_ctx;
     for (size_t i = 0; i < n; i++) {
         if (isnan(score[i])) {
-            return fail(err, "the score of pair %zu of layer %zu, head %zu is not a number", i % s->n_ctx,
-                        i / s->n_ctx / s->n_kv_heads, i / s->n_ctx % s->n_kv_heads);
+            return fail(err, "the score of pair %zu of layer %zu, head %zu is not a number",
+                        i % s->n_ctx, i / s->n_ctx / s->n_kv_heads, i / s->n_ctx % s->n_kv_heads);
         }
     }
     return 0;
 }
 
-// A copy of the scores in which the best floor(safeguard * floor(n_ctx * ratio)) pairs of every head cannot lose.
+// A copy of the scores in which the best floor(safeguard * floor(n_ctx * ratio)) pairs of every
+// head cannot lose.
 static float *safeguarded(const float *score, const KVSelect *s, uint8_t *keep, size_t *hist) {
     size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
     size_t safe = (size_t)(floor((double)n_ctx * s->ratio) * s->safeguard);
@@ -830,12 +875,17 @@ static float *safeguarded(const float *score, const KVSelect *s, uint8_t *keep, 
 
 static void keep_pools(uint8_t *keep, const float *score, const KVSelect *s, size_t *hist) {
     size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
-    size_t pool = s->level == LEVEL_PAIR ? n : s->level == LEVEL_LAYER ? s->n_kv_heads * n_ctx : n_ctx;
+    size_t pool = s->level == LEVEL_PAIR    ? n
+                  : s->level == LEVEL_LAYER ? s->n_kv_heads * n_ctx
+                                            : n_ctx;
     bool above = s->ref_ties && (s->level == LEVEL_PAIR || s->level == LEVEL_LAYER);
     for (size_t i = 0; i < n; i += pool) {
-        size_t k = s->level == LEVEL_BUDGET ? (size_t)s->budget[i / n_ctx] : (size_t)((double)pool * s->ratio);
-        if (above) keep_above(keep + i, score + i, pool, k, hist);
-        else keep_best(keep + i, score + i, pool, k, hist);
+        size_t k = s->level == LEVEL_BUDGET ? (size_t)s->budget[i / n_ctx]
+                                            : (size_t)((double)pool * s->ratio);
+        if (above)
+            keep_above(keep + i, score + i, pool, k, hist);
+        else
+            keep_best(keep + i, score + i, pool, k, hist);
     }
 }
 
@@ -869,14 +919,16 @@ long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *
 static void copy_pair(const KVCache *kv, const KVPage *dst, int to, const KVPage *src, int from) {
     size_t size = kvcache_type_size(kv->type), d = (size_t)kv->shape.head_dim;
     for (size_t i = 0; i < d; i++) {
-        memcpy(dst->k + (i * PAGE + (size_t)to) * size, src->k + (i * PAGE + (size_t)from) * size, size);
+        memcpy(dst->k + (i * PAGE + (size_t)to) * size, src->k + (i * PAGE + (size_t)from) * size,
+               size);
     }
     memcpy(dst->v + (size_t)to * d * size, src->v + (size_t)from * d * size, d * size);
     dst->pos[to] = src->pos[from];
 }
 
 // The survivors of a head move into new pages; the old ones are let go.
-static int compact_head(KVCache *kv, KVHead *h, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
+static int compact_head(KVCache *kv, KVHead *h, int n_prefix, int n_ctx, const uint8_t *keep,
+                        char *err) {
     KVHead to = {0};
     for (int t = 0; t < h->len; t++) {
         if (t >= n_prefix && t < n_prefix + n_ctx && !keep[t - n_prefix]) continue;
@@ -889,7 +941,8 @@ static int compact_head(KVCache *kv, KVHead *h, int n_prefix, int n_ctx, const u
             }
             to.page[to.n_pages++] = id;
         }
-        copy_pair(kv, &kv->pages[to.page[to.len / PAGE]], to.len % PAGE, &kv->pages[h->page[t / PAGE]], t % PAGE);
+        copy_pair(kv, &kv->pages[to.page[to.len / PAGE]], to.len % PAGE,
+                  &kv->pages[h->page[t / PAGE]], t % PAGE);
         to.len++;
     }
     for (int i = 0; i < h->n_pages; i++) page_unref(kv, h->page[i]);
@@ -926,8 +979,10 @@ int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, 
 }
 
 static void to_float(const KVCache *kv, float *out, const uint8_t *in, size_t n) {
-    if (kv->type == KV_F32) memcpy(out, in, n * sizeof *out);
-    else kern.f16_to_f32(out, (const uint16_t *)in, n);
+    if (kv->type == KV_F32)
+        memcpy(out, in, n * sizeof *out);
+    else
+        kern.f16_to_f32(out, (const uint16_t *)in, n);
 }
 
 int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v) {
@@ -941,7 +996,8 @@ int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k,
 
 size_t kvcache_bytes(const KVCache *kv, int seq) {
     size_t page = kv->page_bytes + PAGE * sizeof(int) + sizeof(int), bytes = 0;
-    for (int i = 0; i < n_heads_total(kv); i++) bytes += sizeof(KVHead) + page * (size_t)pages_used(&kv->seqs[seq].head[i]);
+    for (int i = 0; i < n_heads_total(kv); i++)
+        bytes += sizeof(KVHead) + page * (size_t)pages_used(&kv->seqs[seq].head[i]);
     return bytes;
 }
 
@@ -960,7 +1016,9 @@ static int put_pages(TensorWriter *w, const KVCache *kv, int seq, PagePart part,
         const KVHead *h = &kv->seqs[seq].head[i];
         for (int j = 0; j < pages_used(h); j++) {
             const KVPage *p = &kv->pages[h->page[j]];
-            const void *data = part == PART_K ? (void *)p->k : part == PART_V ? (void *)p->v : (void *)p->pos;
+            const void *data = part == PART_K   ? (void *)p->k
+                               : part == PART_V ? (void *)p->v
+                                                : (void *)p->pos;
             size_t bytes = part == PART_POS ? PAGE * sizeof(int) : kv->page_bytes / 2;
             if (tensors_write_put(w, data, bytes, err) != 0) return -1;
         }
@@ -984,9 +1042,14 @@ static int put_meta(TensorWriter *w, const KVCache *kv, int seq, const KVInfo *i
     snprintf(n_prefix, sizeof n_prefix, "%d", info->n_prefix);
     snprintf(n_ctx, sizeof n_ctx, "%d", info->n_ctx);
     snprintf(next_pos, sizeof next_pos, "%d", kv->seqs[seq].next_pos);
-    const Meta meta[] = {{"format", "kvzip.c cache 1"}, {"fingerprint", info->fingerprint}, {"model", info->model},
-                         {"policy", info->policy},      {"ratio", ratio},                   {"n_prefix", n_prefix},
-                         {"n_ctx", n_ctx},              {"next_pos", next_pos}};
+    const Meta meta[] = {{"format", "kvzip.c cache 1"},
+                         {"fingerprint", info->fingerprint},
+                         {"model", info->model},
+                         {"policy", info->policy},
+                         {"ratio", ratio},
+                         {"n_prefix", n_prefix},
+                         {"n_ctx", n_ctx},
+                         {"next_pos", next_pos}};
     for (size_t i = 0; i < sizeof meta / sizeof *meta; i++) {
         if (tensors_write_meta(w, meta[i].key, meta[i].value, err) != 0) return -1;
     }
@@ -1004,11 +1067,13 @@ static int put_cache(TensorWriter *w, const KVCache *kv, int seq, const KVInfo *
         tensors_write_declare(w, "len", T_I32, 2, heads, err) != 0 ||
         tensors_write_declare(w, "dropped", T_I32, 2, heads, err) != 0 ||
         tensors_write_declare(w, "window", T_I32, 1, heads, err) != 0 ||
-        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){(size_t)info->n_ids}, err) != 0) return -1;
+        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){(size_t)info->n_ids}, err) != 0)
+        return -1;
     if (put_pages(w, kv, seq, PART_K, err) != 0 || put_pages(w, kv, seq, PART_V, err) != 0 ||
         put_pages(w, kv, seq, PART_POS, err) != 0 || put_heads(w, kv, seq, false, err) != 0 ||
         put_heads(w, kv, seq, true, err) != 0 ||
-        tensors_write_put(w, kv->shape.window, heads[0] * sizeof(int32_t), err) != 0) return -1;
+        tensors_write_put(w, kv->shape.window, heads[0] * sizeof(int32_t), err) != 0)
+        return -1;
     return tensors_write_put(w, info->ids, (size_t)info->n_ids * sizeof(int32_t), err);
 }
 
@@ -1020,17 +1085,26 @@ int kvcache_save(const KVCache *kv, int seq, const char *path, const KVInfo *inf
     return -1;
 }
 
-static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info, int *next_pos, char *err) {
+static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info, int *next_pos,
+                     char *err) {
     const char *format = tensors_meta(f, "format"), *ratio = tensors_meta(f, "ratio");
-    *info = (KVInfo){tensors_meta(f, "fingerprint"), tensors_meta(f, "model"), tensors_meta(f, "policy"),
-                     0, 0, ratio ? strtod(ratio, NULL) : 0.0, NULL, 0};
+    *info = (KVInfo){tensors_meta(f, "fingerprint"),
+                     tensors_meta(f, "model"),
+                     tensors_meta(f, "policy"),
+                     0,
+                     0,
+                     ratio ? strtod(ratio, NULL) : 0.0,
+                     NULL,
+                     0};
     if (!format || strcmp(format, "kvzip.c cache 1") != 0) {
-        return fail(err, "not a saved cache: its format is \"%s\", not \"kvzip.c cache 1\"", format ? format : "");
+        return fail(err, "not a saved cache: its format is \"%s\", not \"kvzip.c cache 1\"",
+                    format ? format : "");
     }
-    if (!info->fingerprint || !info->model || !info->policy) return fail(err, "the cache does not name its model");
+    if (!info->fingerprint || !info->model || !info->policy)
+        return fail(err, "the cache does not name its model");
     if (fingerprint && strcmp(fingerprint, info->fingerprint) != 0) {
-        return fail(err, "made with another model: \"%s\", fingerprint %.12s, not %.12s", info->model,
-                    info->fingerprint, fingerprint);
+        return fail(err, "made with another model: \"%s\", fingerprint %.12s, not %.12s",
+                    info->model, info->fingerprint, fingerprint);
     }
     const Tensor *ids = tensors_get(f, err, "ids", T_I32, 1, -1);
     if (!ids) return -1;
@@ -1038,19 +1112,25 @@ static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info,
     const int most = 1 << 30;
     if (tensors_meta_int(f, "n_prefix", 0, most, &info->n_prefix, err) != 0 ||
         tensors_meta_int(f, "n_ctx", 0, most, &info->n_ctx, err) != 0 ||
-        tensors_meta_int(f, "next_pos", 0, most, next_pos, err) != 0) return -1;
+        tensors_meta_int(f, "next_pos", 0, most, next_pos, err) != 0)
+        return -1;
     if (info->n_prefix + info->n_ctx != info->n_ids) {
-        return fail(err, "%d ids, but a prefix of %d and a context of %d", info->n_ids, info->n_prefix, info->n_ctx);
+        return fail(err, "%d ids, but a prefix of %d and a context of %d", info->n_ids,
+                    info->n_prefix, info->n_ctx);
     }
     return 0;
 }
 
-// One page per 64 pairs, in the file's order. The extra reference keeps mapped pages from being written.
-static int load_head(KVCache *kv, KVHead *h, int len, int dropped, const Tensor *part[3], size_t *page, char *err) {
-    if (dropped < 0 || dropped % PAGE || len < dropped || len > 1 << 30) return fail(err, "a head of %d pairs less %d", len, dropped);
+// One page per 64 pairs, in the file's order. The extra reference keeps mapped pages from being
+// written.
+static int load_head(KVCache *kv, KVHead *h, int len, int dropped, const Tensor *part[3],
+                     size_t *page, char *err) {
+    if (dropped < 0 || dropped % PAGE || len < dropped || len > 1 << 30)
+        return fail(err, "a head of %d pairs less %d", len, dropped);
     h->len = len, h->dropped = dropped;
     int n = pages_used(h);
-    if ((size_t)n > part[0]->shape[0] - *page) return fail(err, "fewer pages than the heads' lengths need");
+    if ((size_t)n > part[0]->shape[0] - *page)
+        return fail(err, "fewer pages than the heads' lengths need");
     if (head_room(h, n, err) != 0 || pages_grow(kv, kv->n_pages + n, err) != 0) return -1;
     for (; h->n_pages < n; ++*page) {
         uint8_t *k = (uint8_t *)part[0]->data + *page * (kv->page_bytes / 2);
@@ -1071,18 +1151,23 @@ static int load_pages(KVCache *kv, char *err) {
     const Tensor *v = tensors_get(f, err, "v", type, 3, n, page_size, d);
     const Tensor *pos = v ? tensors_get(f, err, "pos", T_I32, 2, n, page_size) : NULL;
     const Tensor *len = pos ? tensors_get(f, err, "len", T_I32, 2, n_layers, n_kv_heads) : NULL;
-    const Tensor *dropped = len ? tensors_get(f, err, "dropped", T_I32, 2, n_layers, n_kv_heads) : NULL;
+    const Tensor *dropped =
+        len ? tensors_get(f, err, "dropped", T_I32, 2, n_layers, n_kv_heads) : NULL;
     if (!dropped) return -1;
     size_t page = 0;
     for (int i = 0; i < n_heads_total(kv); i++) {
         int li = ((const int32_t *)len->data)[i], di = ((const int32_t *)dropped->data)[i];
-        if (load_head(kv, &kv->seqs[0].head[i], li, di, (const Tensor *[]){k, v, pos}, &page, err) != 0) return -1;
+        if (load_head(kv, &kv->seqs[0].head[i], li, di, (const Tensor *[]){k, v, pos}, &page,
+                      err) != 0)
+            return -1;
     }
-    return page == k->shape[0] ? 0 : fail(err, "%zu pages, but the heads' lengths need %zu", k->shape[0], page);
+    return page == k->shape[0]
+               ? 0
+               : fail(err, "%zu pages, but the heads' lengths need %zu", k->shape[0], page);
 }
 
-int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool, const char *path,
-                 KVInfo *info, char *err) {
+int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool,
+                 const char *path, KVInfo *info, char *err) {
     TensorFile f = {0};
     *kv = (KVCache){0};
     if (tensors_open(&f, path, err) != 0) return -1;

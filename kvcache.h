@@ -1,9 +1,10 @@
 // kvcache.h: keys and values of past tokens, in pages, for any number of sequences.
 //
-// A page holds 64 pairs of ONE (layer, kv head): keys after RoPE, transposed, [head_dim][64]; values row
-// by row, [64][head_dim]; and the pairs' positions. A head is a list of page ids and a length, so heads
-// may have different lengths, evicting frees memory, and forks share pages until one of them writes.
-// The position counter of a sequence is independent of lengths: eviction never rotates a key.
+// A page holds 64 pairs of ONE (layer, kv head): keys after RoPE, transposed, [head_dim][64];
+// values row by row, [64][head_dim]; and the pairs' positions. A head is a list of page ids and a
+// length, so heads may have different lengths, evicting frees memory, and forks share pages until
+// one of them writes. The position counter of a sequence is independent of lengths: eviction never
+// rotates a key.
 #ifndef KVCACHE_H
 #define KVCACHE_H
 #include "kernels.h"
@@ -23,19 +24,19 @@ typedef struct {
 typedef struct {
     uint8_t *k, *v;  // [head_dim][64] and [64][head_dim] of the cache's type
     int *pos;        // [64] absolute token positions
-    int refs;        // heads that list it; a page of a mapped file has one more and is never written
+    int refs;  // heads that list it; a page of a mapped file has one more and is never written
 } KVPage;
 
 typedef struct {
-    int *page;       // [n_pages] ids into KVCache.pages
+    int *page;  // [n_pages] ids into KVCache.pages
     int n_pages, cap;
-    int len;         // pairs appended so far, less the evicted ones
-    int dropped;     // the first ones of them, left behind by a sliding window; a multiple of 64
+    int len;      // pairs appended so far, less the evicted ones
+    int dropped;  // the first ones of them, left behind by a sliding window; a multiple of 64
 } KVHead;
 
 typedef struct {
-    KVHead *head;    // [n_layers][n_kv_heads]; NULL: this slot is free
-    int next_pos;    // position of the next token
+    KVHead *head;  // [n_layers][n_kv_heads]; NULL: this slot is free
+    int next_pos;  // position of the next token
 } KVSeq;
 
 // Consecutive rows of a batch that belong to one sequence.
@@ -49,19 +50,19 @@ typedef struct {
     KVShape shape;
     KVType type;
     ThreadPool *pool;
-    size_t page_bytes;       // k and v of one page
-    KVPage *pages;           // [n_pages]
+    size_t page_bytes;  // k and v of one page
+    KVPage *pages;      // [n_pages]
     int n_pages, pages_cap;
-    int *free_page;          // [n_free] ids of pages that hold nothing
+    int *free_page;  // [n_free] ids of pages that hold nothing
     int n_free;
-    uint8_t **slab;          // [n_slabs] memory of 64 pages each
+    uint8_t **slab;  // [n_slabs] memory of 64 pages each
     int n_slabs;
-    KVSeq *seqs;             // [n_seqs]
+    KVSeq *seqs;  // [n_seqs]
     int n_seqs;
-    TensorFile file;         // a loaded cache; its pages stay in the map
-    float *partial;          // decode scratch: (max, sum, out[head_dim]) of page ranges
-    KVScoring *scoring;      // while switched on, else NULL
-    float *lse;              // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
+    TensorFile file;     // a loaded cache; its pages stay in the map
+    float *partial;      // decode scratch: (max, sum, out[head_dim]) of page ranges
+    KVScoring *scoring;  // while switched on, else NULL
+    float *lse;          // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
 } KVCache;
 
 int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *pool, char *err);
@@ -72,105 +73,120 @@ int kvcache_new(KVCache *kv, char *err);            // an empty sequence; its nu
 int kvcache_fork(KVCache *kv, int seq, char *err);  // another sequence on the same pages, or -1
 void kvcache_drop(KVCache *kv, int seq);            // frees the pages no other sequence lists
 
-// A question and its answer leave no trace: mark remembers lengths and position, rewind goes back to them.
-// The mark is a fork, so pages that a sliding window left behind come back too. Rewind may be repeated;
-// kvcache_drop ends the mark.
+// A question and its answer leave no trace: mark remembers lengths and position, rewind goes back
+// to them. The mark is a fork, so pages that a sliding window left behind come back too. Rewind may
+// be repeated; kvcache_drop ends the mark.
 int kvcache_mark(KVCache *kv, int seq, char *err);
 int kvcache_rewind(KVCache *kv, int seq, int mark, char *err);
 
 // ---- one forward call ----
-// Room for n more tokens in every layer: the only step that allocates, so the only one that can fail.
+// Room for n more tokens in every layer: the only step that allocates, so the only one that can
+// fail.
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err);
 
-// k, v [rows][n_kv_heads][head_dim], rows = sum of the runs' n, at positions next_pos, next_pos + 1, ...
-void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k, const float *v);
+// k, v [rows][n_kv_heads][head_dim], rows = sum of the runs' n, at positions next_pos, next_pos +
+// 1, ...
+void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k,
+                    const float *v);
 
 // What attention reads and where it goes, for all rows of the runs.
 typedef struct {
-    const float *q;       // [rows][n_heads][head_dim] after RoPE
-    float *out;           // [rows] of out_stride floats, n_heads x head_dim of them written; NULL: scores alone
+    const float *q;  // [rows][n_heads][head_dim] after RoPE
+    float *
+        out;  // [rows] of out_stride floats, n_heads x head_dim of them written; NULL: scores alone
     int out_stride;
     const float *x_norm;  // [rows] |x| of the attention's input, for KVScoring.pair_log alone
 } KVQuery;
 
-// out = softmax(scale q . k) v over the pairs each row may see: all kept pairs of its sequence, its own
-// included, none after it (arXiv 1706.03762, 2205.14135). While scoring is on, rows of the scored sequence
-// also raise scores.
+// out = softmax(scale q . k) v over the pairs each row may see: all kept pairs of its sequence, its
+// own included, none after it (arXiv 1706.03762, 2205.14135). While scoring is on, rows of the
+// scored sequence also raise scores.
 void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const KVQuery *query);
 
 // Ends the call: positions move on, pages that fell out of a sliding window go.
 void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs);
 
 // ---- scoring ----
-// Every attend of `seq` raises score[] between begin and end. A policy is a choice of rows, softmax subset
-// and reduction. Pairs are counted from 0 within a head, which is their position as long as nothing was evicted.
+// Every attend of `seq` raises score[] between begin and end. A policy is a choice of rows, softmax
+// subset and reduction. Pairs are counted from 0 within a head, which is their position as long as
+// nothing was evicted.
 struct KVScoring {
-    int seq;           // whose query rows score (the context's fork while it is repeated)
-    int max_rows;      // rows of one forward call at most
-    int n_prefix;      // pairs [0, n_prefix) are protected and not scored, but in every softmax
-    int t0, t1;        // the pairs to score, n_prefix <= t0 <= t1
-    int own;           // subset only: pairs from here on are the scoring rows' own
-    bool subset;       // softmax over prefix, [t0, t1) and own pairs (arXiv 2505.23416), else over all
-    bool local;        // the layer's output is computed over the subset too
-    bool sum;          // reduction over rows and group: sum of weights, else log of the largest
-    int n_ctx;         // pairs per head in score[] and pair_log
-    float *score;      // [scored layers][n_kv_heads][n_ctx] pair t at t - n_prefix; start: 0 (sum), -INFINITY (log)
-    const float *pair_log;  // [scored layers][n_heads][n_ctx] added before the maximum over the group, or NULL
+    int seq;       // whose query rows score (the context's fork while it is repeated)
+    int max_rows;  // rows of one forward call at most
+    int n_prefix;  // pairs [0, n_prefix) are protected and not scored, but in every softmax
+    int t0, t1;    // the pairs to score, n_prefix <= t0 <= t1
+    int own;       // subset only: pairs from here on are the scoring rows' own
+    bool subset;   // softmax over prefix, [t0, t1) and own pairs (arXiv 2505.23416), else over all
+    bool local;    // the layer's output is computed over the subset too
+    bool sum;      // reduction over rows and group: sum of weights, else log of the largest
+    int n_ctx;     // pairs per head in score[] and pair_log
+    float *score;  // [scored layers][n_kv_heads][n_ctx] pair t at t - n_prefix; start: 0 (sum),
+                   // -INFINITY (log)
+    const float *pair_log;  // [scored layers][n_heads][n_ctx] added before the maximum over the
+                            // group, or NULL
 };
 int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err);
 void kvcache_score_end(KVCache *kv);
 
-// Layers that are scored and evicted: those without a window. layers [n_layers] may be NULL; returns how many.
+// Layers that are scored and evicted: those without a window. layers [n_layers] may be NULL;
+// returns how many.
 int kvcache_scored_layers(const KVShape *shape, int *layers);
 
 // ---- evicting ----
 typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } KVLevel;
 
-// Who competes with whom, and for how many places. Pairs compete in pools: all of them (PAIR), those of a layer
-// (LAYER), those of a head (UNIFORM, BUDGET). Of a pool of n exactly floor(n * ratio) stay, or BUDGET's number;
-// ties by layer, head, position. HEAD: the floor(heads * ratio) heads with the largest maxima stay whole.
+// Who competes with whom, and for how many places. Pairs compete in pools: all of them (PAIR),
+// those of a layer (LAYER), those of a head (UNIFORM, BUDGET). Of a pool of n exactly floor(n *
+// ratio) stay, or BUDGET's number; ties by layer, head, position. HEAD: the floor(heads * ratio)
+// heads with the largest maxima stay whole.
 typedef struct {
     int n_layers, n_kv_heads, n_ctx;  // scored layers, heads and pairs
-    double ratio;        // share that stays, 1 = all
+    double ratio;                     // share that stays, 1 = all
     KVLevel level;
-    bool ref_ties;       // PAIR, LAYER, HEAD: score > sorted[floor(n * ratio) - 1], the authors' rule
-    double safeguard;    // PAIR, LAYER: this share of a UNIFORM budget is sure for every head (arXiv 2407.11550)
-    const int *budget;   // BUDGET: [n_layers][n_kv_heads] pairs that stay, each 0 to n_ctx
+    bool ref_ties;     // PAIR, LAYER, HEAD: score > sorted[floor(n * ratio) - 1], the authors' rule
+    double safeguard;  // PAIR, LAYER: this share of a UNIFORM budget is sure for every head (arXiv
+                       // 2407.11550)
+    const int *budget;  // BUDGET: [n_layers][n_kv_heads] pairs that stay, each 0 to n_ctx
 } KVSelect;
 
-// keep[i] = 1 for the pairs that stay; keep and score [n_layers][n_kv_heads][n_ctx]. Returns the number kept, or
-// -1 with err (memory, a NaN score).
+// keep[i] = 1 for the pairs that stay; keep and score [n_layers][n_kv_heads][n_ctx]. Returns the
+// number kept, or -1 with err (memory, a NaN score).
 long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *err);
 
-// Evicts for real: of the pairs [n_prefix, n_prefix + n_ctx) in the scored layers those with keep = 0 go,
-// the others slide left. All other pairs, and the position counter, stay. keep [scored][n_kv_heads][n_ctx].
+// Evicts for real: of the pairs [n_prefix, n_prefix + n_ctx) in the scored layers those with keep =
+// 0 go, the others slide left. All other pairs, and the position counter, stay. keep
+// [scored][n_kv_heads][n_ctx].
 int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
 // ---- looking inside ----
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
-// k, v [head_dim] (each may be NULL) of pair t as float, and its position. The accessor for norms and geometry.
+// k, v [head_dim] (each may be NULL) of pair t as float, and its position. The accessor for norms
+// and geometry.
 int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, float *v);
-// The same for the 64 pairs from 64 b on: k [head_dim][64], one pair a column, and v [64][head_dim]. Returns how
-// many of them there are; the other columns mean nothing.
+// The same for the 64 pairs from 64 b on: k [head_dim][64], one pair a column, and v
+// [64][head_dim]. Returns how many of them there are; the other columns mean nothing.
 int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v);
-size_t kvcache_bytes(const KVCache *kv, int seq);  // pages, positions and page tables of one sequence
+size_t kvcache_bytes(const KVCache *kv,
+                     int seq);  // pages, positions and page tables of one sequence
 size_t kvcache_type_size(KVType t);
 const char *kvcache_type_name(KVType t);
 
 // ---- files ----
-// tensors: k [n_pages][head_dim][64], v [n_pages][64][head_dim], pos i32 [n_pages][64] (-1: no pair),
-// len and dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages in the order layer, kv head, page.
+// tensors: k [n_pages][head_dim][64], v [n_pages][64][head_dim], pos i32 [n_pages][64] (-1: no
+// pair), len and dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages
+// in the order layer, kv head, page.
 typedef struct {
-    const char *fingerprint, *model, *policy;  // fingerprint of the model file: keys mean nothing elsewhere
-    int n_prefix, n_ctx;   // ids[n_prefix + n_ctx]: what was read
-    double ratio;          // asked for
+    const char *fingerprint, *model,
+        *policy;          // fingerprint of the model file: keys mean nothing elsewhere
+    int n_prefix, n_ctx;  // ids[n_prefix + n_ctx]: what was read
+    double ratio;         // asked for
     const int *ids;
     int n_ids;
 } KVInfo;
 int kvcache_save(const KVCache *kv, int seq, const char *path, const KVInfo *info, char *err);
 
-// Opens a saved cache as sequence 0 of kv; pages stay in the map. Refuses another model's fingerprint or
-// another shape. info's strings and ids point into the map.
-int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool, const char *path,
-                 KVInfo *info, char *err);
+// Opens a saved cache as sequence 0 of kv; pages stay in the map. Refuses another model's
+// fingerprint or another shape. info's strings and ids point into the map.
+int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool,
+                 const char *path, KVInfo *info, char *err);
 #endif

@@ -1,9 +1,10 @@
 // model.c: the converted file as a transformer, and forward(), its table of contents.
 //
-// A batch is a list of rows, each one token that continues some sequence: prefill in blocks, one token of
-// decoding and eight questions at once take the same path. Weights are used where the file is mapped.
-// The fact that must stay true: a row's result depends on its own sequence alone, never on which other
-// rows share the batch, so blocks of any size give the same bits in every matrix product.
+// A batch is a list of rows, each one token that continues some sequence: prefill in blocks, one
+// token of decoding and eight questions at once take the same path. Weights are used where the file
+// is mapped. The fact that must stay true: a row's result depends on its own sequence alone, never
+// on which other rows share the batch, so blocks of any size give the same bits in every matrix
+// product.
 #define _POSIX_C_SOURCE 200809L
 #include "model.h"
 
@@ -17,17 +18,25 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
     const struct {
         const char *key;
         int *out, lo;
-    } ints[] = {{"dim", &c->dim, 1},           {"hidden_dim", &c->hidden_dim, 1}, {"n_layers", &c->n_layers, 1},
-                {"n_heads", &c->n_heads, 1},   {"n_kv_heads", &c->n_kv_heads, 1}, {"head_dim", &c->head_dim, 2},
-                {"rotary_dim", &c->rotary_dim, 0}, {"vocab_size", &c->vocab_size, 1}, {"seq_len", &c->seq_len, 1}};
+    } ints[] = {{"dim", &c->dim, 1},
+                {"hidden_dim", &c->hidden_dim, 1},
+                {"n_layers", &c->n_layers, 1},
+                {"n_heads", &c->n_heads, 1},
+                {"n_kv_heads", &c->n_kv_heads, 1},
+                {"head_dim", &c->head_dim, 2},
+                {"rotary_dim", &c->rotary_dim, 0},
+                {"vocab_size", &c->vocab_size, 1},
+                {"seq_len", &c->seq_len, 1}};
     for (size_t i = 0; i < sizeof ints / sizeof *ints; i++) {
         if (tensors_meta_int(f, ints[i].key, ints[i].lo, 1 << 24, ints[i].out, err) != 0) return -1;
     }
     const struct {
         const char *key;
         float *out;
-    } floats[] = {{"norm_eps", &c->norm_eps},         {"attn_scale", &c->attn_scale},
-                  {"embed_scale", &c->embed_scale},   {"attn_softcap", &c->attn_softcap},
+    } floats[] = {{"norm_eps", &c->norm_eps},
+                  {"attn_scale", &c->attn_scale},
+                  {"embed_scale", &c->embed_scale},
+                  {"attn_softcap", &c->attn_softcap},
                   {"final_softcap", &c->final_softcap}};
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) {
         if (tensors_meta_float(f, floats[i].key, 0.0, 1e6, floats[i].out, err) != 0) return -1;
@@ -38,10 +47,11 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
     }
     c->act_gelu = strcmp(act, "gelu_tanh") == 0;
     if (c->n_heads % c->n_kv_heads || c->rotary_dim % 2 || c->rotary_dim > c->head_dim) {
-        return fail(err, "%d heads, %d kv heads, head_dim %d and rotary_dim %d do not fit together", c->n_heads,
-                    c->n_kv_heads, c->head_dim, c->rotary_dim);
+        return fail(err, "%d heads, %d kv heads, head_dim %d and rotary_dim %d do not fit together",
+                    c->n_heads, c->n_kv_heads, c->head_dim, c->rotary_dim);
     }
-    if ((long)c->n_heads * c->head_dim > 1 << 20) return fail(err, "%d heads of %d", c->n_heads, c->head_dim);
+    if ((long)c->n_heads * c->head_dim > 1 << 20)
+        return fail(err, "%d heads of %d", c->n_heads, c->head_dim);
     c->q_dim = c->n_heads * c->head_dim;
     c->kv_dim = c->n_kv_heads * c->head_dim;
     return 0;
@@ -55,28 +65,41 @@ static int open_rope(Config *c, const TensorFile *f, char *err) {
     const Tensor *rope = scale ? tensors_get(f, err, "layer.rope", T_I32, 1, c->n_layers) : NULL;
     const Tensor *window = rope ? tensors_get(f, err, "layer.window", T_I32, 1, c->n_layers) : NULL;
     if (!window) return -1;
-    c->inv_freq = freq->data, c->rope_mscale = scale->data, c->rope = rope->data, c->window = window->data;
+    c->inv_freq = freq->data, c->rope_mscale = scale->data, c->rope = rope->data,
+    c->window = window->data;
     for (int l = 0; l < c->n_layers; l++) {
-        if (c->rope[l] < -1 || c->rope[l] >= c->n_ropes) return fail(err, "layer %d: no rope table %d", l, c->rope[l]);
+        if (c->rope[l] < -1 || c->rope[l] >= c->n_ropes)
+            return fail(err, "layer %d: no rope table %d", l, c->rope[l]);
         if (c->window[l] < 0) return fail(err, "layer %d: a window of %d", l, c->window[l]);
     }
     return 0;
 }
 
 static WType weight_type(DType t) {
-    return t == T_F32 ? W_F32 : t == T_F16 ? W_F16 : t == T_BF16 ? W_BF16 : t == T_I8 ? W_Q8 : t == T_U8 ? W_Q4 : W_TYPES;
+    return t == T_F32    ? W_F32
+           : t == T_F16  ? W_F16
+           : t == T_BF16 ? W_BF16
+           : t == T_I8   ? W_Q8
+           : t == T_U8   ? W_Q4
+                         : W_TYPES;
 }
 
 // A matrix of rows x cols in panels, see kernels.h.
-static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols, char *err) {
+static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols,
+                       char *err) {
     char scale_name[160], offset_name[160];
     const Tensor *t = tensors_find(f, name);
     if (!t) return fail(err, "tensor %s is missing", name);
     WType type = weight_type(t->dtype);
-    if (type == W_TYPES) return fail(err, "tensor %s: weights of type %s are not supported", name, dtype_name(t->dtype));
+    if (type == W_TYPES)
+        return fail(err, "tensor %s: weights of type %s are not supported", name,
+                    dtype_name(t->dtype));
     int k = wtype_k(type), unit = type == W_Q8 || type == W_Q4 ? QGROUP : k;
-    *m = (Matrix){type, rows, cols, (rows + PANEL - 1) / PANEL, (cols + unit - 1) / unit * unit, t->data, NULL, NULL};
-    if (!tensors_get(f, err, name, t->dtype, 4, m->panels, m->cols_padded / k, PANEL, type == W_Q4 ? 4 : k)) return -1;
+    *m = (Matrix){type,    rows, cols, (rows + PANEL - 1) / PANEL, (cols + unit - 1) / unit * unit,
+                  t->data, NULL, NULL};
+    if (!tensors_get(f, err, name, t->dtype, 4, m->panels, m->cols_padded / k, PANEL,
+                     type == W_Q4 ? 4 : k))
+        return -1;
     if (unit != QGROUP) return 0;
     snprintf(scale_name, sizeof scale_name, "%s.scale", name);
     snprintf(offset_name, sizeof offset_name, "%s.offset", name);
@@ -90,7 +113,8 @@ static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int row
     return 0;
 }
 
-static int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional, char *err) {
+static int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
+                       char *err) {
     *v = NULL;
     if (optional && !tensors_find(f, name)) return 0;
     const Tensor *t = tensors_get(f, err, name, T_F32, 1, n);
@@ -117,7 +141,8 @@ static int open_layer(Layer *w, const TensorFile *f, const Config *c, int l, cha
                    {"bv", &w->bv, c->kv_dim, true}};
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
-        if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0) return -1;
+        if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0)
+            return -1;
     }
     const struct {
         const char *name;
@@ -129,7 +154,8 @@ static int open_layer(Layer *w, const TensorFile *f, const Config *c, int l, cha
                     {"w3", &w->w3, c->hidden_dim, c->dim}};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
-        if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0) return -1;
+        if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0)
+            return -1;
     }
     return 0;
 }
@@ -140,9 +166,12 @@ static int open_weights(Model *m, char *err) {
     m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
     if (!m->layers) return fail(err, "out of memory for %d layers", c->n_layers);
     if (open_matrix(&m->tok_embed, f, "tok_embed", c->vocab_size, c->dim, err) != 0 ||
-        open_vector(&m->rms_final, f, "rms_final", c->dim, false, err) != 0) return -1;
+        open_vector(&m->rms_final, f, "rms_final", c->dim, false, err) != 0)
+        return -1;
     m->wcls = m->tok_embed;
-    if (tensors_find(f, "wcls") && open_matrix(&m->wcls, f, "wcls", c->vocab_size, c->dim, err) != 0) return -1;
+    if (tensors_find(f, "wcls") &&
+        open_matrix(&m->wcls, f, "wcls", c->vocab_size, c->dim, err) != 0)
+        return -1;
     for (int l = 0; l < c->n_layers; l++) {
         if (open_layer(&m->layers[l], f, c, l, err) != 0) return -1;
     }
@@ -152,8 +181,10 @@ static int open_weights(Model *m, char *err) {
 static int check_format(Model *m, char *err) {
     const char *format = tensors_meta(&m->file, "format"), *name = tensors_meta(&m->file, "name");
     if (!format || strcmp(format, "kvzip.c model 1") != 0) {
-        return fail(err, "not a converted model: its format is \"%s\", not \"kvzip.c model 1\" (use export.py)",
-                    format ? format : "");
+        return fail(
+            err,
+            "not a converted model: its format is \"%s\", not \"kvzip.c model 1\" (use export.py)",
+            format ? format : "");
     }
     m->fingerprint = tensors_meta(&m->file, "fingerprint");
     m->name = name ? name : "";
@@ -164,7 +195,8 @@ int model_open(Model *m, const char *path, char *err) {
     *m = (Model){0};
     if (tensors_open(&m->file, path, err) == 0 && check_format(m, err) == 0 &&
         open_config(&m->config, &m->file, err) == 0 && open_rope(&m->config, &m->file, err) == 0 &&
-        open_weights(m, err) == 0) return 0;
+        open_weights(m, err) == 0)
+        return 0;
     model_close(m);
     return -1;
 }
@@ -177,7 +209,8 @@ void model_close(Model *m) {
 
 KVShape model_kv_shape(const Model *m) {
     const Config *c = &m->config;
-    return (KVShape){c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim, c->attn_scale, c->attn_softcap, c->window};
+    return (KVShape){c->n_layers,   c->n_heads,      c->n_kv_heads, c->head_dim,
+                     c->attn_scale, c->attn_softcap, c->window};
 }
 
 // ---- scratch ----
@@ -220,7 +253,8 @@ static void take_all(RunState *s) {
     s->logits = take(s, (size_t)s->max_logits * c->vocab_size, sizeof *s->logits);
 }
 
-int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits, char *err) {
+int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits,
+               char *err) {
     *s = (RunState){.model = m, .pool = pool, .max_rows = max_rows, .max_logits = max_logits};
     take_all(s);  // counts
     if (posix_memalign(&s->block, 64, s->bytes) != 0) {
@@ -252,7 +286,9 @@ typedef struct {
     int n_products, n_panels, n;
 } Products;
 
-enum { TOKEN_BLOCK = 128 };  // tokens whose activations stay in the second-level cache while panels pass
+enum {
+    TOKEN_BLOCK = 128
+};  // tokens whose activations stay in the second-level cache while panels pass
 
 static void product_panel(void *ctx, int i) {
     const Products *j = ctx;
@@ -265,7 +301,8 @@ static void product_panel(void *ctx, int i) {
         kern.matmul[p->w->type](p->out + panel * PANEL, (size_t)p->ld, p->w, panel, j->x, t0, t1);
         return;
     }
-    for (int t = t0; t < t1; t++) {  // the padded rows of the last panel must not reach the next output row
+    for (int t = t0; t < t1;
+         t++) {  // the padded rows of the last panel must not reach the next output row
         float last[PANEL], *out = p->out + (size_t)t * p->ld + panel * PANEL;
         kern.matmul[p->w->type](last, 0, p->w, panel, j->x, t, t + 1);
         memcpy(out, last, (size_t)rows * sizeof(float));
@@ -298,19 +335,23 @@ static float matrix_at(const Matrix *w, int r, int c) {
     size_t line = (panel * w->cols_padded / k + c / k) * PANEL + i, j = c % k;
     size_t group = (panel * w->cols_padded / QGROUP + c / QGROUP) * PANEL + i;
     switch (w->type) {
-    case W_F32: return ((const float *)w->data)[line];
-    case W_F16: return f16_f32(((const uint16_t *)w->data)[line * 2 + j]);
+    case W_F32:
+        return ((const float *)w->data)[line];
+    case W_F16:
+        return f16_f32(((const uint16_t *)w->data)[line * 2 + j]);
     case W_BF16: {
         uint32_t u = (uint32_t)((const uint16_t *)w->data)[line * 2 + j] << 16;
         float f;
         memcpy(&f, &u, 4);
         return f;
     }
-    case W_Q8: return f16_f32(w->scale[group]) * (float)((const int8_t *)w->data)[line * 4 + j];
+    case W_Q8:
+        return f16_f32(w->scale[group]) * (float)((const int8_t *)w->data)[line * 4 + j];
     default: {
         int byte = w->data[line * 4 + j % 4], nibble = j < 4 ? byte & 15 : byte >> 4;
         float scale = f16_f32(w->scale[group]);
-        return w->offset ? scale * (float)nibble + f16_f32(w->offset[group]) : scale * (float)(nibble - 8);
+        return w->offset ? scale * (float)nibble + f16_f32(w->offset[group])
+                         : scale * (float)(nibble - 8);
     }
     }
 }
@@ -332,7 +373,8 @@ static void embed_row(void *ctx, int i) {
     const Step *st = ctx;
     const Model *m = st->s->model;
     float *x = st->s->x + (size_t)i * m->config.dim;
-    for (int j = 0; j < m->config.dim; j++) x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->rows[i].token, j);
+    for (int j = 0; j < m->config.dim; j++)
+        x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->rows[i].token, j);
 }
 
 // cos and sin of a position (arXiv 2104.09864). In float32, as transformers.
@@ -357,7 +399,8 @@ static void rope_row(void *ctx, int i) {
 // The table of a row in layer l, or NULL where the layer does not rotate.
 static const float *rope_of(const RunState *s, int l, int row) {
     const Config *c = &s->model->config;
-    return c->rope[l] < 0 ? NULL : s->rope + ((size_t)c->rope[l] * s->max_rows + row) * c->rotary_dim;
+    return c->rope[l] < 0 ? NULL
+                          : s->rope + ((size_t)c->rope[l] * s->max_rows + row) * c->rotary_dim;
 }
 
 static void rotate(float *v, const float *table, int half) {
@@ -368,7 +411,8 @@ static void rotate(float *v, const float *table, int half) {
     }
 }
 
-static void heads_row(float *v, int n_heads, const float *bias, const float *norm, const float *rope, const Config *c) {
+static void heads_row(float *v, int n_heads, const float *bias, const float *norm,
+                      const float *rope, const Config *c) {
     for (int i = 0; bias && i < n_heads * c->head_dim; i++) v[i] += bias[i];
     for (int h = 0; h < n_heads; h++, v += c->head_dim) {
         if (norm) kern.rmsnorm(v, v, norm, c->head_dim, c->norm_eps);
@@ -391,7 +435,10 @@ static void qkv_row(void *ctx, int i) {
 static void project_qkv(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    multiply(s, &s->xb, n, (Product[]){{&w->wq, s->q, c->q_dim}, {&w->wk, s->k, c->kv_dim}, {&w->wv, s->v, c->kv_dim}}, 3);
+    multiply(
+        s, &s->xb, n,
+        (Product[]){{&w->wq, s->q, c->q_dim}, {&w->wk, s->k, c->kv_dim}, {&w->wv, s->v, c->kv_dim}},
+        3);
     each_row(s, n, qkv_row, &(Step){s, NULL, l});
 }
 
@@ -406,7 +453,8 @@ static void norm_row(void *ctx, int i) {
     const Norm *n = ctx;
     RunState *s = n->s;
     const Config *c = &s->model->config;
-    float *x = s->x + (size_t)i * c->dim, *xb = s->xb.x + (size_t)i * s->xb.stride, *add = s->add + (size_t)i * c->dim;
+    float *x = s->x + (size_t)i * c->dim, *xb = s->xb.x + (size_t)i * s->xb.stride,
+          *add = s->add + (size_t)i * c->dim;
     if (n->add) {
         if (n->w_post) kern.rmsnorm(add, add, n->w_post, c->dim, c->norm_eps);
         kern.add(x, add, c->dim);
@@ -431,14 +479,16 @@ static void gate_row(void *ctx, int i) {
     RunState *s = ctx;
     const Config *c = &s->model->config;
     float *gate = s->fb.x + (size_t)i * s->fb.stride;
-    (c->act_gelu ? kern.gelu_mul : kern.silu_mul)(gate, s->hb + (size_t)i * c->hidden_dim, c->hidden_dim);
+    (c->act_gelu ? kern.gelu_mul : kern.silu_mul)(gate, s->hb + (size_t)i * c->hidden_dim,
+                                                  c->hidden_dim);
 }
 
 // add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
 static void ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    multiply(s, &s->xb, n, (Product[]){{&w->w1, s->fb.x, s->fb.stride}, {&w->w3, s->hb, c->hidden_dim}}, 2);
+    multiply(s, &s->xb, n,
+             (Product[]){{&w->w1, s->fb.x, s->fb.stride}, {&w->w3, s->hb, c->hidden_dim}}, 2);
     each_row(s, n, gate_row, s);
     multiply(s, &s->fb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
 }
@@ -457,25 +507,32 @@ static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int
     int n_logits = 0;
     for (int i = 0; i < n; i++) {
         if (rows[i].token < 0 || rows[i].token >= s->model->config.vocab_size) {
-            return fail(err, "token %d is not in the vocabulary of %d", rows[i].token, s->model->config.vocab_size);
+            return fail(err, "token %d is not in the vocabulary of %d", rows[i].token,
+                        s->model->config.vocab_size);
         }
-        if (rows[i].seq < 0 || rows[i].seq >= kv->n_seqs) return fail(err, "no sequence %d", rows[i].seq);
+        if (rows[i].seq < 0 || rows[i].seq >= kv->n_seqs)
+            return fail(err, "no sequence %d", rows[i].seq);
         n_logits += rows[i].logits;
     }
-    if (n < 1 || n > s->max_rows) return fail(err, "%d rows, the state has room for 1 to %d", n, s->max_rows);
-    if (n_logits > s->max_logits) return fail(err, "%d rows want logits, at most %d can", n_logits, s->max_logits);
+    if (n < 1 || n > s->max_rows)
+        return fail(err, "%d rows, the state has room for 1 to %d", n, s->max_rows);
+    if (n_logits > s->max_logits)
+        return fail(err, "%d rows want logits, at most %d can", n_logits, s->max_logits);
     return 0;
 }
 
-// From here on only rows that want logits matter: they move to the front of x and of the attention output.
+// From here on only rows that want logits matter: they move to the front of x and of the attention
+// output.
 static int keep_logit_rows(RunState *s, const Row *rows, int n) {
     int m = 0;
     for (int i = 0; i < n; i++) {
         if (!rows[i].logits) continue;
         int dim = s->model->config.dim;
-        if (m != i) memcpy(s->x + (size_t)m * dim, s->x + (size_t)i * dim, (size_t)dim * sizeof *s->x);
-        if (m != i) memcpy(s->ab.x + (size_t)m * s->ab.stride, s->ab.x + (size_t)i * s->ab.stride,
-                           (size_t)s->ab.stride * sizeof *s->ab.x);
+        if (m != i)
+            memcpy(s->x + (size_t)m * dim, s->x + (size_t)i * dim, (size_t)dim * sizeof *s->x);
+        if (m != i)
+            memcpy(s->ab.x + (size_t)m * s->ab.stride, s->ab.x + (size_t)i * s->ab.stride,
+                   (size_t)s->ab.stride * sizeof *s->ab.x);
         m++;
     }
     return m;
@@ -509,7 +566,8 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
         if (kv->scoring) each_row(s, n, x_norm_row, s);
         kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
         KVQuery query = {s->q, last && n_logits == 0 ? NULL : s->ab.x, s->ab.stride, s->x_norm};
-        if (query.out || kv->scoring) kvcache_attend(kv, l, s->runs, n_runs, &query);  // GQA, arXiv 2305.13245
+        if (query.out || kv->scoring)
+            kvcache_attend(kv, l, s->runs, n_runs, &query);  // GQA, arXiv 2305.13245
         if (last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
         multiply(s, &s->ab, n, (Product[]){{&w->wo, s->add, c->dim}}, 1);
@@ -531,7 +589,9 @@ void model_rope(const Model *m, int l, int pos, float *rope) {
     if (c->rope[l] >= 0) rope_table(c, c->rope[l], pos, rope);
 }
 
-void model_rotate(const Model *m, float *v, const float *rope) { rotate(v, rope, m->config.rotary_dim / 2); }
+void model_rotate(const Model *m, float *v, const float *rope) {
+    rotate(v, rope, m->config.rotary_dim / 2);
+}
 
 void model_unrotate(const RunState *s, int l, int row, float *v) {
     const float *table = rope_of(s, l, row);
@@ -539,7 +599,8 @@ void model_unrotate(const RunState *s, int l, int row, float *v) {
     if (!table) return;
     float m = s->model->config.rope_mscale[s->model->config.rope[l]], back = 1.0f / (m * m);
     for (int j = 0; j < half; j++) {
-        float a = v[j], b = v[j + half], cosine = table[2 * j] * back, sine = table[2 * j + 1] * back;
+        float a = v[j], b = v[j + half], cosine = table[2 * j] * back,
+              sine = table[2 * j + 1] * back;
         v[j] = a * cosine + b * sine;
         v[j + half] = b * cosine - a * sine;
     }

@@ -9,38 +9,39 @@
 
 typedef struct {
     int dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
-    int seq_len;               // longest sequence seen in training
-    int q_dim, kv_dim;         // n_heads * head_dim, n_kv_heads * head_dim
-    int rotary_dim;            // leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
+    int seq_len;        // longest sequence seen in training
+    int q_dim, kv_dim;  // n_heads * head_dim, n_kv_heads * head_dim
+    int rotary_dim;     // leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
     float norm_eps;
-    float attn_scale;          // multiplies q . k
-    float embed_scale;         // multiplies the embedding (Gemma)
+    float attn_scale;                   // multiplies q . k
+    float embed_scale;                  // multiplies the embedding (Gemma)
     float attn_softcap, final_softcap;  // 0 = none (Gemma 2)
-    bool act_gelu;             // GELU (tanh form) instead of SiLU
-    const int *window;         // [n_layers] sliding window, 0 = whole past
-    const int *rope;           // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
+    bool act_gelu;                      // GELU (tanh form) instead of SiLU
+    const int *window;                  // [n_layers] sliding window, 0 = whole past
+    const int *rope;  // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
     int n_ropes;
     const float *inv_freq;     // [n_ropes][rotary_dim / 2] after any scaling (llama3, linear, yarn)
     const float *rope_mscale;  // [n_ropes] factor of cos and sin (yarn), 1 otherwise
 } Config;
 
 typedef struct {
-    const float *rms_att, *rms_ffn;            // [dim]
-    const float *rms_att_post, *rms_ffn_post;  // [dim] norms of what a block adds, NULL = none (Gemma)
-    const float *q_norm, *k_norm;              // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3)
-    const float *bq, *bk, *bv;                 // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
-    Matrix wq, wk, wv;                         // [q_dim], [kv_dim], [kv_dim] x [dim]
-    Matrix wo;                                 // [dim] x [q_dim]
-    Matrix w1, w3;                             // gate and up, [hidden_dim] x [dim]
-    Matrix w2;                                 // down, [dim] x [hidden_dim]
+    const float *rms_att, *rms_ffn;  // [dim]
+    const float *rms_att_post,
+        *rms_ffn_post;             // [dim] norms of what a block adds, NULL = none (Gemma)
+    const float *q_norm, *k_norm;  // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3)
+    const float *bq, *bk, *bv;     // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
+    Matrix wq, wk, wv;             // [q_dim], [kv_dim], [kv_dim] x [dim]
+    Matrix wo;                     // [dim] x [q_dim]
+    Matrix w1, w3;                 // gate and up, [hidden_dim] x [dim]
+    Matrix w2;                     // down, [dim] x [hidden_dim]
 } Layer;
 
 typedef struct {
     TensorFile file;
     Config config;
-    Layer *layers;      // [n_layers]
-    Matrix tok_embed;   // [vocab_size] x [dim]
-    Matrix wcls;        // [vocab_size] x [dim]; tok_embed itself when the two are tied
+    Layer *layers;     // [n_layers]
+    Matrix tok_embed;  // [vocab_size] x [dim]
+    Matrix wcls;       // [vocab_size] x [dim]; tok_embed itself when the two are tied
     const float *rms_final;
     const char *fingerprint, *name;
 } Model;
@@ -68,8 +69,8 @@ typedef struct {
     float *logits;     // [max_logits][vocab_size], in the order of the rows that asked
     int n_logits;      // of the last call
     void *block;       // all of the above
-    // When set, called in every layer once its n rows are ready: the layer's input in xb.x, and q, k (both
-    // rotated), v and pos. For policies that learn from what passes.
+    // When set, called in every layer once its n rows are ready: the layer's input in xb.x, and q,
+    // k (both rotated), v and pos. For policies that learn from what passes.
     void (*tap)(void *arg, int layer, int n);
     void *tap_arg;
     size_t bytes;
@@ -82,16 +83,18 @@ int model_open(Model *m, const char *path, char *err);
 void model_close(Model *m);
 KVShape model_kv_shape(const Model *m);
 
-int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits, char *err);
+int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits,
+               char *err);
 void state_close(RunState *s);
 
-// Computes rows [n], n <= max_rows, at most max_logits of them with logits: appends to the rows' sequences
-// and attends over them. Rows of one sequence stand together, in order, and continue at its next position.
-// Allocates nothing but cache pages. Returns 0, or -1 with err, and then no sequence has changed.
+// Computes rows [n], n <= max_rows, at most max_logits of them with logits: appends to the rows'
+// sequences and attends over them. Rows of one sequence stand together, in order, and continue at
+// its next position. Allocates nothing but cache pages. Returns 0, or -1 with err, and then no
+// sequence has changed.
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
 
-// Rotation (arXiv 2104.09864) of layer l to an absolute position: cos, sin [rotary_dim / 2][2], 1 and 0 where the
-// layer does not rotate. model_rotate applies one to v [head_dim].
+// Rotation (arXiv 2104.09864) of layer l to an absolute position: cos, sin [rotary_dim / 2][2], 1
+// and 0 where the layer does not rotate. model_rotate applies one to v [head_dim].
 void model_rope(const Model *m, int l, int pos, float *rope);
 void model_rotate(const Model *m, float *v, const float *rope);
 

@@ -1,12 +1,13 @@
-// policies.c: how a context is compressed. To try an idea, write one score function and add one row.
+// policies.c: how a context is compressed. To try an idea, write one score function and add one
+// row.
 //
-// A method only says how much each pair matters: it fills score [layer][kv head][pair], higher = keep. One
-// shared routine turns scores and a ratio into a keep set and evicts (kvcache_select, kvcache_compact). KVzip
-// (arXiv 2505.23416) asks the model to repeat the context, chunk by chunk, with the answer forced, and takes
-// the largest attention weight each pair receives. No question is involved, so the result serves any.
-// The others need no second pass: they watch the attention of the first one, or look at keys and values.
-// Their formulas are those of NVIDIA's kvpress, whose scores the fixtures hold; pairs of the protected prefix
-// take part in every sum and softmax.
+// A method only says how much each pair matters: it fills score [layer][kv head][pair], higher =
+// keep. One shared routine turns scores and a ratio into a keep set and evicts (kvcache_select,
+// kvcache_compact). KVzip (arXiv 2505.23416) asks the model to repeat the context, chunk by chunk,
+// with the answer forced, and takes the largest attention weight each pair receives. No question is
+// involved, so the result serves any. The others need no second pass: they watch the attention of
+// the first one, or look at keys and values. Their formulas are those of NVIDIA's kvpress, whose
+// scores the fixtures hold; pairs of the protected prefix take part in every sum and softmax.
 #define _POSIX_C_SOURCE 200809L
 #include "policies.h"
 
@@ -15,10 +16,11 @@
 #include <string.h>
 #include <time.h>
 
-// The requests of the authors' code (snu-mllab/KVzip), byte for byte; the second one ends in a space and is
-// followed by the last ids of the chunk before.
+// The requests of the authors' code (snu-mllab/KVzip), byte for byte; the second one ends in a
+// space and is followed by the last ids of the chunk before.
 static const char ASK_FIRST[] = "\n\nRepeat the previous context exactly.";
-static const char ASK_NEXT[] = "\n\nRepeat the part of the previous context exactly, starting with ";
+static const char ASK_NEXT[] =
+    "\n\nRepeat the part of the previous context exactly, starting with ";
 enum { TAIL = 8 };
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
@@ -31,7 +33,8 @@ static double now(void) {
 }
 
 static int report(const Context *c, const char *what, long done, long total, char *err) {
-    if (c->progress && c->progress(c->progress_arg, what, done, total) != 0) return fail(err, "interrupted");
+    if (c->progress && c->progress(c->progress_arg, what, done, total) != 0)
+        return fail(err, "interrupted");
     return 0;
 }
 
@@ -76,7 +79,8 @@ static double level_param(const Context *c, const char *name) {
 
 // ---- KVzip ----
 
-// What the model is fed while it repeats ids [a, b) of the context: request, turn change, the ids themselves.
+// What the model is fed while it repeats ids [a, b) of the context: request, turn change, the ids
+// themselves.
 static int repeat_input(const Context *c, int a, int b, Ids *in) {
     const int *ctx = c->ids + c->n_prefix;
     const char *ask = a == 0 ? ASK_FIRST : ASK_NEXT;
@@ -110,12 +114,18 @@ static int repeat_chunk(Context *c, KVScoring *s, int a, int b, char *err) {
     return status;
 }
 
-// Reads the context, then repeats it; pair_log as in KVScoring. Scores come out as weights in [0, 1]
-// (times |Wo v| / |x| with pair_log).
+// Reads the context, then repeats it; pair_log as in KVScoring. Scores come out as weights in [0,
+// 1] (times |Wo v| / |x| with pair_log).
 static int repeat_all(Context *c, float *score, const float *pair_log, char *err) {
     int n = c->n_prefix + c->n_ctx;
-    KVScoring s = {.max_rows = c->state->max_rows, .n_prefix = c->n_prefix, .own = n, .subset = true,
-                   .local = c->local, .n_ctx = c->n_ctx, .score = score, .pair_log = pair_log};
+    KVScoring s = {.max_rows = c->state->max_rows,
+                   .n_prefix = c->n_prefix,
+                   .own = n,
+                   .subset = true,
+                   .local = c->local,
+                   .n_ctx = c->n_ctx,
+                   .score = score,
+                   .pair_log = pair_log};
     for (size_t i = 0; i < context_scores(c); i++) score[i] = -INFINITY;
     for (int a = 0; a < c->n_ctx; a += c->chunk) {
         int b = c->n_ctx - a < c->chunk ? c->n_ctx : a + c->chunk;
@@ -159,7 +169,8 @@ static int score_kvzip_plus(Context *c, float *score, char *err) {
     const Config *m = &c->state->model->config;
     int *layers = malloc((size_t)m->n_layers * sizeof *layers);
     float *gram = malloc((size_t)m->n_heads * m->head_dim * m->head_dim * sizeof *gram);
-    float *pair_log = malloc((size_t)m->n_layers * m->n_heads * (size_t)(c->n_ctx + 1) * sizeof *pair_log);
+    float *pair_log =
+        malloc((size_t)m->n_layers * m->n_heads * (size_t)(c->n_ctx + 1) * sizeof *pair_log);
     int status = -1;
     if (!layers || !gram || !pair_log) {
         fail(err, "out of memory for the norms of %d values", c->n_ctx);
@@ -182,13 +193,19 @@ static int score_kvzip_plus(Context *c, float *score, char *err) {
 
 static int group_of(const Context *c) { return c->kv->shape.n_heads / c->kv->shape.n_kv_heads; }
 
-// Reads the context; the last `rows` of its tokens are watched: score becomes the sum of the weights that
-// each pair receives from them, over all query heads of the group.
+// Reads the context; the last `rows` of its tokens are watched: score becomes the sum of the
+// weights that each pair receives from them, over all query heads of the group.
 static int read_watched(Context *c, int rows, float *score, char *err) {
     double start = now();
     int n = c->n_prefix + c->n_ctx, from = n - rows;
-    KVScoring s = {.seq = c->seq, .max_rows = c->state->max_rows, .n_prefix = c->n_prefix, .t0 = c->n_prefix,
-                   .t1 = n, .sum = true, .n_ctx = c->n_ctx, .score = score};
+    KVScoring s = {.seq = c->seq,
+                   .max_rows = c->state->max_rows,
+                   .n_prefix = c->n_prefix,
+                   .t0 = c->n_prefix,
+                   .t1 = n,
+                   .sum = true,
+                   .n_ctx = c->n_ctx,
+                   .score = score};
     memset(score, 0, context_scores(c) * sizeof *score);
     if (feed(c, c->seq, c->ids, from, "read", 0, n, err) != 0) return -1;
     if (kvcache_score_begin(c->kv, &s, err) != 0) return -1;
@@ -198,8 +215,8 @@ static int read_watched(Context *c, int rows, float *score, char *err) {
     return status;
 }
 
-// Pairs [from, to) of the context must stay: they get 1 more than the best other score of their layer. (Not
-// the best itself: with equals the earlier pair wins.)
+// Pairs [from, to) of the context must stay: they get 1 more than the best other score of their
+// layer. (Not the best itself: with equals the earlier pair wins.)
 static void protect(const Context *c, float *score, int from, int to) {
     int n_kv_heads = c->kv->shape.n_kv_heads, n_layers = kvcache_scored_layers(&c->kv->shape, NULL);
     for (int l = 0; l < n_layers; l++, score += (size_t)n_kv_heads * c->n_ctx) {
@@ -208,7 +225,8 @@ static void protect(const Context *c, float *score, int from, int to) {
             if (i % c->n_ctx < from || i % c->n_ctx >= to) best = fmaxf(best, score[i]);
         }
         for (int g = 0; g < n_kv_heads; g++) {
-            for (int t = from; t < to; t++) score[g * c->n_ctx + t] = best > -INFINITY ? best + 1.0f : 1.0f;
+            for (int t = from; t < to; t++)
+                score[g * c->n_ctx + t] = best > -INFINITY ? best + 1.0f : 1.0f;
         }
     }
 }
@@ -252,8 +270,8 @@ static int score_tova(Context *c, float *score, char *err) {
     return 0;
 }
 
-// H2O for a prompt: all weights a pair receives, over the number of tokens that could see it, since the plain
-// sum favours old pairs.
+// H2O for a prompt: all weights a pair receives, over the number of tokens that could see it, since
+// the plain sum favours old pairs.
 static int score_observed(Context *c, float *score, char *err) {
     int window = min_int((int)param(c, "window"), c->n_ctx);
     if (read_watched(c, c->n_prefix + c->n_ctx, score, err) != 0) return -1;
@@ -325,12 +343,15 @@ static void knorm_head(const Head *h) {
     }
 }
 
-static int score_knorm(Context *c, float *score, char *err) { return score_heads(c, score, knorm_head, err); }
+static int score_knorm(Context *c, float *score, char *err) {
+    return score_heads(c, score, knorm_head, err);
+}
 
 // The keys of a block over their norms; columns after the last pair are zero.
 static void unit_keys(const Head *h, int b, float *k) {
     float norm[PAGE];
-    int d = h->c->kv->shape.head_dim, n = kvcache_block(h->c->kv, h->c->seq, h->layer, h->g, b, k, NULL);
+    int d = h->c->kv->shape.head_dim,
+        n = kvcache_block(h->c->kv, h->c->seq, h->layer, h->g, b, k, NULL);
     dot_columns(norm, k, k, d);
     for (int j = 0; j < PAGE; j++) norm[j] = j < n ? 1.0f / fmaxf(sqrtf(norm[j]), 1e-12f) : 0.0f;
     for (int i = 0; i < d * PAGE; i++) k[i] *= norm[i % PAGE];
@@ -380,8 +401,10 @@ static uint64_t mix(uint64_t x) {
 }
 
 static void random_head(const Head *h) {
-    uint64_t seed = mix(mix(mix((uint64_t)param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
-    for (int t = 0; t < h->c->n_ctx; t++) h->score[t] = (float)(mix(seed + (uint64_t)t) >> 40) * 0x1p-24f;
+    uint64_t seed =
+        mix(mix(mix((uint64_t)param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
+    for (int t = 0; t < h->c->n_ctx; t++)
+        h->score[t] = (float)(mix(seed + (uint64_t)t) >> 40) * 0x1p-24f;
 }
 
 static int score_random(Context *c, float *score, char *err) {
@@ -390,20 +413,21 @@ static int score_random(Context *c, float *score, char *err) {
 
 // ---- expected attention ----
 
-// What later queries will ask, judged by those seen: q before RoPE is taken as normal with mean m and
-// covariance C, its rotation as R, the average over the next `future` positions. Then pair j is expected to
-// weigh exp(z_j), z_j = s k_j.(R m) + s^2/2 k_j.(R C R^T) k_j, s = 1/sqrt(head_dim) (arXiv 2510.00636; that s
-// also where the model's own scale is another). The first `sink` tokens are outliers: their queries do not
-// count, and they stay.
+// What later queries will ask, judged by those seen: q before RoPE is taken as normal with mean m
+// and covariance C, its rotation as R, the average over the next `future` positions. Then pair j is
+// expected to weigh exp(z_j), z_j = s k_j.(R m) + s^2/2 k_j.(R C R^T) k_j, s = 1/sqrt(head_dim)
+// (arXiv 2510.00636; that s also where the model's own scale is another). The first `sink` tokens
+// are outliers: their queries do not count, and they stay.
 typedef struct {
     const Context *c;
     int sink;
-    float *shift;   // [n_layers][n_heads][d] the first query that counts, taken off all: large means cancel
-    float *mean;    // [n_layers][n_heads][d] sum of the queries, in the end s R m
-    float *cov;     // [n_layers][n_heads][d][d] sum of their products, in the end s^2/2 R C R^T
-    float *rope;    // [n_layers][rotary_dim / 2][2] R
-    float *z;       // [n_heads][n_prefix + n_ctx] of one layer
-    float *v_norm;  // [n_kv_heads][n_prefix + n_ctx]
+    float *shift;  // [n_layers][n_heads][d] the first query that counts, taken off all: large means
+                   // cancel
+    float *mean;   // [n_layers][n_heads][d] sum of the queries, in the end s R m
+    float *cov;    // [n_layers][n_heads][d][d] sum of their products, in the end s^2/2 R C R^T
+    float *rope;   // [n_layers][rotary_dim / 2][2] R
+    float *z;      // [n_heads][n_prefix + n_ctx] of one layer
+    float *v_norm;      // [n_kv_heads][n_prefix + n_ctx]
     int layer, n_rows;  // at work: the layer, and rows of a forward call
     float *score;       // [n_kv_heads][n_ctx] of the layer
 } Expected;
@@ -419,12 +443,14 @@ static void add_queries(void *ctx, int h) {
     int d = s->model->config.head_dim, n;
     float rows[PAGE * MAX_HEAD_DIM], columns[MAX_HEAD_DIM * PAGE];
     float *shift = of_head(e->shift, e, e->layer, h, d);
-    float *sum = of_head(e->mean, e, e->layer, h, d), *products = of_head(e->cov, e, e->layer, h, d * d);
+    float *sum = of_head(e->mean, e, e->layer, h, d),
+          *products = of_head(e->cov, e, e->layer, h, d * d);
     for (int i = max_int(e->sink - s->pos[0], 0); i < e->n_rows; i += n) {
         n = min_int(e->n_rows - i, PAGE);
         for (int r = 0; r < n; r++) {
             float *q = rows + r * d;
-            memcpy(q, s->q + ((size_t)(i + r) * s->model->config.n_heads + h) * d, (size_t)d * sizeof *q);
+            memcpy(q, s->q + ((size_t)(i + r) * s->model->config.n_heads + h) * d,
+                   (size_t)d * sizeof *q);
             model_unrotate(s, e->layer, i + r, q);
             if (s->pos[i + r] == e->sink) memcpy(shift, q, (size_t)d * sizeof *q);
             for (int j = 0; j < d; j++) columns[j * PAGE + r] = q[j] -= shift[j], sum[j] += q[j];
@@ -440,8 +466,8 @@ static void tap_queries(void *arg, int layer, int n) {
     if (shape->window[layer] == 0) parallel_for(e->c->state->pool, shape->n_heads, add_queries, e);
 }
 
-// Sums become s R m and s^2/2 R C R^T. C is symmetric, so R from the right and R from the left are both a
-// rotation of its rows.
+// Sums become s R m and s^2/2 R C R^T. C is symmetric, so R from the right and R from the left are
+// both a rotation of its rows.
 static void finish_moments(void *ctx, int i) {
     const Expected *e = ctx;
     const Model *m = e->c->state->model;
@@ -451,7 +477,8 @@ static void finish_moments(void *ctx, int i) {
     const float *shift = of_head(e->shift, e, layer, h, d);
     const float *rope = e->rope + (size_t)layer * m->config.rotary_dim;
     for (int j = 0; j < d; j++) mean[j] /= count;
-    for (int j = 0; j < d * d; j++) cov[j] = 0.5f * s * s * (cov[j] / count - mean[j / d] * mean[j % d]);
+    for (int j = 0; j < d * d; j++)
+        cov[j] = 0.5f * s * s * (cov[j] / count - mean[j / d] * mean[j % d]);
     for (int j = 0; j < d; j++) mean[j] = s * (mean[j] + shift[j]);
     model_rotate(m, mean, rope);
     for (int side = 0; side < 2; side++) {
@@ -474,7 +501,8 @@ static void mean_rotation(const Context *c, int future, float *rope) {
     for (int l = 0; l < m->n_layers; l++) {
         for (int p = 0; p < future; p++) {
             model_rope(c->state->model, l, n + p, at);
-            for (int j = 0; j < m->rotary_dim; j++) rope[l * m->rotary_dim + j] += at[j] / (float)future;
+            for (int j = 0; j < m->rotary_dim; j++)
+                rope[l * m->rotary_dim + j] += at[j] / (float)future;
         }
     }
 }
@@ -490,7 +518,8 @@ static void expect_block(void *ctx, int i) {
     int pairs = kvcache_block(kv, e->c->seq, e->layer, g, b, k, v);
     for (int h = g * group; h < (g + 1) * group; h++) {
         const float *mean = of_head(e->mean, e, e->layer, h, d);
-        kern.gemm_f32(ck, PAGE, of_head(e->cov, e, e->layer, h, d * d), (size_t)d, k, d, d, PAGE, false);
+        kern.gemm_f32(ck, PAGE, of_head(e->cov, e, e->layer, h, d * d), (size_t)d, k, d, d, PAGE,
+                      false);
         for (int j = 0; j < d * PAGE; j++) ck[j] += mean[j / PAGE];
         dot_columns(z, ck, k, d);
         memcpy(e->z + (size_t)h * n + at, z, (size_t)pairs * sizeof *z);
@@ -519,7 +548,8 @@ static void expect_head(void *ctx, int g) {
     for (int h = g * group; h < (g + 1) * group; h++) {
         float *z = e->z + (size_t)h * n;
         softmax_from(z, e->sink, n);
-        for (int t = max_int(e->sink, n_prefix); t < n; t++) score[t - n_prefix] += z[t] / (float)group;
+        for (int t = max_int(e->sink, n_prefix); t < n; t++)
+            score[t - n_prefix] += z[t] / (float)group;
     }
     for (int t = n_prefix; t < n; t++) {
         score[t - n_prefix] = (score[t - n_prefix] + epsilon) * e->v_norm[(size_t)g * n + t];
@@ -571,8 +601,9 @@ static int score_expected(Context *c, float *score, char *err) {
 
 // ---- budgets ----
 
-// PyramidKV (arXiv 2406.02069): lower layers keep more. A line over the layers from max down to min, whose
-// mean is an equal budget and min a beta-th of that, if it fits between SnapKV's window and the context.
+// PyramidKV (arXiv 2406.02069): lower layers keep more. A line over the layers from max down to
+// min, whose mean is an equal budget and min a beta-th of that, if it fits between SnapKV's window
+// and the context.
 static int budget_pyramid(const Context *c, double ratio, int *budget, char *err) {
     (void)err;
     int n_layers = kvcache_scored_layers(&c->kv->shape, NULL), n_kv_heads = c->kv->shape.n_kv_heads;
@@ -581,7 +612,8 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
     if (max >= n - window) max = n - window, min = 2 * equal - max;
     if (!(n >= max && max >= min && min >= window) || n_layers == 1) min = max = equal;
     for (int i = 0; i < n_layers * n_kv_heads; i++) {
-        budget[i] = (int)rint(max - i / n_kv_heads * (max - min) / (n_layers > 1 ? n_layers - 1 : 1));
+        budget[i] =
+            (int)rint(max - i / n_kv_heads * (max - min) / (n_layers > 1 ? n_layers - 1 : 1));
     }
     return 0;
 }
@@ -589,35 +621,60 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
 // ---- the tables ----
 
 const Policy policies[] = {
-    {"kvzip", score_kvzip, "largest attention while the context is repeated (arXiv 2505.23416)", {{0}}},
-    {"kvzip+", score_kvzip_plus, "the same times |Wo v| / |x|, its share of the output (arXiv 2601.07891)",
+    {"kvzip",
+     score_kvzip,
+     "largest attention while the context is repeated (arXiv 2505.23416)",
      {{0}}},
-    {"expected", score_expected, "attention that later queries will likely pay, times |v| (arXiv 2510.00636)",
+    {"kvzip+",
+     score_kvzip_plus,
+     "the same times |Wo v| / |x|, its share of the output (arXiv 2601.07891)",
+     {{0}}},
+    {"expected",
+     score_expected,
+     "attention that later queries will likely pay, times |v| (arXiv 2510.00636)",
      {{"future", 512, 1, 1e6, false, "positions to come that queries are expected at"},
       {"sink", 4, 0, 1e6, false, "first tokens: they stay, and their queries do not count"},
       {"epsilon", 0, 0, 1, true, "added to the attention before it is multiplied by |v|"}}},
-    {"observed", score_observed, "mean attention from all tokens that follow (H2O, arXiv 2306.14048)",
+    {"observed",
+     score_observed,
+     "mean attention from all tokens that follow (H2O, arXiv 2306.14048)",
      {{"window", 0, 0, 1e6, false, "last tokens, which stay"}}},
-    {"snapkv", score_snapkv, "mean attention from the last tokens, smoothed (arXiv 2404.14469)",
+    {"snapkv",
+     score_snapkv,
+     "mean attention from the last tokens, smoothed (arXiv 2404.14469)",
      {{"window", 64, 1, 1e6, false, "last tokens: they are asked, and stay"},
       {"kernel", 5, 1, 1e6, false, "width of the smoothing"}}},
-    {"tova", score_tova, "attention from the last token, one set for all heads of a layer (arXiv 2401.06104)",
+    {"tova",
+     score_tova,
+     "attention from the last token, one set for all heads of a layer (arXiv 2401.06104)",
      {{0}}},
     {"keydiff", score_keydiff, "keys that point away from their mean (arXiv 2504.15364)", {{0}}},
     {"knorm", score_knorm, "keys with a small norm (arXiv 2406.11430)", {{0}}},
-    {"streaming", score_streaming, "the newest pairs and the very first (arXiv 2309.17453)",
+    {"streaming",
+     score_streaming,
+     "the newest pairs and the very first (arXiv 2309.17453)",
      {{"sink", 4, 0, 1e6, false, "first tokens, which stay"}}},
-    {"random", score_random, "any pairs: what every method must beat",
+    {"random",
+     score_random,
+     "any pairs: what every method must beat",
      {{"seed", 1, 0, 1e9, false, "of the numbers"}}},
     {NULL, NULL, NULL, {{0}}},
 };
 
-#define SAFEGUARD {"safeguard", 0, 0, 1, true, "share of an equal budget that is sure for every head"}
+#define SAFEGUARD \
+    { "safeguard", 0, 0, 1, true, "share of an equal budget that is sure for every head" }
 const Level levels[] = {
     {"pair", LEVEL_PAIR, NULL, "the best pairs of all heads", {SAFEGUARD}},
-    {"layer", LEVEL_LAYER, NULL, "the best pairs of each layer (Ada-KV, arXiv 2407.11550)", {SAFEGUARD}},
+    {"layer",
+     LEVEL_LAYER,
+     NULL,
+     "the best pairs of each layer (Ada-KV, arXiv 2407.11550)",
+     {SAFEGUARD}},
     {"uniform", LEVEL_UNIFORM, NULL, "as many pairs in every head", {{0}}},
-    {"pyramid", LEVEL_BUDGET, budget_pyramid, "more pairs in lower layers (PyramidKV, arXiv 2406.02069)",
+    {"pyramid",
+     LEVEL_BUDGET,
+     budget_pyramid,
+     "more pairs in lower layers (PyramidKV, arXiv 2406.02069)",
      {{"beta", 20, 1, 1e6, true, "the last layer keeps the mean divided by this"},
       {"window", 64, 0, 1e6, false, "pairs that every head needs at least"}}},
     {"head", LEVEL_HEAD, NULL, "whole heads, those with the best pairs", {{0}}},
@@ -643,7 +700,8 @@ static void set_defaults(double *value, const Param *params) {
 }
 
 // Sets the parameter called key [n] if there is one. Returns 1, 0 when there is none, or -1.
-static int set_param(double *value, const Param *params, const char *key, size_t n, double x, char *err) {
+static int set_param(double *value, const Param *params, const char *key, size_t n, double x,
+                     char *err) {
     int i = find_param(params, key, n);
     if (i < 0) return 0;
     const Param *p = &params[i];
@@ -669,7 +727,8 @@ int context_set(Context *c, const Policy *p, const Level *l, const char *key_val
         int b = a < 0 ? -1 : set_param(c->level_param, l->params, s, n, x, err);
         if (b < 0) return -1;
         if (a + b == 0) {
-            return fail(err, "policy %s and level %s have no parameter '%.*s'", p->name, l->name, (int)n, s);
+            return fail(err, "policy %s and level %s have no parameter '%.*s'", p->name, l->name,
+                        (int)n, s);
         }
         s += strcspn(s, ",");
     }
@@ -677,7 +736,8 @@ int context_set(Context *c, const Policy *p, const Level *l, const char *key_val
 }
 
 size_t context_scores(const Context *c) {
-    return (size_t)kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads * (size_t)c->n_ctx;
+    return (size_t)kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads *
+           (size_t)c->n_ctx;
 }
 
 int context_score(Context *c, const Policy *p, float *score, char *err) {
@@ -695,12 +755,16 @@ int context_score(Context *c, const Policy *p, float *score, char *err) {
 long context_select(const Context *c, const float *score, double ratio, uint8_t *keep, char *err) {
     const Level *l = c->level ? c->level : levels;
     KVSelect s = {.n_layers = kvcache_scored_layers(&c->kv->shape, NULL),
-                  .n_kv_heads = c->kv->shape.n_kv_heads, .n_ctx = c->n_ctx, .ratio = ratio,
-                  .level = l->pool, .ref_ties = c->ref_ties};
+                  .n_kv_heads = c->kv->shape.n_kv_heads,
+                  .n_ctx = c->n_ctx,
+                  .ratio = ratio,
+                  .level = l->pool,
+                  .ref_ties = c->ref_ties};
     int safeguard = find_param(l->params, "safeguard", strlen("safeguard")), status = 0;
     if (safeguard >= 0) s.safeguard = c->level_param[safeguard];
     int *budget = malloc(((size_t)s.n_layers * s.n_kv_heads + 1) * sizeof *budget);
-    if (!budget) return fail(err, "out of memory for the budgets of %d heads", s.n_layers * s.n_kv_heads);
+    if (!budget)
+        return fail(err, "out of memory for the budgets of %d heads", s.n_layers * s.n_kv_heads);
     if (l->budget) status = l->budget(c, ratio, budget, err);
     s.budget = budget;
     long kept = status == 0 ? kvcache_select(keep, score, &s, err) : -1;

@@ -1,4 +1,5 @@
-// policies.h: how a context is compressed. One table of methods; a new idea is one function and one row.
+// policies.h: how a context is compressed. One table of methods; a new idea is one function and one
+// row.
 #ifndef POLICIES_H
 #define POLICIES_H
 #include "kvcache.h"
@@ -10,27 +11,31 @@ enum { MAX_PARAMS = 4 };
 typedef struct Policy Policy;
 typedef struct Level Level;
 
-// Everything a method may look at. The sequence is empty when its score function starts; the function reads
-// the context itself (context_read), so that it can switch scoring on before, during or after.
+// Everything a method may look at. The sequence is empty when its score function starts; the
+// function reads the context itself (context_read), so that it can switch scoring on before, during
+// or after.
 typedef struct Context {
     RunState *state;
     KVCache *kv;
     const Tokenizer *tok;
     int seq;
-    const int *ids;        // [n_prefix + n_ctx]
-    int n_prefix, n_ctx;   // the prefix (template, task text) is protected
-    int chunk;             // ids per repeat pass
-    bool local;            // --score-attn local
-    const char *postfix;   // turn change between the repeat request and the repeated text
-    const Policy *policy;  // who scores, with the values of its parameters; context_set fills these four in
+    const int *ids;       // [n_prefix + n_ctx]
+    int n_prefix, n_ctx;  // the prefix (template, task text) is protected
+    int chunk;            // ids per repeat pass
+    bool local;           // --score-attn local
+    const char *postfix;  // turn change between the repeat request and the repeated text
+    const Policy
+        *policy;  // who scores, with the values of its parameters; context_set fills these four in
     double policy_param[MAX_PARAMS];
     const Level *level;  // who competes with whom; NULL is the first of the table
     double level_param[MAX_PARAMS];
     bool ref_ties;  // select by the authors' threshold rule
-    // called as work goes on; total counts tokens of prefill and scoring. Nonzero stops with an error.
+    // called as work goes on; total counts tokens of prefill and scoring. Nonzero stops with an
+    // error.
     int (*progress)(void *arg, const char *what, long done, long total);
     void *progress_arg;
-    double prefill_s, score_s;  // out: seconds; what is scored while the context is read counts as prefill
+    double prefill_s,
+        score_s;  // out: seconds; what is scored while the context is read counts as prefill
 } Context;
 
 // A number that --set changes.
@@ -44,8 +49,8 @@ typedef struct {
 
 struct Policy {
     const char *name;
-    // Fills score [scored layers][n_kv_heads][n_ctx], higher = keep, any real number, and leaves seq holding
-    // the context.
+    // Fills score [scored layers][n_kv_heads][n_ctx], higher = keep, any real number, and leaves
+    // seq holding the context.
     int (*score)(Context *c, float *score, char *err);
     const char *help;
     Param params[MAX_PARAMS];
@@ -66,8 +71,8 @@ extern const Level levels[];
 const Policy *policy_find(const char *name);
 const Level *level_find(const char *name);
 
-// Gives c a policy and a level with their defaults, then what key_values says: "window=32,kernel=7", or NULL
-// for no changes. A key that both know is for both.
+// Gives c a policy and a level with their defaults, then what key_values says:
+// "window=32,kernel=7", or NULL for no changes. A key that both know is for both.
 int context_set(Context *c, const Policy *p, const Level *l, const char *key_values, char *err);
 
 // Prefill alone: seq receives the prefix and the context.
@@ -75,7 +80,7 @@ int context_read(Context *c, char *err);
 // Reads and scores; score as above. When p is not the policy of context_set, with its defaults.
 int context_score(Context *c, const Policy *p, float *score, char *err);
 size_t context_scores(const Context *c);  // number of floats in score
-// keep [as score] = 1 for the pairs that stay: the share `ratio` by c's level. Returns how many, or -1 with
-// err.
+// keep [as score] = 1 for the pairs that stay: the share `ratio` by c's level. Returns how many, or
+// -1 with err.
 long context_select(const Context *c, const float *score, double ratio, uint8_t *keep, char *err);
 #endif

@@ -60,7 +60,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
 }
 
 __attribute__((noreturn, format(printf, 2, 3))) static void die_usage(const char *command,
-                                                                     const char *fmt, ...) {
+                                                                      const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     fprintf(stderr, "run: %s%s", command ? command : "", command ? ": " : "");
@@ -128,19 +128,26 @@ static void put_json_string(const char *text, size_t n) {
     for (size_t i = 0; i < n;) {
         bool ok;
         int len = utf8_next(s + i, n - i, &ok);
-        if (!ok) put("\xef\xbf\xbd", 3);
-        else if (s[i] == '"' || s[i] == '\\') out("\\%c", s[i]);
-        else if (s[i] == '\n') put("\\n", 2);
-        else if (s[i] < 0x20 || s[i] == 0x7f) out("\\u%04x", s[i]);
-        else put(s + i, len);
+        if (!ok)
+            put("\xef\xbf\xbd", 3);
+        else if (s[i] == '"' || s[i] == '\\')
+            out("\\%c", s[i]);
+        else if (s[i] == '\n')
+            put("\\n", 2);
+        else if (s[i] < 0x20 || s[i] == 0x7f)
+            out("\\u%04x", s[i]);
+        else
+            put(s + i, len);
         i += len;
     }
     put("\"", 1);
 }
 
 static void put_json_number(double v) {
-    if (isfinite(v)) out("%.9g", v);
-    else put("null", 4);
+    if (isfinite(v))
+        out("%.9g", v);
+    else
+        put("null", 4);
 }
 
 // A printf for JSON: ' stands for the double quote, %s and %.*s print escaped strings (NULL: null),
@@ -153,8 +160,10 @@ __attribute__((format(printf, 1, 2))) static void json(const char *fmt, ...) {
             put(*p == '\'' ? "\"" : p, 1);
         } else if (*++p == 's') {
             const char *s = va_arg(ap, const char *);
-            if (s) put_json_string(s, strlen(s));
-            else put("null", 4);
+            if (s)
+                put_json_string(s, strlen(s));
+            else
+                put("null", 4);
         } else if (*p == '.') {
             int n = va_arg(ap, int);
             put_json_string(va_arg(ap, const char *), n);
@@ -185,9 +194,20 @@ static const char *size_text(char buf[32], double bytes) {
 // ---- flags ----
 
 enum {
-    GENERATE = 1, CHAT = 2, COMPRESS = 4, ASK = 8, SCORE = 16, LOGITS = 32, TOKENIZE = 64,
-    INFO = 128, BENCH = 256, EVAL = 512, ALL = 1023,
-    ANSWERS = GENERATE | CHAT | ASK, CONTEXT = COMPRESS | SCORE, RUNS = ALL & ~(TOKENIZE | INFO)
+    GENERATE = 1,
+    CHAT = 2,
+    COMPRESS = 4,
+    ASK = 8,
+    SCORE = 16,
+    LOGITS = 32,
+    TOKENIZE = 64,
+    INFO = 128,
+    BENCH = 256,
+    EVAL = 512,
+    ALL = 1023,
+    ANSWERS = GENERATE | CHAT | ASK,
+    CONTEXT = COMPRESS | SCORE,
+    RUNS = ALL & ~(TOKENIZE | INFO)
 };
 
 typedef struct {
@@ -204,11 +224,22 @@ typedef struct {
     int n_args;
 } Options;
 
-static const Options defaults = {
-    .policy = "kvzip", .level = "pair", .n = -1, .seed = -1, .n_prefix = -1, .chunk = 2000, .temp = -1,
-    .top_p = 0.95, .ratio = 0.3, .kv = -1, .depths = {{0, 1024}, 2}, .ratios = {{1, 0.3}, 2},
-    .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6}, .kvs = "f16",
-    .prompts = {{512}, 1}, .batches = {{1, 4}, 2}};
+static const Options defaults = {.policy = "kvzip",
+                                 .level = "pair",
+                                 .n = -1,
+                                 .seed = -1,
+                                 .n_prefix = -1,
+                                 .chunk = 2000,
+                                 .temp = -1,
+                                 .top_p = 0.95,
+                                 .ratio = 0.3,
+                                 .kv = -1,
+                                 .depths = {{0, 1024}, 2},
+                                 .ratios = {{1, 0.3}, 2},
+                                 .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
+                                 .kvs = "f16",
+                                 .prompts = {{512}, 1},
+                                 .batches = {{1, 4}, 2}};
 
 typedef enum { SWITCH, TEXT, COUNT, REAL, CHOICE, LIST } FlagKind;
 
@@ -279,11 +310,13 @@ static const Flag flags[] = {
      "no chat template: context and questions are taken as they are"},
     {"--answer-prefix", "TEXT", TEXT, AT(answer_prefix), 0, 0, NULL, ASK, 0,
      "the start of every answer, which small models need"},
-    {"--stop", "TEXT", TEXT, AT(stop), 0, 0, NULL, ANSWERS | EVAL, 0, "end an answer after this text"},
+    {"--stop", "TEXT", TEXT, AT(stop), 0, 0, NULL, ANSWERS | EVAL, 0,
+     "end an answer after this text"},
     {"--keep", NULL, SWITCH, AT(keep), 0, 0, NULL, ASK, 0,
      "each question sees the ones before it and their answers"},
     {"--batch", "N", COUNT, AT(batch), 1, MAX_BATCH, NULL, ASK, 0,
-     "questions answered together (default 8; 1 with --keep); the answers are those of one at a time"},
+     "questions answered together (default 8; 1 with --keep); the answers are those of one at a "
+     "time"},
     {"--ignore-eos", NULL, SWITCH, AT(ignore_eos), 0, 0, NULL, ANSWERS, 0,
      "do not stop at stop tokens"},
     {"--special", NULL, SWITCH, AT(special), 0, 0, NULL, TOKENIZE, 0,
@@ -382,23 +415,29 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
     void *at = (char *)o + f->at;
     double v = 0;
     switch (f->kind) {
-        case SWITCH: *(bool *)at = true; break;
-        case TEXT: *(const char **)at = value; break;
-        case CHOICE:
-            if (!parse_choice(value, f->choices, (int *)at))
-                die_usage(o->command, "%s %s: needs one of %s", f->name, value, f->choices);
-            break;
-        case LIST:
-            if (!parse_list(value, f, (BenchList *)at))
-                die_usage(o->command, "%s %s: needs at most %d numbers from %.10g to %.10g",
-                          f->name, value, BENCH_LIST, f->lo, f->hi);
-            break;
-        default:
-            if (!parse_number(value, f, &v))
-                die_usage(o->command, "%s %s: needs a %s from %.10g to %.10g", f->name, value,
-                          f->kind == COUNT ? "whole number" : "number", f->lo, f->hi);
-            if (f->kind == COUNT) *(long *)at = (long)v;
-            else *(double *)at = v;
+    case SWITCH:
+        *(bool *)at = true;
+        break;
+    case TEXT:
+        *(const char **)at = value;
+        break;
+    case CHOICE:
+        if (!parse_choice(value, f->choices, (int *)at))
+            die_usage(o->command, "%s %s: needs one of %s", f->name, value, f->choices);
+        break;
+    case LIST:
+        if (!parse_list(value, f, (BenchList *)at))
+            die_usage(o->command, "%s %s: needs at most %d numbers from %.10g to %.10g", f->name,
+                      value, BENCH_LIST, f->lo, f->hi);
+        break;
+    default:
+        if (!parse_number(value, f, &v))
+            die_usage(o->command, "%s %s: needs a %s from %.10g to %.10g", f->name, value,
+                      f->kind == COUNT ? "whole number" : "number", f->lo, f->hi);
+        if (f->kind == COUNT)
+            *(long *)at = (long)v;
+        else
+            *(double *)at = v;
     }
 }
 
@@ -564,7 +603,8 @@ static void check_output(const Options *o) {
         return;
     }
     if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", o->out);
-    const char *const inputs[] = {o->args[0], o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids, o->cache};
+    const char *const inputs[] = {o->args[0], o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids,
+                                  o->cache};
     for (int i = 0; i < 5; i++)
         if (same_file(inputs[i], &st))
             die("%s: is read by this command, so it cannot be -o", o->out);
@@ -584,7 +624,7 @@ typedef struct {
     Tokenizer *tok;
     RunState state;
     KVCache kv;
-    KVInfo info;      // of a loaded cache
+    KVInfo info;  // of a loaded cache
     double temp;
     uint64_t random;
     Choice *choices;  // [vocab_size] of the sampler
@@ -648,8 +688,8 @@ static void open_session(Session *s, const Options *o, const char *path, int max
     s->pool = open_pool(o->threads);
     if (state_open(&s->state, &s->model, s->pool, MAX_ROWS, max_logits, err) != 0) die("%s", err);
     open_cache(s, path);
-    s->random = o->seed >= 0 ? (uint64_t)o->seed
-                             : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    s->random =
+        o->seed >= 0 ? (uint64_t)o->seed : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     s->choices = allocate(s->model.config.vocab_size, sizeof *s->choices);
 }
 
@@ -771,15 +811,15 @@ static int sample(Session *s, const float *logits) {
 
 typedef struct {
     int seq;
-    Ids ids;            // sampled so far; stop ids are not among them
-    int n_fed;          // how many of them the cache holds
-    Buffer text;        // the answer prefix, then what the ids print; control tokens print nothing
-    size_t n_prefix;    // bytes of the answer prefix
-    size_t shown;       // bytes of text that went to stdout
+    Ids ids;          // sampled so far; stop ids are not among them
+    int n_fed;        // how many of them the cache holds
+    Buffer text;      // the answer prefix, then what the ids print; control tokens print nothing
+    size_t n_prefix;  // bytes of the answer prefix
+    size_t shown;     // bytes of text that went to stdout
     TokStream stream;
-    bool show, strip;   // print while it grows; leave out white space at both ends
+    bool show, strip;  // print while it grows; leave out white space at both ends
     bool done;
-    int limit;          // ids at most
+    int limit;  // ids at most
     int n_prompt;
     double prefill_s, decode_s;
 } Reply;
@@ -849,8 +889,10 @@ static void reply_begin(Session *s, Reply *r, const Ids *ids) {
     r->n_prompt = ids->n;
     r->n_prefix = r->text.n;
     prefill(s, r->seq, ids->id, ids->n);
-    if (interrupted || r->limit == 0) r->done = true;
-    else reply_take(s, r, sample(s, s->state.logits));
+    if (interrupted || r->limit == 0)
+        r->done = true;
+    else
+        reply_take(s, r, sample(s, s->state.logits));
     r->prefill_s = now() - start;
 }
 
@@ -908,8 +950,10 @@ static int exit_code(void) { return interrupted ? 128 + interrupted : 0; }
 
 // The ids of -p, -f or --ids, whose content is text.
 static void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *ids) {
-    if (s->o->ids) parse_ids(text, s->o->ids, s->model.config.vocab_size, ids);
-    else encode(s->tok, text->s, text->n, how, ids);
+    if (s->o->ids)
+        parse_ids(text, s->o->ids, s->model.config.vocab_size, ids);
+    else
+        encode(s->tok, text->s, text->n, how, ids);
 }
 
 static int cmd_generate(const Options *o) {
@@ -952,10 +996,10 @@ typedef struct {
 typedef struct {
     char **args;
     int n_args, at;
-    FILE *file;         // NULL: arguments only
+    FILE *file;  // NULL: arguments only
     const char *name;
-    bool person;        // somebody types them
-    const char *prefix; // where a line has none of its own
+    bool person;         // somebody types them
+    const char *prefix;  // where a line has none of its own
     char *line;
     size_t cap;
 } Questions;
@@ -1291,13 +1335,15 @@ static int cmd_score(const Options *o) {
     int *layers = allocate(s.model.config.n_layers, sizeof *layers);
     size_t n_scored = kvcache_scored_layers(&s.kv.shape, layers), n_heads = s.kv.shape.n_kv_heads;
     snprintf(n_prefix, sizeof n_prefix, "%d", c.n_prefix);
-    Meta meta[] = {{"format", "kvzip.c scores 1"}, {"fingerprint", s.model.fingerprint},
-                   {"model", s.model.name}, {"policy", c.policy->name}, {"n_prefix", n_prefix}};
+    Meta meta[] = {{"format", "kvzip.c scores 1"},
+                   {"fingerprint", s.model.fingerprint},
+                   {"model", s.model.name},
+                   {"policy", c.policy->name},
+                   {"n_prefix", n_prefix}};
     size_t bytes = context_scores(&c) * sizeof *score;
-    Tensor tensors[] = {
-        {"scores", T_F32, 3, {n_scored, n_heads, c.n_ctx}, score, bytes},
-        {"ids", T_I32, 1, {ids.n}, ids.id, ids.n * sizeof(int32_t)},
-        {"layers", T_I32, 1, {n_scored}, layers, n_scored * sizeof(int32_t)}};
+    Tensor tensors[] = {{"scores", T_F32, 3, {n_scored, n_heads, c.n_ctx}, score, bytes},
+                        {"ids", T_I32, 1, {ids.n}, ids.id, ids.n * sizeof(int32_t)},
+                        {"layers", T_I32, 1, {n_scored}, layers, n_scored * sizeof(int32_t)}};
     write_tensors(o->out, meta, sizeof meta / sizeof *meta, tensors, 3);
     check_interrupted(o);
     if (o->json)
@@ -1325,9 +1371,9 @@ static size_t private_memory(void) {
 }
 
 typedef struct {
-    long n_pairs, n_kept;    // of the context, in the layers that evict
-    double ratio;            // n_kept / n_pairs
-    size_t full, bytes;      // the cache before and after
+    long n_pairs, n_kept;  // of the context, in the layers that evict
+    double ratio;          // n_kept / n_pairs
+    size_t full, bytes;    // the cache before and after
     size_t memory_full, memory;
 } Shrunk;
 
@@ -1353,8 +1399,13 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
 
 static void save_context(Session *s, const Context *c) {
     char err[ERR_LEN];
-    KVInfo info = {.fingerprint = s->model.fingerprint, .model = s->model.name, .policy = c->policy->name,
-                   .n_prefix = c->n_prefix, .n_ctx = c->n_ctx, .ratio = s->o->ratio, .ids = c->ids,
+    KVInfo info = {.fingerprint = s->model.fingerprint,
+                   .model = s->model.name,
+                   .policy = c->policy->name,
+                   .n_prefix = c->n_prefix,
+                   .n_ctx = c->n_ctx,
+                   .ratio = s->o->ratio,
+                   .ids = c->ids,
                    .n_ids = c->n_prefix + c->n_ctx};
     if (interrupted) die_interrupted();
     if (kvcache_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die("%s: %s", s->o->out, err);
@@ -1466,7 +1517,8 @@ static int cmd_tokenize(const Options *o) {
     if (o->ids && !o->decode) die_usage(o->command, "--ids goes with --decode");
     Buffer text = read_text(o, "-");
     if (tensors_open(&file, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
-    Tokenizer *tok = tokenizer_open(&file, err);  // all that is needed of a model: its tokenizer alone will do
+    Tokenizer *tok =
+        tokenizer_open(&file, err);  // all that is needed of a model: its tokenizer alone will do
     if (!tok) die("%s: %s", o->args[0], err);
     if (o->decode) {
         const char *from = o->ids ? o->ids : o->file ? o->file : "the ids";
@@ -1477,8 +1529,7 @@ static int cmd_tokenize(const Options *o) {
         put(bytes, n);
         free(bytes);
     } else {
-        encode(tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0),
-               &ids);
+        encode(tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0), &ids);
         if (o->json) json("{'ids': [");
         for (int i = 0; i < ids.n; i++) out("%s%d", i == 0 ? "" : o->json ? ", " : " ", ids.id[i]);
         put(o->json ? "]}\n" : "\n", o->json ? 3 : 1);
@@ -1502,13 +1553,20 @@ typedef struct {
 static void print_facts(const Options *o, const Fact *f, int n) {
     char size[32];
     for (int i = 0; i < n; i++) {
-        if (o->json) json(i ? ", %s: " : "{%s: ", f[i].key);
-        else out("%-18s ", f[i].key);
-        if (o->json && f[i].text) put_json_string(f[i].text, strlen(f[i].text));
-        else if (f[i].text) out("%s", f[i].text);
-        else if (o->json) put_json_number(f[i].number);
-        else if (f[i].bytes) out("%s", size_text(size, f[i].number));
-        else out("%.6g", f[i].number);
+        if (o->json)
+            json(i ? ", %s: " : "{%s: ", f[i].key);
+        else
+            out("%-18s ", f[i].key);
+        if (o->json && f[i].text)
+            put_json_string(f[i].text, strlen(f[i].text));
+        else if (f[i].text)
+            out("%s", f[i].text);
+        else if (o->json)
+            put_json_number(f[i].number);
+        else if (f[i].bytes)
+            out("%s", size_text(size, f[i].number));
+        else
+            out("%.6g", f[i].number);
         if (!o->json) put("\n", 1);
     }
 }
@@ -1573,16 +1631,24 @@ static void info_model(const Options *o) {
     const Config *c = &s.model.config;
     KVShape k = model_kv_shape(&s.model);
     const Fact facts[] = {
-        {"model", s.model.name, 0, false}, {"fingerprint", s.model.fingerprint, 0, false},
+        {"model", s.model.name, 0, false},
+        {"fingerprint", s.model.fingerprint, 0, false},
         {"layers", NULL, c->n_layers, false},
         {"sliding_layers", NULL, c->n_layers - kvcache_scored_layers(&k, NULL), false},
-        {"heads", NULL, c->n_heads, false}, {"kv_heads", NULL, c->n_kv_heads, false},
-        {"head_dim", NULL, c->head_dim, false}, {"dim", NULL, c->dim, false},
-        {"hidden_dim", NULL, c->hidden_dim, false}, {"vocab_size", NULL, c->vocab_size, false},
-        {"seq_len", NULL, c->seq_len, false}, {"matrices", types, 0, false},
-        {"embedding", NULL, part[EMBEDDING], true}, {"attention", NULL, part[ATTENTION], true},
-        {"ffn", NULL, part[FFN], true}, {"head", NULL, part[HEAD], true},
-        {"tokenizer", NULL, part[TOKENIZER], true}, {"other", NULL, part[OTHER], true},
+        {"heads", NULL, c->n_heads, false},
+        {"kv_heads", NULL, c->n_kv_heads, false},
+        {"head_dim", NULL, c->head_dim, false},
+        {"dim", NULL, c->dim, false},
+        {"hidden_dim", NULL, c->hidden_dim, false},
+        {"vocab_size", NULL, c->vocab_size, false},
+        {"seq_len", NULL, c->seq_len, false},
+        {"matrices", types, 0, false},
+        {"embedding", NULL, part[EMBEDDING], true},
+        {"attention", NULL, part[ATTENTION], true},
+        {"ffn", NULL, part[FFN], true},
+        {"head", NULL, part[HEAD], true},
+        {"tokenizer", NULL, part[TOKENIZER], true},
+        {"other", NULL, part[OTHER], true},
         {"file", NULL, s.model.file.map_bytes, true},
         {"cache_token_f16", NULL, token_bytes(&k, KV_F16), true},
         {"cache_token_f32", NULL, token_bytes(&k, KV_F32), true},
@@ -1621,10 +1687,11 @@ static void print_heads(const Options *o, const int32_t *len, int n_layers, int 
 static void info_cache(const Options *o, const TensorFile *f) {
     char err[ERR_LEN];
     const Tensor *len = tensors_get(f, err, "len", T_I32, 2, -1, -1);
-    const Tensor *dropped = len ? tensors_get(f, err, "dropped", T_I32, 2, (int)len->shape[0],
-                                              (int)len->shape[1]) : NULL;
-    const Tensor *window = dropped ? tensors_get(f, err, "window", T_I32, 1, (int)len->shape[0])
-                                   : NULL;
+    const Tensor *dropped =
+        len ? tensors_get(f, err, "dropped", T_I32, 2, (int)len->shape[0], (int)len->shape[1])
+            : NULL;
+    const Tensor *window =
+        dropped ? tensors_get(f, err, "window", T_I32, 1, (int)len->shape[0]) : NULL;
     const Tensor *k = window ? tensors_find(f, "k") : NULL;
     if (!k || k->n_dims != 3) die("%s: %s", f->path, window ? "it has no keys" : err);
     int n_layers = (int)len->shape[0], n_heads = (int)len->shape[1];
@@ -1668,10 +1735,13 @@ static void info_tensors(const Options *o, const TensorFile *f) {
             json(i ? ", {'name': %s, 'dtype': %s, 'shape': ["
                    : "{'name': %s, 'dtype': %s, 'shape': [",
                  t->name, dtype_name(t->dtype));
-        else out("%-32s %-4s [", t->name, dtype_name(t->dtype));
+        else
+            out("%-32s %-4s [", t->name, dtype_name(t->dtype));
         for (int d = 0; d < t->n_dims; d++) out("%s%zu", d ? ", " : "", t->shape[d]);
-        if (o->json) json("], 'bytes': %zu}", t->bytes);
-        else out("] %s\n", size_text(size, t->bytes));
+        if (o->json)
+            json("], 'bytes': %zu}", t->bytes);
+        else
+            out("] %s\n", size_text(size, t->bytes));
     }
     if (o->json) out("]}\n");
 }
@@ -1681,9 +1751,12 @@ static int cmd_info(const Options *o) {
     char err[ERR_LEN];
     if (tensors_open(&f, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
     const char *format = tensors_meta(&f, "format");
-    if (format && strcmp(format, "kvzip.c model 1") == 0) info_model(o);
-    else if (format && strcmp(format, "kvzip.c cache 1") == 0) info_cache(o, &f);
-    else info_tensors(o, &f);
+    if (format && strcmp(format, "kvzip.c model 1") == 0)
+        info_model(o);
+    else if (format && strcmp(format, "kvzip.c cache 1") == 0)
+        info_cache(o, &f);
+    else
+        info_tensors(o, &f);
     tensors_close(&f);
     return 0;
 }
@@ -1696,16 +1769,19 @@ static void print_bench(void *arg, const BenchRow *r) {
     if (s->o->json) {
         json("{'work': %s, 'n': %d, 'depth': %d, 'ratio': %g, 'batch': %d, 'threads': %d, ",
              r->work, r->n, r->depth, r->ratio, r->batch, pool_threads(s->pool));
-        json("'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'cache_bytes': %zu, 'score_attn': "
-             "%s}\n",
-             r->tokens_per_s, r->seconds, r->gb_per_s, r->cache_bytes, r->score_attn);
+        json(
+            "'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'cache_bytes': %zu, 'score_attn': "
+            "%s}\n",
+            r->tokens_per_s, r->seconds, r->gb_per_s, r->cache_bytes, r->score_attn);
     } else {
         snprintf(what, sizeof what, "%s %s", r->work, r->score_attn ? r->score_attn : "");
         if (r->cache_bytes > 0) size_text(size, r->cache_bytes);
         out("%-12s %6d %6d %6.3g %5d %10.1f %9.4f", what, r->n, r->depth, r->ratio, r->batch,
             r->tokens_per_s, r->seconds);
-        if (r->gb_per_s > 0) out(" %7.2f  %s\n", r->gb_per_s, size);
-        else out(" %7s  %s\n", "", size);
+        if (r->gb_per_s > 0)
+            out(" %7.2f  %s\n", r->gb_per_s, size);
+        else
+            out(" %7s  %s\n", "", size);
     }
     flush();
 }
@@ -1718,9 +1794,17 @@ static int cmd_bench(const Options *o) {
         if (o->batches.v[i] > most) most = (int)o->batches.v[i];
     Context method = chosen_method(o);
     open_session(&s, o, NULL, most);
-    Bench b = {.state = &s.state, .tok = s.tok, .kv = s.kv.type, .method = method,
-               .n = o->n < 0 ? 32 : (int)o->n, .prompts = o->prompts, .depths = o->depths, .ratios = o->ratios,
-               .batches = o->batches, .row = print_bench, .arg = &s};
+    Bench b = {.state = &s.state,
+               .tok = s.tok,
+               .kv = s.kv.type,
+               .method = method,
+               .n = o->n < 0 ? 32 : (int)o->n,
+               .prompts = o->prompts,
+               .depths = o->depths,
+               .ratios = o->ratios,
+               .batches = o->batches,
+               .row = print_bench,
+               .arg = &s};
     if (!o->json) {
         out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,
             size_text(size, bench_weight_bytes(&s.model)), pool_threads(s.pool), kern.name,
@@ -1751,19 +1835,25 @@ static int eval_text(const Options *o) {
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
     Progress progress = progress_begin(&s);
-    Perplexity p = {.state = &s.state, .tok = s.tok, .kv = s.kv.type, .window = o->n < 0 ? 512 : (int)o->n,
-                    .progress = perplexity_step, .arg = &progress};
+    Perplexity p = {.state = &s.state,
+                    .tok = s.tok,
+                    .kv = s.kv.type,
+                    .window = o->n < 0 ? 512 : (int)o->n,
+                    .progress = perplexity_step,
+                    .arg = &progress};
     double start = now();
     int rc = eval_perplexity(&p, text.s, text.n, &r, err);
     progress_end(&progress);
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s: %s", o->ppl, err);
     if (o->json) {
-        json("{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ", o->ppl,
-             kvcache_type_name(s.kv.type), p.window, r.value, r.low);
-        json("'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error, r.n, now() - start);
+        json("{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
+             o->ppl, kvcache_type_name(s.kv.type), p.window, r.value, r.low);
+        json("'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error, r.n,
+             now() - start);
     } else {
-        out("perplexity %.4f +- %.5f over %d tokens in windows of %d\n", r.value, r.error, r.n, p.window);
+        out("perplexity %.4f +- %.5f over %d tokens in windows of %d\n", r.value, r.error, r.n,
+            p.window);
     }
     flush();
     free(text.s);
@@ -1776,8 +1866,8 @@ static bool same_table(const EvalRow *a, const EvalRow *b) {
 }
 
 static bool same_line(const EvalRow *a, const EvalRow *b) {
-    return same_table(a, b) && strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
-           strcmp(a->kv, b->kv) == 0;
+    return same_table(a, b) && strcmp(a->policy, b->policy) == 0 &&
+           strcmp(a->level, b->level) == 0 && strcmp(a->kv, b->kv) == 0;
 }
 
 // The first row that is in the same table, or on the same line of it, as rows[i] is i itself.
@@ -1807,11 +1897,13 @@ static void print_cell(const EvalRow *row, bool share) {
 }
 
 // One line per policy, one column per ratio; ± is half the width of the 95% interval.
-static void print_table(const EvalRow *rows, int n, int first, const double *column, int n_columns) {
+static void print_table(const EvalRow *rows, int n, int first, const double *column,
+                        int n_columns) {
     const EvalRow *head = &rows[first];
     bool share = strcmp(head->metric, "kl") != 0 && strcmp(head->metric, "nll") != 0;
     char name[64];
-    snprintf(name, sizeof name, "%s, %s, %d answers", head->metric, share ? "%" : "nat/token", head->n);
+    snprintf(name, sizeof name, "%s, %s, %d answers", head->metric, share ? "%" : "nat/token",
+             head->n);
     out("%s\n%-30s", head->task, name);
     for (int k = 0; k < n_columns; k++) out("%16g", column[k]);
     put("\n", 1);
@@ -1822,8 +1914,10 @@ static void print_table(const EvalRow *rows, int n, int first, const double *col
         for (int k = 0; k < n_columns; k++) {
             int j = i;
             while (j < n && !(same_line(&rows[j], &rows[i]) && rows[j].ratio == column[k])) j++;
-            if (j < n) print_cell(&rows[j], share);
-            else out("%16s", "");
+            if (j < n)
+                print_cell(&rows[j], share);
+            else
+                out("%16s", "");
         }
         put("\n", 1);
     }
@@ -1840,10 +1934,10 @@ static void print_rows(const Options *o, const EvalResults *results) {
     for (int i = 0; i < n; i++) {
         const EvalRow *r = &rows[i];
         if (o->json) {
-            json("{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ", r->task,
-                 r->policy, r->level, r->ratio, r->kept, r->kv);
-            json("'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n", r->metric, r->value,
-                 r->low, r->high, r->n);
+            json("{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ",
+                 r->task, r->policy, r->level, r->ratio, r->kept, r->kv);
+            json("'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n", r->metric,
+                 r->value, r->low, r->high, r->n);
         } else if (is_first(rows, i, same_table)) {
             print_table(rows, n, i, column, n_columns);
         }
@@ -1857,7 +1951,8 @@ static int eval_merge(const Options *o) {
     EvalResults results = {0};
     char err[ERR_LEN];
     for (int i = 0; i < o->n_args; i++)
-        if (eval_results_open(&results, o->args[i], false, err) != 0) die("%s: %s", o->args[i], err);
+        if (eval_results_open(&results, o->args[i], false, err) != 0)
+            die("%s: %s", o->args[i], err);
     if (o->out) check_output(o);
     if (o->out && eval_results_save(&results, o->out, err) != 0) die("%s: %s", o->out, err);
     print_rows(o, &results);
@@ -1890,14 +1985,16 @@ static void eval_lists(const Options *o, Eval *e) {
         e->policy[e->n_policies++] = get_policy(o, name);
     for (; e->n_levels < EVAL_LIST && (name = next_name(&level)); free(name))
         e->level[e->n_levels++] = get_level(o, name);
-    for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); free(name)) e->kv[e->n_kvs++] = get_kv(o, name);
-    for (; e->n_ratios < o->shares.n; e->n_ratios++) e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
+    for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); free(name))
+        e->kv[e->n_kvs++] = get_kv(o, name);
+    for (; e->n_ratios < o->shares.n; e->n_ratios++)
+        e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
     if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
     if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
     e->n_shards = 1;
     char end;
-    if (o->shard && (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 || e->shard < 1 ||
-                     e->shard > e->n_shards))
+    if (o->shard && (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 ||
+                     e->shard < 1 || e->shard > e->n_shards))
         die_usage(o->command, "--shard %s: needs I/N, I from 1 to N", o->shard);
     if (o->shard) e->shard--;
 }
@@ -1909,7 +2006,9 @@ static int ask_ids(void *arg, const EvalQuestion *q, Ids *ids) {
     return 0;
 }
 
-static int eval_step(void *arg, long done, long total) { return progress_step(arg, "eval", done, total); }
+static int eval_step(void *arg, long done, long total) {
+    return progress_step(arg, "eval", done, total);
+}
 
 static int cmd_eval(const Options *o) {
     Session s;
@@ -1920,7 +2019,10 @@ static int cmd_eval(const Options *o) {
     if (o->merge) return eval_merge(o);
     if (o->ppl) return eval_text(o);
     if (o->n_args != 2) die_usage(o->command, "needs MODEL TASKS.jsonl");
-    Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n, .stop = o->stop, .set = o->set, .settings = o->raw};
+    Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n,
+              .stop = o->stop,
+              .set = o->set,
+              .settings = o->raw};
     eval_lists(o, &e);
     if (o->out) check_output(o);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
@@ -1932,7 +2034,9 @@ static int cmd_eval(const Options *o) {
     progress.unit = "answers";
     e.state = &s.state, e.prefix = &prefix, e.ask = ask_ids, e.ask_arg = &s;
     e.progress = eval_step, e.progress_arg = &progress;
-    e.context = (Context){.tok = s.tok, .chunk = (int)o->chunk, .local = o->score_attn == 1,
+    e.context = (Context){.tok = s.tok,
+                          .chunk = (int)o->chunk,
+                          .local = o->score_attn == 1,
                           .postfix = o->raw ? "\n" : tokenizer_chat(s.tok)->kvzip_postfix};
     int rc = eval_run(&e, &tasks, &results, err);
     progress_end(&progress);
@@ -1949,8 +2053,7 @@ static int cmd_eval(const Options *o) {
 // ---- main ----
 
 static const Command commands[] = {
-    {"generate", GENERATE, "MODEL [-p TEXT | -f FILE]", 1, 1, cmd_generate,
-     "continue a text",
+    {"generate", GENERATE, "MODEL [-p TEXT | -f FILE]", 1, 1, cmd_generate, "continue a text",
      "  run generate smollm2.kvz -p 'Once upon a time' -n 100\n"
      "  echo 'The three primary colours are' | run generate smollm2.kvz --temp 0\n"},
     {"chat", CHAT, "MODEL [-c CACHE]", 1, 1, cmd_chat,

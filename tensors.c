@@ -139,8 +139,10 @@ static int parse_string(Parser *j, const char **s) {
         unsigned char c = (unsigned char)*j->p++;
         if (c == '"') break;
         if (c < 0x20) return bad(j, "control character in a string");
-        if (c != '\\') *j->out++ = (char)c;
-        else if (parse_escape(j) != 0) return -1;
+        if (c != '\\')
+            *j->out++ = (char)c;
+        else if (parse_escape(j) != 0)
+            return -1;
     }
     *j->out++ = 0;
     return 0;
@@ -415,8 +417,10 @@ static void describe(char *out, size_t room, DType dtype, int n_dims, const long
     size_t n = (size_t)snprintf(out, room, "%s [", dtype_name(dtype));
     for (int i = 0; i < n_dims && n < room; i++) {
         const char *comma = i > 0 ? ", " : "";
-        if (shape[i] < 0) n += (size_t)snprintf(out + n, room - n, "%sany", comma);
-        else n += (size_t)snprintf(out + n, room - n, "%s%lld", comma, shape[i]);
+        if (shape[i] < 0)
+            n += (size_t)snprintf(out + n, room - n, "%sany", comma);
+        else
+            n += (size_t)snprintf(out + n, room - n, "%s%lld", comma, shape[i]);
     }
     if (n < room) snprintf(out + n, room - n, "]");
 }
@@ -569,9 +573,12 @@ static void put_json_string(FILE *file, const char *s) {
     fputc('"', file);
     for (; *s; s++) {
         unsigned char c = (unsigned char)*s;
-        if (c == '"' || c == '\\') fprintf(file, "\\%c", c);
-        else if (c < 0x20) fprintf(file, "\\u%04x", c);
-        else fputc(c, file);
+        if (c == '"' || c == '\\')
+            fprintf(file, "\\%c", c);
+        else if (c < 0x20)
+            fprintf(file, "\\u%04x", c);
+        else
+            fputc(c, file);
     }
     fputc('"', file);
 }

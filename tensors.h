@@ -39,30 +39,33 @@ typedef struct {
     char *strings;  // names, keys and values, unescaped; everything above points in here
 } TensorFile;
 
-// Writes one sentence into err (ERR_LEN bytes) and returns -1, so that `return fail(err, ...)` reads
-// as the end of the story. Long sentences are cut, never overrun.
+// Writes one sentence into err (ERR_LEN bytes) and returns -1, so that `return fail(err, ...)`
+// reads as the end of the story. Long sentences are cut, never overrun.
 int fail(char *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
-size_t dtype_size(DType t);         // bytes of one element
-const char *dtype_name(DType t);    // as safetensors spells it: "F16"
+size_t dtype_size(DType t);       // bytes of one element
+const char *dtype_name(DType t);  // as safetensors spells it: "F16"
 
-// Maps the file read-only and checks it: header inside the file, every range inside the data and equal
-// to dtype x shape, no overlap, no overflow. Returns 0, or -1 with err. The descriptor is closed again.
+// Maps the file read-only and checks it: header inside the file, every range inside the data and
+// equal to dtype x shape, no overlap, no overflow. Returns 0, or -1 with err. The descriptor is
+// closed again.
 int tensors_open(TensorFile *f, const char *path, char *err);
 void tensors_close(TensorFile *f);  // safe on a zeroed struct, and twice
 
 const Tensor *tensors_find(const TensorFile *f, const char *name);  // NULL when absent
 
-// As tensors_find, but absence, another dtype or another shape is an error that names all three, and so is
-// data that does not lie on a multiple of its element size. n_dims sizes follow, each an int; -1 accepts
-// any length in that place.
-const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DType dtype, int n_dims, ...);
+// As tensors_find, but absence, another dtype or another shape is an error that names all three,
+// and so is data that does not lie on a multiple of its element size. n_dims sizes follow, each an
+// int; -1 accepts any length in that place.
+const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DType dtype, int n_dims,
+                          ...);
 
 const char *tensors_meta(const TensorFile *f, const char *key);  // NULL when absent
 
 // Numbers out of the metadata: absent, malformed or out of [lo, hi] is an error. Return 0 or -1.
 int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *out, char *err);
-int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out, char *err);
+int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out,
+                       char *err);
 
 // ---- writing ----
 // Tensors are declared first, so that the header comes first; then their data is put in the same
@@ -77,15 +80,16 @@ typedef struct {
     int n_tensors, cap;
     Meta *meta;
     int n_meta, meta_cap;
-    int at;            // tensor being written, -1 before the header is
-    size_t at_bytes;   // how much of it has been put
+    int at;           // tensor being written, -1 before the header is
+    size_t at_bytes;  // how much of it has been put
 } TensorWriter;
 
 int tensors_write_begin(TensorWriter *w, const char *path, char *err);
-int tensors_write_meta(TensorWriter *w, const char *key, const char *value, char *err);  // copies both
-int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_dims, const size_t *shape,
-                          char *err);
+int tensors_write_meta(TensorWriter *w, const char *key, const char *value,
+                       char *err);  // copies both
+int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_dims,
+                          const size_t *shape, char *err);
 int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err);
 int tensors_write_commit(TensorWriter *w, char *err);  // all declared bytes must have been put
-void tensors_write_abort(TensorWriter *w);             // safe after a commit, and on a zeroed struct
+void tensors_write_abort(TensorWriter *w);  // safe after a commit, and on a zeroed struct
 #endif

@@ -480,11 +480,9 @@ static const uint8_t *whole_piece(const Tokenizer *t, const uint8_t *p, const ui
 }
 
 static const Splitter splitters[] = {
-    {"none", whole_piece, false},         // SentencePiece
-    {"gpt2", gpt2_piece, false},
-    {"digits+gpt2", gpt2_piece, true},    // SmolLM2
-    {"llama3", llama3_piece, false},
-    {"qwen2", qwen2_piece, false},        // and Qwen3
+    {"none", whole_piece, false},                                        // SentencePiece
+    {"gpt2", gpt2_piece, false},     {"digits+gpt2", gpt2_piece, true},  // SmolLM2
+    {"llama3", llama3_piece, false}, {"qwen2", qwen2_piece, false},      // and Qwen3
 };
 
 // ---- merging ----

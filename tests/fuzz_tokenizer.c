@@ -1,4 +1,5 @@
-// fuzz_tokenizer.c: clang -fsanitize=fuzzer,address,undefined tests/fuzz_tokenizer.c tokenizer.c tensors.c -lm
+// fuzz_tokenizer.c: clang -fsanitize=fuzzer,address,undefined tests/fuzz_tokenizer.c tokenizer.c
+// tensors.c -lm
 //
 // The first byte picks what the rest is: a text for one of the fixtures' vocabularies, which has to
 // come back; merges and a text, whose ids have to be those of the plain definition; or a damaged
@@ -52,7 +53,8 @@ static void fuzz_text(int which, unsigned flags, const char *text, size_t n) {
     }
     char *got = tokenizer_decode(t, ids.id, ids.n, &bytes);
     bool exact = which != QWEN2 && which != QWEN3 && which != GEMMA3 && flags == 0;
-    for (size_t i = 0; which == MISTRAL && i + 2 < n; i++) exact = exact && memcmp(text + i, "\xe2\x96\x81", 3) != 0;
+    for (size_t i = 0; which == MISTRAL && i + 2 < n; i++)
+        exact = exact && memcmp(text + i, "\xe2\x96\x81", 3) != 0;
     must(!exact || (bytes == n && memcmp(got, text, n) == 0));
     check_stream(t, &ids, got, bytes);
     free(got);
@@ -76,7 +78,8 @@ static void fuzz_merges(const uint8_t *p, size_t n) {
     for (; n > 2 && p[0] != 0 && v->n_merges < 100; p += 2, n -= 2) {
         int side[2], size = 0;
         char text[32];
-        for (int i = 0; i < 2; i++) side[i] = p[i] < 128 ? 'a' + p[i] % 4 : 256 + (v->n > 256 ? p[i] % (v->n - 256) : 0);
+        for (int i = 0; i < 2; i++)
+            side[i] = p[i] < 128 ? 'a' + p[i] % 4 : 256 + (v->n > 256 ? p[i] % (v->n - 256) : 0);
         for (int i = 0; i < 2; i++) {
             int id = side[i] < v->n ? side[i] : 'a', k = v->offsets[id + 1] - v->offsets[id];
             side[i] = id;
@@ -87,7 +90,8 @@ static void fuzz_merges(const uint8_t *p, size_t n) {
         if (size > 31 || size < 2) continue;
         int known = find_token(v, (uint8_t *)text, size);
         bool again = false;
-        for (int r = 0; r < v->n_merges; r++) again = again || (v->merges[r][0] == side[0] && v->merges[r][1] == side[1]);
+        for (int r = 0; r < v->n_merges; r++)
+            again = again || (v->merges[r][0] == side[0] && v->merges[r][1] == side[1]);
         if (again) continue;
         int32_t merge[3] = {side[0], side[1], known >= 0 ? known : add_token(v, text, size, 0)};
         memcpy(v->merges[v->n_merges++], merge, sizeof merge);
@@ -100,7 +104,8 @@ static void fuzz_merges(const uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++) want[i] = text[i] = (char)('a' + p[i] % 4);
     int n_want = merge_plainly(v, want, (int)n);
     must(tokenizer_encode(t, text, n, 0, &ids) == 0);
-    must(ids.n == n_want && (n_want == 0 || memcmp(ids.id, want, (size_t)n_want * sizeof *want) == 0));
+    must(ids.n == n_want &&
+         (n_want == 0 || memcmp(ids.id, want, (size_t)n_want * sizeof *want) == 0));
     ids_free(&ids);
     free(text);
     tokenizer_close(t);
@@ -145,8 +150,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     open_fixtures();
     if (size == 0) return 0;
     int mode = data[0] % 8;
-    if (mode < N_FAMILIES) fuzz_text(mode, data[0] >> 6, (const char *)data + 1, size - 1);
-    else if (mode == N_FAMILIES) fuzz_merges(data + 1, size - 1);
-    else fuzz_damage(data + 1, size - 1);
+    if (mode < N_FAMILIES)
+        fuzz_text(mode, data[0] >> 6, (const char *)data + 1, size - 1);
+    else if (mode == N_FAMILIES)
+        fuzz_merges(data + 1, size - 1);
+    else
+        fuzz_damage(data + 1, size - 1);
     return 0;
 }

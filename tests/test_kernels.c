@@ -38,9 +38,9 @@ static void test_half(void) {
         wrong += isnan(f) ? !isnan(wide[h]) || !isnan(f16_f32(back[h])) : !same;
     }
     CHECK(wrong == 0);
-    CHECK(f32_f16(65520.0f) == 0x7c00);          // rounds up to infinity
-    CHECK(f32_f16(65519.0f) == 0x7bff);          // the largest finite one
-    CHECK(f32_f16(1.0f + 0x1p-11f) == 0x3c00);   // tie to even
+    CHECK(f32_f16(65520.0f) == 0x7c00);         // rounds up to infinity
+    CHECK(f32_f16(65519.0f) == 0x7bff);         // the largest finite one
+    CHECK(f32_f16(1.0f + 0x1p-11f) == 0x3c00);  // tie to even
     CHECK(f32_f16(1.0f + 3 * 0x1p-11f) == 0x3c02);
     float x[37];
     uint16_t fast[37], slow[37];
@@ -74,7 +74,8 @@ static void test_vectors(void) {
         for (int i = 1; i <= n; i++) x[i] *= 0.3f;
         CHECK(memcmp(a, x, sizeof a) == 0);
     }
-    float extreme[8] = {-1e30f, -200, -88, -0.0f, 0.0f, 88, 200, 1e30f}, one[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    float extreme[8] = {-1e30f, -200, -88, -0.0f, 0.0f, 88, 200, 1e30f},
+          one[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     kern.silu_mul(extreme, one, 8);
     CHECK_NEAR(extreme[1], 0, 1e-30);
     CHECK(extreme[6] == 200 && extreme[7] == 1e30f && extreme[3] == 0);
@@ -84,7 +85,8 @@ static void test_exp(void) {
     double worst = 0;
     for (int i = 0; i < 2000; i++) {
         float s[PAGE], in[PAGE], m = 3.0f;
-        for (int j = 0; j < PAGE; j++) s[j] = in[j] = j == 5 ? -INFINITY : m - 87.0f * (0.5f + 0.5f * rnd());
+        for (int j = 0; j < PAGE; j++)
+            s[j] = in[j] = j == 5 ? -INFINITY : m - 87.0f * (0.5f + 0.5f * rnd());
         double sum = 0, want = 0;
         float got = kern.exp64(s, m);
         if (s[5] != 0.0f) worst = 1;
@@ -146,11 +148,13 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
     int k = wtype_k(type), unit = type == W_Q8 || type == W_Q4 ? QGROUP : k;
     Matrix m = {.type = type, .rows = rows, .cols = cols, .panels = (rows + 15) / 16};
     m.cols_padded = (cols + unit - 1) / unit * unit;
-    size_t lines = (size_t)m.panels * m.cols_padded / k, groups = (size_t)m.panels * m.cols_padded / QGROUP * PANEL;
+    size_t lines = (size_t)m.panels * m.cols_padded / k,
+           groups = (size_t)m.panels * m.cols_padded / QGROUP * PANEL;
     uint8_t *data = aligned_alloc(64, lines * 64);
     uint16_t *scale = malloc(groups * 2), *off = malloc(groups * 2);
     for (size_t i = 0; i < lines * 64; i++) data[i] = (uint8_t)(rnd() * 1000);
-    for (size_t i = 0; i < groups; i++) scale[i] = f32_f16(rnd() * 0.01f), off[i] = f32_f16(rnd() * 0.1f);
+    for (size_t i = 0; i < groups; i++)
+        scale[i] = f32_f16(rnd() * 0.01f), off[i] = f32_f16(rnd() * 0.1f);
     m.data = data;
     if (unit == QGROUP) m.scale = scale;
     if (offset) m.offset = off;
@@ -161,7 +165,8 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
             bool pad = c >= cols;
             float v = pad ? 0.0f : rnd(), *d = &dense[(size_t)r * m.cols_padded + c];
             if (type == W_F32) ((float *)data)[at] = *d = v;
-            if (type == W_F16) ((uint16_t *)data)[at * 2 + c % 2] = f32_f16(v), *d = f16_f32(f32_f16(v));
+            if (type == W_F16)
+                ((uint16_t *)data)[at * 2 + c % 2] = f32_f16(v), *d = f16_f32(f32_f16(v));
             if (type == W_BF16) {
                 uint32_t u;
                 memcpy(&u, &v, 4);
@@ -172,7 +177,8 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
             if (type == W_Q8) *d = f16_f32(scale[g]) * (float)((int8_t *)data)[at * 4 + c % 4];
             if (type == W_Q4) {
                 int byte = data[at * 4 + c % 4], nibble = c % 8 < 4 ? byte & 15 : byte >> 4;
-                *d = offset ? f16_f32(scale[g]) * (float)nibble + f16_f32(off[g]) : f16_f32(scale[g]) * (float)(nibble - 8);
+                *d = offset ? f16_f32(scale[g]) * (float)nibble + f16_f32(off[g])
+                            : f16_f32(scale[g]) * (float)(nibble - 8);
             }
         }
     }
@@ -184,7 +190,8 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
 static Acts random_acts(int n, int cols) {
     Acts a = {.cols = cols, .stride = (cols + 31) / 32 * 32};
     size_t size = (size_t)n * a.stride;
-    a.x = calloc(size, 4), a.q = calloc(size, 2), a.scale = calloc(size / 32, 4), a.sum = calloc(size / 32, 4);
+    a.x = calloc(size, 4), a.q = calloc(size, 2), a.scale = calloc(size / 32, 4),
+    a.sum = calloc(size / 32, 4);
     a.shift = calloc(size / 32, 4);
     for (int t = 0; t < n; t++) fill(a.x + (size_t)t * a.stride, (size_t)cols);
     for (int i = 0; i < 32 && i < cols; i++) a.x[i] = 0.0f;  // a group of zeros
@@ -231,7 +238,8 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
             double sum = 0, size = 0;
             for (int c = 0; c < cols; c++) {
                 size_t at = (size_t)t * x.stride + c;
-                double v = (double)dense[r * w.cols_padded + c] * (ints ? ((int16_t *)y.q)[at] * y.scale[at / 32] : x.x[at]);
+                double v = (double)dense[r * w.cols_padded + c] *
+                           (ints ? ((int16_t *)y.q)[at] * y.scale[at / 32] : x.x[at]);
                 sum += v, size += fabs(v);
             }
             wrong += !(fabs(out[t * ld + r] - sum) <= 1e-6 * size + 1e-6);
@@ -245,13 +253,15 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
 }
 
 static void test_matmuls(void) {
-    const int cols[] = {1, 2, 31, 32, 33, 48, 96, 255, 256, 257, 544}, tokens[] = {1, 2, 3, 4, 5, 6, 7, 13, 29};
+    const int cols[] = {1, 2, 31, 32, 33, 48, 96, 255, 256, 257, 544},
+              tokens[] = {1, 2, 3, 4, 5, 6, 7, 13, 29};
     for (int type = 0; type < W_TYPES; type++) {
         for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) {
             test_matmul((WType)type, 16, cols[i], 3, false);
             if (type == W_Q4) test_matmul(W_Q4, 35, cols[i], 5, true);
         }
-        for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) test_matmul((WType)type, 40, 288, tokens[i], false);
+        for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+            test_matmul((WType)type, 40, 288, tokens[i], false);
     }
 }
 

@@ -1,5 +1,5 @@
-// The cache's laws, on random keys and values: attention and scores equal a brute-force softmax, forks and
-// rewinds leave no trace, evicting removes exactly what it should, files change no bit.
+// The cache's laws, on random keys and values: attention and scores equal a brute-force softmax,
+// forks and rewinds leave no trace, evicting removes exactly what it should, files change no bit.
 #include "../kvcache.h"
 #include "test.h"
 
@@ -21,10 +21,13 @@ static float *randoms(size_t n) {
 static char err[ERR_LEN];
 static const int no_window[L] = {0, 0}, one_window[L] = {0, 70};
 
-static KVShape shape_with(const int *window) { return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window}; }
+static KVShape shape_with(const int *window) {
+    return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window};
+}
 
 // One forward call's worth for every layer: append and attend n random rows of each run.
-static void step(KVCache *kv, const KVRun *runs, int n_runs, float *out, const float *q, const float *k, const float *v) {
+static void step(KVCache *kv, const KVRun *runs, int n_runs, float *out, const float *q,
+                 const float *k, const float *v) {
     KVQuery query = {q, out, HEADS * D, NULL};
     for (int r = 0; r < n_runs; r++) CHECK(kvcache_reserve(kv, runs[r].seq, runs[r].n, err) == 0);
     for (int l = 0; l < L; l++) {
@@ -35,7 +38,8 @@ static void step(KVCache *kv, const KVRun *runs, int n_runs, float *out, const f
 }
 
 static void append_random(KVCache *kv, int seq, int n, float *out) {
-    float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D), *v = randoms((size_t)n * KV * D);
+    float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
+          *v = randoms((size_t)n * KV * D);
     float *sink = out ? out : malloc((size_t)n * HEADS * D * sizeof *sink);
     step(kv, &(KVRun){seq, n}, 1, sink, q, k, v);
     free(q), free(k), free(v);
@@ -43,7 +47,8 @@ static void append_random(KVCache *kv, int seq, int n, float *out) {
 }
 
 // What query head h sees of pairs [lo, hi) of a head's list, in double; lse may be NULL.
-static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, int lo, int hi, double *out, double *lse) {
+static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, int lo, int hi,
+                  double *out, double *lse) {
     double max = -INFINITY, sum = 0, *s = malloc((size_t)(hi + 1) * sizeof *s);
     float k[D], v[D];
     for (int t = lo; t < hi; t++) {
@@ -66,7 +71,8 @@ static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, 
     free(s);
 }
 
-// How far results may be from the brute force: long runs over half-precision pages may be computed in bf16.
+// How far results may be from the brute force: long runs over half-precision pages may be computed
+// in bf16.
 static double allowed(KVType type, double exact) {
     return exact + (type == KV_F16 ? (double)kern.packed_error : 0.0);
 }
@@ -83,19 +89,22 @@ static void test_attention(KVType type, const int *window, float softcap) {
     for (int i = 0; i < 8; i++) {
         KVRun runs[2] = {{a, na[i]}, {b, nb[i]}};
         int n = na[i] + nb[i];
-        float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D), *v = randoms((size_t)n * KV * D);
+        float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
+              *v = randoms((size_t)n * KV * D);
         float *out = malloc((size_t)n * HEADS * D * sizeof *out);
         for (int r = 0; r < 2; r++) CHECK(kvcache_reserve(&kv, runs[r].seq, runs[r].n, err) == 0);
         for (int l = 0; l < L; l++) {
             kvcache_append(&kv, l, runs, 2, k, v);
             kvcache_attend(&kv, l, runs, 2, &(KVQuery){q, out, HEADS * D, NULL});
             for (int row = 0; row < n; row += row < 4 ? 1 : 31) {
-                int r = row >= na[i], hi = kv.seqs[runs[r].seq].next_pos + row - (r ? na[i] : 0) + 1;
+                int r = row >= na[i],
+                    hi = kv.seqs[runs[r].seq].next_pos + row - (r ? na[i] : 0) + 1;
                 for (int h = 0; h < HEADS; h++) {
                     double want[D];
                     int lo = window[l] && hi > window[l] ? hi - window[l] : 0;
                     brute(&kv, runs[r].seq, l, h, q + (row * HEADS + h) * D, lo, hi, want, NULL);
-                    for (int j = 0; j < D; j++) CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], allowed(type, 2e-6));
+                    for (int j = 0; j < D; j++)
+                        CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], allowed(type, 2e-6));
                 }
             }
         }
@@ -103,7 +112,9 @@ static void test_attention(KVType type, const int *window, float softcap) {
         free(q), free(k), free(v), free(out);
     }
     KVHead *h = kvcache_head(&kv, a, 1, 0);
-    if (window[1]) CHECK(h->dropped == (377 - 69) / 64 * 64 && h->n_pages < 5);  // a window of pages, not the whole past
+    if (window[1])
+        CHECK(h->dropped == (377 - 69) / 64 * 64 &&
+              h->n_pages < 5);  // a window of pages, not the whole past
     kvcache_close(&kv);
     kvcache_close(&kv);
 }
@@ -123,15 +134,18 @@ static void test_thread_bits(void) {
         append_random(&kv, s, 1, out + 1400 * HEADS * D);
         append_random(&kv, s, 3, out + 1401 * HEADS * D);
         if (first) CHECK(memcmp(first, out, 1500 * HEADS * D * sizeof *out) == 0);
-        if (!first) first = out;
-        else free(out);
+        if (!first)
+            first = out;
+        else
+            free(out);
         kvcache_close(&kv);
         pool_close(pool);
     }
     free(first);
 }
 
-// Forks that read the same pages together, and sequences that share nothing, get the bits they get alone.
+// Forks that read the same pages together, and sequences that share nothing, get the bits they get
+// alone.
 static void test_company(const int *window) {
     enum { FORKS = 26, STEPS = 5 };
     KVCache kv;
@@ -147,14 +161,16 @@ static void test_company(const int *window) {
     for (int s = 0; s < STEPS; s++) {
         KVRun runs[FORKS];
         int rows = 0, wrong = 0;
-        for (int i = 0; i < FORKS; i++) runs[i] = (KVRun){seq[i], 1 + (i + s) % 4 * (s > 1)}, rows += runs[i].n;
+        for (int i = 0; i < FORKS; i++)
+            runs[i] = (KVRun){seq[i], 1 + (i + s) % 4 * (s > 1)}, rows += runs[i].n;
         size_t width = HEADS * D;
-        float *q = randoms(rows * width), *k = randoms((size_t)rows * KV * D), *v = randoms((size_t)rows * KV * D);
+        float *q = randoms(rows * width), *k = randoms((size_t)rows * KV * D),
+              *v = randoms((size_t)rows * KV * D);
         float *together = malloc(rows * width * sizeof *q), *one = malloc(rows * width * sizeof *q);
         step(&kv, runs, FORKS, together, q, k, v);
         for (int i = 0, row = 0; i < FORKS; row += runs[i++].n) {
-            step(&kv, &(KVRun){alone[i], runs[i].n}, 1, one, q + row * width, k + (size_t)row * KV * D,
-                 v + (size_t)row * KV * D);
+            step(&kv, &(KVRun){alone[i], runs[i].n}, 1, one, q + row * width,
+                 k + (size_t)row * KV * D, v + (size_t)row * KV * D);
             wrong += memcmp(one, together + row * width, runs[i].n * width * sizeof *one) != 0;
         }
         CHECK(wrong == 0);
@@ -216,8 +232,8 @@ static void test_fork_and_rewind(void) {
 // ---- scoring ----
 
 // Every (row, head, pair) weight of the definition, then maximum or sum.
-static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const float *q, const float *x_norm, int n,
-                         float *score) {
+static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const float *q,
+                         const float *x_norm, int n, float *score) {
     double out[D], lse[2];
     for (int row = 0; row < n; row++) {
         int own = kvcache_head(kv, s->seq, layer, 0)->len - n + row;
@@ -239,7 +255,9 @@ static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const
                 brute(kv, s->seq, layer, h, qh, t, t + 1, out, &z);
                 double w = exp(z - lse[0]);
                 int at = ((layer * KV + h / GROUP) * s->n_ctx) + t - s->n_prefix;
-                if (s->pair_log) w *= exp(s->pair_log[(layer * HEADS + h) * s->n_ctx + t - s->n_prefix]) / x_norm[row];
+                if (s->pair_log)
+                    w *= exp(s->pair_log[(layer * HEADS + h) * s->n_ctx + t - s->n_prefix]) /
+                         x_norm[row];
                 score[at] = s->sum ? score[at] + (float)w : fmaxf(score[at], (float)w);
             }
         }
@@ -255,12 +273,22 @@ static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) 
     append_random(&kv, seq, PREFIX + N_CTX, NULL);
     size_t n_scores = L * KV * N_CTX;
     float *score = calloc(n_scores, sizeof *score), *want = calloc(n_scores, sizeof *want);
-    float *pair_log = randoms(L * HEADS * N_CTX), *q = randoms((size_t)rows * HEADS * D), *x_norm = randoms((size_t)rows);
-    float *k = randoms((size_t)rows * KV * D), *v = randoms((size_t)rows * KV * D), *out = calloc((size_t)rows * HEADS * D, 4);
+    float *pair_log = randoms(L * HEADS * N_CTX), *q = randoms((size_t)rows * HEADS * D),
+          *x_norm = randoms((size_t)rows);
+    float *k = randoms((size_t)rows * KV * D), *v = randoms((size_t)rows * KV * D),
+          *out = calloc((size_t)rows * HEADS * D, 4);
     for (int i = 0; i < rows; i++) x_norm[i] = 2 + x_norm[i];
     for (size_t i = 0; !sum && i < n_scores; i++) score[i] = -INFINITY;
-    KVScoring s = {.max_rows = rows, .n_prefix = PREFIX, .t0 = PREFIX + 40, .t1 = PREFIX + 90, .own = PREFIX + N_CTX,
-                   .subset = subset, .local = local, .sum = sum, .n_ctx = N_CTX, .score = score,
+    KVScoring s = {.max_rows = rows,
+                   .n_prefix = PREFIX,
+                   .t0 = PREFIX + 40,
+                   .t1 = PREFIX + 90,
+                   .own = PREFIX + N_CTX,
+                   .subset = subset,
+                   .local = local,
+                   .sum = sum,
+                   .n_ctx = N_CTX,
+                   .score = score,
                    .pair_log = plus ? pair_log : NULL};
     s.seq = kvcache_fork(&kv, seq, err);
     CHECK(kvcache_score_begin(&kv, &s, err) == 0);
@@ -268,36 +296,50 @@ static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) 
     CHECK(kvcache_reserve(&kv, s.seq, rows, err) == 0);
     for (int l = 0; l < L; l++) {
         kvcache_append(&kv, l, &run, 1, k, v);
-        kvcache_attend(&kv, l, &run, 1, &(KVQuery){q, l == 1 ? NULL : out, HEADS * D, x_norm});  // last layer: no output
+        kvcache_attend(
+            &kv, l, &run, 1,
+            &(KVQuery){q, l == 1 ? NULL : out, HEADS * D, x_norm});  // last layer: no output
         brute_scores(&kv, &s, l, q, x_norm, rows, want);
         double full[D];
-        for (int h = 0; l == 0 && !local && h < HEADS; h++) {  // the output still sees the whole cache
-            brute(&kv, s.seq, l, h, q + ((rows - 1) * HEADS + h) * D, 0, PREFIX + N_CTX + rows, full, NULL);
-            for (int j = 0; j < D; j++) CHECK_NEAR(out[((rows - 1) * HEADS + h) * D + j], full[j], 2e-6);
+        for (int h = 0; l == 0 && !local && h < HEADS;
+             h++) {  // the output still sees the whole cache
+            brute(&kv, s.seq, l, h, q + ((rows - 1) * HEADS + h) * D, 0, PREFIX + N_CTX + rows,
+                  full, NULL);
+            for (int j = 0; j < D; j++)
+                CHECK_NEAR(out[((rows - 1) * HEADS + h) * D + j], full[j], 2e-6);
         }
     }
     kvcache_score_end(&kv);
-    for (size_t i = 0; i < n_scores; i++) CHECK_NEAR(sum ? score[i] : expf(score[i]), want[i], sum ? 1e-5 : 1e-6);
+    for (size_t i = 0; i < n_scores; i++)
+        CHECK_NEAR(sum ? score[i] : expf(score[i]), want[i], sum ? 1e-5 : 1e-6);
     free(score), free(want), free(pair_log), free(q), free(x_norm), free(k), free(v), free(out);
     kvcache_close(&kv);
 }
 
-// The worked example: one dimension, two query heads on one kv head, prefix key ln 2, block ln 1, ln 4,
-// ln 3, own keys ln 2, ln 8; queries 1, 2 of head 0 and -1, 0 of head 1.
+// The worked example: one dimension, two query heads on one kv head, prefix key ln 2, block ln 1,
+// ln 4, ln 3, own keys ln 2, ln 8; queries 1, 2 of head 0 and -1, 0 of head 1.
 static void test_worked_example(void) {
     KVCache kv;
     const int window[1] = {0};
     KVShape shape = {1, 2, 1, 8, 1.0f, 0.0f, window};
     const float keys[6] = {2, 1, 4, 3, 2, 8}, queries[4] = {1, -1, 2, 0};
-    const float want[3] = {0.387097f, 0.333333f, 0.25f}, want_plus[3] = {0.387097f, 0.5f, 0.666667f};
+    const float want[3] = {0.387097f, 0.333333f, 0.25f},
+                want_plus[3] = {0.387097f, 0.5f, 0.666667f};
     const float x_norm[2] = {2, 1}, wo_v[6] = {1, 3, 2, 2, 1, 4};
     float k[6 * 8] = {0}, v[6 * 8] = {0}, q[4 * 8] = {0}, score[3], pair_log[6];
     for (int i = 0; i < 6; i++) k[i * 8] = logf(keys[i]), pair_log[i] = logf(wo_v[i]);
     for (int i = 0; i < 4; i++) q[i * 8] = queries[i];
     for (int plus = 0; plus < 2; plus++) {
         CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
-        KVScoring s = {.max_rows = 2, .n_prefix = 1, .t0 = 1, .t1 = 4, .own = 4, .subset = true, .n_ctx = 3,
-                       .score = score, .pair_log = plus ? pair_log : NULL};
+        KVScoring s = {.max_rows = 2,
+                       .n_prefix = 1,
+                       .t0 = 1,
+                       .t1 = 4,
+                       .own = 4,
+                       .subset = true,
+                       .n_ctx = 3,
+                       .score = score,
+                       .pair_log = plus ? pair_log : NULL};
         s.seq = kvcache_new(&kv, err);
         KVRun context = {s.seq, 4}, repeat = {s.seq, 2};
         CHECK(kvcache_reserve(&kv, s.seq, 6, err) == 0);
@@ -325,7 +367,8 @@ static void check_select(const float *score, const KVSelect *how, const char *wa
 }
 
 // One layer of two heads, five pairs each.
-static void check_keep(const float *score, double ratio, KVLevel level, bool ref_ties, const char *want) {
+static void check_keep(const float *score, double ratio, KVLevel level, bool ref_ties,
+                       const char *want) {
     check_select(score, &(KVSelect){1, 2, 5, ratio, level, ref_ties, 0.0, NULL}, want);
 }
 
@@ -335,7 +378,8 @@ static void test_select(void) {
     check_keep(s, 0.6, LEVEL_PAIR, true, "1011011000");
     check_keep(s, 0.1, LEVEL_PAIR, true, "0000000000");  // the authors' rule may keep nothing
     check_keep(s, 0.5, LEVEL_PAIR, false, "1011011000");
-    check_keep(s, 0.4, LEVEL_PAIR, false, "1011010000");  // of equals, the earlier layer, head, position
+    check_keep(s, 0.4, LEVEL_PAIR, false,
+               "1011010000");  // of equals, the earlier layer, head, position
     check_keep(s, 0.1, LEVEL_PAIR, false, "1000000000");
     check_keep(s, 0.09, LEVEL_PAIR, false, "0000000000");
     check_keep(s, 1.0, LEVEL_PAIR, false, "1111111111");
@@ -345,13 +389,18 @@ static void test_select(void) {
     check_keep(s, 0.6, LEVEL_UNIFORM, true, "1011011010");
     // Two layers of one head: a layer's pairs compete among themselves alone.
     check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER}, "1011011010");
-    check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER, .ref_ties = true}, "1000011000");
-    // Ada-KV's safeguard: of 5 x 0.6 = 3 pairs the best floor(3 x 0.7) = 2 are sure, even the worst head's.
+    check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER, .ref_ties = true},
+                 "1000011000");
+    // Ada-KV's safeguard: of 5 x 0.6 = 3 pairs the best floor(3 x 0.7) = 2 are sure, even the worst
+    // head's.
     const float low[10] = {.9f, .8f, .7f, .6f, .5f, .1f, .2f, .3f, .4f, .0f};
     check_keep(low, 0.6, LEVEL_PAIR, false, "1111100010");
-    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_LAYER, .safeguard = 0.7}, "1111000110");
-    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_PAIR, .safeguard = 1.0}, "1110001110");
-    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_BUDGET, .budget = (int[]){0, 4}}, "0000011110");
+    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_LAYER, .safeguard = 0.7},
+                 "1111000110");
+    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_PAIR, .safeguard = 1.0},
+                 "1110001110");
+    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_BUDGET, .budget = (int[]){0, 4}},
+                 "0000011110");
     const float neg[10] = {-1, -2, -INFINITY, 0.0f, -0.0f, -3, -4, -5, -6, -7};
     check_keep(neg, 0.3, LEVEL_PAIR, false, "1001100000");
     float nan[10] = {0};
@@ -374,7 +423,8 @@ static void test_compact(void) {
     int seq = kvcache_fork(&kv, full, err), n;
     float *before = snapshot(&kv, full, &n);
     uint8_t keep[L * KV * N_CTX];
-    for (int i = 0; i < L * KV * N_CTX; i++) keep[i] = i / N_CTX == 2 ? 0 : rnd() > 0.4f;  // one head loses all
+    for (int i = 0; i < L * KV * N_CTX; i++)
+        keep[i] = i / N_CTX == 2 ? 0 : rnd() > 0.4f;  // one head loses all
     CHECK(kvcache_compact(&kv, seq, PREFIX, N_CTX, keep, err) == 0);
     check_same(&kv, full, before, n);
     CHECK(kvcache_head(&kv, seq, 1, 0)->len == PREFIX);
@@ -395,9 +445,13 @@ static void test_compact(void) {
                 double z = 0;
                 bool own = t == PREFIX + N_CTX;
                 if (!own && t >= PREFIX && !keep[(l * KV + g) * N_CTX + t - PREFIX]) continue;
-                if (own) memcpy(kt, k + g * D, sizeof kt), memcpy(vt, v + g * D, sizeof vt);
-                else CHECK(kvcache_pair(&kv, full, l, g, t, kt, vt) == t);
-                if (!own) CHECK(kvcache_pair(&kv, seq, l, g, kept, NULL, NULL) == t);  // positions slide along
+                if (own)
+                    memcpy(kt, k + g * D, sizeof kt), memcpy(vt, v + g * D, sizeof vt);
+                else
+                    CHECK(kvcache_pair(&kv, full, l, g, t, kt, vt) == t);
+                if (!own)
+                    CHECK(kvcache_pair(&kv, seq, l, g, kept, NULL, NULL) ==
+                          t);  // positions slide along
                 kept++;
                 for (int i = 0; i < D; i++) z += (double)q[h * D + i] * kt[i];
                 double w = exp(z * shape.scale);
@@ -435,7 +489,8 @@ static void test_files(KVType type) {
 
     CHECK(kvcache_load(&back, &shape, "0000", NULL, path, &got, err) == -1);
     CHECK(strstr(err, "another model") != NULL);
-    CHECK(kvcache_load(&back, &(KVShape){L, HEADS, KV, 32, 1, 0, one_window}, "f1f2", NULL, path, &got, err) == -1);
+    CHECK(kvcache_load(&back, &(KVShape){L, HEADS, KV, 32, 1, 0, one_window}, "f1f2", NULL, path,
+                       &got, err) == -1);
     CHECK(kvcache_load(&back, &shape, "f1f2", NULL, "no_such.kvc", &got, err) == -1);
     if (CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == 0)) {
         CHECK(got.n_prefix == 10 && got.n_ctx == 200 && got.ratio == 0.5 && got.ids[209] == 627);
@@ -443,7 +498,8 @@ static void test_files(KVType type) {
         CHECK(back.seqs[0].next_pos == 210 && back.type == type);
         check_same(&back, 0, want, n);
         float a[3 * HEADS * D], b[3 * HEADS * D];
-        for (int pass = 0; pass < 2; pass++) {  // the map is read-only: appending copies, twice with the same result
+        for (int pass = 0; pass < 2;
+             pass++) {  // the map is read-only: appending copies, twice with the same result
             int mark = kvcache_mark(&back, 0, err);
             seed = 5, append_random(&back, 0, 3, pass ? b : a);
             CHECK(kvcache_rewind(&back, 0, mark, err) == 0);
@@ -464,7 +520,8 @@ static void test_files(KVType type) {
     rewind(f);
     CHECK(fread(bytes, 1, (size_t)size, f) == (size_t)size);
     fclose(f);
-    for (long cut = 0; cut < size; cut += 1 + size / 50) {  // a cut file is refused, never half read
+    for (long cut = 0; cut < size;
+         cut += 1 + size / 50) {  // a cut file is refused, never half read
         f = fopen(path, "wb");
         fwrite(bytes, 1, (size_t)cut, f);
         fclose(f);
@@ -490,7 +547,8 @@ int main(void) {
         test_attention((KVType)type, one_window, 0);
         test_files((KVType)type);
     }
-    if (kern.packed_error > 0.0f && kernels_init("avx2") == 0) test_attention(KV_F16, one_window, 0);
+    if (kern.packed_error > 0.0f && kernels_init("avx2") == 0)
+        test_attention(KV_F16, one_window, 0);
     kernels_init(NULL);
     if (!quick) test_attention(KV_F32, one_window, 0.5f);
     if (!quick) test_thread_bits();

@@ -1,6 +1,7 @@
-// The runtime against the reference: for each tiny model of tests/fixtures its converted weights must give
-// the stored logits, keys, values, greedy ids, KVzip scores, keep sets and logits after eviction. Then the
-// laws that need a model: blocks of any size agree, threads change no bit, ratio 1 changes no bit.
+// The runtime against the reference: for each tiny model of tests/fixtures its converted weights
+// must give the stored logits, keys, values, greedy ids, KVzip scores, keep sets and logits after
+// eviction. Then the laws that need a model: blocks of any size agree, threads change no bit, ratio
+// 1 changes no bit.
 #include "fixture.h"
 
 // Feeds ids in blocks of `block`, all with logits when out is given: out [n][vocab].
@@ -45,7 +46,8 @@ static void check_greedy(Fixture *f, int seq, const float *last, const char *nam
 
 static void check_cache(Fixture *f, int seq, int layer) {
     char name[2][32];
-    snprintf(name[0], sizeof name[0], "prefill.k.%d", layer), snprintf(name[1], sizeof name[1], "prefill.v.%d", layer);
+    snprintf(name[0], sizeof name[0], "prefill.k.%d", layer),
+        snprintf(name[1], sizeof name[1], "prefill.v.%d", layer);
     const Tensor *kt = tensors_find(&f->want, name[0]), *vt = tensors_find(&f->want, name[1]);
     if (!kt || !vt) return;
     int d = f->model.config.head_dim, n = (int)kt->shape[1];
@@ -53,28 +55,35 @@ static void check_cache(Fixture *f, int seq, int layer) {
     for (int g = 0; g < f->model.config.n_kv_heads; g++) {
         for (int t = kvcache_head(&f->kv, seq, layer, g)->dropped; t < n; t++) {
             CHECK(kvcache_pair(&f->kv, seq, layer, g, t, k, v) == t);
-            CHECK_NEAR(far(k, (const float *)kt->data + ((size_t)g * n + t) * d, (size_t)d), 0, 5e-5);
-            CHECK_NEAR(far(v, (const float *)vt->data + ((size_t)g * n + t) * d, (size_t)d), 0, 5e-5);
+            CHECK_NEAR(far(k, (const float *)kt->data + ((size_t)g * n + t) * d, (size_t)d), 0,
+                       5e-5);
+            CHECK_NEAR(far(v, (const float *)vt->data + ((size_t)g * n + t) * d, (size_t)d), 0,
+                       5e-5);
         }
     }
 }
 
 static void test_prefill(Fixture *f) {
-    const Tensor *ids = want(f, "prefill.ids"), *rows = want(f, "prefill.rows"), *logits = want(f, "prefill.logits");
+    const Tensor *ids = want(f, "prefill.ids"), *rows = want(f, "prefill.rows"),
+                 *logits = want(f, "prefill.logits");
     int n = (int)ids->shape[0], vocab = f->model.config.vocab_size, seq = kvcache_new(&f->kv, err);
     float *have = logits_of(f, seq, ids->data, n, n);
     for (size_t i = 0; i < rows->shape[0]; i++) {
         const float *row = (const float *)logits->data + i * vocab;
-        CHECK_NEAR(far(have + (size_t)((const int *)rows->data)[i] * vocab, row, (size_t)vocab), 0, 3e-4);
+        CHECK_NEAR(far(have + (size_t)((const int *)rows->data)[i] * vocab, row, (size_t)vocab), 0,
+                   3e-4);
     }
-    for (int i = 0; i < n; i++) CHECK(argmax(have + (size_t)i * vocab, vocab) == ((const int *)want(f, "prefill.argmax")->data)[i]);
+    for (int i = 0; i < n; i++)
+        CHECK(argmax(have + (size_t)i * vocab, vocab) ==
+              ((const int *)want(f, "prefill.argmax")->data)[i]);
     for (int l = 0; l < f->model.config.n_layers; l++) check_cache(f, seq, l);
     check_greedy(f, seq, have + (size_t)(n - 1) * vocab, "prefill.greedy");
     kvcache_drop(&f->kv, seq);
     free(have);
 }
 
-static void check_mask(const Fixture *f, const float *score, const char *level, int percent, KVLevel kv_level, bool ref_ties) {
+static void check_mask(const Fixture *f, const float *score, const char *level, int percent,
+                       KVLevel kv_level, bool ref_ties) {
     char name[64];
     snprintf(name, sizeof name, "mask.%s.r%d", level, percent);
     const Tensor *t = want(f, name);
@@ -103,7 +112,8 @@ static void check_evicted(Fixture *f, const Context *c, int percent) {
     snprintf(logits, sizeof logits, "evict.r%d.logits", percent);
     snprintf(greedy, sizeof greedy, "evict.r%d.greedy", percent);
     int seq = kvcache_fork(&f->kv, c->seq, err), vocab = f->model.config.vocab_size;
-    if (percent < 100) CHECK(kvcache_compact(&f->kv, seq, c->n_prefix, c->n_ctx, want(f, mask)->data, err) == 0);
+    if (percent < 100)
+        CHECK(kvcache_compact(&f->kv, seq, c->n_prefix, c->n_ctx, want(f, mask)->data, err) == 0);
     const Tensor *query = want(f, "kvzip.query"), *t = want(f, logits);
     int n = (int)query->shape[0];
     float *have = logits_of(f, seq, query->data, n, n);
@@ -123,7 +133,8 @@ static void test_kvzip(Fixture *f) {
     CHECK_NEAR(far(score, want(f, "kvzip.score")->data, n), 0, 1e-4);
     check_masks(f, want(f, "kvzip.score")->data, want(f, "kvzip.score_plus")->data);
     check_masks(f, score, NULL);  // the fixture's margins exceed our noise
-    for (int percent = 30; percent <= 100; percent += percent == 60 ? 40 : 30) check_evicted(f, &c, percent);
+    for (int percent = 30; percent <= 100; percent += percent == 60 ? 40 : 30)
+        check_evicted(f, &c, percent);
 
     int full = c.seq;
     c.seq = kvcache_new(&f->kv, err);
@@ -150,13 +161,18 @@ static void test_blocks(Fixture *f) {
     const Tensor *ids = want(f, "prefill.ids");
     int n = (int)ids->shape[0], vocab = f->model.config.vocab_size;
     float *first = NULL;
-    for (int block = 512; block > 0; block = block == 512 ? 64 : block == 64 ? 7 : block == 7 ? 1 : 0) {
+    for (int block = 512; block > 0; block = block == 512  ? 64
+                                             : block == 64 ? 7
+                                             : block == 7  ? 1
+                                                           : 0) {
         int seq = kvcache_new(&f->kv, err);
         float *have = logits_of(f, seq, ids->data, n, block);
         if (first) CHECK_NEAR(far(have, first, (size_t)n * vocab), 0, 1e-4);
         kvcache_drop(&f->kv, seq);
-        if (first) free(have);
-        else first = have;
+        if (first)
+            free(have);
+        else
+            first = have;
     }
     free(first);
 }
@@ -184,7 +200,8 @@ static void test_mixed_batch(Fixture *f) {
 }
 
 // Everything a context's compression yields, as one block of bytes.
-static float *compress_bits(const char *weights, KVType type, int threads, double ratio, size_t *n) {
+static float *compress_bits(const char *weights, KVType type, int threads, double ratio,
+                            size_t *n) {
     Fixture f;
     int ids[1024];
     if (!fixture_open(&f, "smol", weights, type, threads)) exit(1);
@@ -206,7 +223,8 @@ static float *compress_bits(const char *weights, KVType type, int threads, doubl
 }
 
 static void test_bits(void) {
-    static const char *const weights[] = {"smol.kvz", "smol-q8.kvz", "smol-q4.kvz", "smol-bf16.kvz", "smol-f16.kvz"};
+    static const char *const weights[] = {"smol.kvz", "smol-q8.kvz", "smol-q4.kvz", "smol-bf16.kvz",
+                                          "smol-f16.kvz"};
     for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
         size_t n;
         float *one = compress_bits(weights[i], KV_F16, 1, 0.3, &n);
@@ -216,7 +234,8 @@ static void test_bits(void) {
             free(more);
         }
         free(one);
-        float *none = compress_bits(weights[i], KV_F16, 2, 0.0, &n), *all = compress_bits(weights[i], KV_F16, 2, 1.0, &n);
+        float *none = compress_bits(weights[i], KV_F16, 2, 0.0, &n),
+              *all = compress_bits(weights[i], KV_F16, 2, 1.0, &n);
         CHECK(memcmp(none, all, n * sizeof *all) == 0);  // ratio 1 changes no bit
         free(none), free(all);
     }
@@ -249,7 +268,8 @@ static void test_refusals(Fixture *f) {
 
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
-    bool quick = getenv("QUICK") != NULL;  // under valgrind: one family, and not the bits of every weight type
+    bool quick = getenv("QUICK") !=
+                 NULL;  // under valgrind: one family, and not the bits of every weight type
     kernels_init(argc > 1 ? argv[1] : NULL);
     for (size_t i = 0; i < (quick ? 1 : sizeof families / sizeof *families); i++) {
         Fixture f;

@@ -1,6 +1,7 @@
-// The methods against the reference: for each tiny model the scores of kvpress, its keep sets, its budgets.
-// Then what every row of the two tables promises: real numbers for any context, the same bits for any number
-// of threads, the same scores for any block size, the exact count at any ratio; and what --set refuses.
+// The methods against the reference: for each tiny model the scores of kvpress, its keep sets, its
+// budgets. Then what every row of the two tables promises: real numbers for any context, the same
+// bits for any number of threads, the same scores for any block size, the exact count at any ratio;
+// and what --set refuses.
 #include "fixture.h"
 
 static int n_scored(const Fixture *f) { return kvcache_scored_layers(&f->kv.shape, NULL); }
@@ -34,7 +35,8 @@ static void check_scores(const Fixture *f, const char *policy, const float *have
     }
     if (!CHECK(worst_share <= 1)) printf("%s: %s is %g off\n", f->name, name, worst);
     if (getenv("VERBOSE"))
-        printf("%-8s %-14s %.1e, %4.1f%% of the tolerance\n", f->name, name, worst, 100 * worst_share);
+        printf("%-8s %-14s %.1e, %4.1f%% of the tolerance\n", f->name, name, worst,
+               100 * worst_share);
 }
 
 static void test_scores(Fixture *f) {
@@ -56,24 +58,27 @@ static void test_scores(Fixture *f) {
     }
 }
 
-// A protected prefix changes what is scored, not the scores: its pairs still take part in sums and softmaxes.
+// A protected prefix changes what is scored, not the scores: its pairs still take part in sums and
+// softmaxes.
 static void test_prefix(Fixture *f) {
-    static const char *const same[] = {"tova", "observed", "knorm", "keydiff", "expected", "streaming"};
+    static const char *const same[] = {"tova",    "observed", "knorm",
+                                       "keydiff", "expected", "streaming"};
     for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
         int ids[1024];
         Context none = whole_context(f, ids, 0), some = whole_context(f, ids, 7);
         float *a = scores_of(&none, same[i], NULL), *b = scores_of(&some, same[i], NULL);
         for (size_t h = 0; h < context_scores(&some) / some.n_ctx; h++) {
             const float *all = a + h * none.n_ctx + 7, *ctx = b + h * some.n_ctx;
-            int n =
-                some.n_ctx - (strcmp(same[i], "tova") == 0);  // its protected pair depends on what competes
+            int n = some.n_ctx -
+                    (strcmp(same[i], "tova") == 0);  // its protected pair depends on what competes
             CHECK_NEAR(far(ctx, all, (size_t)n), 0, 1e-5);
         }
         free(a), free(b);
     }
 }
 
-static void check_keep(const Fixture *f, const char *name, int percent, const uint8_t *keep, size_t rows) {
+static void check_keep(const Fixture *f, const char *name, int percent, const uint8_t *keep,
+                       size_t rows) {
     char full[32];
     snprintf(full, sizeof full, "base.%s.r%d", name, percent);
     const Tensor *t = want(f, full);
@@ -94,8 +99,8 @@ static void test_streaming(Fixture *f, int percent) {
     free(score), free(keep);
 }
 
-// Ada-KV keeps n_kv_heads * floor(n * ratio) pairs of a layer, ours floor(n_kv_heads * n * ratio): the same
-// when n * ratio is whole.
+// Ada-KV keeps n_kv_heads * floor(n * ratio) pairs of a layer, ours floor(n_kv_heads * n * ratio):
+// the same when n * ratio is whole.
 static void test_adakv(Fixture *f, int percent) {
     int ids[1024];
     Context c = whole_context(f, ids, 0);
@@ -115,13 +120,15 @@ static void test_pyramid(Fixture *f, int percent) {
     int ids[1024], lengths[4] = {0, 256, 1024, 4096}, n_kv_heads = f->kv.shape.n_kv_heads;
     Context c = whole_context(f, ids, 0);
     lengths[0] = c.n_ctx;
-    if (n_scored(f) != f->model.config.n_layers) return;  // the fixture counts layers that never evict
+    if (n_scored(f) != f->model.config.n_layers)
+        return;  // the fixture counts layers that never evict
     for (int i = 0; i < 4; i++) {
         c.n_ctx = lengths[i];
         size_t n = context_scores(&c);
         float *score = calloc(n, sizeof *score);
         uint8_t *keep = malloc(n);
-        CHECK(context_set(&c, policy_find("snapkv"), level_find("pyramid"), "window=16,beta=4", err) == 0);
+        CHECK(context_set(&c, policy_find("snapkv"), level_find("pyramid"), "window=16,beta=4",
+                          err) == 0);
         CHECK(context_select(&c, score, percent / 100.0, keep, err) > 0);
         for (int h = 0; h < n_scored(f) * n_kv_heads; h++) {
             int kept = 0;
@@ -135,8 +142,8 @@ static void test_pyramid(Fixture *f, int percent) {
 
 // ---- what every method promises ----
 
-// Contexts of no token, one, a few and many, with and without a prefix: real numbers, and a count that is
-// exact.
+// Contexts of no token, one, a few and many, with and without a prefix: real numbers, and a count
+// that is exact.
 static void test_lengths(Fixture *f, const Policy *p) {
     for (int i = 0; i < 12; i++) {
         int ids[1024], n_ctx = (int[]){0, 1, 2, 5, 17, 70}[i % 6];
@@ -224,9 +231,11 @@ static void refuses(const char *policy, const char *level, const char *set, cons
 static void test_params(void) {
     Context c = {0};
     CHECK(policy_find("best") == NULL && level_find("best") == NULL);
-    CHECK(context_set(&c, policy_find("snapkv"), level_find("pyramid"), "kernel=7,window=12", err) == 0);
+    CHECK(context_set(&c, policy_find("snapkv"), level_find("pyramid"), "kernel=7,window=12",
+                      err) == 0);
     CHECK(c.policy_param[0] == 12 && c.policy_param[1] == 7);  // window, kernel
-    CHECK(c.level_param[0] == 20 && c.level_param[1] == 12);   // beta keeps its default, window is shared
+    CHECK(c.level_param[0] == 20 &&
+          c.level_param[1] == 12);  // beta keeps its default, window is shared
     CHECK(context_set(&c, policy_find("expected"), levels, "epsilon=0.02", err) == 0 &&
           c.policy_param[2] == 0.02);
     refuses("kvzip", "pair", "x", "needs key=value,..");
@@ -259,7 +268,8 @@ int main(int argc, char **argv) {
         snprintf(weights, sizeof weights, "%s.kvz", families[i]);
         if (!fixture_open(&f, families[i], weights, KV_F32, 2)) continue;
         if (strcmp(families[i], "mistral") == 0) {
-            test_lengths(&f, policy_find("expected"));  // every layer has a window: nothing to score
+            test_lengths(&f,
+                         policy_find("expected"));  // every layer has a window: nothing to score
             window_off(&f);
         }
         test_scores(&f);

@@ -56,7 +56,8 @@ static bool same_ids(const Ids *ids, const int32_t *want, int n) {
 
 // ---- against the reference ----
 
-static void check_ids(const Fixture *f, const char *what, int i, const char *text, int n, unsigned flags) {
+static void check_ids(const Fixture *f, const char *what, int i, const char *text, int n,
+                      unsigned flags) {
     Ids ids = {0};
     const void *want;
     int n_want;
@@ -136,9 +137,9 @@ static bool ends_with(const char *text, int n, const char *end) {
     return k <= n && memcmp(text + n - k, end, (size_t)k) == 0;
 }
 
-// Cases come in the order of the talks, each with and without what invites the answer; which talk it
-// is and whether it ends in the invitation can be read off its text. Qwen3 without the think block is
-// left out: the converted template always closes it.
+// Cases come in the order of the talks, each with and without what invites the answer; which talk
+// it is and whether it ends in the invitation can be read off its text. Qwen3 without the think
+// block is left out: the converted template always closes it.
 static void test_chat(const Fixture *f) {
     const void *text, *want;
     int n, n_want, used = 0, cases = row(f, "chat.text", 0, &text, &n);
@@ -156,7 +157,8 @@ static void test_chat(const Fixture *f) {
         Ids ids = {0};
         for (int j = 0; j < 4 && talks[talk][j].text != NULL; j++) {
             bool after_system = j > 0 && talks[talk][j - 1].role == 's';
-            CHECK(tokenizer_turn(f->tok, talks[talk][j].role, talks[talk][j].text, j == 0, after_system, &ids) == 0);
+            CHECK(tokenizer_turn(f->tok, talks[talk][j].role, talks[talk][j].text, j == 0,
+                                 after_system, &ids) == 0);
         }
         if (invited) CHECK(tokenizer_generation(f->tok, &ids) == 0);
         if (!CHECK(same_ids(&ids, want, n_want))) printf("%s: conversation %d\n", f->name, i);
@@ -177,7 +179,8 @@ static void test_injection(const Fixture *f) {
         for (int harmless = 0; harmless < 2; harmless++) {
             Ids ids = {0};
             CHECK(tokenizer_turn(f->tok, 'u', harmless ? "a" : text, true, false, &ids) == 0);
-            for (int i = 0; i < ids.n; i++) specials[harmless] += tokenizer_is_special(f->tok, ids.id[i]);
+            for (int i = 0; i < ids.n; i++)
+                specials[harmless] += tokenizer_is_special(f->tok, ids.id[i]);
             size_t n;
             decoded = tokenizer_decode(f->tok, ids.id, ids.n, &n);
             CHECK(strstr(decoded, harmless ? "a" : text) != NULL);
@@ -188,7 +191,8 @@ static void test_injection(const Fixture *f) {
     }
 }
 
-// Any bytes come back as they were, where the model does not normalize; then a second pass changes nothing.
+// Any bytes come back as they were, where the model does not normalize; then a second pass changes
+// nothing.
 static void check_round_trip(const Fixture *f, const char *text, size_t n) {
     Ids ids = {0}, again = {0};
     size_t bytes;
@@ -208,18 +212,33 @@ static void test_invalid(const Fixture *f) {
     static const struct {
         const char *bytes;
         size_t n;
-    } invalid[] = {{"\x80", 1},         {"\xc3", 1},         {"\xc3(", 2},         {"\xe2\x82", 2},
-                   {"\xe2\x82(", 3},    {"\xf0\x9f\x98", 3}, {"\xf8\xa1\xa1\xa1", 4}, {"\xed\xa0\x80", 3},
-                   {"\xc0\xaf", 2},     {"a\xff\x62", 3},    {"\xf4\x90\x80\x80", 4}, {"\xe0\x80\xaf", 3},
-                   {"e\xcc\x81\xff\xcc\x81", 6},             {"\xff\xcc\x81", 3},  {"\0\xc2\0", 3}};
-    for (size_t i = 0; i < sizeof invalid / sizeof *invalid; i++) check_round_trip(f, invalid[i].bytes, invalid[i].n);
-    static const char few[] = "\xe2\x96\xcc\x81 aZ9\n\xf0\x9f\x98\x80\xe1\x84\x92";  // so that characters come about
+    } invalid[] = {{"\x80", 1},
+                   {"\xc3", 1},
+                   {"\xc3(", 2},
+                   {"\xe2\x82", 2},
+                   {"\xe2\x82(", 3},
+                   {"\xf0\x9f\x98", 3},
+                   {"\xf8\xa1\xa1\xa1", 4},
+                   {"\xed\xa0\x80", 3},
+                   {"\xc0\xaf", 2},
+                   {"a\xff\x62", 3},
+                   {"\xf4\x90\x80\x80", 4},
+                   {"\xe0\x80\xaf", 3},
+                   {"e\xcc\x81\xff\xcc\x81", 6},
+                   {"\xff\xcc\x81", 3},
+                   {"\0\xc2\0", 3}};
+    for (size_t i = 0; i < sizeof invalid / sizeof *invalid; i++)
+        check_round_trip(f, invalid[i].bytes, invalid[i].n);
+    static const char few[] =
+        "\xe2\x96\xcc\x81 aZ9\n\xf0\x9f\x98\x80\xe1\x84\x92";  // so that characters come about
     srand(1);
     for (int i = 0; i < 200; i++) {
         char text[300];
         int n = rand() % 300, narrow = i % 2;
-        for (int j = 0; j < n; j++) text[j] = (char)(narrow ? few[(size_t)rand() % sizeof few] : rand());
-        for (int j = 0; j + 2 < n; j++)  // a U+2581 is a space to SentencePiece models and comes back as one
+        for (int j = 0; j < n; j++)
+            text[j] = (char)(narrow ? few[(size_t)rand() % sizeof few] : rand());
+        for (int j = 0; j + 2 < n;
+             j++)  // a U+2581 is a space to SentencePiece models and comes back as one
             if (memcmp(text + j, "\xe2\x96\x81", 3) == 0) text[j] = 'x';
         check_round_trip(f, text, (size_t)n);
     }
@@ -227,8 +246,8 @@ static void test_invalid(const Fixture *f) {
 
 // ---- vocabularies made up here ----
 
-// Merges of random tokens into longer ones. shuffled: ranks do not follow lengths, so that a merge may
-// bring up a pair that has to go before it.
+// Merges of random tokens into longer ones. shuffled: ranks do not follow lengths, so that a merge
+// may bring up a pair that has to go before it.
 static void random_merges(Vocab *v, int letters, int merges, bool shuffled) {
     for (int tries = 0; v->n_merges < merges && tries < 20 * merges; tries++) {
         int side[2];
@@ -237,7 +256,8 @@ static void random_merges(Vocab *v, int letters, int merges, bool shuffled) {
             int pick = rand() % (letters + v->n - 256);
             side[i] = pick < letters ? 'a' + pick : 256 + pick - letters;
         }
-        int a = v->offsets[side[0] + 1] - v->offsets[side[0]], b = v->offsets[side[1] + 1] - v->offsets[side[1]];
+        int a = v->offsets[side[0] + 1] - v->offsets[side[0]],
+            b = v->offsets[side[1] + 1] - v->offsets[side[1]];
         if (a + b > 12) continue;
         memcpy(text, v->bytes + v->offsets[side[0]], (size_t)a);
         memcpy(text + a, v->bytes + v->offsets[side[1]], (size_t)b);
@@ -245,9 +265,11 @@ static void random_merges(Vocab *v, int letters, int merges, bool shuffled) {
         int result = find_token(v, text, a + b);
         if (result < 0) result = add_token(v, (char *)text, a + b, 0);
         bool known = false;
-        for (int r = 0; r < v->n_merges; r++) known = known || (v->merges[r][0] == side[0] && v->merges[r][1] == side[1]);
+        for (int r = 0; r < v->n_merges; r++)
+            known = known || (v->merges[r][0] == side[0] && v->merges[r][1] == side[1]);
         if (known) continue;
-        memcpy(v->merges[v->n_merges++], (int32_t[3]){side[0], side[1], result}, sizeof v->merges[0]);
+        memcpy(v->merges[v->n_merges++], (int32_t[3]){side[0], side[1], result},
+               sizeof v->merges[0]);
     }
     for (int r = v->n_merges - 1; shuffled && r > 0; r--) {
         int other = rand() % (r + 1);
@@ -272,12 +294,14 @@ static void test_merging(void) {
         if (!CHECK(t != NULL)) return;
         for (int k = 0; k < 6; k++) {
             int n = 1 + rand() % (k < 4 ? 200 : LONGEST), period = k % 2 ? 1 + rand() % 9 : n;
-            for (int j = 0; j < n; j++) text[j] = (char)(j < period ? 'a' + rand() % letters : text[j - period]);
+            for (int j = 0; j < n; j++)
+                text[j] = (char)(j < period ? 'a' + rand() % letters : text[j - period]);
             for (int j = 0; j < n; j++) want[j] = text[j];
             Ids ids = {0};
             int n_want = merge_plainly(v, want, n);
             CHECK(tokenizer_encode(t, text, (size_t)n, 0, &ids) == 0);
-            if (!CHECK(same_ids(&ids, want, n_want))) printf("vocabulary %d, text %d: %.*s\n", i, k, n, text);
+            if (!CHECK(same_ids(&ids, want, n_want)))
+                printf("vocabulary %d, text %d: %.*s\n", i, k, n, text);
             ids_free(&ids);
         }
         tokenizer_close(t);
@@ -285,8 +309,9 @@ static void test_merging(void) {
     }
 }
 
-// A text of words that come again, each merged by itself: what is remembered of them is right. Words
-// have up to 20 letters, so that some are too long to be remembered, and some end up as many tokens.
+// A text of words that come again, each merged by itself: what is remembered of them is right.
+// Words have up to 20 letters, so that some are too long to be remembered, and some end up as many
+// tokens.
 static void test_words(void) {
     enum { N = 30000 };
     static char text[N + 64];
@@ -305,7 +330,9 @@ static void test_words(void) {
             if (n > 0) text[n++] = ' ';
             for (int j = 0; j < letters; j++) text[n++] = (char)('a' + rand() % 4);
             for (int j = from; j < n; j++)
-                want[n_want + j - from] = !spm ? text[j] : text[j] == ' ' ? 260 : 256 + text[j] - 'a';
+                want[n_want + j - from] = !spm             ? text[j]
+                                          : text[j] == ' ' ? 260
+                                                           : 256 + text[j] - 'a';
             n_want += merge_plainly(v, want + n_want, n - from);
         }
         Ids ids = {0};
@@ -316,8 +343,8 @@ static void test_words(void) {
     }
 }
 
-// Tokens as long as two windows, made one byte at a time: the windows have to grow, and the rounds to
-// give way to the queue.
+// Tokens as long as two windows, made one byte at a time: the windows have to grow, and the rounds
+// to give way to the queue.
 static void test_long_chains(void) {
     enum { CHAIN = 150, N = 2000 };
     static char text[N];
@@ -352,7 +379,8 @@ static const char *ids_of(Vocab *v, const char *text, unsigned flags) {
     int at = 0;
     out[0] = 0;
     if (!CHECK(t != NULL && tokenizer_encode(t, text, strlen(text), flags, &ids) == 0)) return err;
-    for (int i = 0; i < ids.n; i++) at += snprintf(out + at, sizeof out - (size_t)at, i ? " %d" : "%d", ids.id[i]);
+    for (int i = 0; i < ids.n; i++)
+        at += snprintf(out + at, sizeof out - (size_t)at, i ? " %d" : "%d", ids.id[i]);
     ids_free(&ids);
     tokenizer_close(t);
     return out;
@@ -360,18 +388,19 @@ static const char *ids_of(Vocab *v, const char *text, unsigned flags) {
 
 static void test_added_tokens(void) {
     Vocab *v = vocab_new("bpe", "none");
-    add_token(v, "<a>", 3, 1);    // 256
-    add_token(v, "<a>b", 4, 2);   // 257
-    add_token(v, "<a>bcd", 6, 1); // 258
-    add_token(v, "x", 1, 2);      // 259
-    add_token(v, "", 0, 1);       // 260: never found
-    add_token(v, "<u>", 3, 4);    // 261: unused, never found
+    add_token(v, "<a>", 3, 1);     // 256
+    add_token(v, "<a>b", 4, 2);    // 257
+    add_token(v, "<a>bcd", 6, 1);  // 258
+    add_token(v, "x", 1, 2);       // 259
+    add_token(v, "", 0, 1);        // 260: never found
+    add_token(v, "<u>", 3, 4);     // 261: unused, never found
     set_meta(v, "tokenizer.bos_id", "256");
     CHECK_STR(ids_of(v, "<a>", 0), "60 97 62");
     CHECK_STR(ids_of(v, "<a>", TOK_SPECIAL), "256");
     CHECK_STR(ids_of(v, "<a>b", 0), "257");
     CHECK_STR(ids_of(v, "<a>bcd<a>bc", TOK_SPECIAL), "258 257 99");
-    CHECK_STR(ids_of(v, "<a>bcd", 0), "257 99 100");  // the longest is not allowed, a shorter one is
+    CHECK_STR(ids_of(v, "<a>bcd", 0),
+              "257 99 100");  // the longest is not allowed, a shorter one is
     CHECK_STR(ids_of(v, "<<a><a>", TOK_SPECIAL), "60 256 256");
     CHECK_STR(ids_of(v, "yx<u>", TOK_SPECIAL), "121 259 60 117 62");
     CHECK_STR(ids_of(v, "y", TOK_BOS), "121");
@@ -386,14 +415,19 @@ static void test_added_tokens(void) {
     free(v);
 }
 
-// SentencePiece: the leading space in its three manners, byte fallback, one token for unknown characters.
+// SentencePiece: the leading space in its three manners, byte fallback, one token for unknown
+// characters.
 static void test_spaces_and_unknowns(void) {
     Vocab *v = vocab_new("spm", "none");
     int space = add_token(v, " ", 1, 0);  // 256
     int a = add_token(v, "a", 1, 0), spaced = add_token(v, " a", 2, 0);
     add_token(v, "<s>", 3, 1);  // 259
     memcpy(v->merges[v->n_merges++], (int32_t[3]){space, a, spaced}, sizeof v->merges[0]);
-    CHECK_STR(ids_of(v, "a a\xe2\x96\x81" "a", 0), "257 258 258");
+    CHECK_STR(ids_of(v,
+                     "a a\xe2\x96\x81"
+                     "a",
+                     0),
+              "257 258 258");
     CHECK_STR(ids_of(v, "é", 0), "195 169");
     set_meta(v, "tokenizer.space_prefix", "1");
     CHECK_STR(ids_of(v, "a a<s>a<s> a", TOK_SPECIAL), "258 258 259 258 259 256 258");
@@ -404,19 +438,37 @@ static void test_spaces_and_unknowns(void) {
     set_meta(v, "tokenizer.space_prefix", "0");
     set_meta(v, "tokenizer.unk_id", "259");
     for (int b = 0; b < 256; b++) v->kind[b] = 4;
-    CHECK_STR(ids_of(v, "éü\xff" "a é a", 0), "259 257 256 259 258");
+    CHECK_STR(ids_of(v,
+                     "éü\xff"
+                     "a é a",
+                     0),
+              "259 257 256 259 258");
     set_meta(v, "tokenizer.unk_id", "-1");
     CHECK_STR(ids_of(v, "éa", 0), "257");
     free(v);
 }
 
 static void test_nfc(void) {
-    static const char *const cases[][2] = {
-        {"plain", "plain"}, {"e\u0301", "é"}, {"é\u0323", "ẹ\u0301"}, {"q\u0307\u0323", "q\u0323\u0307"},
-        {"\u212b", "Å"}, {"\u0958", "\u0915\u093c"}, {"\u1112\u1161\u11ab", "한"}, {"하\u11ab", "한"}, {"\u11ab", "\u11ab"},
-        {"\u0344", "\u0308\u0301"}, {"\u0301", "\u0301"}, {"a\u0300\u0301\u0302", "à\u0301\u0302"}, {"\u1e9b\u0323", "\u1e9b\u0323"},
-        {"\u0f71\u0f72\u0f74", "\u0f71\u0f72\u0f74"}, {"\U0001d15e", "\U0001d157\U0001d165"}, {"\U00011131\U00011127", "\U0001112e"},
-        {"e\xff\u0301", "e\xff\u0301"}, {"\xcc", "\xcc"}, {"e\u0301\xcc", "é\xcc"}, {"<e\u0301>", "<é>"}};
+    static const char *const cases[][2] = {{"plain", "plain"},
+                                           {"e\u0301", "é"},
+                                           {"é\u0323", "ẹ\u0301"},
+                                           {"q\u0307\u0323", "q\u0323\u0307"},
+                                           {"\u212b", "Å"},
+                                           {"\u0958", "\u0915\u093c"},
+                                           {"\u1112\u1161\u11ab", "한"},
+                                           {"하\u11ab", "한"},
+                                           {"\u11ab", "\u11ab"},
+                                           {"\u0344", "\u0308\u0301"},
+                                           {"\u0301", "\u0301"},
+                                           {"a\u0300\u0301\u0302", "à\u0301\u0302"},
+                                           {"\u1e9b\u0323", "\u1e9b\u0323"},
+                                           {"\u0f71\u0f72\u0f74", "\u0f71\u0f72\u0f74"},
+                                           {"\U0001d15e", "\U0001d157\U0001d165"},
+                                           {"\U00011131\U00011127", "\U0001112e"},
+                                           {"e\xff\u0301", "e\xff\u0301"},
+                                           {"\xcc", "\xcc"},
+                                           {"e\u0301\xcc", "é\xcc"},
+                                           {"<e\u0301>", "<é>"}};
     Vocab *v = vocab_new("bpe", "none");
     set_meta(v, "tokenizer.nfc", "1");
     Tokenizer *t = vocab_open(v, err);
@@ -433,7 +485,8 @@ static void test_nfc(void) {
     free(v);
 }
 
-// A character split over tokens shows when it is complete; the end of the answer shows what is left.
+// A character split over tokens shows when it is complete; the end of the answer shows what is
+// left.
 static void test_streaming(void) {
     Vocab *v = vocab_new("bpe", "none");
     Tokenizer *t = vocab_open(v, err);
@@ -443,7 +496,10 @@ static void test_streaming(void) {
     for (int i = 0; i < 3; i++) CHECK(tokenizer_stream(t, &s, (uint8_t)smile[i], out) == 0);
     CHECK(tokenizer_stream(t, &s, (uint8_t)smile[3], out) == 4 && memcmp(out, smile, 4) == 0);
     CHECK(tokenizer_stream(t, &s, 0xe2, out) == 0);
-    CHECK(tokenizer_stream(t, &s, 'a', out) == 2 && memcmp(out, "\xe2" "a", 2) == 0);  // never becomes one
+    CHECK(tokenizer_stream(t, &s, 'a', out) == 2 && memcmp(out,
+                                                           "\xe2"
+                                                           "a",
+                                                           2) == 0);  // never becomes one
     CHECK(tokenizer_stream(t, &s, 0xff, out) == 1);
     CHECK(tokenizer_stream(t, &s, 0xf0, out) == 0);
     CHECK(tokenizer_stream(t, &s, -1, out) == 1 && (uint8_t)out[0] == 0xf0);
@@ -465,11 +521,14 @@ static void refuse(Vocab *v, const char *reason) {
 }
 
 static void test_bad_files(void) {
-    static const char *const wrong[][3] = {
-        {"tokenizer.model", "word", "tokenizer.model"},   {"tokenizer.split", "gpt5", "gpt5"},
-        {"tokenizer.nfc", "2", "tokenizer.nfc"},          {"tokenizer.bos_id", "256", "tokenizer.bos_id"},
-        {"tokenizer.unk_id", "x", "tokenizer.unk_id"},    {"tokenizer.stop_ids", "1,256", "tokenizer.stop_ids"},
-        {"tokenizer.stop_ids", "1 2", "tokenizer.stop_ids"}, {"tokenizer.stop_ids", "1,,2", "tokenizer.stop_ids"}};
+    static const char *const wrong[][3] = {{"tokenizer.model", "word", "tokenizer.model"},
+                                           {"tokenizer.split", "gpt5", "gpt5"},
+                                           {"tokenizer.nfc", "2", "tokenizer.nfc"},
+                                           {"tokenizer.bos_id", "256", "tokenizer.bos_id"},
+                                           {"tokenizer.unk_id", "x", "tokenizer.unk_id"},
+                                           {"tokenizer.stop_ids", "1,256", "tokenizer.stop_ids"},
+                                           {"tokenizer.stop_ids", "1 2", "tokenizer.stop_ids"},
+                                           {"tokenizer.stop_ids", "1,,2", "tokenizer.stop_ids"}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         Vocab *v = vocab_new("bpe", "gpt2");
         set_meta(v, wrong[i][0], wrong[i][1]);
@@ -498,7 +557,9 @@ static void test_bad_files(void) {
 // Inputs that something slow would choke on: each takes seconds at most under sanitizers, and a
 // quadratic step would take minutes.
 static void test_no_slow_input(const Fixture *f) {
-    static const char *const units[] = {"a", " ", "\n", " \n", "ab", "\u0301", "a\u0323\u0307", "漢字", "1", "'", "<", "<|im", "\xff", " a", "\xe2\x96"};
+    static const char *const units[] = {
+        "a", " ", "\n", " \n",  "ab",   "\u0301", "a\u0323\u0307", "漢字",
+        "1", "'", "<",  "<|im", "\xff", " a",     "\xe2\x96"};
     enum { N = 300 * 1000 };
     char *text = malloc(N);
     for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
