@@ -42,6 +42,13 @@ asan:
 valgrind: tests
 	@QUICK=1 BUILD=$(BUILD) C_ONLY=1 WRAP="valgrind -q --error-exitcode=9" sh tests/run.sh $(TESTS)
 
+# For AArch64, under qemu-user: all of the C tests with the dot product, the kernels without it as well.
+NEON_CC ?= aarch64-linux-gnu-gcc
+neon:
+	@$(MAKE) --no-print-directory BUILD=build/neon CC=$(NEON_CC) LDFLAGS=-static tests
+	@BUILD=build/neon C_ONLY=1 WRAP="qemu-aarch64 -cpu cortex-a53" sh tests/run.sh test_kernels
+	@QUICK=1 BUILD=build/neon C_ONLY=1 WRAP="qemu-aarch64 -cpu max" sh tests/run.sh $(TESTS)
+
 # libFuzzer over the file header and the tokenizer; FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 30
 fuzz: | $(BUILD)
@@ -80,8 +87,9 @@ help:
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
 	@echo "make valgrind   C tests under valgrind"
+	@echo "make neon       C tests built for AArch64, under qemu-user"
 	@echo "make fuzz       fuzz the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d)
-.PHONY: all demo tests test asan valgrind fuzz venv clean help
+.PHONY: all demo tests test asan valgrind neon fuzz venv clean help

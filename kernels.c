@@ -265,17 +265,31 @@ static const Kernels scalar_kernels = {
     .f32_to_f16 = f32_to_f16_scalar,
 };
 
+// ---- what all instruction sets share ----
+
+// Loops over registers.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// c [n][cols] (+)= a [n][inner] b [inner][cols].
+typedef struct {
+    float *c;
+    const float *a;
+    const void *b;
+    size_t ldc, lda, ldb;
+    int n, inner, cols;
+    bool add;
+} Gemm;
+
 // ---- AVX2 with FMA and F16C: x86-64 since Haswell (2013) ----
 
 #ifdef __x86_64__
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 AVX2_INLINE float hsum(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -433,15 +447,6 @@ AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
     if (half) return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)b + i)));
     return _mm256_loadu_ps((const float *)b + i);
 }
-
-typedef struct {
-    float *c;
-    const float *a;
-    const void *b;
-    size_t ldc, lda, ldb;
-    int n, inner, cols;
-    bool add;
-} Gemm;
 
 // R rows by C vectors of c, from row i and column j, stay in registers while all of inner passes:
 // R * C + C + 1 <= 16.
@@ -1188,6 +1193,352 @@ static bool has_avx512(void) {
 }
 #endif
 
+// ---- NEON: every AArch64; q8 and q4 with the dot product (ARMv8.2) where the machine has it ----
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+#define NEON_INLINE static inline __attribute__((always_inline))
+
+static void f16_to_f32_neon(float *out, const uint16_t *in, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
+    f16_to_f32_scalar(out + i, in + i, n - i);
+}
+
+static void f32_to_f16_neon(uint16_t *out, const float *in, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + i))));
+    f32_to_f16_scalar(out + i, in + i, n - i);
+}
+
+// As exp_avx2.
+NEON_INLINE float32x4_t exp_neon(float32x4_t x) {
+    uint32x4_t too_low = vcltq_f32(x, vdupq_n_f32(-87.33f));  // false for NaN, which must stay one
+    x = vminq_f32(x, vdupq_n_f32(88.37f));
+    float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
+    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(0.693145752f));
+    r = vfmsq_f32(r, n, vdupq_n_f32(1.42860677e-6f));
+    float32x4_t p = vdupq_n_f32(1.0f / 720);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
+    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    int32x4_t e = vshlq_n_s32(vcvtq_s32_f32(n), 23);
+    p = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), e));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), too_low));
+}
+
+static void rmsnorm_neon(float *out, const float *x, const float *w, int n, float eps) {
+    float32x4_t acc = vdupq_n_f32(0.0f);
+    int i = 0;
+    for (; i + 4 <= n; i += 4) acc = vfmaq_f32(acc, vld1q_f32(x + i), vld1q_f32(x + i));
+    float ss = vaddvq_f32(acc);
+    for (; i < n; i++) ss += x[i] * x[i];
+    float r = 1.0f / sqrtf(ss / (float)n + eps);
+    for (i = 0; i + 4 <= n; i += 4)
+        vst1q_f32(out + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), r), vld1q_f32(w + i)));
+    for (; i < n; i++) out[i] = x[i] * r * w[i];
+}
+
+static void add_neon(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(x + i, vaddq_f32(vld1q_f32(x + i), vld1q_f32(y + i)));
+    add_scalar(x + i, y + i, n - i);
+}
+
+static void scale_neon(float *x, float a, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(x + i, vmulq_n_f32(vld1q_f32(x + i), a));
+    scale_scalar(x + i, a, n - i);
+}
+
+// x / (1 + exp(-u)) * y
+NEON_INLINE float32x4_t gate_neon(float32x4_t x, float32x4_t u, float32x4_t y) {
+    float32x4_t e = exp_neon(vnegq_f32(u));
+    return vmulq_f32(vdivq_f32(x, vaddq_f32(vdupq_n_f32(1.0f), e)), y);
+}
+
+static void silu_mul_neon(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vld1q_f32(x + i);
+        vst1q_f32(x + i, gate_neon(v, v, vld1q_f32(y + i)));
+    }
+    silu_mul_scalar(x + i, y + i, n - i);
+}
+
+static void gelu_mul_neon(float *x, const float *y, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vld1q_f32(x + i), v3 = vmulq_f32(vmulq_f32(v, v), v);
+        float32x4_t u = vmulq_n_f32(vfmaq_n_f32(v, v3, GELU_B), GELU_A);
+        vst1q_f32(x + i, gate_neon(v, u, vld1q_f32(y + i)));
+    }
+    gelu_mul_scalar(x + i, y + i, n - i);
+}
+
+static float max64_neon(const float *s) {
+    float32x4_t m = vld1q_f32(s);
+    for (int i = 4; i < PAGE; i += 4) m = vmaxnmq_f32(m, vld1q_f32(s + i));
+    return vmaxnmvq_f32(m);
+}
+
+static float exp64_neon(float *s, float m) {
+    float32x4_t sum = vdupq_n_f32(0.0f);
+    for (int i = 0; i < PAGE; i += 4) {
+        float32x4_t e = exp_neon(vsubq_f32(vld1q_f32(s + i), vdupq_n_f32(m)));
+        vst1q_f32(s + i, e);
+        sum = vaddq_f32(sum, e);
+    }
+    return vaddvq_f32(sum);
+}
+
+static void max_into_neon(float *run, const float *s, float b) {
+    for (int i = 0; i < PAGE; i += 4) {
+        float32x4_t v = vaddq_f32(vld1q_f32(s + i), vdupq_n_f32(b));
+        vst1q_f32(run + i, vmaxnmq_f32(v, vld1q_f32(run + i)));
+    }
+}
+
+static void quantize_neon(const Acts *a, int t0, int t1) {
+    for (size_t at = (size_t)t0 * a->stride; at < (size_t)t1 * a->stride; at += QGROUP) {
+        float32x4_t m = vdupq_n_f32(0.0f);
+        int32x4_t total = vdupq_n_s32(0);
+        for (int i = 0; i < QGROUP; i += 4) m = vmaxq_f32(m, vabsq_f32(vld1q_f32(a->x + at + i)));
+        float max = vmaxvq_f32(m), inv = max > 0.0f ? 127.0f / max : 0.0f;
+        for (int i = 0; i < QGROUP; i += 8) {
+            int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(a->x + at + i), inv));
+            int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(a->x + at + i + 4), inv));
+            total = vaddq_s32(total, vaddq_s32(q0, q1));
+            vst1_s8((int8_t *)a->q + at + i, vmovn_s16(vcombine_s16(vmovn_s32(q0), vmovn_s32(q1))));
+        }
+        int sum = vaddvq_s32(total);
+        a->scale[at / QGROUP] = max / 127.0f;
+        a->sum[at / QGROUP] = max / 127.0f * (float)sum;
+        a->shift[at / QGROUP] = -128 * sum;
+    }
+}
+
+NEON_INLINE float32x4_t load4(const void *b, size_t i, const bool half) {
+    if (half) return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)b + i)));
+    return vld1q_f32((const float *)b + i);
+}
+
+// As gemm_tile: R * C + C + 1 <= 32.
+NEON_INLINE void gemm_tile_neon(const Gemm *g, int i, int j, const int R, const int C,
+                                const bool half) {
+    float *c = g->c + (size_t)i * g->ldc + j;
+    const float *a = g->a + (size_t)i * g->lda;
+    float32x4_t acc[5][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++)
+            acc[r][v] = g->add ? vld1q_f32(c + r * g->ldc + 4 * v) : vdupq_n_f32(0.0f);
+    }
+    for (int k = 0; k < g->inner; k++) {
+        float32x4_t b[4];
+        UNROLL for (int v = 0; v < C; v++)
+            b[v] = load4(g->b, k * g->ldb + (size_t)(j + 4 * v), half);
+        UNROLL for (int r = 0; r < R; r++) {
+            UNROLL for (int v = 0; v < C; v++)
+                acc[r][v] = vfmaq_n_f32(acc[r][v], b[v], a[r * g->lda + k]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) vst1q_f32(c + r * g->ldc + 4 * v, acc[r][v]);
+    }
+}
+
+NEON_INLINE void gemm_rows_neon(const Gemm *g, int i, const int R, const bool half) {
+    int j = 0;
+    for (; j + 16 <= g->cols; j += 16) gemm_tile_neon(g, i, j, R, 4, half);
+    for (; j < g->cols; j += 4) gemm_tile_neon(g, i, j, R, 1, half);
+}
+
+NEON_INLINE void gemm_neon(const Gemm *g, const bool half) {
+    int i = 0;
+    for (; i + 5 <= g->n; i += 5) gemm_rows_neon(g, i, 5, half);
+    for (; i + 3 <= g->n; i += 3) gemm_rows_neon(g, i, 3, half);
+    for (; i < g->n; i++) gemm_rows_neon(g, i, 1, half);
+}
+
+static void gemm_f32_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                          int inner, int cols, bool add) {
+    if (cols % 4) gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
+    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+}
+
+static void gemm_f16_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                          int inner, int cols, bool add) {
+    if (cols % 4) gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
+    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+}
+
+static void pack_f16_neon(void *packed, const uint16_t *b, int inner, int cols) {
+    f16_to_f32_neon(packed, b, (size_t)inner * cols);
+}
+
+// Eight rows of a line [16 rows][2 columns]: the load parts the columns.
+static void unpack_16bit_neon(float *out, const Matrix *w, int panel, int c0, int cols) {
+    const uint16_t *in = (const uint16_t *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+    for (int i = 0; i < cols * PANEL; i += 16) {
+        uint16x8x2_t v = vld2q_u16(in + i);
+        float *to = out + i / 32 * 32 + i % 32 / 2;
+        for (int c = 0; c < 2; c++, to += PANEL) {
+            uint16x4_t lo = vget_low_u16(v.val[c]), hi = vget_high_u16(v.val[c]);
+            bool bf16 = w->type == W_BF16;
+            vst1q_f32(to, bf16 ? vreinterpretq_f32_u32(vshll_n_u16(lo, 16))
+                               : vcvt_f32_f16(vreinterpret_f16_u16(lo)));
+            vst1q_f32(to + 4, bf16 ? vreinterpretq_f32_u32(vshll_n_u16(hi, 16))
+                                   : vcvt_f32_f16(vreinterpret_f16_u16(hi)));
+        }
+    }
+}
+
+static void matmul_float_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                              int t0, int t1) {
+    float block[BLOCK * PANEL];
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        const float *b = block;
+        if (w->type == W_F32)
+            b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+        else unpack_16bit_neon(block, w, panel, c0, cols);
+        gemm_f32_neon(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0,
+                      cols, PANEL, c0 > 0);
+    }
+}
+
+// acc += w . a for 4 rows of 4 columns; a holds one quad of activations four times. The instruction is
+// written out because compilers want a whole function to be for machines that have it.
+NEON_INLINE int32x4_t dot_quads(int32x4_t acc, int8x16_t w, int8x16_t a, const bool sdot) {
+    if (sdot) {
+        __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(w), "w"(a));
+        return acc;
+    }
+    int16x8_t lo = vmull_s8(vget_low_s8(w), vget_low_s8(a)), hi = vmull_high_s8(w, a);
+    return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
+}
+
+// Weights of 4 columns by 4 rows of a quad as signed bytes. A q4 line holds two quads.
+NEON_INLINE int8x16_t load_rows(const uint8_t *line, int quad, int r, const bool q4,
+                                const bool offset) {
+    if (!q4) return vreinterpretq_s8_u8(vld1q_u8(line + 64 * quad + 16 * r));
+    uint8x16_t v = vld1q_u8(line + 64 * (quad / 2) + 16 * r);
+    v = quad % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, vdupq_n_u8(15));
+    int8x16_t s = vreinterpretq_s8_u8(v);
+    return offset ? s : vsubq_s8(s, vdupq_n_s8(8));
+}
+
+// T tokens against a whole panel, straight from the file. The same integers as everywhere.
+NEON_INLINE void int_tile_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                               int t, const bool q4, const bool offset, const bool sdot,
+                               const int T) {
+    int groups = w->cols_padded / QGROUP;
+    size_t first = (size_t)panel * groups;
+    float sum[4][PANEL] = {{0}};
+    for (int g = 0; g < groups; g++) {
+        const uint8_t *line = w->data + (first + g) * QGROUP * PANEL / (q4 ? 2 : 1);
+        int32x4_t acc[4][4];
+        UNROLL for (int i = 0; i < T; i++) {
+            UNROLL for (int r = 0; r < 4; r++) acc[i][r] = vdupq_n_s32(0);
+        }
+        UNROLL for (int quad = 0; quad < QGROUP / 4; quad++) {
+            int8x16_t rows[4];
+            UNROLL for (int r = 0; r < 4; r++) rows[r] = load_rows(line, quad, r, q4, offset);
+            UNROLL for (int i = 0; i < T; i++) {
+                const int8_t *q = (const int8_t *)x->q + (size_t)(t + i) * x->stride + g * QGROUP;
+                int a;
+                memcpy(&a, q + 4 * quad, 4);
+                int8x16_t quads = vreinterpretq_s8_s32(vdupq_n_s32(a));
+                UNROLL for (int r = 0; r < 4; r++)
+                    acc[i][r] = dot_quads(acc[i][r], rows[r], quads, sdot);
+            }
+        }
+        UNROLL for (int i = 0; i < T; i++) {
+            size_t at = (size_t)(t + i) * x->stride / QGROUP + g;
+            UNROLL for (int r = 0; r < 4; r++) {
+                float32x4_t s = load4(w->scale, (first + g) * PANEL + 4 * r, true);
+                float32x4_t v = vld1q_f32(sum[i] + 4 * r);
+                v = vfmaq_f32(v, vcvtq_f32_s32(acc[i][r]), vmulq_n_f32(s, x->scale[at]));
+                if (offset) {
+                    float32x4_t o = load4(w->offset, (first + g) * PANEL + 4 * r, true);
+                    v = vfmaq_n_f32(v, o, x->sum[at]);
+                }
+                vst1q_f32(sum[i] + 4 * r, v);
+            }
+        }
+    }
+    for (int i = 0; i < T; i++) memcpy(out + (t + i) * ld, sum[i], sizeof sum[i]);
+}
+
+NEON_INLINE void matmul_int_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                 int t0, int t1, const bool q4, const bool offset,
+                                 const bool sdot) {
+    int t = t0;
+    for (; t + 4 <= t1; t += 4) int_tile_neon(out, ld, w, panel, x, t, q4, offset, sdot, 4);
+    for (; t < t1; t++) int_tile_neon(out, ld, w, panel, x, t, q4, offset, sdot, 1);
+}
+
+static void matmul_q8_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                           int t1) {
+    matmul_int_neon(out, ld, w, panel, x, t0, t1, false, false, false);
+}
+
+static void matmul_q4_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                           int t1) {
+    if (w->offset) matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, false);
+    else matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, false);
+}
+
+static void matmul_q8_sdot(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                           int t1) {
+    matmul_int_neon(out, ld, w, panel, x, t0, t1, false, false, true);
+}
+
+static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                           int t1) {
+    if (w->offset) matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, true);
+    else matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, true);
+}
+
+static const Kernels neon_kernels = {
+    .name = "neon",
+    .q_size = 1,
+    .matmul = {matmul_float_neon, matmul_float_neon, matmul_float_neon, matmul_q8_neon,
+               matmul_q4_neon},
+    .quantize = quantize_neon,
+    .gemm_f32 = gemm_f32_neon,
+    .gemm_f16 = gemm_f16_neon,
+    .pack_f16 = pack_f16_neon,
+    .gemm_packed = gemm_f32_neon,
+    .rmsnorm = rmsnorm_neon,
+    .add = add_neon,
+    .scale = scale_neon,
+    .silu_mul = silu_mul_neon,
+    .gelu_mul = gelu_mul_neon,
+    .max64 = max64_neon,
+    .exp64 = exp64_neon,
+    .max_into = max_into_neon,
+    .f16_to_f32 = f16_to_f32_neon,
+    .f32_to_f16 = f32_to_f16_neon,
+};
+
+static bool has_dotprod(void) {
+#ifdef __linux__
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true;  // every Apple processor that runs macOS
+#endif
+}
+#endif
+
 // ---- choosing ----
 
 typedef struct {
@@ -1203,6 +1554,9 @@ static const Isa isas[] = {
     {&avx512_kernels, has_avx512},
     {&avx2_kernels, has_avx2},
 #endif
+#ifdef __aarch64__
+    {&neon_kernels, always},
+#endif
     {&scalar_kernels, always},
 };
 
@@ -1215,6 +1569,12 @@ int kernels_init(const char *isa) {
                 kern.pack_f16 = pack_f16_bf16;
                 kern.gemm_packed = gemm_packed_bf16;
                 kern.packed_error = 0x1p-8f;
+            }
+#endif
+#ifdef __aarch64__
+            if (isas[i].set == &neon_kernels && has_dotprod()) {
+                kern.matmul[W_Q8] = matmul_q8_sdot;
+                kern.matmul[W_Q4] = matmul_q4_sdot;
             }
 #endif
             return 0;
