@@ -705,7 +705,7 @@ static int add_cell(EvalResults *r, EvalCell c, char *err) {
 
 static void put_numbers(FILE *f, const char *key, const float *v, int n) {
     fprintf(f, ", \"%s\": [", key);
-    for (int i = 0; i < n; i++) fprintf(f, i ? ", %.6g" : "%.6g", v[i]);
+    for (int i = 0; i < n; i++) fprintf(f, i ? ", %.9g" : "%.9g", v[i]);
     fputc(']', f);
 }
 
@@ -719,7 +719,7 @@ static int put_cell(FILE *f, const EvalCell *c, char *err) {
         fprintf(f, i ? ", \"%s\": " : "{\"%s\": ", texts[i][0]);
         put_json(f, texts[i][1]);
     }
-    fprintf(f, ", \"context\": %d, \"ratio\": %.17g, \"kept\": %.9g", c->context, c->ratio,
+    fprintf(f, ", \"context\": %d, \"ratio\": %.17g, \"kept\": %.17g", c->context, c->ratio,
             c->kept);
     put_numbers(f, "value", c->value, c->n);
     put_numbers(f, "same", c->same, c->n);

@@ -1826,18 +1826,26 @@ static int perplexity_step(void *arg, int window, int n_windows, double ppl) {
     return interrupted != 0;
 }
 
+static KVType get_kv(const Options *o, const char *name) {
+    const KVType types[] = {KV_F16, KV_F32};
+    for (int i = 0; i < 2; i++)
+        if (strcmp(kvcache_type_name(types[i]), name) == 0) return types[i];
+    die_usage(o->command, "--kv %s: there are f16 and f32", name);
+}
+
 static int eval_text(const Options *o) {
     Session s;
     char err[ERR_LEN];
     PerplexityResult r;
     if (o->n_args != 1) die_usage(o->command, "--ppl needs MODEL alone, not '%s'", o->args[1]);
+    KVType kv = get_kv(o, o->kvs);
     Buffer text = read_all(o->ppl);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
     Progress progress = progress_begin(&s);
     Perplexity p = {.state = &s.state,
                     .tok = s.tok,
-                    .kv = s.kv.type,
+                    .kv = kv,
                     .window = o->n < 0 ? 512 : (int)o->n,
                     .progress = perplexity_step,
                     .arg = &progress};
@@ -1848,7 +1856,7 @@ static int eval_text(const Options *o) {
     if (rc != 0) die("%s: %s", o->ppl, err);
     if (o->json) {
         json("{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
-             o->ppl, kvcache_type_name(s.kv.type), p.window, r.value, r.low);
+             o->ppl, kvcache_type_name(kv), p.window, r.value, r.low);
         json("'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error, r.n,
              now() - start);
     } else {
@@ -1967,13 +1975,6 @@ static char *next_name(const char **list) {
     char *name = copy_text(*list, n);
     *list += n + ((*list)[n] == ',');
     return name;
-}
-
-static KVType get_kv(const Options *o, const char *name) {
-    const KVType types[] = {KV_F16, KV_F32};
-    for (int i = 0; i < 2; i++)
-        if (strcmp(kvcache_type_name(types[i]), name) == 0) return types[i];
-    die_usage(o->command, "--kv %s: there are f16 and f32", name);
 }
 
 // What is compared with what, from the flags.

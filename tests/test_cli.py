@@ -7,6 +7,7 @@ nothing but Python's standard library. The last line says how many checks passed
 """
 import array
 import json
+import math
 import os
 import re
 import resource
@@ -446,6 +447,66 @@ def test_bench(m):
 
 # ---- failures ----
 
+def perplexity(m, d, ids, window):
+    """llama-perplexity's: of each window the second half, from the logits of `run logits`."""
+    losses = []
+    for at in range(0, len(ids) - window + 1, window):
+        part = ids[at:at + window]
+        works("logits", m.path, "--ids", write_ids(d + "/w.ids", part), "-o", d + "/w", "--kv", "f32")
+        logits = Tensors(d + "/w")["logits"]
+        vocab = len(logits) // window
+        for i in range(window // 2, window - 1):
+            row = logits[i * vocab:(i + 1) * vocab]
+            top = max(row)
+            losses.append(top + math.log(sum(math.exp(x - top) for x in row)) - row[part[i + 1]])
+    return math.exp(sum(losses) / len(losses)), len(losses)
+
+
+def test_perplexity(m, d):
+    text = write(d + "/ppl.txt", "The mill stood by the river, and the river stood by nobody. " * 12)
+    ids = [int(i) for i in works("tokenize", m.path, "-f", text).text().split()]
+    row = works("eval", m.path, "--ppl", text, "-n", "32", "--kv", "f32", "--json").rows()[0]
+    want, n = perplexity(m, d, ids, 32)
+    check(row["n"] == n, "--ppl scored %d tokens, not %d" % (row["n"], n))
+    check(abs(row["value"] / want - 1) < 1e-4, "--ppl: %g, by its logits %g" % (row["value"], want))
+    check(row["low"] < row["value"] < row["high"], "--ppl: the interval leaves the value out")
+
+
+TASKS = [{"context": "Ada keeps %d goats. " % n * 9, "metric": "contained", "questions": [
+    {"question": "How many?", "answer_prefix": "Ada keeps", "answers": [str(n)]},
+    {"question": "Who?", "answers": ["Ada", "ada"]}]} for n in (7, 40, 312, 5)]
+
+
+def test_eval(m, d):
+    tasks = write(d + "/tasks.jsonl", "\n".join(map(json.dumps, TASKS)))
+    args = ["eval", m.path, tasks, "--policy", "kvzip,streaming", "--ratio", "1,0.5", "-n", "6", "--kv", "f32", "--json"]
+    whole = works(*args, "-o", d + "/whole").rows()
+    kept_all = [r for r in whole if r["ratio"] == 1]
+    check({r["n"] for r in whole} == {8}, "eval: not every question was asked")
+    check({r["policy"] for r in whole} == {"full", "kvzip", "streaming"}, "eval: policies are missing")
+    check(all(r["value"] == 1 for r in kept_all if r["metric"] == "same"), "eval: ratio 1 changed answers")
+    check(all(abs(r["value"]) < 1e-9 for r in kept_all if r["metric"] == "kl"), "eval: ratio 1 has a KL")
+    check(all(r["low"] <= r["value"] <= r["high"] for r in whole), "eval: an interval leaves its value out")
+    less = [r for r in whole if r["ratio"] == 0.5]
+    check(less and all(abs(r["kept"] - 0.5) < 0.02 for r in less), "eval: the achieved share is not the asked one")
+    check(any(r["value"] > 0 for r in less if r["metric"] == "kl"), "eval: half of the cache has no KL")
+    lines = open(d + "/whole", "rb").read().splitlines(True)
+    write(d + "/cut", b"".join(lines[:5]) + lines[5][:20])  # as an interruption leaves it
+    check(works(*args, "-o", d + "/cut").rows() == whole, "eval: resumed after a cut line, the table differs")
+    check(works(*args, "-o", d + "/cut").rows() == whole, "eval: with nothing left to do, the table differs")
+    for i in (1, 2):
+        works(*args, "--shard", "%d/2" % i, "-o", d + "/shard%d" % i)
+    key = lambda r: json.dumps([r[k] for k in ("task", "policy", "ratio", "metric", "n")] + ["%.6f" % r["value"]])
+    joined = works("eval", "--merge", d + "/shard1", d + "/shard2", "--json", "--chart", d + "/c.svg").rows()
+    check(sorted(map(key, joined)) == sorted(map(key, whole)), "eval: merged shards differ from the whole")
+    check(open(d + "/c.svg").read().startswith("<svg"), "eval: the chart is not an SVG")
+    fails(1, "settings", *args[:-1], "--stop", "x", "-o", d + "/whole")
+    bad = {"line 2": json.dumps(TASKS[0]) + "\n{", "\"questions\" is missing": '{"context": "a", "metric": "f1"}',
+           "metric": json.dumps(dict(TASKS[0], metric="bleu"))}
+    for words, text in bad.items():
+        fails(1, words, "eval", m.path, write(d + "/bad", text))
+
+
 def test_files(m, other, d):
     cache = d + "/good.kvc"
     works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
@@ -546,6 +607,8 @@ def main():
         test_edges(smol, d)
         test_info(smol, d)
         test_bench(smol)
+        test_perplexity(smol, d)
+        test_eval(smol, d)
         test_files(smol, llama, d)
         test_streams(smol)
         test_interrupt(smol, d)
