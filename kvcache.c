@@ -98,8 +98,7 @@ static void page_unref(KVCache *kv, int id) {
     if (--kv->pages[id].refs == 0) kv->free_page[kv->n_free++] = id;
 }
 
-// Hands the memory of free pages back to the system, so that evicting shrinks the process.
-static void pages_release(KVCache *kv) {
+void kvcache_trim(KVCache *kv) {
     size_t unit = (size_t)sysconf(_SC_PAGESIZE);
     for (int i = 0; i < kv->n_free; i++) {
         uintptr_t at = (uintptr_t)kv->pages[kv->free_page[i]].k, end = at + kv->page_bytes;
@@ -122,11 +121,14 @@ static int head_room(KVHead *h, int n_pages, char *err) {
     return 0;
 }
 
+static void head_free(KVCache *kv, KVHead *h) {
+    for (int i = 0; i < h->n_pages; i++) page_unref(kv, h->page[i]);
+    free(h->page);
+    *h = (KVHead){0};
+}
+
 static void seq_free(KVCache *kv, KVSeq *s) {
-    for (int i = 0; s->head && i < n_heads_total(kv); i++) {
-        for (int j = 0; j < s->head[i].n_pages; j++) page_unref(kv, s->head[i].page[j]);
-        free(s->head[i].page);
-    }
+    for (int i = 0; s->head && i < n_heads_total(kv); i++) head_free(kv, &s->head[i]);
     free(s->head);
     *s = (KVSeq){0};
 }
@@ -915,52 +917,116 @@ long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *
 
 // ---- evicting ----
 
-// Copies column `from` of one page to column `to` of another, bits unchanged.
-static void copy_pair(const KVCache *kv, const KVPage *dst, int to, const KVPage *src, int from) {
-    size_t size = kvcache_type_size(kv->type), d = (size_t)kv->shape.head_dim;
-    for (size_t i = 0; i < d; i++) {
-        memcpy(dst->k + (i * PAGE + (size_t)to) * size, src->k + (i * PAGE + (size_t)from) * size,
-               size);
-    }
-    memcpy(dst->v + (size_t)to * d * size, src->v + (size_t)from * d * size, d * size);
-    dst->pos[to] = src->pos[from];
+// One head's way from its old list of pages to the new one.
+typedef struct {
+    KVHead *h, to;
+    int *from;  // [to.len] which old pair each new one is, rising
+} Compact;
+
+// Whether new page i is an old page in which nothing moves: it is listed again, not copied.
+static bool page_stays(const Compact *c, int i) {
+    const int *from = c->from + i * PAGE;
+    int n = min_int(c->to.len - i * PAGE, PAGE), last = from[n - 1];
+    return from[0] % PAGE == 0 && last == from[0] + n - 1 && (n == PAGE || last == c->h->len - 1);
 }
 
-// The survivors of a head move into new pages; the old ones are let go.
-static int compact_head(KVCache *kv, KVHead *h, int n_prefix, int n_ctx, const uint8_t *keep,
-                        char *err) {
-    KVHead to = {0};
-    for (int t = 0; t < h->len; t++) {
-        if (t >= n_prefix && t < n_prefix + n_ctx && !keep[t - n_prefix]) continue;
-        if (to.len % PAGE == 0) {
-            int id = head_room(&to, to.n_pages + 1, err) == 0 ? page_new(kv, err) : -1;
-            if (id < 0) {
-                for (int i = 0; i < to.n_pages; i++) page_unref(kv, to.page[i]);
-                free(to.page);
-                return -1;
-            }
-            to.page[to.n_pages++] = id;
-        }
-        copy_pair(kv, &kv->pages[to.page[to.len / PAGE]], to.len % PAGE,
-                  &kv->pages[h->page[t / PAGE]], t % PAGE);
-        to.len++;
+// The new list of a head, its new pages still empty.
+static int compact_plan(KVCache *kv, Compact *c, int first, int n, const uint8_t *keep, char *err) {
+    c->from = malloc(((size_t)c->h->len + 1) * sizeof *c->from);
+    if (!c->from) return fail(err, "out of memory for evicting from %d pairs", c->h->len);
+    for (int t = 0; t < c->h->len; t++) {
+        if (t < first || t >= first + n || keep[t - first]) c->from[c->to.len++] = t;
     }
-    for (int i = 0; i < h->n_pages; i++) page_unref(kv, h->page[i]);
-    free(h->page);
-    *h = to;
+    if (head_room(&c->to, pages_used(&c->to), err) != 0) return -1;
+    for (int i = 0; i < pages_used(&c->to); i++) {
+        bool stays = page_stays(c, i);
+        int id = stays ? c->h->page[c->from[i * PAGE] / PAGE] : page_new(kv, err);
+        if (id < 0) return -1;
+        if (stays) kv->pages[id].refs++;
+        c->to.page[c->to.n_pages++] = id;
+    }
     return 0;
 }
 
-int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
-    int s = 0;
-    for (int l = 0; l < kv->shape.n_layers; l++) {
-        if (kv->shape.window[l] != 0) continue;
-        for (int g = 0; g < kv->shape.n_kv_heads; g++, s++) {
-            KVHead *h = kvcache_head(kv, seq, l, g);
-            if (compact_head(kv, h, n_prefix, n_ctx, keep + (size_t)s * n_ctx, err) != 0) return -1;
+// Pairs from [n], all of page src, become the pairs of dst from column `to` on, bits unchanged.
+static void copy_pairs(const KVCache *kv, const KVPage *dst, int to, const KVPage *src,
+                       const int *from, int n) {
+    size_t size = kvcache_type_size(kv->type), d = (size_t)kv->shape.head_dim;
+    for (size_t row = 0; row < d * PAGE; row += PAGE) {
+        const uint16_t *half = (const uint16_t *)src->k + row;
+        const float *whole = (const float *)src->k + row;
+        for (int i = 0; i < n; i++) {
+            size_t at = row + (size_t)(to + i), c = (size_t)from[i] % PAGE;
+            if (kv->type == KV_F32) ((float *)dst->k)[at] = whole[c];
+            else ((uint16_t *)dst->k)[at] = half[c];
         }
     }
-    pages_release(kv);
+    for (int i = 0; i < n; i++) {
+        size_t at = (size_t)(to + i), c = (size_t)from[i] % PAGE;
+        memcpy(dst->v + at * d * size, src->v + c * d * size, d * size);
+        dst->pos[at] = src->pos[c];
+    }
+}
+
+typedef struct {
+    const KVCache *kv;
+    const Compact *c;  // [n_heads]
+    int n_heads;
+} CompactJob;
+
+// Fills one new page of one head.
+static void compact_page(void *ctx, int unit) {
+    const CompactJob *job = ctx;
+    const Compact *c = &job->c[unit % job->n_heads];
+    int page = unit / job->n_heads;
+    if (page >= c->to.n_pages || page_stays(c, page)) return;
+    const KVPage *dst = &job->kv->pages[c->to.page[page]];
+    const int *from = c->from + page * PAGE;
+    for (int i = 0, n = min_int(c->to.len - page * PAGE, PAGE), m; i < n; i += m) {
+        int old = from[i] / PAGE;
+        for (m = 1; i + m < n && from[i + m] / PAGE == old;) m++;
+        copy_pairs(job->kv, dst, i, &job->kv->pages[c->h->page[old]], from + i, m);
+    }
+}
+
+// Evicts from heads h [n_heads]; keep [n_heads][n]. On failure none of them has changed.
+static int compact_heads(KVCache *kv, KVHead *h, int n_heads, int first, int n, const uint8_t *keep,
+                         char *err) {
+    Compact *c = calloc((size_t)n_heads, sizeof *c);
+    if (!c) return fail(err, "out of memory for evicting from %d heads", n_heads);
+    int status = 0, n_pages = 0;
+    for (int i = 0; i < n_heads && status == 0; i++) {
+        c[i].h = h + i;
+        status = compact_plan(kv, &c[i], first, n, keep + (size_t)i * n, err);
+        n_pages = max_int(n_pages, c[i].to.n_pages);
+    }
+    if (status == 0)
+        parallel_for(kv->pool, n_pages * n_heads, compact_page, &(CompactJob){kv, c, n_heads});
+    for (int i = 0; i < n_heads; i++) {
+        if (status == 0) {
+            KVHead old = h[i];
+            h[i] = c[i].to, c[i].to = old;
+        }
+        head_free(kv, &c[i].to);
+        free(c[i].from);
+    }
+    free(c);
+    return status;
+}
+
+int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
+                         const uint8_t *keep, char *err) {
+    return compact_heads(kv, kvcache_head(kv, seq, layer, g), 1, first, n, keep, err);
+}
+
+int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
+    for (int l = 0; l < kv->shape.n_layers; l++) {
+        if (kv->shape.window[l] != 0) continue;
+        KVHead *h = kvcache_head(kv, seq, l, 0);
+        if (compact_heads(kv, h, kv->shape.n_kv_heads, n_prefix, n_ctx, keep, err) != 0) return -1;
+        keep += (size_t)kv->shape.n_kv_heads * n_ctx;
+    }
+    kvcache_trim(kv);
     return 0;
 }
 

@@ -158,6 +158,13 @@ long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *
 // [scored][n_kv_heads][n_ctx].
 int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
+// The ragged form: of one head's pairs [first, first + n) those with keep [n] = 0 go, or, on
+// failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim hands
+// their memory back to the system.
+int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
+                         const uint8_t *keep, char *err);
+void kvcache_trim(KVCache *kv);
+
 // ---- looking inside ----
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
 // k, v [head_dim] (each may be NULL) of pair t as float, and its position. The accessor for norms

@@ -469,6 +469,58 @@ static void test_compact(void) {
     kvcache_close(&kv);
 }
 
+// Heads evicted one by one, each its own range and more than once, hold the pairs that remain; where
+// nothing moves pages are shared, and threads change nothing.
+static void test_compact_head(KVType type, int threads) {
+    enum { N = 333 };
+    KVCache kv;
+    KVShape shape = shape_with(no_window);
+    ThreadPool *pool = pool_open(threads);
+    CHECK(kvcache_open(&kv, &shape, type, pool, err) == 0);
+    int full = kvcache_new(&kv, err), n;
+    append_random(&kv, full, N, NULL);
+    float *before = snapshot(&kv, full, &n);
+    for (int i = 0; i < L * KV; i++) {
+        int seq = kvcache_fork(&kv, full, err), l = i / KV, g = i % KV, left[N], n_left = N;
+        KVHead *h = kvcache_head(&kv, seq, l, g);
+        for (int t = 0; t < N; t++) left[t] = t;
+        for (int round = 0; round < 3; round++) {
+            uint8_t keep[N];
+            int first = round * 70 + i, m = n_left - first - round, kept = first;
+            for (int t = 0; t < m; t++) keep[t] = rnd() > -0.5f;
+            for (int t = first; t < n_left; t++) {
+                if (t - first >= m || keep[t - first]) left[kept++] = left[t];
+            }
+            n_left = kept;
+            CHECK(kvcache_compact_head(&kv, seq, l, g, first, m, keep, err) == 0);
+            CHECK(h->len == n_left && h->n_pages == (n_left + PAGE - 1) / PAGE);
+        }
+        for (int t = 0; t < n_left; t++) {
+            float k[2 * D], v[2 * D];
+            CHECK(kvcache_pair(&kv, seq, l, g, t, k, v) == left[t]);
+            kvcache_pair(&kv, full, l, g, left[t], k + D, v + D);
+            CHECK(memcmp(k, k + D, D * sizeof *k) == 0 && memcmp(v, v + D, D * sizeof *v) == 0);
+        }
+        CHECK(kvcache_head(&kv, seq, 1 - l, g)->len == N);
+        uint8_t all[N], none[N] = {0};
+        memset(all, 1, N);
+        int used = kv.n_free, page = h->page[0];
+        CHECK(kvcache_compact_head(&kv, seq, l, g, 0, n_left, all, err) == 0);
+        CHECK(kv.n_free == used && h->page[0] == page);
+        CHECK(kvcache_compact_head(&kv, seq, l, g, 0, n_left, none, err) == 0);
+        CHECK(h->len == 0 && h->n_pages == 0);
+        append_random(&kv, seq, 3, NULL);
+        CHECK(h->len == 3 && kvcache_pair(&kv, seq, l, g, 0, NULL, NULL) == N);
+        kvcache_drop(&kv, seq);
+    }
+    check_same(&kv, full, before, n);
+    kvcache_drop(&kv, full);
+    CHECK(kv.n_free == kv.n_pages);
+    free(before);
+    kvcache_close(&kv);
+    pool_close(pool);
+}
+
 // ---- files ----
 
 static void test_files(KVType type) {
@@ -562,6 +614,7 @@ int main(void) {
     }
     test_select();
     test_compact();
+    test_compact_head(KV_F32, 1), test_compact_head(KV_F16, 3);
     test_refusals();
     return test_end("test_kvcache");
 }
