@@ -599,7 +599,65 @@ static int score_expected(Context *c, float *score, char *err) {
     return status;
 }
 
+// ---- what the model's profile says ----
+
+static int need_profile(const Context *c, const char *what, char *err) {
+    if (c->profile) return 0;
+    return fail(err, "%s needs the model's profile: `run calibrate` makes one", what);
+}
+
+// The largest score that calibrating saw in the pair's head: KVzip's head level without a repeat
+// pass.
+static int score_heads_profile(Context *c, float *score, char *err) {
+    if (need_profile(c, "policy heads", err) != 0 || context_read(c, err) != 0) return -1;
+    for (size_t i = 0; i < context_scores(c); i++)
+        score[i] = c->profile->head_max[i / (size_t)c->n_ctx];
+    return 0;
+}
+
+typedef struct {
+    const Context *c;
+    Probes probes;
+    float *score;
+} Zap;
+
+static void tap_probes(void *arg, int layer, int n) {
+    Zap *z = arg;
+    const RunState *s = z->c->state;
+    const KVShape *shape = &z->c->kv->shape;
+    if (shape->window[layer] != 0) return;
+    int scored = 0, n_kv_heads = shape->n_kv_heads;
+    for (int l = 0; l < layer; l++) scored += shape->window[l] == 0;
+    probes_apply(&z->probes, z->c->state, layer, scored, n);
+    for (int i = max_int(z->c->n_prefix - s->pos[0], 0); i < n; i++) {
+        int t = s->pos[i] - z->c->n_prefix;
+        for (int g = 0; g < n_kv_heads; g++)
+            z->score[((size_t)scored * n_kv_heads + g) * z->c->n_ctx + t] =
+                z->probes.y[(size_t)i * z->probes.cols + g];
+    }
+}
+
+// KVzap with linear probes (arXiv 2601.07891): the log of KVzip's score, as each pair's features
+// predict it while the context is read.
+static int score_kvzap(Context *c, float *score, char *err) {
+    Zap z = {.c = c, .score = score};
+    if (need_profile(c, "policy kvzap", err) != 0 ||
+        probes_open(&z.probes, c->profile, c->state, err) != 0)
+        return -1;
+    c->state->tap = tap_probes, c->state->tap_arg = &z;
+    int status = context_read(c, err);
+    c->state->tap = NULL;
+    probes_close(&z.probes);
+    return status;
+}
+
 // ---- budgets ----
+
+// As many pairs in each head as KVzip kept there in other texts.
+static int budget_profile(const Context *c, double ratio, int *budget, char *err) {
+    if (need_profile(c, "level profile", err) != 0) return -1;
+    return profile_budget(c->profile, ratio, c->n_ctx, budget, err);
+}
 
 // PyramidKV (arXiv 2406.02069): lower layers keep more. A line over the layers from max down to
 // min, whose mean is an equal budget and min a beta-th of that, if it fits between SnapKV's window
@@ -628,6 +686,14 @@ const Policy policies[] = {
     {"kvzip+",
      score_kvzip_plus,
      "the same times |Wo v| / |x|, its share of the output (arXiv 2601.07891)",
+     {{0}}},
+    {"kvzap",
+     score_kvzap,
+     "KVzip's score as a probe of the profile predicts it (arXiv 2601.07891)",
+     {{0}}},
+    {"heads",
+     score_heads_profile,
+     "the largest score of the pair's head in the profile; for level head",
      {{0}}},
     {"expected",
      score_expected,
@@ -678,6 +744,11 @@ const Level levels[] = {
      {{"beta", 20, 1, 1e6, true, "the last layer keeps the mean divided by this"},
       {"window", 64, 0, 1e6, false, "pairs that every head needs at least"}}},
     {"head", LEVEL_HEAD, NULL, "whole heads, those with the best pairs", {{0}}},
+    {"profile",
+     LEVEL_BUDGET,
+     budget_profile,
+     "as many pairs in each head as KVzip kept there in other texts (the profile's shares)",
+     {{0}}},
     {NULL, LEVEL_PAIR, NULL, NULL, {{0}}},
 };
 

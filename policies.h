@@ -4,6 +4,7 @@
 #define POLICIES_H
 #include "kvcache.h"
 #include "model.h"
+#include "profile.h"
 #include "tokenizer.h"
 
 enum { MAX_PARAMS = 4 };
@@ -29,7 +30,8 @@ typedef struct Context {
     double policy_param[MAX_PARAMS];
     const Level *level;  // who competes with whom; NULL is the first of the table
     double level_param[MAX_PARAMS];
-    bool ref_ties;  // select by the authors' threshold rule
+    bool ref_ties;           // select by the authors' threshold rule
+    const Profile *profile;  // of the model, for the methods that need one; NULL: there is none
     // called as work goes on; total counts tokens of prefill and scoring. Nonzero stops with an
     // error.
     int (*progress)(void *arg, const char *what, long done, long total);

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "bench.h"
+#include "calibrate.h"
 #include "eval.h"
 #include "model.h"
 #include "policies.h"
@@ -204,7 +205,8 @@ enum {
     INFO = 128,
     BENCH = 256,
     EVAL = 512,
-    ALL = 1023,
+    CALIBRATE = 1024,
+    ALL = 2047,
     ANSWERS = GENERATE | CHAT | ASK,
     CONTEXT = COMPRESS | SCORE,
     RUNS = ALL & ~(TOKENIZE | INFO)
@@ -213,26 +215,25 @@ enum {
 typedef struct {
     const char *prompt, *file, *ids, *out, *cache, *system, *task, *answer_prefix, *stop;
     const char *policy, *level, *set, *isa;
-    const char *ppl, *chart, *shard, *kvs;
+    const char *ppl, *chart, *shard, *kvs, *profile;
     long threads, n, seed, n_prefix, chunk, batch;
-    double temp, top_p, ratio;
+    double temp, top_p, ratio, lambda;
     int score_attn, kv;  // which of the flag's choices; kv -1 when not given
-    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, merge, json, quiet;
+    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, merge, into, json, quiet;
     BenchList depths, ratios, shares, prompts, batches;
-    const char *command;
+    const char *program, *command;
     char **args;  // [n_args] what is left: MODEL, CACHE, questions
     int n_args;
 } Options;
 
-static const Options defaults = {.policy = "kvzip",
-                                 .level = "pair",
-                                 .n = -1,
+static const Options defaults = {.n = -1,
                                  .seed = -1,
                                  .n_prefix = -1,
                                  .chunk = 2000,
                                  .temp = -1,
                                  .top_p = 0.95,
                                  .ratio = 0.3,
+                                 .lambda = 1e-3,
                                  .kv = -1,
                                  .depths = {{0, 1024}, 2},
                                  .ratios = {{1, 0.3}, 2},
@@ -257,15 +258,15 @@ typedef struct {
 #define AT(field) offsetof(Options, field)
 #define RATIO_MIN 1e-6
 static const Flag flags[] = {
-    {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH | EVAL), 0,
+    {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH | EVAL | CALIBRATE), 0,
      "the text; - reads stdin"},
     {"-p", "TEXT", TEXT, AT(prompt), 0, 0, NULL, TOKENIZE, 0, "the text (default: stdin)"},
-    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH | EVAL), 0,
+    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, RUNS & ~(CHAT | ASK | BENCH | EVAL | CALIBRATE), 0,
      "a file with the text; - reads stdin"},
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, TOKENIZE, 0, "a file with the text or the ids"},
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, ASK, 0,
      "questions, one a line; the start of the answer may follow after a tab"},
-    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL, ALL & ~(CHAT | ASK | BENCH | EVAL | INFO), 0,
+    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL, ALL & ~(CHAT | ASK | BENCH | EVAL | INFO | CALIBRATE), 0,
      "token ids instead of a text, decimal, white space between"},
     {"--n-prefix", "N", COUNT, AT(n_prefix), 0, INT_MAX, NULL, CONTEXT, 0,
      "with --ids: the first N are the protected prefix (default 0)"},
@@ -273,16 +274,16 @@ static const Flag flags[] = {
     {"-c", "CACHE", TEXT, AT(cache), 0, 0, NULL, CHAT | LOGITS, 0,
      "continue after a saved context"},
     {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH, 0,
-     "who scores (default kvzip):"},
+     "who scores (default: expected where there is a profile, else kvzip):"},
     {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS, SCORE,
      "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
     {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH, SCORE,
-     "which pairs compete for a place (default pair):"},
+     "which pairs compete for a place (default: profile where there is one, else pair):"},
     {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL, 0,
      "parameters of the policy and the level, as listed there"},
-    {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0, "who scores (default kvzip):"},
+    {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0, "who scores (default: expected where there is a profile, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), 0, 0, NULL, EVAL, 0,
-     "which pairs compete for a place (default pair):"},
+     "which pairs compete for a place (default: profile where there is one, else pair):"},
     {"--ratio", "R,..", LIST, AT(shares), RATIO_MIN, 1, NULL, EVAL, 0,
      "shares of the context's pairs that stay (default 1,0.7,0.5,0.3,0.2,0.1)"},
     {"--kv", "TYPE,..", TEXT, AT(kvs), 0, 0, NULL, EVAL, 0,
@@ -296,17 +297,26 @@ static const Flag flags[] = {
      "the arguments are files of results, of shards for example: one table of all"},
     {"--ppl", "FILE", TEXT, AT(ppl), 0, 0, NULL, EVAL, 0,
      "perplexity of a text, with the windows of llama-perplexity, instead of tasks"},
+    {"--profile", "FILE", TEXT, AT(profile), 0, 0, NULL, CONTEXT | BENCH | EVAL, 0,
+     "what `run calibrate` learned about the model (default: what the model file carries)"},
+    {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, CALIBRATE, 0,
+     "sample text, parts between lines of ==== (default: eval/calibration.txt beside the program)"},
+    {"-o", "FILE", TEXT, AT(out), 0, 0, NULL, CALIBRATE, 0, "the profile to write"},
+    {"--lambda", "X", REAL, AT(lambda), 1e-12, 1e12, NULL, CALIBRATE, 0,
+     "ridge of the regression, as a share of each feature's own square (default 0.001)"},
+    {"--into", NULL, SWITCH, AT(into), 0, 0, NULL, CALIBRATE, 0,
+     "-o is a copy of the model that carries the profile; it may be MODEL itself"},
     {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS, SCORE,
      "the authors' threshold rule, which drops ties, instead of the exact count"},
-    {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH | EVAL, 0,
+    {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH | EVAL | CALIBRATE, 0,
      "tokens repeated at a time (default 2000)"},
     {"--score-attn", "HOW", CHOICE, AT(score_attn), 0, 0, "full|local", CONTEXT | EVAL, BENCH,
      "the repeated text sees all of the context (default), or its own part"},
-    {"--system", "TEXT", TEXT, AT(system), 0, 0, NULL, CHAT | CONTEXT | EVAL, 0,
+    {"--system", "TEXT", TEXT, AT(system), 0, 0, NULL, CHAT | CONTEXT | EVAL | CALIBRATE, 0,
      "system text of the chat"},
-    {"--task", "TEXT", TEXT, AT(task), 0, 0, NULL, CONTEXT | EVAL, 0,
+    {"--task", "TEXT", TEXT, AT(task), 0, 0, NULL, CONTEXT | EVAL | CALIBRATE, 0,
      "what stands before the context instead of a request to answer briefly"},
-    {"--raw", NULL, SWITCH, AT(raw), 0, 0, NULL, ASK | CONTEXT | EVAL, 0,
+    {"--raw", NULL, SWITCH, AT(raw), 0, 0, NULL, ASK | CONTEXT | EVAL | CALIBRATE, 0,
      "no chat template: context and questions are taken as they are"},
     {"--answer-prefix", "TEXT", TEXT, AT(answer_prefix), 0, 0, NULL, ASK, 0,
      "the start of every answer, which small models need"},
@@ -603,7 +613,8 @@ static void check_output(const Options *o) {
         return;
     }
     if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", o->out);
-    const char *const inputs[] = {o->args[0], o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids,
+    const char *model = o->into ? NULL : o->args[0];  // into itself: the old file stays mapped
+    const char *const inputs[] = {model, o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids,
                                   o->cache};
     for (int i = 0; i < 5; i++)
         if (same_file(inputs[i], &st))
@@ -629,6 +640,8 @@ typedef struct {
     uint64_t random;
     Choice *choices;  // [vocab_size] of the sampler
     bool warned;      // about positions that the model was not trained for
+    Profile profile;  // of --profile, or the model's own
+    bool has_profile;
 } Session;
 
 static void warn(const Session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -695,6 +708,7 @@ static void open_session(Session *s, const Options *o, const char *path, int max
 
 static void close_session(Session *s) {
     free(s->choices);
+    profile_close(&s->profile);
     kvcache_close(&s->kv);
     state_close(&s->state);
     tokenizer_close(s->tok);
@@ -1225,12 +1239,38 @@ static const Level *get_level(const Options *o, const char *name) {
     die_usage(o->command, "--level %s: there are%s", name, names.s);
 }
 
-// A context that knows how it will be compressed, and nothing else yet.
-static Context chosen_method(const Options *o) {
+// The profile that --profile names or the model carries, if any.
+static void open_profile(Session *s) {
     char err[ERR_LEN];
-    Context c = {.chunk = (int)o->chunk, .local = o->score_attn == 1, .ref_ties = o->ref_ties};
-    const Policy *policy = get_policy(o, o->policy);
-    const Level *level = get_level(o, o->level);
+    const char *path = s->o->profile;
+    if (!path && !profile_carried(&s->model)) return;
+    if (profile_open(&s->profile, &s->model, path, err) != 0)
+        die("%s: %s", path ? path : s->o->args[0], err);
+    s->has_profile = true;
+}
+
+// Where the flags leave it open: with a profile expected attention within the profile's shares, else
+// KVzip with its repeat passes.
+static const char *default_policy(const Session *s) {
+    bool shares = s->has_profile && (!s->o->level || strcmp(s->o->level, "profile") == 0);
+    return shares ? "expected" : "kvzip";
+}
+
+static const char *default_level(const Session *s) {
+    return s->has_profile && !s->o->policy ? "profile" : "pair";
+}
+
+// A context that knows how it will be compressed, and nothing else yet.
+static Context chosen_method(Session *s) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    open_profile(s);
+    Context c = {.chunk = (int)o->chunk,
+                 .local = o->score_attn == 1,
+                 .ref_ties = o->ref_ties,
+                 .profile = s->has_profile ? &s->profile : NULL};
+    const Policy *policy = get_policy(o, o->policy ? o->policy : default_policy(s));
+    const Level *level = get_level(o, o->level ? o->level : default_level(s));
     if (context_set(&c, policy, level, o->set, err) != 0)
         die_usage(o->command, "--set %s: %s", o->set, err);
     return c;
@@ -1325,10 +1365,10 @@ static int cmd_score(const Options *o) {
     Progress progress;
     char n_prefix[16];
     check_output(o);
-    Context c = chosen_method(o);
     Buffer text = read_text(o, NULL);
     catch_signals();
     open_session(&s, o, NULL, 1);
+    Context c = chosen_method(&s);
     open_context(&c, &s, &text, &ids, &progress);
     if (c.n_ctx == 0) die("the context is empty: there is nothing to score");
     float *score = read_context(&c, true, &progress);
@@ -1440,10 +1480,10 @@ static int cmd_compress(const Options *o) {
     Ids ids = {0};
     Progress progress;
     check_output(o);
-    Context c = chosen_method(o);
     Buffer text = read_text(o, NULL);
     catch_signals();
     open_session(&s, o, NULL, 1);
+    Context c = chosen_method(&s);
     open_context(&c, &s, &text, &ids, &progress);
     if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c.n_ctx > 0;
@@ -1792,8 +1832,8 @@ static int cmd_bench(const Options *o) {
     int most = 1;
     for (int i = 0; i < o->batches.n; i++)
         if (o->batches.v[i] > most) most = (int)o->batches.v[i];
-    Context method = chosen_method(o);
     open_session(&s, o, NULL, most);
+    Context method = chosen_method(&s);
     Bench b = {.state = &s.state,
                .tok = s.tok,
                .kv = s.kv.type,
@@ -1978,8 +2018,10 @@ static char *next_name(const char **list) {
 }
 
 // What is compared with what, from the flags.
-static void eval_lists(const Options *o, Eval *e) {
-    const char *policy = o->policy, *level = o->level, *kv = o->kvs;
+static void eval_lists(const Session *s, Eval *e) {
+    const Options *o = s->o;
+    const char *policy = o->policy ? o->policy : default_policy(s);
+    const char *level = o->level ? o->level : default_level(s), *kv = o->kvs;
     char *name;
     char err[ERR_LEN];
     for (; e->n_policies < EVAL_LIST && (name = next_name(&policy)); free(name))
@@ -2024,12 +2066,13 @@ static int cmd_eval(const Options *o) {
               .stop = o->stop,
               .set = o->set,
               .settings = o->raw};
-    eval_lists(o, &e);
     if (o->out) check_output(o);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
     if (o->out && eval_results_open(&results, o->out, true, err) != 0) die("%s: %s", o->out, err);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
+    open_profile(&s);
+    eval_lists(&s, &e);
     prefix_ids(&s, &prefix);
     Progress progress = progress_begin(&s);
     progress.unit = "answers";
@@ -2038,6 +2081,7 @@ static int cmd_eval(const Options *o) {
     e.context = (Context){.tok = s.tok,
                           .chunk = (int)o->chunk,
                           .local = o->score_attn == 1,
+                          .profile = s.has_profile ? &s.profile : NULL,
                           .postfix = o->raw ? "\n" : tokenizer_chat(s.tok)->kvzip_postfix};
     int rc = eval_run(&e, &tasks, &results, err);
     progress_end(&progress);
@@ -2046,6 +2090,61 @@ static int cmd_eval(const Options *o) {
     print_rows(o, &results);
     eval_results_close(&results);
     eval_tasks_close(&tasks);
+    ids_free(&prefix);
+    close_session(&s);
+    return 0;
+}
+
+// ---- calibrate ----
+
+// The sample text that ships with the program lies beside it.
+static Buffer sample_text(const Options *o) {
+    const char *slash = strrchr(o->program, '/');
+    char path[4096];
+    if (o->file) return read_all(o->file);
+    int n = snprintf(path, sizeof path, "%.*s/eval/calibration.txt",
+                     slash ? (int)(slash - o->program) : 1, slash ? o->program : ".");
+    if (n >= (int)sizeof path) die("%s: the path is too long", o->program);
+    return read_all(path);
+}
+
+static int cmd_calibrate(const Options *o) {
+    Session s;
+    Ids prefix = {0};
+    char err[ERR_LEN];
+    CalibrateResult r;
+    check_output(o);
+    Buffer text = sample_text(o);
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    prefix_ids(&s, &prefix);
+    Progress progress = progress_begin(&s);
+    Calibrate c = {.context = {.state = &s.state,
+                               .kv = &s.kv,
+                               .tok = s.tok,
+                               .chunk = (int)o->chunk,
+                               .local = true,
+                               .postfix = o->raw ? "\n" : tokenizer_chat(s.tok)->kvzip_postfix},
+                   .prefix = &prefix,
+                   .lambda = o->lambda,
+                   .progress = progress_step,
+                   .progress_arg = &progress};
+    int rc = calibrate_run(&c, text.s, text.n, o->out, o->into, &r, err);
+    progress_end(&progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s", err);
+    if (o->json) {
+        json("{'n_texts': %d, 'n_tokens': %d, 'longest': %d, 'explained': %g, 'seconds': %g, ",
+             r.n_texts, r.n_tokens, r.longest, r.explained, r.seconds);
+        json("'path': %s}\n", o->out);
+        flush();
+    }
+    if (!o->quiet)
+        fprintf(stderr,
+                "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
+                "log scores; %.1f s; saved as %s]\n",
+                r.n_texts, r.n_tokens, r.longest, 100 * r.explained, r.seconds, o->out);
+    free(text.s);
     ids_free(&prefix);
     close_session(&s);
     return 0;
@@ -2089,6 +2188,11 @@ static const Command commands[] = {
      "  run eval smollm2.kvz facts.jsonl --shard 2/4 -o facts.2\n"
      "  run eval --merge facts.1 facts.2 facts.3 facts.4 --chart facts.svg\n"
      "  run eval smollm2.kvz --ppl wiki.test.raw\n"},
+    {"calibrate", CALIBRATE, "MODEL [-f TEXTS] -o PROFILE", 1, 1, cmd_calibrate,
+     "once per model: learn what heads keep, so that compressing needs no second pass",
+     "  run calibrate smollm2.kvz -o smollm2.kvp\n"
+     "  run calibrate smollm2.kvz -o smollm2.kvz --into\n"
+     "  run compress smollm2.kvz --profile smollm2.kvp -f town.txt -o town.kvc\n"},
     {"info", INFO, "FILE", 1, 1, cmd_info,
      "what a model, a saved cache or any safetensors file holds, and where its bytes go",
      "  run info smollm2.kvz\n  run info town.kvc --json\n"},
@@ -2140,6 +2244,7 @@ int main(int argc, char **argv) {
             code = 0;
         } else {
             parse_options(&o, c, argc - 2, argv + 2);
+            o.program = argv[0];
             code = c->run(&o);
         }
     }

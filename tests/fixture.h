@@ -1,7 +1,8 @@
 // fixture.h: one tiny model of tests/fixtures, converted, with the values it must produce.
 #ifndef FIXTURE_H
 #define FIXTURE_H
-#include "../policies.h"
+#include "../calibrate.h"
+#include "../profile.h"
 #include "test.h"
 
 typedef struct {
@@ -11,6 +12,7 @@ typedef struct {
     ThreadPool *pool;
     RunState state;
     KVCache kv;
+    Profile profile;  // none until fixture_profile
     char name[32];
 } Fixture;
 
@@ -34,6 +36,7 @@ static inline bool fixture_open(Fixture *f, const char *name, const char *weight
 }
 
 static inline void fixture_close(Fixture *f) {
+    profile_close(&f->profile);
     kvcache_close(&f->kv);
     state_close(&f->state);
     pool_close(f->pool);
@@ -61,7 +64,42 @@ static inline Context fixture_context(Fixture *f, int *ids, int chunk) {
                      .n_prefix = (int)prefix->shape[0],
                      .n_ctx = (int)ctx->shape[0],
                      .chunk = chunk,
-                     .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
+                     .postfix = tokenizer_chat(f->tok)->kvzip_postfix,
+                     .profile = f->profile.n_ratios > 0 ? &f->profile : NULL};
+}
+
+// Two texts, of which the second one is short.
+static const char fixture_sample[] =
+    "A river never hurries in the plain. It has done its hard work in the hills, and now it "
+    "spreads, turns, and leaves behind whatever it carried. Fishermen say that the slow water is "
+    "the honest one, because it shows you what lies on the bottom.\n"
+    "=====\n"
+    "def area(width, height):\n    return width * height  # in square metres, 42 of them\n";
+
+// Calibrates on the sample; `into`: to is a model.
+static inline int fixture_calibrate(Fixture *f, const char *to, bool into, CalibrateResult *r) {
+    Ids prefix = {0};
+    CHECK(tokenizer_encode(f->tok, "Read this. ", 11, TOK_BOS, &prefix) == 0);
+    Calibrate c = {.context = {.state = &f->state,
+                               .kv = &f->kv,
+                               .tok = f->tok,
+                               .chunk = 16,
+                               .local = true,
+                               .postfix = tokenizer_chat(f->tok)->kvzip_postfix},
+                   .prefix = &prefix,
+                   .lambda = 1e-3};
+    int rc = calibrate_run(&c, fixture_sample, sizeof fixture_sample - 1, to, into, r, err);
+    if (rc != 0) printf("%s: %s\n", f->name, err);
+    ids_free(&prefix);
+    return rc;
+}
+
+// Gives the fixture a profile, through a file that is removed again: it stays mapped.
+static inline void fixture_profile(Fixture *f, const char *path) {
+    CalibrateResult r;
+    CHECK(fixture_calibrate(f, path, false, &r) == 0);
+    CHECK(profile_open(&f->profile, &f->model, path, err) == 0);
+    remove(path);
 }
 
 // Mistral's scores are those of the model with its window off.

@@ -1,0 +1,28 @@
+// calibrate.h: KVzip over sample text, once per model, so that later contexts need no second pass.
+#ifndef CALIBRATE_H
+#define CALIBRATE_H
+#include "policies.h"
+
+typedef struct {
+    Context context;    // state, kv, tok, chunk, postfix; the rest is filled in per text
+    const Ids *prefix;  // protected ids before every text
+    double lambda;      // of the ridge regression, as a share of each feature's own square
+    // called as work goes on; total counts tokens; nonzero stops with an error
+    int (*progress)(void *arg, const char *what, long done, long total);
+    void *progress_arg;
+} Calibrate;
+
+typedef struct {
+    int n_texts, n_tokens;  // contexts scored, the joined one included, and their tokens
+    int longest;            // tokens of the joined one
+    double explained;  // share of the variance of log scores that probes explain, mean over heads
+    double seconds;
+} CalibrateResult;
+
+// text [n]: contexts, parted by lines of at least four '='. Each is read and scored by KVzip on its
+// own, and then all of them joined, up to the length the model was trained for, so that late
+// positions are seen as well. Writes the profile to path; with `into`, a copy of the model that
+// carries it. Returns 0, or -1 with err.
+int calibrate_run(const Calibrate *c, const char *text, size_t n, const char *path, bool into,
+                  CalibrateResult *result, char *err);
+#endif
