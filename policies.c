@@ -284,18 +284,13 @@ static int score_observed(Context *c, float *score, char *err) {
 
 // ---- positions, norms and geometry ----
 
-// One kv head of one scored layer.
-typedef struct {
+// Some pairs of one kv head of one scored layer: [first, first + n) of its list.
+typedef struct Head {
     const Context *c;
-    int layer, g;
-    float *score;  // [n_ctx]
+    int layer, g, first, n;
+    float *score;  // [n]
+    void *arg;
 } Head;
-
-typedef struct {
-    const Context *c;
-    float *score;
-    void (*fn)(const Head *h);
-} Heads;
 
 static int scored_layer(const KVShape *shape, int s) {
     int l = 0;
@@ -303,27 +298,43 @@ static int scored_layer(const KVShape *shape, int s) {
     return l;
 }
 
+typedef struct {
+    const Context *c;
+    float *score;  // [scored layers][n_kv_heads][n_ctx]
+    HeadScore *fn;
+    void *arg;
+} Heads;
+
 static void call_head(void *ctx, int i) {
     const Heads *h = ctx;
     const KVShape *shape = &h->c->kv->shape;
-    Head head = {h->c, scored_layer(shape, i / shape->n_kv_heads), i % shape->n_kv_heads,
-                 h->score + (size_t)i * h->c->n_ctx};
+    Head head = {h->c,
+                 scored_layer(shape, i / shape->n_kv_heads),
+                 i % shape->n_kv_heads,
+                 h->c->n_prefix,
+                 h->c->n_ctx,
+                 h->score + (size_t)i * h->c->n_ctx,
+                 h->arg};
     h->fn(&head);
 }
 
+static int n_scored_heads(const KVShape *shape) {
+    return kvcache_scored_layers(shape, NULL) * shape->n_kv_heads;
+}
+
 // Reads the context, then lets fn fill in one head at a time.
-static int score_heads(Context *c, float *score, void (*fn)(const Head *h), char *err) {
+static int score_heads(Context *c, float *score, HeadScore *fn, char *err) {
     if (context_read(c, err) != 0) return -1;
-    int n = kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads;
-    parallel_for(c->state->pool, n, call_head, &(Heads){c, score, fn});
+    parallel_for(c->state->pool, n_scored_heads(&c->kv->shape), call_head,
+                 &(Heads){c, score, fn, NULL});
     return 0;
 }
 
-static int n_blocks(const Context *c) { return (c->n_prefix + c->n_ctx + PAGE - 1) / PAGE; }
+static int n_blocks(const Head *h) { return (h->first + h->n + PAGE - 1) / PAGE; }
 
-// Scores of the pairs from 64 b on, those of the prefix left out.
+// Scores of those of the head's pairs that are among the 64 from 64 b on.
 static void put_block(const Head *h, int b, const float *x) {
-    int first = h->c->n_prefix - b * PAGE, end = min_int(first + h->c->n_ctx, PAGE);
+    int first = h->first - b * PAGE, end = min_int(first + h->n, PAGE);
     for (int j = max_int(first, 0); j < end; j++) h->score[j - first] = x[j];
 }
 
@@ -335,7 +346,7 @@ static void dot_columns(float *out, const float *x, const float *y, int d) {
 
 static void knorm_head(const Head *h) {
     float k[MAX_HEAD_DIM * PAGE], norm[PAGE];
-    for (int b = 0; b < n_blocks(h->c); b++) {
+    for (int b = 0; b < n_blocks(h); b++) {
         kvcache_block(h->c->kv, h->c->seq, h->layer, h->g, b, k, NULL);
         dot_columns(norm, k, k, h->c->kv->shape.head_dim);
         for (int j = 0; j < PAGE; j++) norm[j] = -sqrtf(norm[j]);
@@ -361,13 +372,13 @@ static void unit_keys(const Head *h, int b, float *k) {
 static void keydiff_head(const Head *h) {
     float k[MAX_HEAD_DIM * PAGE], mean[MAX_HEAD_DIM] = {0}, cosine[PAGE], length = 0.0f;
     int d = h->c->kv->shape.head_dim;
-    for (int b = 0; b < n_blocks(h->c); b++) {
+    for (int b = 0; b < n_blocks(h); b++) {
         unit_keys(h, b, k);
         for (int i = 0; i < d * PAGE; i++) mean[i / PAGE] += k[i];
     }
     for (int i = 0; i < d; i++) length += mean[i] * mean[i];
     length = fmaxf(sqrtf(length), 1e-12f);
-    for (int b = 0; b < n_blocks(h->c); b++) {
+    for (int b = 0; b < n_blocks(h); b++) {
         unit_keys(h, b, k);
         memset(cosine, 0, sizeof cosine);
         for (int i = 0; i < d * PAGE; i++) cosine[i % PAGE] -= k[i] * (mean[i / PAGE] / length);
@@ -381,10 +392,10 @@ static int score_keydiff(Context *c, float *score, char *err) {
 
 // The newest pairs stay, and the very first, where the model looks when nothing else fits.
 static void streaming_head(const Head *h) {
-    int n = h->c->n_prefix + h->c->n_ctx, sink = (int)param(h->c, "sink");
-    for (int t = 0; t < h->c->n_ctx; t++) {
-        int pos = h->c->n_prefix + t;
-        h->score[t] = (float)(pos < sink ? n : pos);
+    int sink = (int)param(h->c, "sink");
+    for (int i = 0; i < h->n; i++) {
+        int t = h->first + i;
+        h->score[i] = (float)(t < sink ? h->first + h->n : t);
     }
 }
 
@@ -403,8 +414,10 @@ static uint64_t mix(uint64_t x) {
 static void random_head(const Head *h) {
     uint64_t seed =
         mix(mix(mix((uint64_t)param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
-    for (int t = 0; t < h->c->n_ctx; t++)
-        h->score[t] = (float)(mix(seed + (uint64_t)t) >> 40) * 0x1p-24f;
+    for (int i = 0; i < h->n; i++) {
+        int pos = kvcache_pair(h->c->kv, h->c->seq, h->layer, h->g, h->first + i, NULL, NULL);
+        h->score[i] = (float)(mix(seed + (uint64_t)(pos - h->c->n_prefix)) >> 40) * 0x1p-24f;
+    }
 }
 
 static int score_random(Context *c, float *score, char *err) {
@@ -423,13 +436,13 @@ typedef struct {
     int sink;
     float *shift;  // [n_layers][n_heads][d] the first query that counts, taken off all: large means
                    // cancel
-    float *mean;   // [n_layers][n_heads][d] sum of the queries, in the end s R m
-    float *cov;    // [n_layers][n_heads][d][d] sum of their products, in the end s^2/2 R C R^T
-    float *rope;   // [n_layers][rotary_dim / 2][2] R
-    float *z;      // [n_heads][n_prefix + n_ctx] of one layer
-    float *v_norm;      // [n_kv_heads][n_prefix + n_ctx]
+    float *sum;    // [n_layers][n_heads][d] of the queries
+    float *products;  // [n_layers][n_heads][d][d] sum of their products
+    float *mean;      // [n_layers][n_heads][d] s R m
+    float *cov;       // [n_layers][n_heads][d][d] s^2/2 R C R^T
+    float *rope;      // [n_layers][rotary_dim / 2][2] R
     int layer, n_rows;  // at work: the layer, and rows of a forward call
-    float *score;       // [n_kv_heads][n_ctx] of the layer
+    bool failed;        // out of memory while scoring
 } Expected;
 
 static float *of_head(float *base, const Expected *e, int layer, int h, int size) {
@@ -443,8 +456,8 @@ static void add_queries(void *ctx, int h) {
     int d = s->model->config.head_dim, n;
     float rows[PAGE * MAX_HEAD_DIM], columns[MAX_HEAD_DIM * PAGE];
     float *shift = of_head(e->shift, e, e->layer, h, d);
-    float *sum = of_head(e->mean, e, e->layer, h, d),
-          *products = of_head(e->cov, e, e->layer, h, d * d);
+    float *sum = of_head(e->sum, e, e->layer, h, d),
+          *products = of_head(e->products, e, e->layer, h, d * d);
     for (int i = max_int(e->sink - s->pos[0], 0); i < e->n_rows; i += n) {
         n = min_int(e->n_rows - i, PAGE);
         for (int r = 0; r < n; r++) {
@@ -466,19 +479,20 @@ static void tap_queries(void *arg, int layer, int n) {
     if (shape->window[layer] == 0) parallel_for(e->c->state->pool, shape->n_heads, add_queries, e);
 }
 
-// Sums become s R m and s^2/2 R C R^T. C is symmetric, so R from the right and R from the left are
+// s R m and s^2/2 R C R^T from the sums. C is symmetric, so R from the right and R from the left are
 // both a rotation of its rows.
 static void finish_moments(void *ctx, int i) {
     const Expected *e = ctx;
     const Model *m = e->c->state->model;
     int d = m->config.head_dim, layer = i / m->config.n_heads, h = i % m->config.n_heads;
-    float count = (float)(e->c->n_prefix + e->c->n_ctx - e->sink), s = 1.0f / sqrtf((float)d);
+    float count = (float)(e->c->kv->seqs[e->c->seq].next_pos - e->sink), s = 1.0f / sqrtf((float)d);
     float *mean = of_head(e->mean, e, layer, h, d), *cov = of_head(e->cov, e, layer, h, d * d);
-    const float *shift = of_head(e->shift, e, layer, h, d);
+    const float *shift = of_head(e->shift, e, layer, h, d), *sum = of_head(e->sum, e, layer, h, d);
+    const float *products = of_head(e->products, e, layer, h, d * d);
     const float *rope = e->rope + (size_t)layer * m->config.rotary_dim;
-    for (int j = 0; j < d; j++) mean[j] /= count;
+    for (int j = 0; j < d; j++) mean[j] = sum[j] / count;
     for (int j = 0; j < d * d; j++)
-        cov[j] = 0.5f * s * s * (cov[j] / count - mean[j / d] * mean[j % d]);
+        cov[j] = 0.5f * s * s * (products[j] / count - mean[j / d] * mean[j % d]);
     for (int j = 0; j < d; j++) mean[j] = s * (mean[j] + shift[j]);
     model_rotate(m, mean, rope);
     for (int side = 0; side < 2; side++) {
@@ -493,11 +507,12 @@ static void finish_moments(void *ctx, int i) {
     }
 }
 
-// rope [n_layers][rotary_dim] becomes the average rotation of the positions after the context.
+// rope [n_layers][rotary_dim] becomes the average rotation of the positions to come.
 static void mean_rotation(const Context *c, int future, float *rope) {
     const Config *m = &c->state->model->config;
     float at[MAX_HEAD_DIM];
-    int n = c->n_prefix + c->n_ctx;
+    int n = c->kv->seqs[c->seq].next_pos;
+    memset(rope, 0, (size_t)m->n_layers * m->rotary_dim * sizeof *rope);
     for (int l = 0; l < m->n_layers; l++) {
         for (int p = 0; p < future; p++) {
             model_rope(c->state->model, l, n + p, at);
@@ -507,27 +522,26 @@ static void mean_rotation(const Context *c, int future, float *rope) {
     }
 }
 
-// z and v_norm of one block of pairs of one kv head.
-static void expect_block(void *ctx, int i) {
-    const Expected *e = ctx;
-    const KVCache *kv = e->c->kv;
-    int d = kv->shape.head_dim, g = i % kv->shape.n_kv_heads, b = i / kv->shape.n_kv_heads;
-    int group = group_of(e->c);
-    size_t n = (size_t)(e->c->n_prefix + e->c->n_ctx), at = (size_t)b * PAGE;
-    float k[MAX_HEAD_DIM * PAGE], v[PAGE * MAX_HEAD_DIM], ck[MAX_HEAD_DIM * PAGE], z[PAGE];
-    int pairs = kvcache_block(kv, e->c->seq, e->layer, g, b, k, v);
-    for (int h = g * group; h < (g + 1) * group; h++) {
-        const float *mean = of_head(e->mean, e, e->layer, h, d);
-        kern.gemm_f32(ck, PAGE, of_head(e->cov, e, e->layer, h, d * d), (size_t)d, k, d, d, PAGE,
+// z [group][n] and |v| [n] of the 64 pairs from 64 b on.
+static void expect_block(const Head *h, int b, float *z, float *v_norm, int n) {
+    Expected *e = h->arg;
+    const KVCache *kv = h->c->kv;
+    int d = kv->shape.head_dim, group = group_of(h->c);
+    float k[MAX_HEAD_DIM * PAGE], v[PAGE * MAX_HEAD_DIM], ck[MAX_HEAD_DIM * PAGE], dots[PAGE];
+    int pairs = kvcache_block(kv, h->c->seq, h->layer, h->g, b, k, v);
+    for (int i = 0; i < group; i++) {
+        int q = h->g * group + i;
+        const float *mean = of_head(e->mean, e, h->layer, q, d);
+        kern.gemm_f32(ck, PAGE, of_head(e->cov, e, h->layer, q, d * d), (size_t)d, k, d, d, PAGE,
                       false);
         for (int j = 0; j < d * PAGE; j++) ck[j] += mean[j / PAGE];
-        dot_columns(z, ck, k, d);
-        memcpy(e->z + (size_t)h * n + at, z, (size_t)pairs * sizeof *z);
+        dot_columns(dots, ck, k, d);
+        memcpy(z + (size_t)i * n + b * PAGE, dots, (size_t)pairs * sizeof *z);
     }
     for (int j = 0; j < pairs; j++) {
         float sum = 0.0f;
         for (int x = 0; x < d; x++) sum += v[j * d + x] * v[j * d + x];
-        e->v_norm[(size_t)g * n + at + (size_t)j] = sqrtf(sum);
+        v_norm[b * PAGE + j] = sqrtf(sum);
     }
 }
 
@@ -540,60 +554,66 @@ static void softmax_from(float *z, int sink, int n) {
 }
 
 // score = (mean weight over the group + epsilon) |v|
-static void expect_head(void *ctx, int g) {
-    const Expected *e = ctx;
-    int n_prefix = e->c->n_prefix, n = n_prefix + e->c->n_ctx, group = group_of(e->c);
-    float *score = e->score + (size_t)g * e->c->n_ctx, epsilon = (float)param(e->c, "epsilon");
-    memset(score, 0, (size_t)e->c->n_ctx * sizeof *score);
-    for (int h = g * group; h < (g + 1) * group; h++) {
-        float *z = e->z + (size_t)h * n;
-        softmax_from(z, e->sink, n);
-        for (int t = max_int(e->sink, n_prefix); t < n; t++)
-            score[t - n_prefix] += z[t] / (float)group;
+static void expect_head(const Head *h) {
+    Expected *e = h->arg;
+    int n = h->first + h->n, group = group_of(h->c);
+    float epsilon = (float)param(h->c, "epsilon");
+    float *z = malloc(((size_t)n * (group + 1) + 1) * sizeof *z), *v_norm = z + (size_t)n * group;
+    if (!z) {
+        e->failed = true;
+        return;
     }
-    for (int t = n_prefix; t < n; t++) {
-        score[t - n_prefix] = (score[t - n_prefix] + epsilon) * e->v_norm[(size_t)g * n + t];
+    for (int b = 0; b < n_blocks(h); b++) expect_block(h, b, z, v_norm, n);
+    memset(h->score, 0, (size_t)h->n * sizeof *h->score);
+    for (int i = 0; i < group; i++) {
+        softmax_from(z + (size_t)i * n, e->sink, n);
+        for (int t = max_int(e->sink, h->first); t < n; t++)
+            h->score[t - h->first] += z[(size_t)i * n + t] / (float)group;
     }
-}
-
-static int expected_open(Expected *e, const Context *c, char *err) {
-    const Config *m = &c->state->model->config;
-    size_t n = (size_t)(c->n_prefix + c->n_ctx), d = (size_t)m->head_dim;
-    size_t heads = (size_t)m->n_layers * m->n_heads;
-    *e = (Expected){.c = c, .sink = max_int(min_int((int)param(c, "sink"), (int)n - 1), 0)};
-    e->shift = calloc(heads * d, sizeof *e->shift);
-    e->mean = calloc(heads * d, sizeof *e->mean);
-    e->cov = calloc(heads * d * d, sizeof *e->cov);
-    e->rope = calloc((size_t)m->n_layers * (m->rotary_dim + 1), sizeof *e->rope);
-    e->z = malloc(((size_t)m->n_heads * n + 1) * sizeof *e->z);
-    e->v_norm = malloc(((size_t)m->n_kv_heads * n + 1) * sizeof *e->v_norm);
-    if (e->shift && e->mean && e->cov && e->rope && e->z && e->v_norm) return 0;
-    return fail(err, "out of memory for the moments of %zu query heads", heads);
+    for (int t = h->first; t < n; t++)
+        h->score[t - h->first] = (h->score[t - h->first] + epsilon) * v_norm[t];
+    free(z);
 }
 
 static void expected_close(Expected *e) {
-    free(e->shift), free(e->mean), free(e->cov), free(e->rope), free(e->z), free(e->v_norm);
+    free(e->shift), free(e->sum), free(e->products), free(e->mean), free(e->cov), free(e->rope);
+    *e = (Expected){0};
+}
+
+static int expected_open(Expected *e, const Context *c, int sink, char *err) {
+    const Config *m = &c->state->model->config;
+    size_t d = (size_t)m->head_dim, heads = (size_t)m->n_layers * m->n_heads;
+    *e = (Expected){.c = c, .sink = sink};
+    e->shift = calloc(heads * d, sizeof *e->shift);
+    e->sum = calloc(heads * d, sizeof *e->sum), e->mean = malloc(heads * d * sizeof *e->mean);
+    e->products = calloc(heads * d * d, sizeof *e->products);
+    e->cov = malloc(heads * d * d * sizeof *e->cov);
+    e->rope = malloc((size_t)m->n_layers * (m->rotary_dim + 1) * sizeof *e->rope);
+    if (e->shift && e->sum && e->mean && e->products && e->cov && e->rope) return 0;
+    expected_close(e);
+    return fail(err, "out of memory for the moments of %zu query heads", heads);
+}
+
+// What the sums say about queries after those seen so far.
+static void expected_moments(Expected *e) {
+    const KVShape *shape = &e->c->kv->shape;
+    mean_rotation(e->c, (int)param(e->c, "future"), e->rope);
+    parallel_for(e->c->state->pool, shape->n_layers * shape->n_heads, finish_moments, e);
 }
 
 static int score_expected(Context *c, float *score, char *err) {
-    const KVShape *shape = &c->kv->shape;
-    int n_scored = kvcache_scored_layers(shape, NULL), status = -1;
     Expected e;
-    if (expected_open(&e, c, err) == 0) {
-        c->state->tap = tap_queries, c->state->tap_arg = &e;
-        status = context_read(c, err);
-        c->state->tap = NULL;
-    }
+    int sink = max_int(min_int((int)param(c, "sink"), c->n_prefix + c->n_ctx - 1), 0);
+    if (expected_open(&e, c, sink, err) != 0) return -1;
+    c->state->tap = tap_queries, c->state->tap_arg = &e;
+    int status = context_read(c, err);
+    c->state->tap = NULL;
     if (status == 0) {
-        mean_rotation(c, (int)param(c, "future"), e.rope);
-        parallel_for(c->state->pool, shape->n_layers * shape->n_heads, finish_moments, &e);
-        for (int s = 0; s < n_scored; s++) {
-            e.layer = scored_layer(shape, s);
-            e.score = score + (size_t)s * shape->n_kv_heads * c->n_ctx;
-            parallel_for(c->state->pool, n_blocks(c) * shape->n_kv_heads, expect_block, &e);
-            parallel_for(c->state->pool, shape->n_kv_heads, expect_head, &e);
-        }
-        protect(c, score, 0, max_int(min_int(e.sink - c->n_prefix, c->n_ctx), 0));
+        expected_moments(&e);
+        parallel_for(c->state->pool, n_scored_heads(&c->kv->shape), call_head,
+                     &(Heads){c, score, expect_head, &e});
+        protect(c, score, 0, max_int(min_int(sink - c->n_prefix, c->n_ctx), 0));
+        if (e.failed) status = fail(err, "out of memory for the scores of %d pairs", c->n_ctx);
     }
     expected_close(&e);
     return status;

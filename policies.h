@@ -49,6 +49,9 @@ typedef struct {
     const char *help;
 } Param;
 
+typedef struct Head Head;
+typedef void HeadScore(const Head *h);
+
 struct Policy {
     const char *name;
     // Fills score [scored layers][n_kv_heads][n_ctx], higher = keep, any real number, and leaves
