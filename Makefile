@@ -7,7 +7,7 @@ PYTHON ?= python3
 ALL_CFLAGS = -std=c11 -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(CFLAGS)
 LDLIBS = -lm -lpthread
 
-PARTS = tensors kernels tokenizer kvcache model profile policies calibrate eval
+PARTS = tensors kernels tokenizer kvcache model profile policies stream calibrate eval
 PROGRAM = $(PARTS) bench run
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build

@@ -47,6 +47,7 @@ static int feed(Context *c, int seq, const int *ids, int n, const char *what, lo
         for (int j = 0; j < m; j++) rows[j] = (Row){seq, ids[i + j], false};
         if (forward(c->state, c->kv, rows, m, err) != 0) return -1;
         i += m;
+        if (c->after && c->after(c->after_arg, err) != 0) return -1;
         if (report(c, what, done + i, total, err) != 0) return -1;
     }
     return 0;
@@ -284,14 +285,6 @@ static int score_observed(Context *c, float *score, char *err) {
 
 // ---- positions, norms and geometry ----
 
-// Some pairs of one kv head of one scored layer: [first, first + n) of its list.
-typedef struct Head {
-    const Context *c;
-    int layer, g, first, n;
-    float *score;  // [n]
-    void *arg;
-} Head;
-
 static int scored_layer(const KVShape *shape, int s) {
     int l = 0;
     while (shape->window[l] != 0 || s-- > 0) l++;
@@ -327,6 +320,21 @@ static int score_heads(Context *c, float *score, HeadScore *fn, char *err) {
     if (context_read(c, err) != 0) return -1;
     parallel_for(c->state->pool, n_scored_heads(&c->kv->shape), call_head,
                  &(Heads){c, score, fn, NULL});
+    return 0;
+}
+
+static void call_live(void *ctx, int i) {
+    const Live *v = ctx;
+    const KVShape *shape = &v->c->kv->shape;
+    int layer = scored_layer(shape, i / shape->n_kv_heads), g = i % shape->n_kv_heads;
+    int n = kvcache_head(v->c->kv, v->c->seq, layer, g)->len;
+    Head head = {v->c, layer, g, 0, n, v->score[i], v->own};
+    v->fn(&head);
+}
+
+static int live_heads(Live *v, char *err) {
+    (void)err;
+    parallel_for(v->c->state->pool, v->n_heads, call_live, v);
     return 0;
 }
 
@@ -485,7 +493,8 @@ static void finish_moments(void *ctx, int i) {
     const Expected *e = ctx;
     const Model *m = e->c->state->model;
     int d = m->config.head_dim, layer = i / m->config.n_heads, h = i % m->config.n_heads;
-    float count = (float)(e->c->kv->seqs[e->c->seq].next_pos - e->sink), s = 1.0f / sqrtf((float)d);
+    float count = (float)max_int(e->c->kv->seqs[e->c->seq].next_pos - e->sink, 1);
+    float s = 1.0f / sqrtf((float)d);
     float *mean = of_head(e->mean, e, layer, h, d), *cov = of_head(e->cov, e, layer, h, d * d);
     const float *shift = of_head(e->shift, e, layer, h, d), *sum = of_head(e->sum, e, layer, h, d);
     const float *products = of_head(e->products, e, layer, h, d * d);
@@ -594,11 +603,35 @@ static int expected_open(Expected *e, const Context *c, int sink, char *err) {
     return fail(err, "out of memory for the moments of %zu query heads", heads);
 }
 
+static int live_expected_open(Live *v, char *err) {
+    Context *c = v->c;
+    Expected *e = v->own = calloc(1, sizeof *e);
+    if (!e) return fail(err, "out of memory for expected attention");
+    if (expected_open(e, c, (int)param(c, "sink"), err) != 0) return -1;
+    c->state->tap = tap_queries, c->state->tap_arg = e;
+    return 0;
+}
+
+static void live_expected_close(Live *v) {
+    if (v->own) expected_close(v->own);
+    free(v->own);
+    v->c->state->tap = NULL;
+}
+
 // What the sums say about queries after those seen so far.
 static void expected_moments(Expected *e) {
     const KVShape *shape = &e->c->kv->shape;
     mean_rotation(e->c, (int)param(e->c, "future"), e->rope);
     parallel_for(e->c->state->pool, shape->n_layers * shape->n_heads, finish_moments, e);
+}
+
+static int live_expected(Live *v, char *err) {
+    Expected *e = v->own;
+    expected_moments(e);
+    live_heads(v, err);
+    for (int h = 0; h < v->n_heads; h++)  // the first tokens stay
+        for (int t = 0; t < e->sink; t++) v->score[h][t] = INFINITY;
+    return e->failed ? fail(err, "out of memory for expected attention") : 0;
 }
 
 static int score_expected(Context *c, float *score, char *err) {
@@ -635,6 +668,12 @@ static int score_heads_profile(Context *c, float *score, char *err) {
     return 0;
 }
 
+static int scored_before(const KVShape *shape, int layer) {
+    int n = 0;
+    for (int l = 0; l < layer; l++) n += shape->window[l] == 0;
+    return n;
+}
+
 typedef struct {
     const Context *c;
     Probes probes;
@@ -646,8 +685,7 @@ static void tap_probes(void *arg, int layer, int n) {
     const RunState *s = z->c->state;
     const KVShape *shape = &z->c->kv->shape;
     if (shape->window[layer] != 0) return;
-    int scored = 0, n_kv_heads = shape->n_kv_heads;
-    for (int l = 0; l < layer; l++) scored += shape->window[l] == 0;
+    int scored = scored_before(shape, layer), n_kv_heads = shape->n_kv_heads;
     probes_apply(&z->probes, z->c->state, layer, scored, n);
     for (int i = max_int(z->c->n_prefix - s->pos[0], 0); i < n; i++) {
         int t = s->pos[i] - z->c->n_prefix;
@@ -655,6 +693,36 @@ static void tap_probes(void *arg, int layer, int n) {
             z->score[((size_t)scored * n_kv_heads + g) * z->c->n_ctx + t] =
                 z->probes.y[(size_t)i * z->probes.cols + g];
     }
+}
+
+static void tap_live_probes(void *arg, int layer, int n) {
+    Live *v = arg;
+    const Probes *p = v->own;
+    const KVShape *shape = &v->c->kv->shape;
+    if (shape->window[layer] != 0) return;
+    int scored = scored_before(shape, layer);
+    probes_apply(p, v->c->state, layer, scored, n);
+    for (int g = 0; g < shape->n_kv_heads; g++) {
+        float *score = v->score[scored * shape->n_kv_heads + g] +
+                       kvcache_head(v->c->kv, v->c->seq, layer, g)->len;
+        for (int i = 0; i < n; i++) score[i] = p->y[(size_t)i * p->cols + g];
+    }
+}
+
+static int live_probes_open(Live *v, char *err) {
+    Probes *p = v->own = calloc(1, sizeof *p);
+    if (!p) return fail(err, "out of memory for the probes");
+    if (need_profile(v->c, "policy kvzap", err) != 0 ||
+        probes_open(p, v->c->profile, v->c->state, err) != 0)
+        return -1;
+    v->c->state->tap = tap_live_probes, v->c->state->tap_arg = v;
+    return 0;
+}
+
+static void live_probes_close(Live *v) {
+    if (v->own) probes_close(v->own);
+    free(v->own);
+    v->c->state->tap = NULL;
 }
 
 // KVzap with linear probes (arXiv 2601.07891): the log of KVzip's score, as each pair's features
@@ -698,53 +766,71 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
 
 // ---- the tables ----
 
+static const LiveMethod live_kvzap = {live_probes_open, NULL, live_probes_close, NULL};
+static const LiveMethod live_expectation = {live_expected_open, live_expected, live_expected_close,
+                                            expect_head};
+static const LiveMethod live_knorm = {NULL, live_heads, NULL, knorm_head};
+static const LiveMethod live_keydiff = {NULL, live_heads, NULL, keydiff_head};
+static const LiveMethod live_streaming = {NULL, live_heads, NULL, streaming_head};
+static const LiveMethod live_random = {NULL, live_heads, NULL, random_head};
+
 const Policy policies[] = {
     {"kvzip",
      score_kvzip,
+     NULL,
      "largest attention while the context is repeated (arXiv 2505.23416)",
      {{0}}},
     {"kvzip+",
      score_kvzip_plus,
+     NULL,
      "the same times |Wo v| / |x|, its share of the output (arXiv 2601.07891)",
      {{0}}},
     {"kvzap",
      score_kvzap,
+     &live_kvzap,
      "KVzip's score as a probe of the profile predicts it (arXiv 2601.07891)",
      {{0}}},
     {"heads",
      score_heads_profile,
+     NULL,
      "the largest score of the pair's head in the profile; for level head",
      {{0}}},
     {"expected",
      score_expected,
+     &live_expectation,
      "attention that later queries will likely pay, times |v| (arXiv 2510.00636)",
      {{"future", 512, 1, 1e6, false, "positions to come that queries are expected at"},
       {"sink", 4, 0, 1e6, false, "first tokens: they stay, and their queries do not count"},
       {"epsilon", 0, 0, 1, true, "added to the attention before it is multiplied by |v|"}}},
     {"observed",
      score_observed,
+     NULL,
      "mean attention from all tokens that follow (H2O, arXiv 2306.14048)",
      {{"window", 0, 0, 1e6, false, "last tokens, which stay"}}},
     {"snapkv",
      score_snapkv,
+     NULL,
      "mean attention from the last tokens, smoothed (arXiv 2404.14469)",
      {{"window", 64, 1, 1e6, false, "last tokens: they are asked, and stay"},
       {"kernel", 5, 1, 1e6, false, "width of the smoothing"}}},
     {"tova",
      score_tova,
+     NULL,
      "attention from the last token, one set for all heads of a layer (arXiv 2401.06104)",
      {{0}}},
-    {"keydiff", score_keydiff, "keys that point away from their mean (arXiv 2504.15364)", {{0}}},
-    {"knorm", score_knorm, "keys with a small norm (arXiv 2406.11430)", {{0}}},
+    {"keydiff", score_keydiff, &live_keydiff, "keys that point away from their mean (arXiv 2504.15364)", {{0}}},
+    {"knorm", score_knorm, &live_knorm, "keys with a small norm (arXiv 2406.11430)", {{0}}},
     {"streaming",
      score_streaming,
+     &live_streaming,
      "the newest pairs and the very first (arXiv 2309.17453)",
      {{"sink", 4, 0, 1e6, false, "first tokens, which stay"}}},
     {"random",
      score_random,
+     &live_random,
      "any pairs: what every method must beat",
      {{"seed", 1, 0, 1e9, false, "of the numbers"}}},
-    {NULL, NULL, NULL, {{0}}},
+    {NULL, NULL, NULL, NULL, {{0}}},
 };
 
 #define SAFEGUARD \

@@ -32,6 +32,9 @@ typedef struct Context {
     double level_param[MAX_PARAMS];
     bool ref_ties;           // select by the authors' threshold rule
     const Profile *profile;  // of the model, for the methods that need one; NULL: there is none
+    // called after each forward call of context_read; nonzero, with err, stops
+    int (*after)(void *arg, char *err);
+    void *after_arg;
     // called as work goes on; total counts tokens of prefill and scoring. Nonzero stops with an
     // error.
     int (*progress)(void *arg, const char *what, long done, long total);
@@ -49,14 +52,40 @@ typedef struct {
     const char *help;
 } Param;
 
-typedef struct Head Head;
+// Some pairs of one kv head of one scored layer: [first, first + n) of its list.
+typedef struct Head {
+    const Context *c;
+    int layer, g, first, n;
+    float *score;  // [n]
+    void *arg;
+} Head;
+
 typedef void HeadScore(const Head *h);
+
+// The scores of a sequence that is evicted while it grows: for each head, in the order of its list,
+// from its first pair on.
+typedef struct {
+    Context *c;
+    int n_heads;    // scored layers * n_kv_heads
+    float **score;  // [n_heads][at least the pairs it has, and the rows of a forward call more]
+    void *own;      // of the method
+    HeadScore *fn;  // what the method's pages say, one head at a time
+} Live;
+
+// How a method scores before all of a context is there.
+typedef struct {
+    int (*open)(Live *v, char *err);   // NULL: nothing to do
+    int (*score)(Live *v, char *err);  // brings all scores up to date; NULL: a tap has done that
+    void (*close)(Live *v);
+    HeadScore *fn;
+} LiveMethod;
 
 struct Policy {
     const char *name;
     // Fills score [scored layers][n_kv_heads][n_ctx], higher = keep, any real number, and leaves
     // seq holding the context.
     int (*score)(Context *c, float *score, char *err);
+    const LiveMethod *live;  // NULL: it needs the whole context
     const char *help;
     Param params[MAX_PARAMS];
 };

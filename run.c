@@ -25,6 +25,7 @@
 #include "eval.h"
 #include "model.h"
 #include "policies.h"
+#include "stream.h"
 #include "tokenizer.h"
 
 enum { MAX_BATCH = 64, ASK_BATCH = 8 };
@@ -209,6 +210,7 @@ enum {
     ALL = 2047,
     ANSWERS = GENERATE | CHAT | ASK,
     CONTEXT = COMPRESS | SCORE,
+    STREAMS = GENERATE | CHAT | COMPRESS,  // may evict while tokens come
     RUNS = ALL & ~(TOKENIZE | INFO)
 };
 
@@ -216,12 +218,13 @@ typedef struct {
     const char *prompt, *file, *ids, *out, *cache, *system, *task, *answer_prefix, *stop;
     const char *policy, *level, *set, *isa;
     const char *ppl, *chart, *shard, *kvs, *profile;
-    long threads, n, seed, n_prefix, chunk, batch;
+    long threads, n, seed, n_prefix, chunk, batch, budget, window;
     double temp, top_p, ratio, lambda;
     int score_attn, kv;  // which of the flag's choices; kv -1 when not given
-    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, merge, into, json, quiet;
+    bool special, bos, decode, raw, ref_ties, ignore_eos, keep, merge, into, stream, json, quiet;
     BenchList depths, ratios, shares, prompts, batches;
     const char *program, *command;
+    unsigned bit;  // of the command
     char **args;  // [n_args] what is left: MODEL, CACHE, questions
     int n_args;
 } Options;
@@ -232,7 +235,7 @@ static const Options defaults = {.n = -1,
                                  .chunk = 2000,
                                  .temp = -1,
                                  .top_p = 0.95,
-                                 .ratio = 0.3,
+                                 .window = 128,
                                  .lambda = 1e-3,
                                  .kv = -1,
                                  .depths = {{0, 1024}, 2},
@@ -273,13 +276,21 @@ static const Flag flags[] = {
     {"-o", "OUT", TEXT, AT(out), 0, 0, NULL, CONTEXT | LOGITS, 0, "the file to write"},
     {"-c", "CACHE", TEXT, AT(cache), 0, 0, NULL, CHAT | LOGITS, 0,
      "continue after a saved context"},
-    {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH, 0,
+    {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH | STREAMS, 0,
      "who scores (default: expected where there is a profile, else kvzip):"},
     {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS, SCORE,
      "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
-    {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH, SCORE,
+    {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, GENERATE | CHAT, 0,
+     "evict as tokens come: share of the pairs that stays (default: all)"},
+    {"--budget", "N", COUNT, AT(budget), 1, INT_MAX, NULL, STREAMS, 0,
+     "evict as tokens come: pairs that stay, per head on average, however many tokens there are"},
+    {"--stream", NULL, SWITCH, AT(stream), 0, 0, NULL, COMPRESS, 0,
+     "evict to --ratio while reading: the whole cache is never in memory"},
+    {"--window", "N", COUNT, AT(window), 0, INT_MAX, NULL, STREAMS, 0,
+     "newest pairs of each head, which are not evicted as tokens come (default 128)"},
+    {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH | STREAMS, SCORE,
      "which pairs compete for a place (default: profile where there is one, else pair):"},
-    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL, 0,
+    {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL | STREAMS, 0,
      "parameters of the policy and the level, as listed there"},
     {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0, "who scores (default: expected where there is a profile, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), 0, 0, NULL, EVAL, 0,
@@ -297,7 +308,7 @@ static const Flag flags[] = {
      "the arguments are files of results, of shards for example: one table of all"},
     {"--ppl", "FILE", TEXT, AT(ppl), 0, 0, NULL, EVAL, 0,
      "perplexity of a text, with the windows of llama-perplexity, instead of tasks"},
-    {"--profile", "FILE", TEXT, AT(profile), 0, 0, NULL, CONTEXT | BENCH | EVAL, 0,
+    {"--profile", "FILE", TEXT, AT(profile), 0, 0, NULL, CONTEXT | BENCH | EVAL | STREAMS, 0,
      "what `run calibrate` learned about the model (default: what the model file carries)"},
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, CALIBRATE, 0,
      "sample text, parts between lines of ==== (default: eval/calibration.txt beside the program)"},
@@ -455,6 +466,7 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
 static void parse_options(Options *o, const Command *c, int argc, char **argv) {
     *o = defaults;
     o->command = c->name;
+    o->bit = c->bit;
     o->args = argv;
     bool only_args = false;
     for (int i = 0; i < argc; i++) {
@@ -479,6 +491,7 @@ static void parse_options(Options *o, const Command *c, int argc, char **argv) {
         }
         flag_set(o, f, value);
     }
+    if (o->ratio == 0 && (c->bit & CONTEXT)) o->ratio = 0.3;
     if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);
     if (o->n_args > c->max_args)
         die_usage(c->name, "unexpected argument '%s'", o->args[c->max_args]);
@@ -642,6 +655,9 @@ typedef struct {
     bool warned;      // about positions that the model was not trained for
     Profile profile;  // of --profile, or the model's own
     bool has_profile;
+    Context context;  // what is evicted while tokens come, when `streams`
+    Stream stream;
+    bool streams;
 } Session;
 
 static void warn(const Session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -708,6 +724,7 @@ static void open_session(Session *s, const Options *o, const char *path, int max
 
 static void close_session(Session *s) {
     free(s->choices);
+    stream_close(&s->stream);
     profile_close(&s->profile);
     kvcache_close(&s->kv);
     state_close(&s->state);
@@ -821,6 +838,90 @@ static int sample(Session *s, const float *logits) {
     return best;
 }
 
+// ---- the method: who scores, and who competes with whom ----
+
+static void add_name(Buffer *names, const char *name) {
+    buffer_add(names, " ", 1);
+    buffer_add(names, name, strlen(name));
+}
+
+static const Policy *get_policy(const Options *o, const char *name) {
+    const Policy *policy = policy_find(name);
+    if (policy) return policy;
+    Buffer names = {0};
+    for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
+    die_usage(o->command, "--policy %s: there are%s", name, names.s);
+}
+
+static const Level *get_level(const Options *o, const char *name) {
+    const Level *level = level_find(name);
+    if (level) return level;
+    Buffer names = {0};
+    for (const Level *l = levels; l->name; l++) add_name(&names, l->name);
+    die_usage(o->command, "--level %s: there are%s", name, names.s);
+}
+
+// The profile that --profile names or the model carries, if any.
+static void open_profile(Session *s) {
+    char err[ERR_LEN];
+    const char *path = s->o->profile;
+    if (!path && !profile_carried(&s->model)) return;
+    if (profile_open(&s->profile, &s->model, path, err) != 0)
+        die("%s: %s", path ? path : s->o->args[0], err);
+    s->has_profile = true;
+}
+
+// Whether pairs are evicted before all tokens are there.
+static bool wants_stream(const Options *o) {
+    return o->budget > 0 || o->stream || (!(o->bit & CONTEXT) && o->ratio > 0);
+}
+
+// Where the flags leave it open: with a profile expected attention within the profile's shares, else
+// KVzip with its repeat passes, which need the whole context.
+static const char *default_policy(const Session *s) {
+    bool shares = s->has_profile && (!s->o->level || strcmp(s->o->level, "profile") == 0);
+    return shares || wants_stream(s->o) ? "expected" : "kvzip";
+}
+
+static const char *default_level(const Session *s) {
+    return s->has_profile && !s->o->policy ? "profile" : "pair";
+}
+
+// A context that knows how it will be compressed, and nothing else yet.
+static Context chosen_method(Session *s) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    open_profile(s);
+    Context c = {.chunk = (int)o->chunk,
+                 .local = o->score_attn == 1,
+                 .ref_ties = o->ref_ties,
+                 .profile = s->has_profile ? &s->profile : NULL};
+    const Policy *policy = get_policy(o, o->policy ? o->policy : default_policy(s));
+    const Level *level = get_level(o, o->level ? o->level : default_level(s));
+    if (context_set(&c, policy, level, o->set, err) != 0)
+        die_usage(o->command, "--set %s: %s", o->set, err);
+    return c;
+}
+
+// From here on seq, of which the first n_prefix pairs stay, is evicted while it grows.
+static void start_stream(Session *s, Context *c) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    if (stream_open(&s->stream, c, o->ratio, o->budget, (int)o->window, err) != 0) die("%s", err);
+    s->streams = true;
+}
+
+// For commands that write: the first tokens stay, where models look when nothing else fits (arXiv
+// 2309.17453).
+static void stream_sequence(Session *s, int seq) {
+    enum { SINK = 4 };
+    if (!wants_stream(s->o)) return;
+    s->context = chosen_method(s);
+    s->context.state = &s->state, s->context.kv = &s->kv, s->context.tok = s->tok;
+    s->context.seq = seq, s->context.n_prefix = SINK;
+    start_stream(s, &s->context);
+}
+
 // ---- replies ----
 
 typedef struct {
@@ -838,6 +939,11 @@ typedef struct {
     double prefill_s, decode_s;
 } Reply;
 
+static void evict_more(Session *s) {
+    char err[ERR_LEN];
+    if (s->streams && stream_step(&s->stream, err) != 0) die("%s", err);
+}
+
 // Appends ids to seq and leaves the last one's logits in the state. Stops early when interrupted.
 static void prefill(Session *s, int seq, const int *ids, int n) {
     char err[ERR_LEN];
@@ -849,6 +955,7 @@ static void prefill(Session *s, int seq, const int *ids, int n) {
         int take = n - done < s->state.max_rows ? n - done : s->state.max_rows;
         for (int i = 0; i < take; i++) rows[i] = (Row){seq, ids[done + i], done + i == n - 1};
         rc = forward(&s->state, &s->kv, rows, take, err);
+        if (rc == 0) evict_more(s);
         done += take;
         if (progress_step(&p, "read", done, n) != 0) break;
     }
@@ -930,6 +1037,7 @@ static int decode_step(Session *s, Reply *r, int n) {
         warn_length(s, (long)s->kv.seqs[r[i].seq].next_pos + 1);
     }
     if (n_live > 0 && forward(&s->state, &s->kv, rows, n_live, err) != 0) die("%s", err);
+    if (n_live > 0) evict_more(s);
     for (int i = 0; i < n_live; i++) {
         live[i]->n_fed++;
         reply_take(s, live[i], sample(s, s->state.logits + (size_t)i * vocab));
@@ -980,6 +1088,7 @@ static int cmd_generate(const Options *o) {
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
     s.temp = o->temp < 0 ? CHATTY : o->temp;
     Reply r = {.seq = new_sequence(&s), .show = !o->json, .limit = o->n < 0 ? 256 : (int)o->n};
+    stream_sequence(&s, r.seq);
     reply_begin(&s, &r, &ids);
     decode(&s, &r, 1);
     if (o->json) {
@@ -1141,6 +1250,7 @@ static void answer(Session *s, Talk *t, const Question *q, int n, int limit) {
         int seq = kvcache_fork(&s->kv, t->seq, err);
         if (seq < 0) die("%s", err);
         r[i] = (Reply){.seq = seq, .show = n == 1 && !s->o->json, .strip = true, .limit = limit};
+        if (s->streams) s->context.seq = seq;
         buffer_add(&r[i].text, q[i].prefix, strlen(q[i].prefix));
         question_ids(s, t, &q[i], &ids);
         reply_begin(s, &r[i], &ids);
@@ -1149,7 +1259,7 @@ static void answer(Session *s, Talk *t, const Question *q, int n, int limit) {
     decode(s, r, n);
     for (int i = 0; i < n; i++) {
         print_reply(s, &q[i], &r[i]);
-        bool stays = t->keep && (r[i].ids.n > 0 || !interrupted);
+        bool stays = t->keep && (r[i].ids.n > 0 || !interrupted || s->streams);
         kvcache_drop(&s->kv, stays ? t->seq : r[i].seq);
         if (stays) close_turn(s, t, &r[i]);
         reply_free(&r[i]);
@@ -1211,70 +1321,14 @@ static int cmd_chat(const Options *o) {
     s.temp = o->temp < 0 ? CHATTY : o->temp;
     Talk talk = {.on_context = o->cache != NULL, .keep = true};
     if (!o->cache) talk.seq = new_sequence(&s);
+    if (o->cache && wants_stream(o)) die_usage(o->command, "-c: its pairs have been chosen already");
+    stream_sequence(&s, talk.seq);
     converse(&s, &talk, &from, 1, o->n < 0 ? 512 : (int)o->n, true);
     close_session(&s);
     return exit_code();
 }
 
 // ---- contexts: compress and score ----
-
-static void add_name(Buffer *names, const char *name) {
-    buffer_add(names, " ", 1);
-    buffer_add(names, name, strlen(name));
-}
-
-static const Policy *get_policy(const Options *o, const char *name) {
-    const Policy *policy = policy_find(name);
-    if (policy) return policy;
-    Buffer names = {0};
-    for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
-    die_usage(o->command, "--policy %s: there are%s", name, names.s);
-}
-
-static const Level *get_level(const Options *o, const char *name) {
-    const Level *level = level_find(name);
-    if (level) return level;
-    Buffer names = {0};
-    for (const Level *l = levels; l->name; l++) add_name(&names, l->name);
-    die_usage(o->command, "--level %s: there are%s", name, names.s);
-}
-
-// The profile that --profile names or the model carries, if any.
-static void open_profile(Session *s) {
-    char err[ERR_LEN];
-    const char *path = s->o->profile;
-    if (!path && !profile_carried(&s->model)) return;
-    if (profile_open(&s->profile, &s->model, path, err) != 0)
-        die("%s: %s", path ? path : s->o->args[0], err);
-    s->has_profile = true;
-}
-
-// Where the flags leave it open: with a profile expected attention within the profile's shares, else
-// KVzip with its repeat passes.
-static const char *default_policy(const Session *s) {
-    bool shares = s->has_profile && (!s->o->level || strcmp(s->o->level, "profile") == 0);
-    return shares ? "expected" : "kvzip";
-}
-
-static const char *default_level(const Session *s) {
-    return s->has_profile && !s->o->policy ? "profile" : "pair";
-}
-
-// A context that knows how it will be compressed, and nothing else yet.
-static Context chosen_method(Session *s) {
-    char err[ERR_LEN];
-    const Options *o = s->o;
-    open_profile(s);
-    Context c = {.chunk = (int)o->chunk,
-                 .local = o->score_attn == 1,
-                 .ref_ties = o->ref_ties,
-                 .profile = s->has_profile ? &s->profile : NULL};
-    const Policy *policy = get_policy(o, o->policy ? o->policy : default_policy(s));
-    const Level *level = get_level(o, o->level ? o->level : default_level(s));
-    if (context_set(&c, policy, level, o->set, err) != 0)
-        die_usage(o->command, "--set %s: %s", o->set, err);
-    return c;
-}
 
 // What stands before the context: the chat's beginning and the task. Our own task text is part of
 // the template and tokenized with it, as the authors do; a user's text never becomes a special
@@ -1334,6 +1388,8 @@ static void check_interrupted(const Options *o) {
     unlink(o->out);
     die_interrupted();
 }
+
+static int stream_after(void *stream, char *err) { return stream_step(stream, err); }
 
 // Prefill, and scores [context_scores(c)] if wanted. The result is malloc'ed, or NULL.
 static float *read_context(Context *c, bool scored, const Progress *progress) {
@@ -1417,6 +1473,24 @@ typedef struct {
     size_t memory_full, memory;
 } Shrunk;
 
+// Reads the context and evicts meanwhile.
+static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) {
+    char err[ERR_LEN];
+    int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
+    Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx};
+    start_stream(s, c);
+    c->after = stream_after, c->after_arg = &s->stream;
+    free(read_context(c, false, progress));
+    r.memory_full = private_memory();
+    r.n_kept = stream_finish(&s->stream, err);
+    if (r.n_kept < 0) die("%s", err);
+    r.ratio = r.n_pairs > 0 ? (double)r.n_kept / r.n_pairs : 1;
+    r.full = s->stream.peak;
+    r.bytes = kvcache_bytes(&s->kv, c->seq);
+    r.memory = private_memory();
+    return r;
+}
+
 static Shrunk shrink(Session *s, const Context *c, const float *score) {
     char err[ERR_LEN];
     int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
@@ -1437,14 +1511,15 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
     return r;
 }
 
-static void save_context(Session *s, const Context *c) {
+// kept: the share achieved.
+static void save_context(Session *s, const Context *c, double kept) {
     char err[ERR_LEN];
     KVInfo info = {.fingerprint = s->model.fingerprint,
                    .model = s->model.name,
                    .policy = c->policy->name,
                    .n_prefix = c->n_prefix,
                    .n_ctx = c->n_ctx,
-                   .ratio = s->o->ratio,
+                   .ratio = s->o->budget > 0 ? kept : s->o->ratio,
                    .ids = c->ids,
                    .n_ids = c->n_prefix + c->n_ctx};
     if (interrupted) die_interrupted();
@@ -1487,9 +1562,15 @@ static int cmd_compress(const Options *o) {
     open_context(&c, &s, &text, &ids, &progress);
     if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c.n_ctx > 0;
-    float *score = read_context(&c, scored, &progress);
-    Shrunk r = shrink(&s, &c, score);
-    save_context(&s, &c);
+    float *score = NULL;
+    Shrunk r;
+    if (wants_stream(o)) {
+        r = read_and_shrink(&s, &c, &progress);
+    } else {
+        score = read_context(&c, scored, &progress);
+        r = shrink(&s, &c, score);
+    }
+    save_context(&s, &c, r.ratio);
     compress_figures(o, &c, &r);
     free(score);
     free(text.s);

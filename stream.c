@@ -1,0 +1,177 @@
+// stream.c: evicting while tokens come.
+//
+// After a forward call each head has some pairs too many. The method says what every live pair is
+// worth by now; pairs that left the window compete, within their head, their layer or all together
+// as the context's level has it, for the places that the tokens seen so far give; and what loses
+// goes at once. What went cannot come back when the budget grows: that is the price of never
+// holding it all.
+#include "stream.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
+
+static int layer_of(const Context *c, int h) {
+    int scored = h / c->kv->shape.n_kv_heads, l = 0;
+    while (c->kv->shape.window[l] != 0 || scored-- > 0) l++;
+    return l;
+}
+
+static KVHead *head_of(const Stream *s, int h) {
+    const Context *c = s->live.c;
+    return kvcache_head(c->kv, c->seq, layer_of(c, h), h % c->kv->shape.n_kv_heads);
+}
+
+// Room for the scores of what each head has and of another forward call.
+static int make_room(Stream *s, char *err) {
+    for (int h = 0; h < s->live.n_heads; h++) {
+        int need = head_of(s, h)->len + s->live.c->state->max_rows + PAGE;
+        if (need <= s->room[h]) continue;
+        float *score = realloc(s->live.score[h], (size_t)need * 2 * sizeof *score);
+        if (!score) return fail(err, "out of memory for the scores of %d pairs", need);
+        s->live.score[h] = score, s->room[h] = need * 2;
+    }
+    return 0;
+}
+
+int stream_open(Stream *s, Context *c, double ratio, long budget, int window, char *err) {
+    int n = kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads;
+    *s = (Stream){
+        .live = {.c = c, .n_heads = n}, .ratio = ratio, .budget = budget, .window = window};
+    if (!c->policy->live) {
+        return fail(err,
+                    "policy %s looks back at the whole context: it cannot evict before all of "
+                    "it is there",
+                    c->policy->name);
+    }
+    s->live.fn = c->policy->live->fn;
+    s->live.score = calloc((size_t)n + 1, sizeof *s->live.score);
+    s->room = calloc((size_t)n + 1, sizeof *s->room);
+    s->pairs = calloc((size_t)n + 1, sizeof *s->pairs);
+    s->checked = c->kv->seqs[c->seq].next_pos;
+    if (!s->live.score || !s->room || !s->pairs) {
+        fail(err, "out of memory for evicting from %d heads", n);
+    } else if (make_room(s, err) == 0 &&
+               (!c->policy->live->open || c->policy->live->open(&s->live, err) == 0)) {
+        return 0;
+    }
+    stream_close(s);
+    return -1;
+}
+
+void stream_close(Stream *s) {
+    const Context *c = s->live.c;
+    if (c && c->policy->live && c->policy->live->close) c->policy->live->close(&s->live);
+    for (int h = 0; s->live.score && h < s->live.n_heads; h++) free(s->live.score[h]);
+    free(s->live.score);
+    free(s->room);
+    free(s->pairs);
+    *s = (Stream){0};
+}
+
+// ---- who stays ----
+
+// Pairs of head h that compete: [n_prefix, n_prefix + result).
+static int competing(const Stream *s, int h, int window) {
+    return max_int(head_of(s, h)->len - s->live.c->n_prefix - window, 0);
+}
+
+// Places: of a head on its own in pairs[h]; of a pool of several in the pairs of its first one.
+// Returns how many heads make a pool, or -1.
+static int count_places(Stream *s, char *err) {
+    Context *c = s->live.c;
+    const Level *l = c->level;
+    int n_heads = s->live.n_heads, pool = 1;
+    double ratio = s->ratio;
+    c->n_ctx = c->kv->seqs[c->seq].next_pos - c->n_prefix;
+    if (s->budget > 0) ratio = c->n_ctx > s->budget ? (double)s->budget / c->n_ctx : 1;
+    if (l->pool == LEVEL_PAIR) pool = n_heads;
+    if (l->pool == LEVEL_LAYER) pool = c->kv->shape.n_kv_heads;
+    if (l->pool == LEVEL_HEAD)
+        return fail(err, "level %s keeps whole heads: it cannot evict while tokens come", l->name);
+    if (l->budget && l->budget(c, ratio, s->pairs, err) != 0) return -1;
+    for (int h = 0; h < n_heads && !l->budget; h += pool)
+        s->pairs[h] = (int)fmin((double)c->n_ctx * pool * ratio, 1 << 30);
+    return pool;
+}
+
+// keep [competing pairs of the pool's heads, one head after the other]; returns how many of all
+// pairs they are, or -1.
+static long choose(const Stream *s, int h, int pool, int window, uint8_t *keep, float *score,
+                   char *err) {
+    long n = 0;
+    for (int i = h; i < h + pool; i++) {
+        int m = competing(s, i, window);
+        memcpy(score + n, s->live.score[i] + s->live.c->n_prefix, (size_t)m * sizeof *score);
+        n += m;
+    }
+    int places = min_int(s->pairs[h], (int)n);
+    KVSelect select = {
+        .n_layers = 1, .n_kv_heads = 1, .n_ctx = (int)n, .level = LEVEL_BUDGET, .budget = &places};
+    return kvcache_select(keep, score, &select, err) < 0 ? -1 : n;
+}
+
+// Takes out what keep [n] lacks, of head h and of its scores.
+static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
+    const Context *c = s->live.c;
+    float *score = s->live.score[h] + c->n_prefix;
+    int len = head_of(s, h)->len, to = 0;
+    if (kvcache_compact_head(c->kv, c->seq, layer_of(c, h), h % c->kv->shape.n_kv_heads,
+                             c->n_prefix, n, keep, err) != 0)
+        return -1;
+    for (int t = 0; t < len - c->n_prefix; t++)
+        if (t >= n || keep[t]) score[to++] = score[t];
+    return 0;
+}
+
+static int evict(Stream *s, int window, char *err) {
+    int n_heads = s->live.n_heads, pool = count_places(s, err), status = 0;
+    long most = 1;
+    if (pool < 0) return -1;
+    for (int h = 0; h < n_heads; h++) most += competing(s, h, window);
+    uint8_t *keep = malloc((size_t)most);
+    float *score = malloc((size_t)most * sizeof *score);
+    if (!keep || !score) status = fail(err, "out of memory for choosing among %ld pairs", most);
+    for (int h = 0; h < n_heads && status == 0; h += pool) {
+        long at = 0;
+        if (choose(s, h, pool, window, keep, score, err) < 0) status = -1;
+        for (int i = h; i < h + pool && status == 0; i++) {
+            int n = competing(s, i, window);
+            status = evict_head(s, i, n, keep + at, err);
+            at += n;
+        }
+    }
+    free(keep);
+    free(score);
+    return status;
+}
+
+// ---- as tokens come ----
+
+static int step(Stream *s, int window, char *err) {
+    Context *c = s->live.c;
+    size_t bytes = kvcache_bytes(c->kv, c->seq);
+    s->peak = bytes > s->peak ? bytes : s->peak;
+    s->checked = c->kv->seqs[c->seq].next_pos;
+    if (s->live.n_heads == 0) return 0;
+    if (c->policy->live->score && c->policy->live->score(&s->live, err) != 0) return -1;
+    return evict(s, window, err);
+}
+
+int stream_step(Stream *s, char *err) {
+    const Context *c = s->live.c;
+    if (c->kv->seqs[c->seq].next_pos - s->checked >= PAGE && step(s, s->window, err) != 0)
+        return -1;
+    return make_room(s, err);
+}
+
+long stream_finish(Stream *s, char *err) {
+    long left = 0;
+    if (step(s, 0, err) != 0) return -1;
+    for (int h = 0; h < s->live.n_heads; h++) left += competing(s, h, 0);
+    kvcache_trim(s->live.c->kv);
+    return left;
+}
