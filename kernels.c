@@ -112,7 +112,7 @@ static void max_into_scalar(float *run, const float *s, float b) {
 }
 
 static void quantize_scalar(const Acts *a, int t0, int t1) {
-    int16_t *q = a->q;
+    int8_t *q = a->q;
     for (int t = t0; t < t1; t++) {
         for (int g = 0; g < a->stride / QGROUP; g++) {
             size_t at = (size_t)t * a->stride + (size_t)g * QGROUP, group = at / QGROUP;
@@ -120,7 +120,7 @@ static void quantize_scalar(const Acts *a, int t0, int t1) {
             for (int i = 0; i < QGROUP; i++) max = fmaxf(max, fabsf(a->x[at + i]));
             float scale = max / 127.0f, inv = max > 0.0f ? 127.0f / max : 0.0f;
             int sum = 0;
-            for (int i = 0; i < QGROUP; i++) sum += q[at + i] = (int16_t)lrintf(a->x[at + i] * inv);
+            for (int i = 0; i < QGROUP; i++) sum += q[at + i] = (int8_t)lrintf(a->x[at + i] * inv);
             a->scale[group] = scale;
             a->sum[group] = scale * (float)sum;
             a->shift[group] = -128 * sum;
@@ -225,7 +225,7 @@ static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
         unpack_int_scalar(&b, w, panel, c0, cols);
         for (int t = t0; t < t1; t++) {
-            const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride + c0;
+            const int8_t *q = x->q + (size_t)t * x->stride + c0;
             size_t group = ((size_t)t * x->stride + c0) / QGROUP;
             for (int r = 0; r < PANEL; r++) {
                 float sum = c0 > 0 ? out[t * ld + r] : 0.0f;
@@ -245,7 +245,6 @@ static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
 
 static const Kernels scalar_kernels = {
     .name = "scalar",
-    .q_size = 2,
     .matmul = {matmul_float_scalar, matmul_float_scalar, matmul_float_scalar, matmul_int_scalar,
                matmul_int_scalar},
     .quantize = quantize_scalar,
@@ -287,6 +286,7 @@ typedef struct {
 // ---- AVX2 with FMA and F16C: x86-64 since Haswell (2013) ----
 
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
@@ -419,8 +419,9 @@ AVX2 static void max_into_avx2(float *run, const float *s, float b) {
     }
 }
 
-AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
+AVX2_INLINE void quantize256(const Acts *a, int t0, int t1, const bool q16) {
     const __m256 abs = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (size_t at = (size_t)t0 * a->stride; at < (size_t)t1 * a->stride; at += QGROUP) {
         __m256 v[4], m = _mm256_setzero_ps();
         for (int i = 0; i < 4; i++) {
@@ -432,9 +433,13 @@ AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
         __m256i q[4];
         for (int i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inv));
         __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
-        for (int i = 0; i < 4; i += 2) {
-            __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[i], q[i + 1]), 0xd8);
-            _mm256_storeu_si256((void *)((int16_t *)a->q + at + 8 * i), packed);
+        __m256i lo = _mm256_packs_epi32(q[0], q[1]), hi = _mm256_packs_epi32(q[2], q[3]);
+        _mm256_storeu_si256((void *)(a->q + at),
+                            _mm256_permutevar8x32_epi32(_mm256_packs_epi16(lo, hi), lanes));
+        if (q16) {
+            int16_t *wide = a->q16 + at;
+            _mm256_storeu_si256((void *)wide, _mm256_permute4x64_epi64(lo, 0xd8));
+            _mm256_storeu_si256((void *)(wide + 16), _mm256_permute4x64_epi64(hi, 0xd8));
         }
         float total = hsum(_mm256_cvtepi32_ps(sum));
         a->scale[at / QGROUP] = scale;
@@ -442,6 +447,8 @@ AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
         a->shift[at / QGROUP] = -128 * (int)total;
     }
 }
+
+AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) { quantize256(a, t0, t1, true); }
 
 AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
     if (half) return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)b + i)));
@@ -602,32 +609,15 @@ AVX2_INLINE __m256 swap_rows(__m256 v) {  // 0 1 2 3 4 5 6 7 <-> 0 1 4 5 2 3 6 7
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
 }
 
-AVX2_INLINE void unpack_scales(float *out, const uint16_t *in, int n) {
-    for (int i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, swap_rows(load8(in, (size_t)i, true)));
-}
-
-AVX2 static void unpack_int_avx2(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
-    size_t group = ((size_t)panel * w->cols_padded + c0) / QGROUP * PANEL;
-    unpack_scales(b->scale, w->scale + group, cols / QGROUP * PANEL);
-    if (w->offset) unpack_scales(b->offset, w->offset + group, cols / QGROUP * PANEL);
-    const uint8_t *line =
-        w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
-    if (w->type == W_Q8) {
-        for (int c = 0; c < cols; c += 4, line += 64) {
-            widen_line(b->w + c * PANEL, _mm256_loadu_si256((const void *)line),
-                       _mm256_loadu_si256((const void *)(line + 32)));
-        }
-        return;
-    }
-    const __m256i low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(w->offset ? 0 : 8);
-    for (int c = 0; c < cols; c += 8, line += 64) {
-        __m256i v0 = _mm256_loadu_si256((const void *)line),
-                v1 = _mm256_loadu_si256((const void *)(line + 32));
-        widen_line(b->w + c * PANEL, _mm256_sub_epi8(_mm256_and_si256(v0, low), zero),
-                   _mm256_sub_epi8(_mm256_and_si256(v1, low), zero));
-        v0 = _mm256_srli_epi16(v0, 4), v1 = _mm256_srli_epi16(v1, 4);
-        widen_line(b->w + (c + 4) * PANEL, _mm256_sub_epi8(_mm256_and_si256(v0, low), zero),
-                   _mm256_sub_epi8(_mm256_and_si256(v1, low), zero));
+AVX2 static void unpack_q8_avx2(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
+    size_t first = (size_t)panel * w->cols_padded + c0;
+    const uint16_t *scale = w->scale + first / QGROUP * PANEL;
+    const uint8_t *line = w->data + first * PANEL;
+    for (int i = 0; i < cols / QGROUP * PANEL; i += 8)
+        _mm256_storeu_ps(b->scale + i, swap_rows(load8(scale, (size_t)i, true)));
+    for (int c = 0; c < cols; c += 4, line += 64) {
+        widen_line(b->w + c * PANEL, _mm256_loadu_si256((const void *)line),
+                   _mm256_loadu_si256((const void *)(line + 32)));
     }
 }
 
@@ -640,9 +630,9 @@ AVX2_INLINE __m256i add_in_order(__m256i a, __m256i b) {
 
 // T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns
 // in 32-bit integers, then scaled. sum [T][16] are the running results.
-AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0,
-                          int cols, const bool offset, const int T) {
-    const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride + c0;
+AVX2_INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0,
+                         int cols, const int T) {
+    const int16_t *q = x->q16 + (size_t)t * x->stride + c0;
     for (int g = 0; g < cols / QGROUP; g++) {
         __m256i acc[4][2];
         UNROLL for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
@@ -665,10 +655,6 @@ AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x,
                                          _mm256_set1_ps(x->scale[at]));
                 __m256 v = _mm256_loadu_ps(sum[i] + 8 * h);
                 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][h]), s, v);
-                if (offset) {
-                    __m256 o = _mm256_loadu_ps(b->offset + g * PANEL + 8 * h);
-                    v = _mm256_fmadd_ps(o, _mm256_set1_ps(x->sum[at]), v);
-                }
                 _mm256_storeu_ps(sum[i] + 8 * h, v);
             }
         }
@@ -676,8 +662,8 @@ AVX2_INLINE void int_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x,
 }
 
 // Tokens [t, t + T) of one block; sums rest in out in memory order between blocks.
-AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts *x, int t, int c0,
-                            int cols, const bool offset, const int T) {
+AVX2_INLINE void q8_tokens(float *out, size_t ld, const IntBlock *b, const Acts *x, int t, int c0,
+                           int cols, const int T) {
     float sum[4][PANEL];
     for (int i = 0; i < T; i++) {
         for (int h = 0; h < PANEL; h += 8) {
@@ -686,22 +672,11 @@ AVX2_INLINE void int_tokens(float *out, size_t ld, const IntBlock *b, const Acts
             _mm256_storeu_ps(sum[i] + h, v);
         }
     }
-    int_tile(sum, b, x, t, c0, cols, offset, T);
+    q8_tile(sum, b, x, t, c0, cols, T);
     for (int i = 0; i < T; i++) {
         for (int h = 0; h < PANEL; h += 8) {
             _mm256_storeu_ps(out + (t + i) * ld + h, swap_rows(_mm256_loadu_ps(sum[i] + h)));
         }
-    }
-}
-
-AVX2_INLINE void matmul_int_block(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                  int t0, int t1, const bool offset) {
-    IntBlock b;
-    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK, t = t0;
-        unpack_int_avx2(&b, w, panel, c0, cols);
-        for (; t + 4 <= t1; t += 4) int_tokens(out, ld, &b, x, t, c0, cols, offset, 4);
-        for (; t < t1; t++) int_tokens(out, ld, &b, x, t, c0, cols, offset, 1);
     }
 }
 
@@ -716,26 +691,6 @@ AVX2_INLINE __m256i load_quad(const int16_t *q) {
     return _mm256_set1_epi64x(quad);
 }
 
-// 32 columns of a q8 panel (8 lines) or a q4 panel (4 lines) against one token; acc [4], four rows
-// each.
-AVX2_INLINE void madd_group(__m256i *acc, const uint8_t *line, const int16_t *q, const bool q4,
-                            const __m128i zero) {
-    const __m128i low = _mm_set1_epi8(15);
-    UNROLL for (int c = 0; c < QGROUP; c += q4 ? 8 : 4, line += 64) {
-        __m256i a = load_quad(q + c), b = q4 ? load_quad(q + c + 4) : a;
-        UNROLL for (int r = 0; r < 4; r++) {
-            __m128i v = _mm_loadu_si128((const void *)(line + 16 * r));
-            if (q4) {
-                __m128i high = _mm_and_si128(_mm_srli_epi16(v, 4), low);
-                acc[r] = madd_quad(acc[r], _mm_sub_epi8(_mm_and_si128(v, low), zero), a);
-                acc[r] = madd_quad(acc[r], _mm_sub_epi8(high, zero), b);
-            } else {
-                acc[r] = madd_quad(acc[r], v, a);
-            }
-        }
-    }
-}
-
 // Partial sums of rows 0..3 and 4..7 to the sums of rows 0..7.
 AVX2_INLINE __m256 join_pairs(__m256i a, __m256i b) {
     __m256 fa = _mm256_castsi256_ps(a), fb = _mm256_castsi256_ps(b);
@@ -745,27 +700,25 @@ AVX2_INLINE __m256 join_pairs(__m256i a, __m256i b) {
 }
 
 // One token, straight from the file: nothing is unpacked to memory, and the same integers come out.
-AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Acts *x, int t,
-                                const bool q4, const bool offset) {
+AVX2_INLINE void q8_row(float *out, const Matrix *w, int panel, const Acts *x, int t) {
     int groups = w->cols_padded / QGROUP;
-    const uint8_t *line = w->data + (size_t)panel * groups * (q4 ? 256 : 512);
+    const uint8_t *line = w->data + (size_t)panel * groups * QGROUP * PANEL;
     const uint16_t *scale = w->scale + (size_t)panel * groups * PANEL;
-    const int16_t *q = (const int16_t *)x->q + (size_t)t * x->stride;
-    const __m128i zero = _mm_set1_epi8(offset ? 0 : 8);  // of q4
+    const int16_t *q = x->q16 + (size_t)t * x->stride;
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int g = 0; g < groups; g++) {
-        __m256i acc[4];
+        __m256i acc[4];  // four rows each
         size_t at = (size_t)t * x->stride / QGROUP + g;
         UNROLL for (int r = 0; r < 4; r++) acc[r] = _mm256_setzero_si256();
-        madd_group(acc, line + (size_t)g * (q4 ? 256 : 512), q + g * QGROUP, q4, zero);
+        UNROLL for (int c = 0; c < QGROUP; c += 4, line += 64) {
+            __m256i a = load_quad(q + g * QGROUP + c);
+            UNROLL for (int r = 0; r < 4; r++) acc[r] =
+                madd_quad(acc[r], _mm_loadu_si128((const void *)(line + 16 * r)), a);
+        }
         UNROLL for (int h = 0; h < 2; h++) {
-            size_t i = (size_t)g * PANEL + 8 * h;
-            __m256 s = _mm256_mul_ps(load8(scale, i, true), _mm256_set1_ps(x->scale[at]));
+            __m256 s = _mm256_mul_ps(load8(scale, (size_t)g * PANEL + 8 * h, true),
+                                     _mm256_set1_ps(x->scale[at]));
             sum[h] = _mm256_fmadd_ps(join_pairs(acc[2 * h], acc[2 * h + 1]), s, sum[h]);
-            if (offset) {
-                __m256 o = load8(w->offset + (size_t)panel * groups * PANEL, i, true);
-                sum[h] = _mm256_fmadd_ps(o, _mm256_set1_ps(x->sum[at]), sum[h]);
-            }
         }
     }
     _mm256_storeu_ps(out, sum[0]);
@@ -773,31 +726,140 @@ AVX2_INLINE void matmul_int_row(float *out, const Matrix *w, int panel, const Ac
 }
 
 // Unpacking a block pays from four tokens on.
-AVX2_INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                            int t0, int t1, const bool q4, const bool offset) {
-    if (t1 - t0 >= 4) {
-        matmul_int_block(out, ld, w, panel, x, t0, t1, offset);
-        return;
-    }
-    for (int t = t0; t < t1; t++) matmul_int_row(out + t * ld, w, panel, x, t, q4, offset);
-}
-
 AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
                                 int t0, int t1) {
-    matmul_int(out, ld, w, panel, x, t0, t1, false, false);
+    if (t1 - t0 < 4) {
+        for (int t = t0; t < t1; t++) q8_row(out + t * ld, w, panel, x, t);
+        return;
+    }
+    IntBlock b;
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK, t = t0;
+        unpack_q8_avx2(&b, w, panel, c0, cols);
+        for (; t + 4 <= t1; t += 4) q8_tokens(out, ld, &b, x, t, c0, cols, 4);
+        for (; t < t1; t++) q8_tokens(out, ld, &b, x, t, c0, cols, 1);
+    }
+}
+
+// A q8 or q4 panel and where its scales and offsets are.
+typedef struct {
+    const uint8_t *line;
+    const uint16_t *scale, *offset;
+    const Acts *x;
+    int groups;
+} IntPanel;
+
+static IntPanel int_panel(const Matrix *w, int panel, const Acts *x) {
+    int groups = w->cols_padded / QGROUP;
+    size_t first = (size_t)panel * groups;
+    return (IntPanel){w->data + first * QGROUP * PANEL / (w->type == W_Q4 ? 2 : 1),
+                      w->scale + first * PANEL, w->offset ? w->offset + first * PANEL : NULL, x,
+                      groups};
+}
+
+// How unsigned bytes of weights meet signed bytes of activations. MADDUBS sums in 16 bits, which
+// hold a group of 32 columns for nibbles (16 * 15 * 127 = 30480) but not for bytes. VNNI sums four
+// products in 32 bits; the instruction has one encoding where there is AVX-512, another on machines
+// without, and is written out because compilers want a whole function to be for one of them.
+typedef enum { MADDUBS, VNNI_EVEX, VNNI_VEX } ByteDot;
+
+#if defined __clang__ ? __clang_major__ >= 12 : __GNUC__ >= 11
+enum { KNOWS_VEX = true };  // so does the assembler of its time
+#define VPDPBUSD_VEX "%{vex%} vpdpbusd %2, %1, %0"
+#else
+enum { KNOWS_VEX = false };
+#define VPDPBUSD_VEX ""  // never reached: has_vnni_vex is false
+#endif
+
+AVX2_INLINE __m256i dot_bytes(__m256i acc, __m256i w, __m256i a, const ByteDot dot) {
+    if (dot == MADDUBS) {
+        acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a));
+        __asm__("" : "+x"(acc));  // as add_in_order
+    } else if (dot == VNNI_EVEX) {
+        __asm__("vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+    } else {
+        __asm__(VPDPBUSD_VEX : "+x"(acc) : "x"(w), "x"(a));
+    }
+    return acc;
+}
+
+// Weights of 4 columns by 8 rows as unsigned bytes: q8 128 more than they are, q4 the nibble.
+AVX2_INLINE __m256i load_bytes(const uint8_t *line, int quad, int half, const bool q4) {
+    line += 64 * (q4 ? quad / 2 : quad) + 32 * half;
+    __m256i v = _mm256_loadu_si256((const void *)line);
+    if (!q4) return _mm256_xor_si256(v, _mm256_set1_epi8((char)0x80));
+    if (quad % 2) v = _mm256_srli_epi16(v, 4);
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+
+// What making the weights unsigned added to a group's sum, negated: 128 sum(q) for q8, 8 sum(q)
+// for q4 without offsets.
+AVX2_INLINE __m256i unsigned_shift(int shift, const bool q4, const bool offset) {
+    if (offset) return _mm256_setzero_si256();
+    return q4 ? _mm256_srai_epi32(_mm256_set1_epi32(shift), 4) : _mm256_set1_epi32(shift);
+}
+
+// T tokens against a whole panel, straight from the file. The same integers as everywhere.
+AVX2_INLINE void byte_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4,
+                           const bool offset, const ByteDot dot, const int T) {
+    const Acts *x = p->x;
+    const int8_t *q = x->q + (size_t)t * x->stride;
+    size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
+    float sum[4][PANEL] = {{0}};
+    for (int g = 0; g < p->groups; g++, at++, q += QGROUP) {
+        const uint8_t *line = p->line + (size_t)g * QGROUP * PANEL / (q4 ? 2 : 1);
+        __m256i acc[4][2];
+        UNROLL for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] =
+            unsigned_shift(x->shift[at + i * step], q4, offset || dot == MADDUBS);
+        UNROLL for (int quad = 0; quad < QGROUP / 4; quad++) {
+            __m256i w0 = load_bytes(line, quad, 0, q4), w1 = load_bytes(line, quad, 1, q4);
+            UNROLL for (int i = 0; i < T; i++) {
+                int a;
+                memcpy(&a, q + (size_t)i * x->stride + 4 * quad, 4);
+                acc[i][0] = dot_bytes(acc[i][0], w0, _mm256_set1_epi32(a), dot);
+                acc[i][1] = dot_bytes(acc[i][1], w1, _mm256_set1_epi32(a), dot);
+            }
+        }
+        UNROLL for (int h = 0; h < 2; h++) {
+            __m256 scale = load8(p->scale, (size_t)g * PANEL + 8 * h, true);
+            __m256 shift = offset ? load8(p->offset, (size_t)g * PANEL + 8 * h, true) : scale;
+            UNROLL for (int i = 0; i < T; i++) {
+                __m256i n = acc[i][h];
+                if (dot == MADDUBS)
+                    n = _mm256_add_epi32(_mm256_madd_epi16(n, _mm256_set1_epi16(1)),
+                                         unsigned_shift(x->shift[at + i * step], q4, offset));
+                __m256 s = _mm256_mul_ps(scale, _mm256_set1_ps(x->scale[at + i * step]));
+                __m256 v = _mm256_loadu_ps(sum[i] + 8 * h);
+                v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(n), s, v);
+                if (offset) v = _mm256_fmadd_ps(shift, _mm256_set1_ps(x->sum[at + i * step]), v);
+                _mm256_storeu_ps(sum[i] + 8 * h, v);
+            }
+        }
+    }
+    for (int i = 0; i < T; i++) memcpy(out + (t + i) * ld, sum[i], sizeof sum[i]);
+}
+
+AVX2_INLINE void matmul_bytes(float *out, size_t ld, const IntPanel *p, int t0, int t1,
+                              const bool q4, const bool offset, const ByteDot dot) {
+    int t = t0;
+    for (; t + 4 <= t1; t += 4) byte_tile(out, ld, p, t, q4, offset, dot, 4);
+    for (; t < t1; t++) byte_tile(out, ld, p, t, q4, offset, dot, 1);
+}
+
+AVX2_INLINE void matmul_nibbles(float *out, size_t ld, const IntPanel *p, int t0, int t1,
+                                const ByteDot dot) {
+    if (p->offset) matmul_bytes(out, ld, p, t0, t1, true, true, dot);
+    else matmul_bytes(out, ld, p, t0, t1, true, false, dot);
 }
 
 AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
                                 int t0, int t1) {
-    if (w->offset)
-        matmul_int(out, ld, w, panel, x, t0, t1, true, true);
-    else
-        matmul_int(out, ld, w, panel, x, t0, t1, true, false);
+    IntPanel p = int_panel(w, panel, x);
+    matmul_nibbles(out, ld, &p, t0, t1, MADDUBS);
 }
 
 static const Kernels avx2_kernels = {
     .name = "avx2",
-    .q_size = 2,
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2,
                matmul_q4_avx2},
     .quantize = quantize_avx2,
@@ -822,6 +884,66 @@ static bool has_avx2(void) {
     return __builtin_cpu_supports("avx2") &&
            __builtin_cpu_supports("fma");  // F16C came before both
 }
+
+// ---- AVX2 with VNNI: laptops without AVX-512, from Alder Lake (2021) on ----
+
+AVX2 static void quantize_avx2vnni(const Acts *a, int t0, int t1) { quantize256(a, t0, t1, false); }
+
+AVX2 static void matmul_q8_evex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_EVEX);
+}
+
+AVX2 static void matmul_q4_evex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                                int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_nibbles(out, ld, &p, t0, t1, VNNI_EVEX);
+}
+
+AVX2 static void matmul_q8_vex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                               int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_VEX);
+}
+
+AVX2 static void matmul_q4_vex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                               int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_nibbles(out, ld, &p, t0, t1, VNNI_VEX);
+}
+
+static const Kernels avx2vnni_kernels = {
+    .name = "avx2vnni",
+    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_evex,
+               matmul_q4_evex},
+    .quantize = quantize_avx2vnni,
+    .gemm_f32 = gemm_f32_avx2,
+    .gemm_f16 = gemm_f16_avx2,
+    .pack_f16 = pack_f16_avx2,
+    .gemm_packed = gemm_f32_avx2,
+    .rmsnorm = rmsnorm_avx2,
+    .add = add_avx2,
+    .scale = scale_avx2,
+    .silu_mul = silu_mul_avx2,
+    .gelu_mul = gelu_mul_avx2,
+    .max64 = max64_avx2,
+    .exp64 = exp64_avx2,
+    .max_into = max_into_avx2,
+    .f16_to_f32 = f16_to_f32_avx2,
+    .f32_to_f16 = f32_to_f16_avx2,
+};
+
+static bool has_vnni_evex(void) {
+    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+
+static bool has_vnni_vex(void) {  // AVX-VNNI: leaf 7, subleaf 1, bit 4 of EAX
+    unsigned eax = 0, ebx, ecx, edx;
+    return KNOWS_VEX && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
+}
+
+static bool has_avx2vnni(void) { return has_avx2() && (has_vnni_evex() || has_vnni_vex()); }
 
 // ---- AVX-512 with VNNI: x86-64 servers, and laptops from Ice Lake (2019) and Zen 4 (2022) on ----
 
@@ -905,8 +1027,8 @@ AVX512 static void quantize_avx512(const Acts *a, int t0, int t1) {
         __m512 inv = _mm512_set1_ps(max > 0.0f ? 127.0f / max : 0.0f);
         __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inv)),
                 q1 = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inv));
-        _mm_storeu_si128((void *)((int8_t *)a->q + at), _mm512_cvtepi32_epi8(q0));
-        _mm_storeu_si128((void *)((int8_t *)a->q + at + 16), _mm512_cvtepi32_epi8(q1));
+        _mm_storeu_si128((void *)(a->q + at), _mm512_cvtepi32_epi8(q0));
+        _mm_storeu_si128((void *)(a->q + at + 16), _mm512_cvtepi32_epi8(q1));
         int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1));
         a->scale[at / QGROUP] = max / 127.0f;
         a->sum[at / QGROUP] = max / 127.0f * (float)sum;
@@ -992,14 +1114,6 @@ AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, i
     }
 }
 
-// A q8 or q4 panel and where its scales and offsets are.
-typedef struct {
-    const uint8_t *line;
-    const uint16_t *scale, *offset;
-    const Acts *x;
-    int groups;
-} IntPanel;
-
 // Weights of 4 columns by 16 rows as unsigned bytes, 128 more than they are (q4 with offsets: as
 // they are). A q4 line holds two such quads.
 AVX512_INLINE __m512i load_quads(const uint8_t *line, int quad, const bool q4, const bool offset) {
@@ -1017,7 +1131,7 @@ AVX512_INLINE __m512i load_quads(const uint8_t *line, int quad, const bool q4, c
 AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4,
                              const bool offset, const int T) {
     const Acts *x = p->x;
-    const int8_t *q = (const int8_t *)x->q + (size_t)t * x->stride;
+    const int8_t *q = x->q + (size_t)t * x->stride;
     size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
     __m512 sum[12];
     UNROLL for (int i = 0; i < T; i++) sum[i] = _mm512_setzero_ps();
@@ -1048,10 +1162,8 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
 
 AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
                                int t0, int t1, const bool q4, const bool offset) {
-    int groups = w->cols_padded / QGROUP, t = t0;
-    size_t first = (size_t)panel * groups;
-    IntPanel p = {w->data + first * QGROUP * PANEL / (q4 ? 2 : 1), w->scale + first * PANEL,
-                  offset ? w->offset + first * PANEL : NULL, x, groups};
+    IntPanel p = int_panel(w, panel, x);
+    int t = t0;
     for (; t + 12 <= t1; t += 12) vnni_tile(out, ld, &p, t, q4, offset, 12);
     for (; t + 8 <= t1; t += 8) vnni_tile(out, ld, &p, t, q4, offset, 8);
     for (; t + 4 <= t1; t += 4) vnni_tile(out, ld, &p, t, q4, offset, 4);
@@ -1073,7 +1185,6 @@ AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int 
 
 static const Kernels avx512_kernels = {
     .name = "avx512",
-    .q_size = 1,
     .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512,
                matmul_q4_avx512},
     .quantize = quantize_avx512,
@@ -1317,7 +1428,7 @@ static void quantize_neon(const Acts *a, int t0, int t1) {
             int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(a->x + at + i), inv));
             int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(a->x + at + i + 4), inv));
             total = vaddq_s32(total, vaddq_s32(q0, q1));
-            vst1_s8((int8_t *)a->q + at + i, vmovn_s16(vcombine_s16(vmovn_s32(q0), vmovn_s32(q1))));
+            vst1_s8(a->q + at + i, vmovn_s16(vcombine_s16(vmovn_s32(q0), vmovn_s32(q1))));
         }
         int sum = vaddvq_s32(total);
         a->scale[at / QGROUP] = max / 127.0f;
@@ -1453,7 +1564,7 @@ NEON_INLINE void int_tile_neon(float *out, size_t ld, const Matrix *w, int panel
             int8x16_t rows[4];
             UNROLL for (int r = 0; r < 4; r++) rows[r] = load_rows(line, quad, r, q4, offset);
             UNROLL for (int i = 0; i < T; i++) {
-                const int8_t *q = (const int8_t *)x->q + (size_t)(t + i) * x->stride + g * QGROUP;
+                const int8_t *q = x->q + (size_t)(t + i) * x->stride + g * QGROUP;
                 int a;
                 memcpy(&a, q + 4 * quad, 4);
                 int8x16_t quads = vreinterpretq_s8_s32(vdupq_n_s32(a));
@@ -1510,7 +1621,6 @@ static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, co
 
 static const Kernels neon_kernels = {
     .name = "neon",
-    .q_size = 1,
     .matmul = {matmul_float_neon, matmul_float_neon, matmul_float_neon, matmul_q8_neon,
                matmul_q4_neon},
     .quantize = quantize_neon,
@@ -1552,6 +1662,7 @@ static const Isa isas[] = {
     // best first
 #ifdef __x86_64__
     {&avx512_kernels, has_avx512},
+    {&avx2vnni_kernels, has_avx2vnni},
     {&avx2_kernels, has_avx2},
 #endif
 #ifdef __aarch64__
@@ -1569,6 +1680,10 @@ int kernels_init(const char *isa) {
                 kern.pack_f16 = pack_f16_bf16;
                 kern.gemm_packed = gemm_packed_bf16;
                 kern.packed_error = 0x1p-8f;
+            }
+            if (isas[i].set == &avx2vnni_kernels && !has_vnni_evex()) {
+                kern.matmul[W_Q8] = matmul_q8_vex;
+                kern.matmul[W_Q4] = matmul_q4_vex;
             }
 #endif
 #ifdef __aarch64__

@@ -48,8 +48,8 @@ typedef struct {
     int cols,
         stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
     float *x;    // [n][stride]
-    void *q;     // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns;
-                 //                 int16 or int8, of the table's q_size bytes
+    int8_t *q;   // [n][stride]     round(x / scale) in -127..127, one scale per row and 32 columns
+    int16_t *q16;  // [n][stride]   the same numbers for AVX2, which multiplies q8 in 16 bits
     float *scale;  // [n][stride/32]
     float *sum;    // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
@@ -61,12 +61,11 @@ static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t =
 
 typedef struct {
     const char *name;
-    int q_size;  // bytes of a number in Acts.q
 
     // out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and t0 <= t < t1.
     void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
                             int t0, int t1);
-    // q, scale, sum and shift of rows [t0, t1) from x.
+    // q, scale, sum and shift of rows [t0, t1) from x; q16 where this instruction set reads it.
     void (*quantize)(const Acts *x, int t0, int t1);
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
@@ -104,7 +103,7 @@ typedef struct {
 
 extern Kernels kern;  // filled once by kernels_init, before threads start
 
-// isa: "scalar", "avx2", "avx512", "neon", or NULL for the best this machine has. Returns 0, or -1
+// isa: "scalar", "avx2", "avx2vnni", "avx512", "neon", or NULL for the best this machine has. Returns 0, or -1
 // when the machine (or this build) does not have it.
 int kernels_init(const char *isa);
 const Kernels *kernels_scalar(void);  // the definition, for tests

@@ -226,7 +226,8 @@ static Acts take_acts(RunState *s, int cols) {
     Acts a = {.cols = cols, .stride = (cols + QGROUP - 1) / QGROUP * QGROUP};
     size_t n = (size_t)s->max_rows * a.stride;
     a.x = take(s, n, sizeof *a.x);
-    a.q = take(s, n, sizeof(int16_t));
+    a.q = take(s, n, sizeof *a.q);
+    a.q16 = take(s, n, sizeof *a.q16);
     a.scale = take(s, n / QGROUP, sizeof *a.scale);
     a.sum = take(s, n / QGROUP, sizeof *a.sum);
     a.shift = take(s, n / QGROUP, sizeof *a.shift);
