@@ -371,7 +371,7 @@ static const Flag flags[] = {
      "of the sampling (default: the clock)"},
     {"-j", "N", COUNT, AT(threads), 1, 1024, NULL, RUNS, ALL, "threads (default: one per core)"},
     {"--isa", "SET", TEXT, AT(isa), 0, 0, NULL, RUNS, ALL,
-     "scalar, avx2, avx512 or neon (default: the best)"},
+     "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
     {"--kv", "TYPE", CHOICE, AT(kv), 0, 0, "f16|f32", RUNS & ~EVAL, ALL & ~EVAL,
      "numbers of the cache (default f16)"},
     {"--json", NULL, SWITCH, AT(json), 0, 0, NULL, ALL, ALL, "one JSON object a line"},

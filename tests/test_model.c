@@ -270,7 +270,10 @@ int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
     bool quick = getenv("QUICK") !=
                  NULL;  // under valgrind: one family, and not the bits of every weight type
-    kernels_init(argc > 1 ? argv[1] : NULL);
+    if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) {
+        printf("test_model: no %s on this machine\n", argv[1]);
+        return 0;
+    }
     for (size_t i = 0; i < (quick ? 1 : sizeof families / sizeof *families); i++) {
         Fixture f;
         char weights[64];
