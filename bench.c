@@ -3,7 +3,10 @@
 // Every figure is a median of a few repetitions over pseudo-random ids, always the same ones. For
 // depth D the context is really read and scored, and for ratio R really evicted by these scores,
 // so that heads have the uneven lengths they have in use. Decode steps compute logits and feed the
-// next pseudo-random id: what is timed is a step, not the sampling.
+// next pseudo-random id: what is timed is a step, not the sampling. The machine's own peaks are
+// measured first: reading a buffer that no cache holds, and the instructions of the products alone.
+// The model and the cache count the operations they are asked for, so a row's share of the peaks is
+// what the work needs, without what tiles and pages compute in vain.
 #define _POSIX_C_SOURCE 200809L
 #include "bench.h"
 
@@ -16,9 +19,15 @@
 enum { REPEATS = 3 };
 static const double LONG_RUN = 4.0;  // seconds after which a figure is not repeated
 
+// Multiplications and additions.
+typedef struct {
+    double matrix[W_TYPES], attention;
+} Work;
+
 typedef struct {
     const Bench *b;
     const Model *model;
+    BenchPeaks peaks;
     KVCache kv;
     int *ids;      // [max_depth or longest prompt] the synthetic context
     float *score;  // [scored layers][n_kv_heads][depth]
@@ -81,33 +90,137 @@ static Context context_of(Run *r, int seq, int depth, bool local) {
     return c;
 }
 
-static void emit(const Run *r, BenchRow row) { r->b->row(r->b->arg, &row); }
+// ---- peaks ----
+
+static const double PEAK_SECONDS = 0.1;  // for each
+
+static void run_peak(void *ctx, int i) {
+    volatile float keep = ((const Peak *)ctx)->run(4000);
+    (void)i, (void)keep;
+}
+
+static double peak_gflop_per_s(ThreadPool *pool, const Peak *p) {
+    int n = 16 * pool_threads(pool);
+    double best = 0.0;
+    for (double begin = now(), start = begin; start - begin < PEAK_SECONDS;) {
+        parallel_for(pool, n, run_peak, (void *)p);
+        double end = now();
+        best = fmax(best, 1e-9 * n * 4000 * p->ops / (end - start));
+        start = end;
+    }
+    return best;
+}
+
+enum { READ_BYTES = 256 << 20, READ_CHUNK = 1 << 20 };  // several times what caches hold
+
+static void touch_chunk(void *ctx, int i) {
+    memset((uint8_t *)ctx + i * (size_t)READ_CHUNK, 1, READ_CHUNK);
+}
+
+static void read_chunk(void *ctx, int i) {
+    const uint64_t *p = (const uint64_t *)ctx + i * (size_t)READ_CHUNK / sizeof *p;
+    uint64_t sum[8] = {0};
+    for (size_t j = 0; j < READ_CHUNK / sizeof *p; j += 8)
+        for (int k = 0; k < 8; k++) sum[k] += p[j + k];
+    volatile uint64_t keep = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+    (void)keep;
+}
+
+static int peak_gb_per_s(ThreadPool *pool, double *best, char *err) {
+    void *buffer = malloc(READ_BYTES);
+    if (!buffer) return fail(err, "out of memory: %d MB to read", READ_BYTES >> 20);
+    parallel_for(pool, READ_BYTES / READ_CHUNK, touch_chunk, buffer);
+    for (double begin = now(), start = begin; start - begin < PEAK_SECONDS;) {
+        parallel_for(pool, READ_BYTES / READ_CHUNK, read_chunk, buffer);
+        double end = now();
+        *best = fmax(*best, 1e-9 * READ_BYTES / (end - start));
+        start = end;
+    }
+    free(buffer);
+    return 0;
+}
+
+static int measure_peaks(Run *r, char *err) {
+    ThreadPool *pool = r->b->state->pool;
+    BenchPeaks *p = &r->peaks;
+    for (int i = 0; i < W_TYPES; i++) {
+        int same = 0;  // the first type that has the same peak
+        while (kern.peak[same] != kern.peak[i]) same++;
+        p->gflop_per_s[i] = same < i ? p->gflop_per_s[same] : peak_gflop_per_s(pool, kern.peak[i]);
+    }
+    bool f32 = r->b->kv == KV_F32 || kern.peak_packed == kern.peak[W_F32];
+    p->attention = f32 ? p->gflop_per_s[W_F32] : peak_gflop_per_s(pool, kern.peak_packed);
+    if (peak_gb_per_s(pool, &p->gb_per_s, err) != 0) return -1;
+    r->b->peaks(r->b->arg, p);
+    return 0;
+}
+
+// ---- rows ----
+
+static Work work_so_far(const Run *r) {
+    Work w = {.attention = r->kv.ops};
+    memcpy(w.matrix, r->b->state->ops, sizeof w.matrix);
+    return w;
+}
+
+static Work work_between(Work before, Work after) {
+    after.attention -= before.attention;
+    for (int i = 0; i < W_TYPES; i++) after.matrix[i] -= before.matrix[i];
+    return after;
+}
+
+// Hands out a row of work w. Attention over a few rows, as in decoding, is always in f32.
+static void emit(const Run *r, BenchRow row, const Work *w) {
+    const BenchPeaks *p = &r->peaks;
+    bool decode = strcmp(row.work, "decode") == 0;
+    double ops = w->attention, at_peak = ops / (decode ? p->gflop_per_s[W_F32] : p->attention);
+    for (int i = 0; i < W_TYPES; i++)
+        ops += w->matrix[i], at_peak += w->matrix[i] / p->gflop_per_s[i];
+    double memory = row.gb_per_s / p->gb_per_s, compute = 1e-9 * at_peak / row.seconds;
+    row.gflop_per_s = 1e-9 * ops / row.seconds;
+    row.share = fmax(memory, compute);
+    row.bound = ops == 0.0 ? NULL : memory > compute ? "memory" : "compute";
+    r->b->row(r->b->arg, &row);
+}
 
 // ---- prefill ----
 
 static int bench_prefill(Run *r, int n, char *err) {
     double t[REPEATS], begin = now();
     int done = 0;
+    Work work = {.attention = 0};
     while (done < REPEATS && (done == 0 || now() - begin < LONG_RUN)) {
         int seq = kvcache_new(&r->kv, err);
         if (seq < 0) return -1;
         Context c = context_of(r, seq, n, false);
+        Work before = work_so_far(r);
         double start = now();
         if (context_read(&c, err) != 0) return -1;
         t[done++] = now() - start;
+        work = work_between(before, work_so_far(r));
         kvcache_drop(&r->kv, seq);
     }
     double s = median(t, done);
-    emit(r, (BenchRow){.work = "prefill",
-                       .n = n,
-                       .ratio = 1,
-                       .batch = 1,
-                       .tokens_per_s = n / s,
-                       .seconds = s});
+    BenchRow row = {
+        .work = "prefill", .n = n, .ratio = 1, .batch = 1, .tokens_per_s = n / s, .seconds = s};
+    emit(r, row, &work);
     return 0;
 }
 
 // ---- scoring ----
+
+// Notes the work done when the last token of a context has been read.
+typedef struct {
+    const Run *run;
+    Work read;
+} Reading;
+
+static int note_read(void *arg, const char *what, long done, long total) {
+    Reading *n = arg;
+    if (strcmp(what, "read") == 0) n->read = work_so_far(n->run);
+    (void)done, (void)total;
+    return 0;
+}
 
 // Reads and scores the first depth ids. Returns a sequence that holds them, or -1. The prefill that
 // scoring stands on gives a row of its own, so that the two can be compared.
@@ -115,7 +228,12 @@ static int bench_score(Run *r, int depth, bool local, char *err) {
     int seq = kvcache_new(&r->kv, err);
     if (seq < 0) return -1;
     Context c = context_of(r, seq, depth, local);
+    Work begin = work_so_far(r);
+    Reading reading = {.run = r};
+    c.progress = note_read, c.progress_arg = &reading;
     if (context_score(&c, c.policy, r->score, err) != 0) return -1;
+    Work prefill = work_between(begin, reading.read),
+         scoring = work_between(reading.read, work_so_far(r));
     BenchRow read = {.work = "prefill",
                      .n = depth,
                      .ratio = 1,
@@ -130,9 +248,10 @@ static int bench_score(Run *r, int depth, bool local, char *err) {
                       .batch = 1,
                       .tokens_per_s = depth / c.score_s,
                       .seconds = c.score_s,
+                      .to_prefill = c.score_s / c.prefill_s,
                       .cache_bytes = kvcache_bytes(&r->kv, seq)};
-    if (!local) emit(r, read);
-    emit(r, score);
+    if (!local) emit(r, read, &prefill);
+    emit(r, score, &scoring);
     return seq;
 }
 
@@ -164,8 +283,12 @@ static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
     for (int i = 0; i < r->b->batches.n; i++) {
         int batch = (int)r->b->batches.v[i], n = r->b->n, done = 0;
         double t[REPEATS], begin = now();
-        while (done < REPEATS && (done == 0 || now() - begin < LONG_RUN))
+        Work work = {.attention = 0};
+        while (done < REPEATS && (done == 0 || now() - begin < LONG_RUN)) {
+            Work before = work_so_far(r);
             if (decode_once(r, seq, batch, n, &t[done++], err) != 0) return -1;
+            work = work_between(before, work_so_far(r));
+        }
         double s = median(t, done);
         BenchRow row = {.work = "decode",
                         .n = n,
@@ -176,7 +299,7 @@ static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
                         .seconds = s,
                         .cache_bytes = cache,
                         .gb_per_s = 1e-9 * (double)(r->weights + cache) * n / s};
-        emit(r, row);
+        emit(r, row, &work);
     }
     return 0;
 }
@@ -220,7 +343,7 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
                     .tokens_per_s = depth / s,
                     .seconds = s,
                     .cache_bytes = kvcache_bytes(&r->kv, seq)};
-    emit(r, row);
+    emit(r, row, &(Work){.attention = 0});
     return 0;
 }
 
@@ -289,7 +412,7 @@ static int run_all(Run *r, char *err) {
 
 int bench_run(const Bench *b, char *err) {
     Run r = {.b = b, .model = b->state->model, .weights = bench_weight_bytes(b->state->model)};
-    int rc = run_all(&r, err);
+    int rc = measure_peaks(&r, err) == 0 ? run_all(&r, err) : -1;
     kvcache_close(&r.kv);
     free(r.ids);
     free(r.score);

@@ -1,4 +1,5 @@
-// bench.h: how fast this machine runs a model: prefill, decode, scoring and loading, row by row.
+// bench.h: how fast this machine runs a model: prefill, decode, scoring and loading, row by row,
+// beside the most that the machine could do.
 #ifndef BENCH_H
 #define BENCH_H
 #include "policies.h"
@@ -10,6 +11,13 @@ typedef struct {
     int n;
 } BenchList;
 
+// What this machine can do at most, with the threads in use: the best of many short stretches.
+typedef struct {
+    double gb_per_s;              // reading memory
+    double gflop_per_s[W_TYPES];  // matrix products, by type of the weights
+    double attention;             // GFLOP/s of attention over many rows
+} BenchPeaks;
+
 typedef struct {
     const char *work;        // prefill, decode, score, load
     const char *score_attn;  // full or local for score, else NULL
@@ -20,6 +28,10 @@ typedef struct {
     double tokens_per_s;     // of all sequences together
     double seconds;          // median of the repetitions
     double gb_per_s;         // decode: weights and the shared cache, read once a step; else 0
+    double gflop_per_s;      // of matrices and attention together; else 0
+    double share;            // time the work takes at the peaks / time it took. Memory or compute,
+    const char *bound;       // whichever asks for more; over 1 when caches hold all. NULL for load
+    double to_prefill;       // score: seconds / seconds of the prefill it stands on; else 0
     size_t cache_bytes;      // of one sequence when the work starts
 } BenchRow;
 
@@ -30,7 +42,8 @@ typedef struct {
     Context method;  // policy, level, chunk; the rest is filled in
     int n;           // tokens of a decode run
     BenchList prompts, depths, ratios, batches;
-    void (*row)(void *arg, const BenchRow *row);  // called as rows are done
+    void (*peaks)(void *arg, const BenchPeaks *peaks);  // called once, first
+    void (*row)(void *arg, const BenchRow *row);        // called as rows are done
     void *arg;
 } Bench;
 

@@ -243,6 +243,33 @@ static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
     }
 }
 
+// ---- scalar: peaks ----
+
+enum { CHAINS = 12 };  // sums that do not wait for each other, enough to hide an instruction's time
+
+static float peak_f32_scalar(int rounds) {
+    float acc[CHAINS], sum = 0.0f;
+    for (int i = 0; i < CHAINS; i++) acc[i] = (float)i;
+    for (int r = 0; r < rounds; r++) {
+        for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * 0.5f + 1.0f;
+    }
+    for (int i = 0; i < CHAINS; i++) sum += acc[i];
+    return sum;
+}
+
+static float peak_int_scalar(int rounds) {
+    uint32_t acc[CHAINS], sum = 0;
+    for (int i = 0; i < CHAINS; i++) acc[i] = (uint32_t)i;
+    for (int r = 0; r < rounds; r++) {
+        for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * 3 + 1;
+    }
+    for (int i = 0; i < CHAINS; i++) sum += acc[i];
+    return (float)sum;
+}
+
+static const Peak f32_scalar = {2 * CHAINS, peak_f32_scalar};
+static const Peak int_scalar = {2 * CHAINS, peak_int_scalar};
+
 static const Kernels scalar_kernels = {
     .name = "scalar",
     .matmul = {matmul_float_scalar, matmul_float_scalar, matmul_float_scalar, matmul_int_scalar,
@@ -252,6 +279,8 @@ static const Kernels scalar_kernels = {
     .gemm_f16 = gemm_f16_scalar,
     .pack_f16 = pack_f16_scalar,
     .gemm_packed = gemm_f32_scalar,
+    .peak = {&f32_scalar, &f32_scalar, &f32_scalar, &int_scalar, &int_scalar},
+    .peak_packed = &f32_scalar,
     .rmsnorm = rmsnorm_scalar,
     .add = add_scalar,
     .scale = scale_scalar,
@@ -858,6 +887,46 @@ AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int pane
     matmul_nibbles(out, ld, &p, t0, t1, MADDUBS);
 }
 
+AVX2 static float peak_f32_avx2(int rounds) {
+    __m256 acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm256_set1_ps((float)i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            _mm256_fmadd_ps(acc[i], _mm256_set1_ps(0.5f), _mm256_set1_ps(1.0f));
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = _mm256_add_ps(acc[0], acc[i]);
+    return hsum(acc[0]);
+}
+
+// What a product is made of takes the sums as a factor too, or it would be computed once.
+AVX2 static float peak_q8_avx2(int rounds) {
+    __m256i acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm256_set1_epi32(i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            add_in_order(acc[i], _mm256_madd_epi16(acc[i], _mm256_set1_epi16(3)));
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = _mm256_add_epi32(acc[0], acc[i]);
+    return hsum(_mm256_cvtepi32_ps(acc[0]));
+}
+
+AVX2_INLINE float peak_bytes(int rounds, const ByteDot dot) {
+    __m256i acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm256_set1_epi32(i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            dot_bytes(acc[i], acc[i], _mm256_set1_epi8(3), dot);
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = _mm256_add_epi32(acc[0], acc[i]);
+    return hsum(_mm256_cvtepi32_ps(acc[0]));
+}
+
+AVX2 static float peak_maddubs(int rounds) { return peak_bytes(rounds, MADDUBS); }
+
+static const Peak f32_avx2 = {2 * 8 * CHAINS, peak_f32_avx2};
+static const Peak q8_avx2 = {2 * 16 * CHAINS, peak_q8_avx2};
+static const Peak q4_avx2 = {2 * 32 * CHAINS, peak_maddubs};
+
 static const Kernels avx2_kernels = {
     .name = "avx2",
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2,
@@ -867,6 +936,8 @@ static const Kernels avx2_kernels = {
     .gemm_f16 = gemm_f16_avx2,
     .pack_f16 = pack_f16_avx2,
     .gemm_packed = gemm_f32_avx2,
+    .peak = {&f32_avx2, &f32_avx2, &f32_avx2, &q8_avx2, &q4_avx2},
+    .peak_packed = &f32_avx2,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -913,6 +984,11 @@ AVX2 static void matmul_q4_vex(float *out, size_t ld, const Matrix *w, int panel
     matmul_nibbles(out, ld, &p, t0, t1, VNNI_VEX);
 }
 
+AVX2 static float peak_evex(int rounds) { return peak_bytes(rounds, VNNI_EVEX); }
+AVX2 static float peak_vex(int rounds) { return peak_bytes(rounds, VNNI_VEX); }
+
+static const Peak int_evex = {2 * 32 * CHAINS, peak_evex}, int_vex = {2 * 32 * CHAINS, peak_vex};
+
 static const Kernels avx2vnni_kernels = {
     .name = "avx2vnni",
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_evex,
@@ -922,6 +998,8 @@ static const Kernels avx2vnni_kernels = {
     .gemm_f16 = gemm_f16_avx2,
     .pack_f16 = pack_f16_avx2,
     .gemm_packed = gemm_f32_avx2,
+    .peak = {&f32_avx2, &f32_avx2, &f32_avx2, &int_evex, &int_evex},
+    .peak_packed = &f32_avx2,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -1183,6 +1261,31 @@ AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int 
         matmul_vnni(out, ld, w, panel, x, t0, t1, true, false);
 }
 
+AVX512 static float peak_f32_avx512(int rounds) {
+    __m512 acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_set1_ps((float)i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            _mm512_fmadd_ps(acc[i], _mm512_set1_ps(0.5f), _mm512_set1_ps(1.0f));
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = _mm512_add_ps(acc[0], acc[i]);
+    return _mm512_reduce_add_ps(acc[0]);
+}
+
+AVX512 static float peak_int_avx512(int rounds) {
+    __m512i acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_set1_epi32(i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            _mm512_dpbusd_epi32(acc[i], acc[i], _mm512_set1_epi8(3));
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
+    return (float)_mm512_reduce_add_epi32(acc[0]);
+}
+
+static const Peak f32_avx512 = {2 * 16 * CHAINS, peak_f32_avx512};
+static const Peak int_avx512 = {2 * 64 * CHAINS, peak_int_avx512};
+
 static const Kernels avx512_kernels = {
     .name = "avx512",
     .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512,
@@ -1192,6 +1295,8 @@ static const Kernels avx512_kernels = {
     .gemm_f16 = gemm_f16_avx512,
     .pack_f16 = pack_f16_avx2,
     .gemm_packed = gemm_f32_avx512,
+    .peak = {&f32_avx512, &f32_avx512, &f32_avx512, &int_avx512, &int_avx512},
+    .peak_packed = &f32_avx512,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -1296,6 +1401,19 @@ BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t l
     for (; i + 6 <= n; i += 6) bf16_rows(&g, i, 6);
     for (; i < n; i++) bf16_rows(&g, i, 1);
 }
+
+BF16 static float peak_bf16(int rounds) {
+    __m512 acc[CHAINS];
+    const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_set1_ps((float)i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_dpbf16_ps(acc[i], one, one);
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = _mm512_add_ps(acc[0], acc[i]);
+    return _mm512_reduce_add_ps(acc[0]);
+}
+
+static const Peak bf16_avx512 = {2 * 32 * CHAINS, peak_bf16};
 
 static bool has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -1619,6 +1737,35 @@ static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, co
     else matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, true);
 }
 
+static float peak_f32_neon(int rounds) {
+    float32x4_t acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = vdupq_n_f32((float)i);
+    for (int r = 0; r < rounds; r++) {  // a product of the sums stays finite: 0.5 x + y < 2 y
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            vfmaq_f32(vdupq_n_f32(1.0f), acc[i], vdupq_n_f32(0.5f));
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = vaddq_f32(acc[0], acc[i]);
+    return vaddvq_f32(acc[0]);
+}
+
+NEON_INLINE float peak_int_neon(int rounds, const bool sdot) {
+    int32x4_t acc[CHAINS];
+    UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = vdupq_n_s32(i);
+    for (int r = 0; r < rounds; r++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) acc[i] =
+            dot_quads(acc[i], vreinterpretq_s8_s32(acc[i]), vdupq_n_s8(3), sdot);
+    }
+    for (int i = 1; i < CHAINS; i++) acc[0] = vaddq_s32(acc[0], acc[i]);
+    return (float)vaddvq_s32(acc[0]);
+}
+
+static float peak_mull(int rounds) { return peak_int_neon(rounds, false); }
+static float peak_sdot(int rounds) { return peak_int_neon(rounds, true); }
+
+static const Peak f32_neon = {2 * 4 * CHAINS, peak_f32_neon};
+static const Peak int_neon = {2 * 16 * CHAINS, peak_mull};
+static const Peak int_sdot = {2 * 16 * CHAINS, peak_sdot};
+
 static const Kernels neon_kernels = {
     .name = "neon",
     .matmul = {matmul_float_neon, matmul_float_neon, matmul_float_neon, matmul_q8_neon,
@@ -1628,6 +1775,8 @@ static const Kernels neon_kernels = {
     .gemm_f16 = gemm_f16_neon,
     .pack_f16 = pack_f16_neon,
     .gemm_packed = gemm_f32_neon,
+    .peak = {&f32_neon, &f32_neon, &f32_neon, &int_neon, &int_neon},
+    .peak_packed = &f32_neon,
     .rmsnorm = rmsnorm_neon,
     .add = add_neon,
     .scale = scale_neon,
@@ -1680,16 +1829,19 @@ int kernels_init(const char *isa) {
                 kern.pack_f16 = pack_f16_bf16;
                 kern.gemm_packed = gemm_packed_bf16;
                 kern.packed_error = 0x1p-8f;
+                kern.peak_packed = &bf16_avx512;
             }
             if (isas[i].set == &avx2vnni_kernels && !has_vnni_evex()) {
                 kern.matmul[W_Q8] = matmul_q8_vex;
                 kern.matmul[W_Q4] = matmul_q4_vex;
+                kern.peak[W_Q8] = kern.peak[W_Q4] = &int_vex;
             }
 #endif
 #ifdef __aarch64__
             if (isas[i].set == &neon_kernels && has_dotprod()) {
                 kern.matmul[W_Q8] = matmul_q8_sdot;
                 kern.matmul[W_Q4] = matmul_q4_sdot;
+                kern.peak[W_Q8] = kern.peak[W_Q4] = &int_sdot;
             }
 #endif
             return 0;

@@ -59,6 +59,14 @@ static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t =
 
 // ---- the table ----
 
+// The instructions of a product alone, in registers: how fast this machine could multiply. run
+// repeats them and does ops operations a round (a multiplication and an addition are two); its
+// result is for nobody, but keeps the work from being optimized away.
+typedef struct {
+    int ops;
+    float (*run)(int rounds);
+} Peak;
+
 typedef struct {
     const char *name;
 
@@ -83,6 +91,8 @@ typedef struct {
     void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
                         int inner, int cols, bool add);
     float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
+
+    const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
 
     void (*rmsnorm)(float *out, const float *x, const float *w, int n,
                     float eps);                         // arXiv 1910.07467

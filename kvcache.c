@@ -751,9 +751,33 @@ int kvcache_scored_layers(const KVShape *shape, int *layers) {
     return n;
 }
 
+// Multiplications and additions that run r asks for: q . k and p v of every pair a row sees, and
+// q . k of the scoring sweep.
+static double run_ops(const Attend *a, int r) {
+    const KVRun *run = &a->runs[r];
+    const KVShape *shape = &a->kv->shape;
+    const KVScoring *s = scores_run(a, run) ? a->kv->scoring : NULL;
+    Range range[MAX_RANGES];
+    int n_subset, n_ranges = attend_ranges(a, run, range, &n_subset);
+    int window = shape->window[a->layer], group = shape->n_heads / shape->n_kv_heads;
+    double pairs = 0.0;
+    for (int i = 0; i < run->n * shape->n_kv_heads; i++) {
+        const KVHead *h = kvcache_head(a->kv, run->seq, a->layer, i % shape->n_kv_heads);
+        int end = h->len - run->n + i / shape->n_kv_heads + 1;  // its own pair is the last
+        int begin = max_int(h->dropped, window ? end - window : 0);
+        for (int j = 0; j < n_ranges; j++)
+            pairs += max_int(min_int(range[j].hi, end) - max_int(range[j].lo, begin), 0);
+        if (s) pairs += 0.5 * max_int(min_int(s->t1, end) - s->t0, 0);
+    }
+    return 4.0 * shape->head_dim * group * pairs;
+}
+
 static void attend_runs(Attend *a) {
     int n_units = 0, n_heads = a->kv->shape.n_heads;
-    for (int r = 0; r < a->n_runs; r++) n_units = max_int(n_units, run_units(a, r));
+    for (int r = 0; r < a->n_runs; r++) {
+        n_units = max_int(n_units, run_units(a, r));
+        a->kv->ops += run_ops(a, r);
+    }
     parallel_for(a->kv->pool, n_units * a->n_runs, attend_unit, a);
     for (int r = 0; r < a->n_runs; r++) {
         for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++)

@@ -63,6 +63,7 @@ typedef struct {
     float *partial;      // decode scratch: (max, sum, out[head_dim]) of page ranges
     KVScoring *scoring;  // while switched on, else NULL
     float *lse;          // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
+    double ops;          // multiplications and additions of attention and scoring so far
 } KVCache;
 
 int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *pool, char *err);

@@ -325,7 +325,11 @@ static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W
 static void multiply(RunState *s, const Acts *x, int n, const Product *p, int n_products) {
     Products j = {x, p, n_products, 0, n};
     bool ints = false;
-    for (int i = 0; i < n_products; i++) j.n_panels += p[i].w->panels, ints |= reads_ints(p[i].w);
+    for (int i = 0; i < n_products; i++) {
+        const Matrix *w = p[i].w;
+        j.n_panels += w->panels, ints |= reads_ints(w);
+        s->ops[w->type] += 2.0 * n * w->rows * w->cols;
+    }
     if (ints) parallel_for(s->pool, (n + 15) / 16, quantize_rows, &(Quantize){x, n});
     parallel_for(s->pool, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_panels, product_panel, &j);
 }

@@ -69,6 +69,7 @@ typedef struct {
     float *logits;     // [max_logits][vocab_size], in the order of the rows that asked
     int n_logits;      // of the last call
     void *block;       // all of the above
+    double ops[W_TYPES];  // multiplications and additions of matrix products so far
     // When set, called in every layer once its n rows are ready: the layer's input in xb.x, and q,
     // k (both rotated), v and pos. For policies that learn from what passes.
     void (*tap)(void *arg, int layer, int n);

@@ -1884,25 +1884,49 @@ static int cmd_info(const Options *o) {
 
 // ---- bench ----
 
+static void print_peaks(void *arg, const BenchPeaks *p) {
+    const Session *s = arg;
+    const double *g = p->gflop_per_s;
+    if (s->o->json) {
+        json("{'work': 'peak', 'threads': %d, 'gb_per_s': %g, ", pool_threads(s->pool),
+             p->gb_per_s);
+        json("'f32_gflop_per_s': %g, 'q8_gflop_per_s': %g, ", g[W_F32], g[W_Q8]);
+        json("'q4_gflop_per_s': %g, 'attention_gflop_per_s': %g}\n", g[W_Q4], p->attention);
+    } else {
+        out("peaks: %.1f GB/s read; GFLOP/s: %.0f f32, %.0f q8, %.0f q4, %.0f attention\n\n",
+            p->gb_per_s, g[W_F32], g[W_Q8], g[W_Q4], p->attention);
+        out("work              n  depth  ratio batch   tokens/s   seconds    GB/s  GFLOP/s");
+        out("  share of peak  cache\n");
+    }
+    flush();
+}
+
 static void print_bench(void *arg, const BenchRow *r) {
     const Session *s = arg;
     char size[32] = "", what[32];
     if (s->o->json) {
         json("{'work': %s, 'n': %d, 'depth': %d, 'ratio': %g, 'batch': %d, 'threads': %d, ",
              r->work, r->n, r->depth, r->ratio, r->batch, pool_threads(s->pool));
-        json(
-            "'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'cache_bytes': %zu, 'score_attn': "
-            "%s}\n",
-            r->tokens_per_s, r->seconds, r->gb_per_s, r->cache_bytes, r->score_attn);
+        json("'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'gflop_per_s': %g, ",
+             r->tokens_per_s, r->seconds, r->gb_per_s, r->gflop_per_s);
+        json("'share': %g, 'bound': %s, 'to_prefill': %g, ", r->share, r->bound, r->to_prefill);
+        json("'cache_bytes': %zu, 'score_attn': %s}\n", r->cache_bytes, r->score_attn);
     } else {
         snprintf(what, sizeof what, "%s %s", r->work, r->score_attn ? r->score_attn : "");
         if (r->cache_bytes > 0) size_text(size, r->cache_bytes);
         out("%-12s %6d %6d %6.3g %5d %10.1f %9.4f", what, r->n, r->depth, r->ratio, r->batch,
             r->tokens_per_s, r->seconds);
         if (r->gb_per_s > 0)
-            out(" %7.2f  %s\n", r->gb_per_s, size);
+            out(" %7.2f", r->gb_per_s);
         else
-            out(" %7s  %s\n", "", size);
+            out(" %7s", "");
+        if (r->bound)
+            out(" %8.1f   %3.0f%% %-7s", r->gflop_per_s, 100 * r->share, r->bound);
+        else
+            out("%22s", "");
+        out("  %s", size);
+        if (r->to_prefill > 0) out("  %.2f x prefill", r->to_prefill);
+        out("\n");
     }
     flush();
 }
@@ -1924,13 +1948,13 @@ static int cmd_bench(const Options *o) {
                .depths = o->depths,
                .ratios = o->ratios,
                .batches = o->batches,
+               .peaks = print_peaks,
                .row = print_bench,
                .arg = &s};
     if (!o->json) {
         out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,
             size_text(size, bench_weight_bytes(&s.model)), pool_threads(s.pool), kern.name,
             kvcache_type_name(s.kv.type));
-        out("work              n  depth  ratio batch   tokens/s   seconds    GB/s  cache\n");
     }
     flush();
     if (bench_run(&b, err) != 0) die("%s", err);

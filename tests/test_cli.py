@@ -429,12 +429,18 @@ def test_info(m, d):
 
 
 BENCH_FIELDS = {"work", "n", "depth", "ratio", "batch", "threads", "tokens_per_s", "seconds",
-                "gb_per_s", "cache_bytes", "score_attn"}
+                "gb_per_s", "gflop_per_s", "share", "bound", "to_prefill", "cache_bytes",
+                "score_attn"}
+PEAK_FIELDS = {"work", "threads", "gb_per_s", "f32_gflop_per_s", "q8_gflop_per_s",
+               "q4_gflop_per_s", "attention_gflop_per_s"}
 
 
 def test_bench(m):
     flags = ["--prompt", "16,40", "--depth", "0,100", "--ratio", "1,0.5", "--batch", "1,3", "-n", 4]
     rows = works("bench", m.path, *flags, "--json").rows()
+    check(set(rows[0]) == PEAK_FIELDS and rows[0]["work"] == "peak", "bench's peaks come first")
+    check(all(rows[0][f] > 0 for f in PEAK_FIELDS - {"work"}), "bench's peaks: %s" % rows[0])
+    rows = rows[1:]
     check(all(set(r) == BENCH_FIELDS for r in rows), "fields of bench")
     work = [(r["work"], r["depth"], r["ratio"], r["batch"]) for r in rows]
     want = [("decode", 0, 1, 1), ("decode", 0, 1, 3), ("decode", 100, 1, 3),
@@ -442,6 +448,9 @@ def test_bench(m):
             ("prefill", 0, 1, 1)]
     check(all(w in work for w in want), "bench's rows: %s" % work)
     check(all(r["seconds"] > 0 and r["tokens_per_s"] > 0 for r in rows), "bench's figures")
+    check(all((r["share"] > 0 and r["gflop_per_s"] > 0 and r["bound"]) == (r["work"] != "load")
+              for r in rows), "shares of the peaks")
+    check(all((r["to_prefill"] > 0) == (r["work"] == "score") for r in rows), "score over prefill")
     check("tokens/s" in works("bench", m.path, *flags).text(), "bench as a table")
 
 

@@ -255,6 +255,12 @@ static void test_matmuls(void) {
     }
 }
 
+static void test_peaks(void) {
+    for (int type = 0; type < W_TYPES; type++)
+        CHECK(kern.peak[type]->ops > 0 && isfinite(kern.peak[type]->run(1000)));
+    CHECK(kern.peak_packed->ops > 0 && isfinite(kern.peak_packed->run(1000)));
+}
+
 // ---- threads ----
 
 static void count(void *ctx, int i) { ((int *)ctx)[i]++; }
@@ -286,6 +292,7 @@ int main(void) {
         test_gemm();
         test_gemm_batch();
         test_matmuls();
+        test_peaks();
     }
     test_threads();
     pool_close(NULL);

@@ -254,6 +254,28 @@ static void test_small_contexts(Fixture *f) {
     }
 }
 
+// The operations counted for run bench are those the shapes ask for; in the last layer, without
+// logits, that is q, k and v alone.
+static void test_ops(Fixture *f) {
+    const Config *c = &f->model.config;
+    const Tensor *ids = want(f, "prefill.ids");
+    int n = (int)ids->shape[0], seq = kvcache_new(&f->kv, err);
+    double qkv = (double)c->dim * (c->q_dim + 2 * c->kv_dim), matrix = 0, pairs = 0;
+    double rest = (double)c->dim * (c->q_dim + 3 * c->hidden_dim), attention = f->kv.ops;
+    for (int l = 0; l < c->n_layers; l++) {
+        bool last = l == c->n_layers - 1;
+        matrix += 2.0 * n * (qkv + (last ? 0 : rest));
+        for (int i = 0; i < n && !last; i++)
+            pairs += c->window[l] && i + 1 > c->window[l] ? c->window[l] : i + 1;
+    }
+    for (int t = 0; t < W_TYPES; t++) matrix += f->state.ops[t];
+    feed(f, seq, ids->data, n, 7, NULL);
+    for (int t = 0; t < W_TYPES; t++) matrix -= f->state.ops[t];
+    CHECK(matrix == 0.0);
+    CHECK(f->kv.ops - attention == 4.0 * c->head_dim * c->n_heads * pairs);
+    kvcache_drop(&f->kv, seq);
+}
+
 static void test_refusals(Fixture *f) {
     int seq = kvcache_new(&f->kv, err);
     CHECK(forward(&f->state, &f->kv, &(Row){seq, f->model.config.vocab_size, false}, 1, err) == -1);
@@ -282,6 +304,7 @@ int main(int argc, char **argv) {
         test_prefill(&f);
         test_blocks(&f);
         test_mixed_batch(&f);
+        test_ops(&f);
         if (strcmp(families[i], "mistral") == 0) window_off(&f);
         test_kvzip(&f);
         if (i == 0) test_small_contexts(&f), test_refusals(&f);
