@@ -159,6 +159,79 @@ static void pack_f16_scalar(void *packed, const uint16_t *b, int inner, int cols
     f16_to_f32_scalar(packed, b, (size_t)inner * cols);
 }
 
+static void pack_f32_scalar(void *packed, const float *b, int inner, int cols) {
+    memcpy(packed, b, (size_t)inner * cols * sizeof *b);
+}
+
+static inline int code_stride(const Codes *b) {  // columns of a row, the padding included
+    return (b->cols + CODE_BLOCK - 1) / CODE_BLOCK * CODE_BLOCK;
+}
+
+static inline int code_at(const Codes *b, int r, int c) {
+    size_t block = ((size_t)r * code_stride(b) + c) / CODE_BLOCK;
+    const uint8_t *bytes = b->data + block * (CODE_BLOCK >> b->type);
+    c %= CODE_BLOCK;
+    return b->type == C_I8   ? (int8_t)bytes[c]
+           : b->type == C_U4 ? bytes[c % 16] >> c / 16 * 4 & 15
+                             : bytes[c % 8] >> c / 8 * 2 & 3;
+}
+
+static void unpack_row_scalar(float *out, const Codes *b, int r) {
+    float scale = f16_f32(b->scale[r]), min = b->min ? f16_f32(b->min[r]) : 0.0f;
+    for (int c = 0; c < b->cols; c++) out[c] = scale * (float)code_at(b, r, c) + min;
+}
+
+static void unpack_codes_scalar(float *out, size_t ld, const Codes *b) {
+    for (int r = 0; r < b->rows; r++) unpack_row_scalar(out + r * ld, b, r);
+}
+
+static void gemm_codes_scalar(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
+                              int n, bool add) {
+    for (int i = 0; !add && i < n; i++) memset(c + i * ldc, 0, (size_t)b->cols * sizeof *c);
+    for (int k = 0; k < b->rows; k++) {
+        float scale = f16_f32(b->scale[k]), min = b->min ? f16_f32(b->min[k]) : 0.0f;
+        for (int j = 0; j < b->cols; j++) {
+            float v = scale * (float)code_at(b, k, j) + min;
+            for (int i = 0; i < n; i++) c[i * ldc + j] += a[i * lda + k] * v;
+        }
+    }
+}
+
+// One block of at most 32 numbers as codes round(x * inv - shift), none out of range.
+static void round_block(CodeType type, uint8_t *out, const float *x, int n, float inv, float low) {
+    const float most = type == C_U4 ? 15.0f : 3.0f;
+    uint8_t code[CODE_BLOCK] = {0};
+    for (int i = 0; i < n; i++) {
+        float q = type == C_I8 ? fminf(fmaxf(x[i] * inv + 128.0f, 1.0f), 255.0f)
+                               : fminf(fmaxf((x[i] - low) * inv, 0.0f), most);
+        code[i] = (uint8_t)((int)(q + 0.5f) - (type == C_I8 ? 128 : 0));
+    }
+    for (int i = 0; i < CODE_BLOCK >> type; i++) {
+        out[i] =
+            type == C_I8 ? code[i]
+            : type == C_U4
+                ? (uint8_t)(code[i] | code[16 + i] << 4)
+                : (uint8_t)(code[i] | code[8 + i] << 2 | code[16 + i] << 4 | code[24 + i] << 6);
+    }
+}
+
+void codes_round(const Codes *to, const float *x, size_t ld) {
+    uint8_t *out = to->data;
+    for (int r = 0; r < to->rows; r++, x += ld) {
+        float low = x[0], high = x[0];
+        for (int c = 1; c < to->cols; c++) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
+        float range = to->type == C_I8 ? fmaxf(-low, high) / 127.0f
+                                       : (high - low) / (to->type == C_U4 ? 15.0f : 3.0f);
+        to->scale[r] = f32_f16(range);
+        if (to->min) to->min[r] = f32_f16(low), low = f16_f32(to->min[r]);
+        float scale = f16_f32(to->scale[r]), inv = scale > 0.0f ? 1.0f / scale : 0.0f;
+        for (int c = 0; c < to->cols; c += CODE_BLOCK, out += CODE_BLOCK >> to->type) {
+            int n = to->cols - c < CODE_BLOCK ? to->cols - c : CODE_BLOCK;
+            round_block(to->type, out, x + c, n, inv, low);
+        }
+    }
+}
+
 // Columns unpacked at a time: 16 rows x 256 columns of f32 are 16 KB, half of a first-level cache.
 enum { BLOCK = 256 };
 
@@ -281,6 +354,9 @@ static const Kernels scalar_kernels = {
     .gemm_packed = gemm_f32_scalar,
     .peak = {&f32_scalar, &f32_scalar, &f32_scalar, &int_scalar, &int_scalar},
     .peak_packed = &f32_scalar,
+    .pack_f32 = pack_f32_scalar,
+    .gemm_codes = gemm_codes_scalar,
+    .unpack_codes = unpack_codes_scalar,
     .rmsnorm = rmsnorm_scalar,
     .add = add_scalar,
     .scale = scale_scalar,
@@ -310,7 +386,13 @@ typedef struct {
     size_t ldc, lda, ldb;
     int n, inner, cols;
     bool add;
+    const float *bias;  // [n] added to each row, or NULL
 } Gemm;
+
+// What b holds; the last three are codes, of which ldb is the columns with the padding.
+typedef enum { B_F32, B_F16, B_I8, B_U4, B_U2 } GemmKind;
+
+enum { FOLD_ROWS = 12 };  // rows whose scales are folded in at a time
 
 // ---- AVX2 with FMA and F16C: x86-64 since Haswell (2013) ----
 
@@ -484,21 +566,34 @@ AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
     return _mm256_loadu_ps((const float *)b + i);
 }
 
+// Eight columns of b from entry i on, which is column `in` of its block of codes.
+AVX2_INLINE __m256 load8_of(const void *b, size_t i, const int in, const GemmKind kind) {
+    if (kind == B_F32 || kind == B_F16) return load8(b, i, kind == B_F16);
+    size_t at = kind == B_I8 ? i : kind == B_U4 ? (i - in) / 2 + in % 16 : (i - in) / 4;
+    __m128i bytes = _mm_loadl_epi64((const void *)((const uint8_t *)b + at));
+    if (kind == B_I8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    __m128i shift = _mm_cvtsi32_si128(kind == B_U4 ? in / 16 * 4 : in / 8 * 2);
+    __m256i v = _mm256_srl_epi32(_mm256_cvtepu8_epi32(bytes), shift);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(kind == B_U4 ? 15 : 3)));
+}
+
 // R rows by C vectors of c, from row i and column j, stay in registers while all of inner passes:
 // R * C + C + 1 <= 16.
-AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
+AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C,
+                           const GemmKind kind) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     __m256 acc[6][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) {
             acc[r][v] = g->add ? _mm256_loadu_ps(c + r * g->ldc + 8 * v) : _mm256_setzero_ps();
+            if (g->bias) acc[r][v] = _mm256_add_ps(acc[r][v], _mm256_set1_ps(g->bias[i + r]));
         }
     }
     for (int k = 0; k < g->inner; k++) {
         __m256 b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] =
-            load8(g->b, k * g->ldb + (size_t)(j + 8 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] = load8_of(g->b, k * g->ldb + (size_t)(j + 8 * v),
+                                                           C == 4 ? 8 * v : (j + 8 * v) % 32, kind);
         UNROLL for (int r = 0; r < R; r++) {
             __m256 ar = _mm256_broadcast_ss(a + r * g->lda + k);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_fmadd_ps(ar, b[v], acc[r][v]);
@@ -510,17 +605,17 @@ AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C
 }
 
 // R rows over all columns, C vectors at a time while they last, then one.
-AVX2_INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const bool half) {
+AVX2_INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const GemmKind kind) {
     int j = 0;
-    for (; j + 8 * C <= g->cols; j += 8 * C) gemm_tile(g, i, j, R, C, half);
-    for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, half);
+    for (; j + 8 * C <= g->cols; j += 8 * C) gemm_tile(g, i, j, R, C, kind);
+    for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, kind);
 }
 
-AVX2_INLINE void gemm_avx2(const Gemm *g, const bool half) {
+AVX2_INLINE void gemm_avx2(const Gemm *g, const GemmKind kind) {
     int i = 0;
-    for (; i + 6 <= g->n; i += 6) gemm_rows(g, i, 6, 2, half);
-    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, 4, half);
-    for (; i < g->n; i++) gemm_rows(g, i, 1, 4, half);
+    for (; i + 6 <= g->n; i += 6) gemm_rows(g, i, 6, 2, kind);
+    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, 4, kind);
+    for (; i < g->n; i++) gemm_rows(g, i, 1, 4, kind);
 }
 
 AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -529,7 +624,7 @@ AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda,
         gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
         return;
     }
-    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F32);
 }
 
 AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -538,7 +633,69 @@ AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda,
         gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
         return;
     }
-    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F16);
+}
+
+// out [rows] = a * scale; returns a . min.
+AVX2 static float fold_avx2(float *out, const float *a, const Codes *b) {
+    __m256 sum = _mm256_setzero_ps();
+    int k = 0;
+    for (; k + 8 <= b->rows; k += 8) {
+        __m256 v = _mm256_loadu_ps(a + k);
+        _mm256_storeu_ps(out + k, _mm256_mul_ps(v, load8(b->scale, (size_t)k, true)));
+        if (b->min) sum = _mm256_fmadd_ps(v, load8(b->min, (size_t)k, true), sum);
+    }
+    float tail = 0.0f;
+    for (; k < b->rows; k++) {
+        out[k] = a[k] * f16_f32(b->scale[k]);
+        if (b->min) tail += a[k] * f16_f32(b->min[k]);
+    }
+    return hsum(sum) + tail;
+}
+
+AVX2 static void gemm_codes_avx2(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
+                                 int n, bool add) {
+    float folded[FOLD_ROWS * CODE_ROWS], bias[FOLD_ROWS];
+    if (b->cols % 8) {
+        gemm_codes_scalar(c, ldc, a, lda, b, n, add);
+        return;
+    }
+    size_t inner = (size_t)b->rows, ldb = (size_t)code_stride(b);
+    for (int i = 0; i < n; i += FOLD_ROWS) {
+        int m = n - i < FOLD_ROWS ? n - i : FOLD_ROWS;
+        for (int r = 0; r < m; r++) bias[r] = fold_avx2(folded + r * inner, a + (i + r) * lda, b);
+        Gemm g = {c + i * ldc,         folded, b->data, ldc, inner, ldb, m, b->rows, b->cols, add,
+                  b->min ? bias : NULL};
+        if (b->type == C_I8)
+            gemm_avx2(&g, B_I8);
+        else if (b->type == C_U4)
+            gemm_avx2(&g, B_U4);
+        else
+            gemm_avx2(&g, B_U2);
+    }
+}
+
+AVX2_INLINE void unpack_row_avx2(float *out, const Codes *b, int r, const GemmKind kind) {
+    __m256 scale = _mm256_set1_ps(f16_f32(b->scale[r]));
+    __m256 min = _mm256_set1_ps(b->min ? f16_f32(b->min[r]) : 0.0f);
+    size_t row = (size_t)r * code_stride(b);
+    for (int c = 0; c < b->cols; c += 8) {
+        __m256 v = load8_of(b->data, row + c, c % 32, kind);
+        _mm256_storeu_ps(out + c, _mm256_fmadd_ps(v, scale, min));
+    }
+}
+
+AVX2 static void unpack_codes_avx2(float *out, size_t ld, const Codes *b) {
+    for (int r = 0; r < b->rows; r++, out += ld) {
+        if (b->cols % 8)
+            unpack_row_scalar(out, b, r);
+        else if (b->type == C_I8)
+            unpack_row_avx2(out, b, r, B_I8);
+        else if (b->type == C_U4)
+            unpack_row_avx2(out, b, r, B_U4);
+        else
+            unpack_row_avx2(out, b, r, B_U2);
+    }
 }
 
 AVX2 static void pack_f16_avx2(void *packed, const uint16_t *b, int inner, int cols) {
@@ -938,6 +1095,9 @@ static const Kernels avx2_kernels = {
     .gemm_packed = gemm_f32_avx2,
     .peak = {&f32_avx2, &f32_avx2, &f32_avx2, &q8_avx2, &q4_avx2},
     .peak_packed = &f32_avx2,
+    .pack_f32 = pack_f32_scalar,
+    .gemm_codes = gemm_codes_avx2,
+    .unpack_codes = unpack_codes_avx2,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -1000,6 +1160,9 @@ static const Kernels avx2vnni_kernels = {
     .gemm_packed = gemm_f32_avx2,
     .peak = {&f32_avx2, &f32_avx2, &f32_avx2, &int_evex, &int_evex},
     .peak_packed = &f32_avx2,
+    .pack_f32 = pack_f32_scalar,
+    .gemm_codes = gemm_codes_avx2,
+    .unpack_codes = unpack_codes_avx2,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -1119,21 +1282,44 @@ AVX512_INLINE __m512 load16(const void *b, size_t i, const bool half) {
     return _mm512_loadu_ps((const float *)b + i);
 }
 
+// Sixteen columns, as load8_of. Four bits of a lane choose from a table of floats: that converts
+// codes and leaves the bits above alone.
+AVX512_INLINE __m512 load16_of(const void *b, size_t i, const int in, const GemmKind kind) {
+    const __m512 u4 = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 u2 = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+    const uint8_t *bytes = b;
+    if (kind == B_F32 || kind == B_F16) return load16(b, i, kind == B_F16);
+    if (kind == B_I8) {
+        __m128i v = _mm_loadu_si128((const void *)(bytes + i));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
+    }
+    if (kind == B_U4) {
+        __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(bytes + (i - in) / 2)));
+        return _mm512_permutexvar_ps(in ? _mm512_srli_epi32(v, 4) : v, u4);
+    }
+    __m128i half = _mm_loadl_epi64((const void *)(bytes + (i - in) / 4));
+    __m512i v = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(half, half));
+    __m512i by = in ? _mm512_add_epi32(shift, _mm512_set1_epi32(4)) : shift;
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(v, by), u2);
+}
+
 // As gemm_tile: R * C + C + 1 <= 32.
 AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const int C,
-                                const bool half) {
+                                const GemmKind kind) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     __m512 acc[12][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) {
             acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
+            if (g->bias) acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_set1_ps(g->bias[i + r]));
         }
     }
     for (int k = 0; k < g->inner; k++) {
         __m512 b[4];
         UNROLL for (int v = 0; v < C; v++) b[v] =
-            load16(g->b, k * g->ldb + (size_t)(j + 16 * v), half);
+            load16_of(g->b, k * g->ldb + (size_t)(j + 16 * v), C > 1 ? 16 * v % 32 : j % 32, kind);
         UNROLL for (int r = 0; r < R; r++) {
             __m512 ar = _mm512_set1_ps(a[r * g->lda + k]);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm512_fmadd_ps(ar, b[v], acc[r][v]);
@@ -1144,20 +1330,22 @@ AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const 
     }
 }
 
-AVX512_INLINE void gemm_rows512(const Gemm *g, int i, const int R, const int C, const bool half) {
+AVX512_INLINE void gemm_rows512(const Gemm *g, int i, const int R, const int C,
+                                const GemmKind kind) {
     int j = 0;
-    for (; j + 16 * C <= g->cols; j += 16 * C) gemm_tile512(g, i, j, R, C, half);
-    for (; j < g->cols; j += 16) gemm_tile512(g, i, j, R, 1, half);
+    for (; j + 16 * C <= g->cols; j += 16 * C) gemm_tile512(g, i, j, R, C, kind);
+    for (; C > 2 && j + 32 <= g->cols; j += 32) gemm_tile512(g, i, j, R, 2, kind);
+    for (; j < g->cols; j += 16) gemm_tile512(g, i, j, R, 1, kind);
 }
 
-AVX512_INLINE void gemm_avx512(const Gemm *g, const bool half) {
+AVX512_INLINE void gemm_avx512(const Gemm *g, const GemmKind kind) {
     int i = 0;
     if (g->cols < 64) {
-        for (; i + 12 <= g->n; i += 12) gemm_rows512(g, i, 12, 1, half);
+        for (; i + 12 <= g->n; i += 12) gemm_rows512(g, i, 12, 1, kind);
     }
-    for (; i + 6 <= g->n; i += 6) gemm_rows512(g, i, 6, 4, half);
-    for (; i + 3 <= g->n; i += 3) gemm_rows512(g, i, 3, 4, half);
-    for (; i < g->n; i++) gemm_rows512(g, i, 1, 4, half);
+    for (; i + 6 <= g->n; i += 6) gemm_rows512(g, i, 6, 4, kind);
+    for (; i + 3 <= g->n; i += 3) gemm_rows512(g, i, 3, 4, kind);
+    for (; i < g->n; i++) gemm_rows512(g, i, 1, 4, kind);
 }
 
 AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -1165,7 +1353,7 @@ AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t 
     if (cols % 16)
         gemm_f32_avx2(c, ldc, a, lda, b, n, inner, cols, add);
     else
-        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F32);
 }
 
 AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -1173,7 +1361,29 @@ AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t 
     if (cols % 16)
         gemm_f16_avx2(c, ldc, a, lda, b, n, inner, cols, add);
     else
-        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F16);
+}
+
+AVX512 static void gemm_codes_avx512(float *c, size_t ldc, const float *a, size_t lda,
+                                     const Codes *b, int n, bool add) {
+    float folded[FOLD_ROWS * CODE_ROWS], bias[FOLD_ROWS];
+    if (b->cols % 16) {
+        gemm_codes_avx2(c, ldc, a, lda, b, n, add);
+        return;
+    }
+    size_t inner = (size_t)b->rows, ldb = (size_t)code_stride(b);
+    for (int i = 0; i < n; i += FOLD_ROWS) {
+        int m = n - i < FOLD_ROWS ? n - i : FOLD_ROWS;
+        for (int r = 0; r < m; r++) bias[r] = fold_avx2(folded + r * inner, a + (i + r) * lda, b);
+        Gemm g = {c + i * ldc,         folded, b->data, ldc, inner, ldb, m, b->rows, b->cols, add,
+                  b->min ? bias : NULL};
+        if (b->type == C_I8)
+            gemm_avx512(&g, B_I8);
+        else if (b->type == C_U4)
+            gemm_avx512(&g, B_U4);
+        else
+            gemm_avx512(&g, B_U2);
+    }
 }
 
 AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, int panel,
@@ -1297,6 +1507,9 @@ static const Kernels avx512_kernels = {
     .gemm_packed = gemm_f32_avx512,
     .peak = {&f32_avx512, &f32_avx512, &f32_avx512, &int_avx512, &int_avx512},
     .peak_packed = &f32_avx512,
+    .pack_f32 = pack_f32_scalar,
+    .gemm_codes = gemm_codes_avx512,
+    .unpack_codes = unpack_codes_avx2,
     .rmsnorm = rmsnorm_avx2,
     .add = add_avx2,
     .scale = scale_avx2,
@@ -1321,11 +1534,7 @@ static bool fits_bf16(int inner, int cols) {
 }
 
 // [inner/2][cols][2] bf16: rows 2k and 2k + 1 of b alternate.
-BF16 static void pack_f16_bf16(void *packed, const uint16_t *b, int inner, int cols) {
-    if (!fits_bf16(inner, cols)) {
-        pack_f16_avx2(packed, b, inner, cols);
-        return;
-    }
+BF16_INLINE void pack_bf16(void *packed, const void *b, int inner, int cols, const bool half) {
     static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -1333,12 +1542,26 @@ BF16 static void pack_f16_bf16(void *packed, const uint16_t *b, int inner, int c
     uint8_t *out = packed;
     for (int k = 0; k < inner; k += 2) {
         for (int j = 0; j < cols; j += 16, out += 64) {
-            __m512 even = load16(b, (size_t)k * cols + j, true),
-                   odd = load16(b, (size_t)(k + 1) * cols + j, true);
+            __m512 even = load16(b, (size_t)k * cols + j, half),
+                   odd = load16(b, (size_t)(k + 1) * cols + j, half);
             __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
             _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
         }
     }
+}
+
+BF16 static void pack_f16_bf16(void *packed, const uint16_t *b, int inner, int cols) {
+    if (fits_bf16(inner, cols))
+        pack_bf16(packed, b, inner, cols, true);
+    else
+        pack_f16_avx2(packed, b, inner, cols);
+}
+
+BF16 static void pack_f32_bf16(void *packed, const float *b, int inner, int cols) {
+    if (fits_bf16(inner, cols))
+        pack_bf16(packed, b, inner, cols, false);
+    else
+        pack_f32_scalar(packed, b, inner, cols);
 }
 
 // R rows of a as bf16, [R][inner].
@@ -1396,7 +1619,7 @@ BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t l
         gemm_f32_avx512(c, ldc, a, lda, packed, n, inner, cols, add);
         return;
     }
-    Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add};
+    Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add, NULL};
     int i = 0;
     for (; i + 6 <= n; i += 6) bf16_rows(&g, i, 6);
     for (; i < n; i++) bf16_rows(&g, i, 1);
@@ -1560,20 +1783,38 @@ NEON_INLINE float32x4_t load4(const void *b, size_t i, const bool half) {
     return vld1q_f32((const float *)b + i);
 }
 
+// Four columns of b from entry i on, which is column `in` of its block of codes.
+NEON_INLINE float32x4_t load4_of(const void *b, size_t i, const int in, const GemmKind kind) {
+    if (kind == B_F32 || kind == B_F16) return load4(b, i, kind == B_F16);
+    size_t at = kind == B_I8 ? i : kind == B_U4 ? (i - in) / 2 + in % 16 : (i - in) / 4 + in % 8;
+    uint32_t four;
+    memcpy(&four, (const uint8_t *)b + at, 4);
+    uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    if (kind == B_I8) {
+        int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(bytes));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+    }
+    int8x8_t shift = vdup_n_s8((int8_t) - (kind == B_U4 ? in / 16 * 4 : in / 8 * 2));
+    uint8x8_t code = vand_u8(vshl_u8(bytes, shift), vdup_n_u8(kind == B_U4 ? 15 : 3));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(code))));
+}
+
 // As gemm_tile: R * C + C + 1 <= 32.
 NEON_INLINE void gemm_tile_neon(const Gemm *g, int i, int j, const int R, const int C,
-                                const bool half) {
+                                const GemmKind kind) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     float32x4_t acc[5][4];
     UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < C; v++)
+        UNROLL for (int v = 0; v < C; v++) {
             acc[r][v] = g->add ? vld1q_f32(c + r * g->ldc + 4 * v) : vdupq_n_f32(0.0f);
+            if (g->bias) acc[r][v] = vaddq_f32(acc[r][v], vdupq_n_f32(g->bias[i + r]));
+        }
     }
     for (int k = 0; k < g->inner; k++) {
         float32x4_t b[4];
-        UNROLL for (int v = 0; v < C; v++)
-            b[v] = load4(g->b, k * g->ldb + (size_t)(j + 4 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] =
+            load4_of(g->b, k * g->ldb + (size_t)(j + 4 * v), (j + 4 * v) % 32, kind);
         UNROLL for (int r = 0; r < R; r++) {
             UNROLL for (int v = 0; v < C; v++)
                 acc[r][v] = vfmaq_n_f32(acc[r][v], b[v], a[r * g->lda + k]);
@@ -1584,29 +1825,93 @@ NEON_INLINE void gemm_tile_neon(const Gemm *g, int i, int j, const int R, const 
     }
 }
 
-NEON_INLINE void gemm_rows_neon(const Gemm *g, int i, const int R, const bool half) {
+NEON_INLINE void gemm_rows_neon(const Gemm *g, int i, const int R, const GemmKind kind) {
     int j = 0;
-    for (; j + 16 <= g->cols; j += 16) gemm_tile_neon(g, i, j, R, 4, half);
-    for (; j < g->cols; j += 4) gemm_tile_neon(g, i, j, R, 1, half);
+    for (; j + 16 <= g->cols; j += 16) gemm_tile_neon(g, i, j, R, 4, kind);
+    for (; j < g->cols; j += 4) gemm_tile_neon(g, i, j, R, 1, kind);
 }
 
-NEON_INLINE void gemm_neon(const Gemm *g, const bool half) {
+NEON_INLINE void gemm_neon(const Gemm *g, const GemmKind kind) {
     int i = 0;
-    for (; i + 5 <= g->n; i += 5) gemm_rows_neon(g, i, 5, half);
-    for (; i + 3 <= g->n; i += 3) gemm_rows_neon(g, i, 3, half);
-    for (; i < g->n; i++) gemm_rows_neon(g, i, 1, half);
+    for (; i + 5 <= g->n; i += 5) gemm_rows_neon(g, i, 5, kind);
+    for (; i + 3 <= g->n; i += 3) gemm_rows_neon(g, i, 3, kind);
+    for (; i < g->n; i++) gemm_rows_neon(g, i, 1, kind);
 }
 
 static void gemm_f32_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                           int inner, int cols, bool add) {
     if (cols % 4) gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
-    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+    else
+        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F32);
 }
 
 static void gemm_f16_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                           int inner, int cols, bool add) {
     if (cols % 4) gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
-    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+    else
+        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F16);
+}
+
+// out [rows] = a * scale; returns a . min.
+static float fold_neon(float *out, const float *a, const Codes *b) {
+    float32x4_t sum = vdupq_n_f32(0.0f);
+    int k = 0;
+    for (; k + 4 <= b->rows; k += 4) {
+        float32x4_t v = vld1q_f32(a + k);
+        vst1q_f32(out + k, vmulq_f32(v, load4(b->scale, (size_t)k, true)));
+        if (b->min) sum = vfmaq_f32(sum, v, load4(b->min, (size_t)k, true));
+    }
+    float tail = 0.0f;
+    for (; k < b->rows; k++) {
+        out[k] = a[k] * f16_f32(b->scale[k]);
+        if (b->min) tail += a[k] * f16_f32(b->min[k]);
+    }
+    return vaddvq_f32(sum) + tail;
+}
+
+static void gemm_codes_neon(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
+                            bool add) {
+    float folded[FOLD_ROWS * CODE_ROWS], bias[FOLD_ROWS];
+    if (b->cols % 4) {
+        gemm_codes_scalar(c, ldc, a, lda, b, n, add);
+        return;
+    }
+    size_t inner = (size_t)b->rows, ldb = (size_t)code_stride(b);
+    for (int i = 0; i < n; i += FOLD_ROWS) {
+        int m = n - i < FOLD_ROWS ? n - i : FOLD_ROWS;
+        for (int r = 0; r < m; r++) bias[r] = fold_neon(folded + r * inner, a + (i + r) * lda, b);
+        Gemm g = {c + i * ldc,         folded, b->data, ldc, inner, ldb, m, b->rows, b->cols, add,
+                  b->min ? bias : NULL};
+        if (b->type == C_I8)
+            gemm_neon(&g, B_I8);
+        else if (b->type == C_U4)
+            gemm_neon(&g, B_U4);
+        else
+            gemm_neon(&g, B_U2);
+    }
+}
+
+NEON_INLINE void unpack_row_neon(float *out, const Codes *b, int r, const GemmKind kind) {
+    float scale = f16_f32(b->scale[r]);
+    float32x4_t min = vdupq_n_f32(b->min ? f16_f32(b->min[r]) : 0.0f);
+    size_t row = (size_t)r * code_stride(b);
+    for (int c = 0; c < b->cols; c += 4) {
+        float32x4_t v = load4_of(b->data, row + c, c % 32, kind);
+        vst1q_f32(out + c, vfmaq_n_f32(min, v, scale));
+    }
+}
+
+static void unpack_codes_neon(float *out, size_t ld, const Codes *b) {
+    for (int r = 0; r < b->rows; r++, out += ld) {
+        if (b->cols % 4)
+            unpack_row_scalar(out, b, r);
+        else if (b->type == C_I8)
+            unpack_row_neon(out, b, r, B_I8);
+        else if (b->type == C_U4)
+            unpack_row_neon(out, b, r, B_U4);
+        else
+            unpack_row_neon(out, b, r, B_U2);
+    }
 }
 
 static void pack_f16_neon(void *packed, const uint16_t *b, int inner, int cols) {
@@ -1777,6 +2082,9 @@ static const Kernels neon_kernels = {
     .gemm_packed = gemm_f32_neon,
     .peak = {&f32_neon, &f32_neon, &f32_neon, &int_neon, &int_neon},
     .peak_packed = &f32_neon,
+    .pack_f32 = pack_f32_scalar,
+    .gemm_codes = gemm_codes_neon,
+    .unpack_codes = unpack_codes_neon,
     .rmsnorm = rmsnorm_neon,
     .add = add_neon,
     .scale = scale_neon,
@@ -1827,6 +2135,7 @@ int kernels_init(const char *isa) {
 #ifdef __x86_64__
             if (isas[i].set == &avx512_kernels && __builtin_cpu_supports("avx512bf16")) {
                 kern.pack_f16 = pack_f16_bf16;
+                kern.pack_f32 = pack_f32_bf16;
                 kern.gemm_packed = gemm_packed_bf16;
                 kern.packed_error = 0x1p-8f;
                 kern.peak_packed = &bf16_avx512;

@@ -55,6 +55,30 @@ typedef struct {
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
 } Acts;
 
+// A matrix of small integers: entry [r][c] is scale[r] * code + min[r]. A row is cut into blocks of
+// 32 columns, the last one padded:
+//   C_I8  32 bytes, signed; there is no min
+//   C_U4  16 bytes, byte i holds column i in its low and column 16 + i in its high half
+//   C_U2  8 bytes, byte i holds columns i, 8 + i, 16 + i and 24 + i, the first one in the low bits
+typedef enum { C_I8, C_U4, C_U2 } CodeType;
+
+enum { CODE_BLOCK = 32, CODE_ROWS = 256 };
+
+typedef struct {
+    CodeType type;
+    int rows, cols;   // at most CODE_ROWS rows
+    uint8_t *data;    // [rows][ceil(cols/32)] blocks
+    uint16_t *scale;  // f16 [rows]
+    uint16_t *min;    // f16 [rows], NULL for C_I8
+} Codes;
+
+static inline size_t code_bytes(CodeType t, int rows, int cols) {
+    return (size_t)rows * ((cols + CODE_BLOCK - 1) / CODE_BLOCK) * (CODE_BLOCK >> t);
+}
+
+// Rounds x, rows of it ld apart, to codes, scales and minima: each row gets the range it needs.
+void codes_round(const Codes *to, const float *x, size_t ld);
+
 static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
 
 // ---- the table ----
@@ -90,9 +114,15 @@ typedef struct {
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
     void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
                         int inner, int cols, bool add);
+    void (*pack_f32)(void *packed, const float *b, int inner, int cols);
     float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
+    // c [n][b's cols] (+)= a [n][b's rows] b, the codes read as they are: scales go into a.
+    void (*gemm_codes)(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
+                       bool add);
+    // out = b, rows ld apart; the same bits from every instruction set.
+    void (*unpack_codes)(float *out, size_t ld, const Codes *b);
 
     void (*rmsnorm)(float *out, const float *x, const float *w, int n,
                     float eps);                         // arXiv 1910.07467

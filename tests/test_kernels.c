@@ -143,6 +143,110 @@ static void test_gemm_batch(void) {
     }
 }
 
+// ---- codes ----
+
+static Codes alloc_codes(CodeType type, int rows, int cols) {
+    Codes b = {type, rows, cols, malloc(code_bytes(type, rows, cols)), NULL, NULL};
+    b.scale = malloc((size_t)rows * 2);
+    if (type != C_I8) b.min = malloc((size_t)rows * 2);
+    return b;
+}
+
+static void free_codes(Codes *b) { free(b->data), free(b->scale), free(b->min); }
+
+// Random codes, every bit pattern and the padding's among them.
+static void random_codes(const Codes *b) {
+    for (size_t i = 0; i < code_bytes(b->type, b->rows, b->cols); i++)
+        b->data[i] = (uint8_t)(int)(rnd() * 1000);
+    for (int r = 0; r < b->rows; r++) b->scale[r] = f32_f16(rnd() * 0.1f);
+    for (int r = 0; b->min && r < b->rows; r++) b->min[r] = f32_f16(rnd());
+}
+
+// Products with codes equal those with the numbers they stand for, and any batch has the same bits.
+static void test_codes(CodeType type, int inner, int cols) {
+    enum { N = 14, LD = 80 + 5, LDA = CODE_ROWS + 3 };
+    static float a[N * LDA], c1[N * LD], c2[N * LD], c3[N * LD], b1[CODE_ROWS * LD],
+        b2[CODE_ROWS * LD];
+    static double want[LD];
+    Codes b = alloc_codes(type, inner, cols);
+    random_codes(&b), fill(a, N * LDA);
+    fill(b1, CODE_ROWS * LD), memcpy(b2, b1, sizeof b1);
+    kern.unpack_codes(b1, LD, &b), kernels_scalar()->unpack_codes(b2, LD, &b);
+    CHECK(memcmp(b1, b2, sizeof b1) == 0);
+    for (int n = 1; n <= N; n += n < 7 ? 1 : 3) {
+        bool add = (n + cols) % 2;
+        fill(c1, N * LD), memcpy(c2, c1, sizeof c1), memcpy(c3, c1, sizeof c1);
+        kern.gemm_codes(c1, LD, a, LDA, &b, n, add);
+        kernels_scalar()->gemm_codes(c2, LD, a, LDA, &b, n, add);
+        for (int i = 0; i < n; i++) kern.gemm_codes(c3 + i * LD, LD, a + i * LDA, LDA, &b, 1, add);
+        CHECK(memcmp(c1, c3, sizeof c1) == 0);
+        double tol = 1e-5 * (10 + inner);
+        CHECK_NEAR(far(c1, c2, N * LD), 0, tol);
+        for (int j = 0; j < cols && !add; j++) {
+            want[j] = 0;
+            for (int k = 0; k < inner; k++)
+                want[j] += (double)a[(n - 1) * LDA + k] * b1[k * LD + j];
+            CHECK_NEAR(c1[(n - 1) * LD + j], want[j], tol);
+        }
+    }
+    free_codes(&b);
+}
+
+// A number is off by half a step at most, and by what half precision does to the row's minimum and
+// scale; rows of one value, of zeros and of tiny numbers included.
+static void test_codes_round(CodeType type, int cols) {
+    enum { R = 9, LD = 70 };
+    float x[R * LD], y[R * LD];
+    Codes b = alloc_codes(type, R, cols);
+    fill(x, R * LD);
+    for (int c = 0; c < cols; c++) {
+        x[0 * LD + c] = 0.0f, x[1 * LD + c] = 3.3f, x[2 * LD + c] *= 1e-7f;
+        x[3 * LD + c] += 100.0f, x[4 * LD + c] *= 1e4f, x[5 * LD + c] -= 2.0f;
+    }
+    codes_round(&b, x, LD);
+    kern.unpack_codes(y, LD, &b);
+    const int steps = type == C_I8 ? 254 : type == C_U4 ? 15 : 3;
+    for (int r = 0; r < R; r++) {
+        float low = x[r * LD], high = low;
+        for (int c = 0; c < cols; c++)
+            low = fminf(low, x[r * LD + c]), high = fmaxf(high, x[r * LD + c]);
+        double most = fmax(fabs(low), fabs(high)), range = type == C_I8 ? 2 * most : high - low;
+        CHECK_NEAR(f16_f32(b.scale[r]), range / steps, range / steps * 0x1p-11 + 0x1p-25);
+        double allowed = f16_f32(b.scale[r]) * 0.5 + most * 0x1p-10 + 0x1p-17;
+        CHECK_NEAR(far(x + r * LD, y + r * LD, (size_t)cols), 0, allowed);
+    }
+    free_codes(&b);
+}
+
+static void test_all_codes(void) {
+    const int inner[] = {1, 24, 47, 64, 256},
+              cols[] = {1, 4, 5, 8, 12, 16, 24, 31, 32, 33, 40, 48, 56, 64, 72, 80};
+    for (int type = C_I8; type <= C_U2; type++) {
+        for (size_t i = 0; i < sizeof inner / sizeof *inner; i++) {
+            for (size_t j = 0; j < sizeof cols / sizeof *cols; j++)
+                test_codes((CodeType)type, inner[i], cols[j]);
+        }
+        for (int n = 1; n <= 70; n += n % 8 ? 1 : 3) test_codes_round((CodeType)type, n);
+    }
+}
+
+// Packing from f32 gives what packing the same numbers from f16 gives.
+static void test_pack(void) {
+    enum { K = 64, C = 80 };
+    static float wide[K * C], packed[2][K * C];
+    static uint16_t half[K * C];
+    for (int inner = 1; inner <= K; inner += 21) {
+        for (int cols = 8; cols <= C; cols += 8) {
+            fill(wide, K * C);
+            kern.f32_to_f16(half, wide, K * C), kern.f16_to_f32(wide, half, K * C);
+            kern.pack_f16(packed[0], half, inner, cols);
+            kern.pack_f32(packed[1], wide, inner, cols);
+            size_t bytes = (size_t)inner * cols * (kern.packed_error > 0 ? 2 : 4);
+            CHECK(memcmp(packed[0], packed[1], bytes) == 0);
+        }
+    }
+}
+
 // A random matrix of any type, and its entries as floats.
 static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *dense) {
     int k = wtype_k(type), unit = type == W_Q8 || type == W_Q4 ? QGROUP : k;
@@ -291,6 +395,8 @@ int main(void) {
         test_exp();
         test_gemm();
         test_gemm_batch();
+        test_all_codes();
+        test_pack();
         test_matmuls();
         test_peaks();
     }
