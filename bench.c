@@ -148,7 +148,7 @@ static int measure_peaks(Run *r, char *err) {
         while (kern.peak[same] != kern.peak[i]) same++;
         p->gflop_per_s[i] = same < i ? p->gflop_per_s[same] : peak_gflop_per_s(pool, kern.peak[i]);
     }
-    bool f32 = r->b->kv == KV_F32 || kern.peak_packed == kern.peak[W_F32];
+    bool f32 = r->b->kv.k == KV_F32 || r->b->kv.v == KV_F32 || kern.peak_packed == kern.peak[W_F32];
     p->attention = f32 ? p->gflop_per_s[W_F32] : peak_gflop_per_s(pool, kern.peak_packed);
     if (peak_gb_per_s(pool, &p->gb_per_s, err) != 0) return -1;
     r->b->peaks(r->b->arg, p);
@@ -231,6 +231,7 @@ static int bench_score(Run *r, int depth, bool local, char *err) {
     Work begin = work_so_far(r);
     Reading reading = {.run = r};
     c.progress = note_read, c.progress_arg = &reading;
+    r->kv.settling = false;  // exact keys are scored
     if (context_score(&c, c.policy, r->score, err) != 0) return -1;
     Work prefill = work_between(begin, reading.read),
          scoring = work_between(reading.read, work_so_far(r));
@@ -252,6 +253,7 @@ static int bench_score(Run *r, int depth, bool local, char *err) {
                       .cache_bytes = kvcache_bytes(&r->kv, seq)};
     if (!local) emit(r, read, &prefill);
     emit(r, score, &scoring);
+    r->kv.settling = true;
     return seq;
 }
 
@@ -349,14 +351,17 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
 
 // ---- all of it ----
 
-// A fork of seq from which all but the best `ratio` of the pairs are gone, or -1.
+// A fork of seq from which all but the best `ratio` of the pairs are gone and whose pages have
+// settled, or -1.
 static int evicted_fork(Run *r, int seq, int depth, double ratio, char *err) {
     int fork = kvcache_fork(&r->kv, seq, err);
     if (fork < 0) return -1;
     Context c = context_of(r, fork, depth, false);
-    if (ratio >= 1 || context_scores(&c) == 0) return fork;
-    if (context_select(&c, r->score, ratio, r->keep, err) < 0) return -1;
-    return kvcache_compact(&r->kv, fork, 0, depth, r->keep, err) != 0 ? -1 : fork;
+    if (ratio < 1 && context_scores(&c) > 0) {
+        if (context_select(&c, r->score, ratio, r->keep, err) < 0) return -1;
+        if (kvcache_compact(&r->kv, fork, 0, depth, r->keep, err) != 0) return -1;
+    }
+    return kvcache_settle(&r->kv, fork, err) == 0 ? fork : -1;
 }
 
 static int bench_depth(Run *r, int depth, char *err) {

@@ -38,7 +38,7 @@ typedef struct {
 typedef struct {
     RunState *state;  // max_logits at least the largest batch
     const Tokenizer *tok;
-    KVType kv;
+    KVTypes kv;
     Context method;  // policy, level, chunk; the rest is filled in
     int n;           // tokens of a decode run
     BenchList prompts, depths, ratios, batches;

@@ -1072,7 +1072,8 @@ typedef struct {
     const EvalTask *task;   // at hand
     Ids ids;                // prefix and context
     KVCache kv[EVAL_LIST];  // one of each page type
-    int full[EVAL_LIST];    // the sequence in each that holds the context
+    int full[EVAL_LIST];    // the sequence in each that holds the context, nothing settled yet
+    int yardstick;          // the first of them, settled
     Item *item;             // [task->n_questions]
     int group, group_end;   // items whose full logits are there
     Batch batch;
@@ -1245,7 +1246,7 @@ static int answer_full(Run *r, char *err) {
     int n = r->task->n_questions;
     r->batch.kv = &r->kv[0];
     for (int i = 0; i < n; i += GROUP)
-        if (generate(r, r->full[0], r->item + i, n - i < GROUP ? n - i : GROUP, err) != 0)
+        if (generate(r, r->yardstick, r->item + i, n - i < GROUP ? n - i : GROUP, err) != 0)
             return -1;
     for (Item *it = r->item; it < r->item + n; it++) {
         it->full = it->answer;
@@ -1269,6 +1270,8 @@ static int read_context(Run *r, char *err) {
         Context c = context_of(r, k, r->full[k]);
         if (context_read(&c, err) != 0) return -1;
     }
+    r->yardstick = kvcache_fork(&r->kv[0], r->full[0], err);
+    if (r->yardstick < 0 || kvcache_settle(&r->kv[0], r->yardstick, err) != 0) return -1;
     return open_items(r, err) == 0 ? answer_full(r, err) : -1;
 }
 
@@ -1345,7 +1348,8 @@ static int next_group(Run *r, int begin, char *err) {
             return fail(err, "out of memory for the logits of an answer of %d tokens", it->full.n);
         r->group_end++;
     }
-    return force_items(r, &r->kv[0], r->full[0], true, r->item + begin, r->group_end - begin, err);
+    return force_items(r, &r->kv[0], r->yardstick, true, r->item + begin, r->group_end - begin,
+                       err);
 }
 
 typedef struct {
@@ -1355,18 +1359,25 @@ typedef struct {
     int kv;
 } Cell;
 
-// The cell's cache: a fork of the full one from which all but the best pairs are gone; or -1.
+// The cell's cache: a fork of the full one from which all but the best pairs are gone, or demoted,
+// and whose pages have settled; or -1.
 static int evicted(Run *r, Cell *cell, char *err) {
     KVCache *kv = &r->kv[cell->kv];
     int seq = kvcache_fork(kv, r->full[cell->kv], err);
     Context c = context_of(r, cell->kv, seq);
     cell->c.kept = 1;
-    if (seq < 0 || cell->c.ratio >= 1 || context_scores(&c) == 0) return seq;
-    if (set_method(r->e, &c, cell->policy, cell->level, err) != 0) return -1;
-    long kept = context_select(&c, r->score, cell->c.ratio, r->keep, err);
-    if (kept < 0 || kvcache_compact(kv, seq, c.n_prefix, c.n_ctx, r->keep, err) != 0) return -1;
-    cell->c.kept = (double)kept / (double)context_scores(&c);
-    return seq;
+    if (seq < 0) return -1;
+    if (cell->c.ratio < 1 && context_scores(&c) > 0) {
+        if (set_method(r->e, &c, cell->policy, cell->level, err) != 0) return -1;
+        long kept = context_select(&c, r->score, cell->c.ratio, r->keep, err);
+        bool demote = r->e->kv[cell->kv].demote;
+        int rc = kept < 0 ? -1
+                 : demote ? kvcache_demote(kv, seq, c.n_prefix, c.n_ctx, r->keep, err)
+                          : kvcache_compact(kv, seq, c.n_prefix, c.n_ctx, r->keep, err);
+        if (rc != 0) return -1;
+        cell->c.kept = (double)kept / (double)context_scores(&c);
+    }
+    return kvcache_settle(kv, seq, err) == 0 ? seq : -1;
 }
 
 // Hands a cell to the results, which own its numbers from then on.
@@ -1402,7 +1413,7 @@ static int cells_per_context(const Eval *e) {
 static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
     EvalCell *c = &cell.c, like;
     c->task = r->task->task, c->metric = metric_names[r->task->metric], c->context = r->task->line;
-    c->kv = kvcache_type_name(r->e->kv[cell.kv]);
+    c->kv = r->e->kv[cell.kv].name;
     if (find_cell(r->results, c)) {
         r->done += r->task->n_questions;
         return 0;
@@ -1479,6 +1490,7 @@ static int run_context(Run *r, const EvalTask *task, Cell *plan, char *err) {
     for (int i = 0; i < r->e->n_policies && rc == 0; i++)
         rc = run_policy(r, r->e->policy[i], &read, plan, err);
     for (int k = 0; read && rc == 0 && k < r->e->n_kvs; k++) kvcache_drop(&r->kv[k], r->full[k]);
+    if (read && rc == 0) kvcache_drop(&r->kv[0], r->yardstick);
     free_items(r);
     return rc;
 }
@@ -1493,7 +1505,8 @@ static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, 
     h = hash_bytes(hash_bytes(h, &most, sizeof most), e->stop ? e->stop : "",
                    e->stop ? strlen(e->stop) : 0);
     h = hash_bytes(hash_bytes(h, &c->chunk, sizeof c->chunk), &local, sizeof local);
-    h = hash_bytes(hash_bytes(h, c->postfix, strlen(c->postfix)), &e->kv[0], sizeof e->kv[0]);
+    h = hash_bytes(hash_bytes(h, c->postfix, strlen(c->postfix)), e->kv[0].name,
+                   strlen(e->kv[0].name));
     h = hash_bytes(h, e->set ? e->set : "", e->set ? strlen(e->set) : 0);
     snprintf(text, sizeof text, "%s %s, tasks %016" PRIx64 ", settings %016" PRIx64,
              e->state->model->name, e->state->model->fingerprint, tasks->hash, h);
@@ -1509,8 +1522,10 @@ static int run_all(Run *r, const EvalTasks *tasks, char *err) {
     int n_cells = cells_per_context(e), rc = begin_results(e, tasks, r->results, err);
     Cell *plan = malloc((size_t)n_cells * sizeof *plan);
     if (rc == 0 && !plan) rc = fail(err, "out of memory");
-    for (int k = 0; k < e->n_kvs && rc == 0; k++)
-        rc = kvcache_open(&r->kv[k], &shape, e->kv[k], e->state->pool, err);
+    for (int k = 0; k < e->n_kvs && rc == 0; k++) {
+        rc = kvcache_open(&r->kv[k], &shape, e->kv[k].types, e->state->pool, err);
+        r->kv[k].settling = false;  // exact keys are scored; evicted() settles what it leaves
+    }
     for (int i = e->shard; i < tasks->n; i += e->n_shards)
         r->total += (long)n_cells * tasks->task[i].n_questions;
     for (int i = e->shard; i < tasks->n && rc == 0; i += e->n_shards)

@@ -11,7 +11,7 @@ enum { EVAL_LIST = 16 };
 typedef struct {
     RunState *state;  // as many rows as it has room for logits are scored at a time
     const Tokenizer *tok;
-    KVType kv;
+    KVTypes kv;
     int window;  // tokens per window, at least 4
     int (*progress)(void *arg, int window, int n_windows, double ppl);  // nonzero stops
     void *arg;
@@ -123,6 +123,13 @@ int eval_chart(const EvalRow *rows, int n, const char *path, char *err);
 
 // ---- policies and ratios ----
 
+// What becomes of a compressed cache's pairs: pages settle, and evicted pairs may be demoted.
+typedef struct {
+    KVTypes types;
+    bool demote;
+    const char *name;  // in the results: "q8/q4", "f16+q2"
+} EvalKV;
+
 typedef struct {
     RunState *state;    // max_logits: answers that decode together
     Context context;    // tok, chunk, local, postfix; the rest is filled in per context
@@ -131,7 +138,7 @@ typedef struct {
     const Level *level[EVAL_LIST];
     const char *set;  // "key=value,..": each takes the parameters it knows; or NULL
     double ratio[EVAL_LIST];
-    KVType kv[EVAL_LIST];  // the full cache of the first one is the yardstick
+    EvalKV kv[EVAL_LIST];  // the full cache of the first one is the yardstick
     int n_policies, n_levels, n_ratios, n_kvs;
     int max_tokens;       // of an answer, where the task does not say
     const char *stop;     // an answer ends after this text, where the task does not say; or NULL
@@ -150,7 +157,7 @@ typedef struct {
 int eval_check_set(const Eval *e, char *err);
 
 // Every question of every context, for each policy, level, ratio and page type that r does not have
-// yet. A policy scores a context once; its scores serve all ratios, levels and page types. Answers
-// are greedy and leave no trace. Returns 0, or -1 with err.
+// yet. A policy scores a context once; its scores serve all ratios, levels and page types. Pages
+// settle once pairs have been evicted, as in compressing. Answers are greedy and leave no trace. Returns 0, or -1 with err.
 int eval_run(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err);
 #endif

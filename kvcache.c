@@ -4,13 +4,16 @@
 // 2505.23416). The largest attention a pair receives during the repeat is its score. Low pairs go,
 // the prefix never does, and the survivors slide left into fewer pages: from then on every (layer,
 // kv head) has its own length. Attention runs page by page with an online softmax, so it needs no
-// more than the list of pages. Invariants: keys are stored after RoPE and never rotated again; a
-// page with more than one reference is never written; work is cut by the data, not by the number of
-// threads, so the bits are always the same.
+// more than the list of pages. Older pages may hold 8, 4 or 2 bits a number; one function multiplies
+// by a page of any kind, one reads and one writes it. Invariants: keys are stored after RoPE and
+// never rotated again; a page with more than one reference is never written; only a full page is
+// ever other than PAGE_FULL; work is cut by the data, not by the number of threads, so the bits are
+// always the same.
 #define _DEFAULT_SOURCE
 #define _DARWIN_C_SOURCE
 #include "kvcache.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,13 +31,75 @@ enum {
     MAX_RANGES = 5,
 };
 
-size_t kvcache_type_size(KVType t) { return t == KV_F32 ? 4 : 2; }
-const char *kvcache_type_name(KVType t) { return t == KV_F32 ? "f32" : "f16"; }
+static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2"};
+static const KVTypes demoted_types = {KV_Q2, KV_Q2};
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int n_heads_total(const KVCache *kv) {
     return kv->shape.n_layers * kv->shape.n_kv_heads;
+}
+
+// ---- types ----
+
+const char *kvcache_type_name(KVType t) { return type_names[t]; }
+
+static bool is_codes(KVType t) { return t >= KV_Q8; }
+
+static int type_parse(const char *name, size_t n, KVType *t) {
+    for (int i = 0; i < KV_TYPES; i++) {
+        if (strlen(type_names[i]) != n || memcmp(name, type_names[i], n) != 0) continue;
+        *t = (KVType)i;
+        return 0;
+    }
+    return -1;
+}
+
+int kvcache_types_parse(const char *name, KVTypes *types) {
+    size_t n = strcspn(name, "/");
+    const char *v = name[n] ? name + n + 1 : name;
+    if (type_parse(name, n, &types->k) != 0 || type_parse(v, strlen(v), &types->v) != 0) return -1;
+    return types->k != types->v && !is_codes(types->k) && !is_codes(types->v) ? -1 : 0;
+}
+
+const char *kvcache_types_name(KVTypes types, char *name) {
+    const char *k = type_names[types.k], *v = type_names[types.v];
+    snprintf(name, KV_NAME, types.k == types.v ? "%s" : "%s/%s", k, v);
+    return name;
+}
+
+typedef enum { KEYS, VALUES } Side;
+
+static inline KVType side_type(KVTypes t, Side side) { return side == KEYS ? t.k : t.v; }
+static inline KVPart *part_of(KVPage *p, Side side) { return side == KEYS ? &p->k : &p->v; }
+
+// Matrices of codes in one side of a page.
+static inline int n_blocks(int head_dim, Side side) {
+    return side == KEYS ? 1 : (head_dim + CODE_BLOCK - 1) / CODE_BLOCK;
+}
+
+static inline int code_rows(int head_dim, Side side) { return side == KEYS ? head_dim : PAGE; }
+static inline int code_cols(Side side) { return side == KEYS ? PAGE : CODE_BLOCK; }
+
+// Bytes of one side's numbers, and how many scales it has.
+static size_t data_bytes(int head_dim, KVType t, Side side) {
+    if (!is_codes(t)) return (size_t)head_dim * PAGE * (t == KV_F32 ? 4 : 2);
+    CodeType code = (CodeType)(t - KV_Q8);
+    return n_blocks(head_dim, side) * code_bytes(code, code_rows(head_dim, side), code_cols(side));
+}
+
+static size_t n_scales(int head_dim, KVType t, Side side) {
+    return is_codes(t) ? (size_t)n_blocks(head_dim, side) * code_rows(head_dim, side) : 0;
+}
+
+static size_t part_bytes(int head_dim, KVType t, Side side) {
+    size_t lists = t == KV_Q8 ? 1 : 2;  // scales, and minima
+    return data_bytes(head_dim, t, side) + n_scales(head_dim, t, side) * lists * sizeof(uint16_t);
+}
+
+size_t kvcache_page_bytes(const KVShape *shape, KVTypes types) {
+    return part_bytes(shape->head_dim, types.k, KEYS) +
+           part_bytes(shape->head_dim, types.v, VALUES);
 }
 
 // ---- pages ----
@@ -44,66 +109,133 @@ static uint8_t *slab_map(size_t bytes) {
     return p == MAP_FAILED ? NULL : p;
 }
 
-static size_t slab_bytes(const KVCache *kv) {
-    return SLAB_PAGES * (kv->page_bytes + PAGE * sizeof(int));
+// From one page of a slab to the next.
+static size_t page_step(const KVStore *store) { return (store->page_bytes + 63) / 64 * 64; }
+
+static size_t slab_bytes(const KVStore *store) {
+    return SLAB_PAGES * (page_step(store) + PAGE * sizeof(int));
 }
 
 static int pages_grow(KVCache *kv, int n, char *err) {
-    if (n > kv->pages_cap) {
-        int cap = max_int(n, kv->pages_cap * 2);
-        KVPage *pages = realloc(kv->pages, (size_t)cap * sizeof *pages);
-        if (pages) kv->pages = pages;
-        int *free_page = realloc(kv->free_page, (size_t)cap * sizeof *free_page);
-        if (free_page) kv->free_page = free_page;
-        if (!pages || !free_page)
-            return fail(err, "out of memory for a table of %d cache pages", cap);
-        kv->pages_cap = cap;
-    }
+    if (n <= kv->pages_cap) return 0;
+    int cap = max_int(n, kv->pages_cap * 2);
+    KVPage *pages = realloc(kv->pages, (size_t)cap * sizeof *pages);
+    if (!pages) return fail(err, "out of memory for a table of %d cache pages", cap);
+    kv->pages = pages;
+    kv->pages_cap = cap;
     return 0;
+}
+
+// One side of a page in the memory at `at`.
+static KVPart part_at(const KVCache *kv, KVType t, Side side, uint8_t *at) {
+    int d = kv->shape.head_dim;
+    KVPart p = {t, at, NULL, NULL};
+    if (!is_codes(t)) return p;
+    p.scale = (uint16_t *)(at + data_bytes(d, t, side));
+    if (t != KV_Q8) p.min = p.scale + n_scales(d, t, side);
+    return p;
 }
 
 // A slab is 64 pages and, after them, their positions.
-static int slab_new(KVCache *kv, char *err) {
+static int slab_new(KVCache *kv, PageClass class, char *err) {
+    KVStore *store = &kv->store[class];
+    size_t n_slabs = (size_t)store->n_slabs + 1, used = 0;
     if (pages_grow(kv, kv->n_pages + SLAB_PAGES, err) != 0) return -1;
-    uint8_t **slab = realloc(kv->slab, (size_t)(kv->n_slabs + 1) * sizeof *slab);
-    if (slab) kv->slab = slab;
-    uint8_t *memory = slab ? slab_map(slab_bytes(kv)) : NULL;
-    if (!memory) {
-        size_t used = (size_t)kv->n_slabs * slab_bytes(kv);
+    uint8_t **slab = realloc(store->slab, n_slabs * sizeof *slab);
+    if (slab) store->slab = slab;
+    int *free_page = realloc(store->free_page, n_slabs * SLAB_PAGES * sizeof *free_page);
+    if (free_page) store->free_page = free_page;
+    uint8_t *memory = slab && free_page ? slab_map(slab_bytes(store)) : NULL;
+    for (int i = 0; i < PAGE_CLASSES; i++)
+        used += (size_t)kv->store[i].n_slabs * slab_bytes(&kv->store[i]);
+    if (!memory)
         return fail(err, "out of memory: the cache needs more than the %zu MB it has", used >> 20);
-    }
-    kv->slab[kv->n_slabs++] = memory;
-    int *pos = (int *)(memory + SLAB_PAGES * kv->page_bytes);
-    for (int i = SLAB_PAGES - 1; i >= 0; i--) kv->free_page[kv->n_free++] = kv->n_pages + i;
+    store->slab[store->n_slabs++] = memory;
+    int *pos = (int *)(memory + SLAB_PAGES * page_step(store));
+    for (int i = SLAB_PAGES - 1; i >= 0; i--) store->free_page[store->n_free++] = kv->n_pages + i;
     for (int i = 0; i < SLAB_PAGES; i++) {
-        uint8_t *k = memory + (size_t)i * kv->page_bytes;
-        kv->pages[kv->n_pages++] = (KVPage){k, k + kv->page_bytes / 2, pos + i * PAGE, 0};
+        uint8_t *at = memory + (size_t)i * page_step(store);
+        KVPart k = part_at(kv, store->types.k, KEYS, at);
+        at += part_bytes(kv->shape.head_dim, store->types.k, KEYS);
+        KVPart v = part_at(kv, store->types.v, VALUES, at);
+        kv->pages[kv->n_pages++] = (KVPage){k, v, pos + i * PAGE, 0, class};
     }
     return 0;
 }
 
-// An empty page with one reference, or -1. Zeroed: attention multiplies unused values by weights of
-// 0.
+// A page with one reference and old contents, or -1.
+static int page_take(KVCache *kv, PageClass class, char *err) {
+    KVStore *store = &kv->store[class];
+    if (store->n_free == 0 && slab_new(kv, class, err) != 0) return -1;
+    int id = store->free_page[--store->n_free];
+    kv->pages[id].refs = 1;
+    return id;
+}
+
+// An empty page, or -1. Zeroed: attention multiplies unused values by weights of 0.
 static int page_new(KVCache *kv, char *err) {
-    if (kv->n_free == 0 && slab_new(kv, err) != 0) return -1;
-    int id = kv->free_page[--kv->n_free];
+    int id = page_take(kv, PAGE_FULL, err);
+    if (id < 0) return -1;
     KVPage *p = &kv->pages[id];
-    p->refs = 1;
-    memset(p->k, 0, kv->page_bytes);
+    memset(p->k.data, 0, kv->store[PAGE_FULL].page_bytes);
     for (int i = 0; i < PAGE; i++) p->pos[i] = -1;
     return id;
 }
 
 static void page_unref(KVCache *kv, int id) {
-    if (--kv->pages[id].refs == 0) kv->free_page[kv->n_free++] = id;
+    KVPage *p = &kv->pages[id];
+    KVStore *store = &kv->store[p->class];
+    if (--p->refs == 0) store->free_page[store->n_free++] = id;
 }
 
 void kvcache_trim(KVCache *kv) {
     size_t unit = (size_t)sysconf(_SC_PAGESIZE);
-    for (int i = 0; i < kv->n_free; i++) {
-        uintptr_t at = (uintptr_t)kv->pages[kv->free_page[i]].k, end = at + kv->page_bytes;
-        at = (at + unit - 1) / unit * unit, end = end / unit * unit;
-        if (at < end) madvise((void *)at, end - at, MADV_DONTNEED);
+    for (const KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
+        for (int i = 0; i < store->n_free; i++) {
+            uintptr_t at = (uintptr_t)kv->pages[store->free_page[i]].k.data;
+            uintptr_t end = (at + store->page_bytes) / unit * unit;
+            at = (at + unit - 1) / unit * unit;
+            if (at < end) madvise((void *)at, end - at, MADV_DONTNEED);
+        }
+    }
+}
+
+// ---- what a page holds ----
+
+// Matrix `block` of a side that holds codes.
+static Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block) {
+    CodeType type = (CodeType)(p->type - KV_Q8);
+    int d = kv->shape.head_dim, rows = code_rows(d, side), cols = code_cols(side);
+    size_t step = code_bytes(type, rows, cols), scales = (size_t)block * rows;
+    return (Codes){type,
+                   rows,
+                   side == KEYS ? cols : min_int(cols, d - block * cols),
+                   p->data + block * step,
+                   p->scale + scales,
+                   p->min ? p->min + scales : NULL};
+}
+
+// Keys [head_dim][64] or values [64][head_dim] of a page as floats.
+static void part_read(const KVCache *kv, const KVPart *p, Side side, float *out) {
+    int d = kv->shape.head_dim;
+    size_t n = (size_t)d * PAGE, ld = side == KEYS ? PAGE : (size_t)d;
+    if (p->type == KV_F32) memcpy(out, p->data, n * sizeof *out);
+    else if (p->type == KV_F16) kern.f16_to_f32(out, (const uint16_t *)p->data, n);
+    for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
+        Codes codes = part_codes(kv, p, side, b);
+        kern.unpack_codes(out + b * CODE_BLOCK, ld, &codes);
+    }
+}
+
+// The way back; 16 bits and fewer round.
+static void part_write(const KVCache *kv, const KVPart *p, Side side, const float *in) {
+    int d = kv->shape.head_dim;
+    size_t n = (size_t)d * PAGE, ld = side == KEYS ? PAGE : (size_t)d;
+    if (p->type == KV_F32) memcpy(p->data, in, n * sizeof *in);
+    else if (p->type == KV_F16) kern.f32_to_f16((uint16_t *)p->data, in, n);
+    for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
+        Codes codes = part_codes(kv, p, side, b);
+        codes_round(&codes, in + b * CODE_BLOCK, ld);
     }
 }
 
@@ -146,7 +278,7 @@ static int seq_copy(KVCache *kv, KVSeq *to, const KVSeq *from, char *err) {
             return -1;
         }
         for (int j = 0; j < n; j++) kv->pages[b->page[j] = a->page[j]].refs++;
-        b->n_pages = n, b->len = a->len, b->dropped = a->dropped;
+        b->n_pages = n, b->len = a->len, b->dropped = a->dropped, b->settled = a->settled;
     }
     return 0;
 }
@@ -194,8 +326,12 @@ KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g) {
 
 // ---- open and close ----
 
-int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *pool, char *err) {
-    *kv = (KVCache){.shape = *shape, .type = type, .pool = pool};
+// What new pairs are stored in.
+static KVType full_type(KVTypes t) { return t.k == KV_F32 || t.v == KV_F32 ? KV_F32 : KV_F16; }
+
+int kvcache_open(KVCache *kv, const KVShape *shape, KVTypes types, ThreadPool *pool, char *err) {
+    *kv = (KVCache){.shape = *shape, .types = types, .type = full_type(types), .pool = pool};
+    kv->settling = true;
     int group = shape->n_heads / shape->n_kv_heads;
     if (shape->head_dim > MAX_HEAD_DIM || shape->head_dim % 8) {
         return fail(err, "head_dim %d: the cache takes multiples of 8 up to %d", shape->head_dim,
@@ -206,7 +342,9 @@ int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *poo
                     "%d query heads do not share %d kv heads evenly, or more than %d share one",
                     shape->n_heads, shape->n_kv_heads, TILE_ROWS);
     }
-    kv->page_bytes = 2 * (size_t)PAGE * (size_t)shape->head_dim * kvcache_type_size(type);
+    const KVTypes stored[PAGE_CLASSES] = {kvcache_both(kv->type), types, demoted_types};
+    for (int i = 0; i < PAGE_CLASSES; i++)
+        kv->store[i] = (KVStore){stored[i], .page_bytes = kvcache_page_bytes(shape, stored[i])};
     kv->partial = malloc((size_t)SPLIT_ROWS * shape->n_heads * SPLITS * (shape->head_dim + 2) *
                          sizeof(float));
     if (!kv->partial) return fail(err, "out of memory for attention scratch");
@@ -215,12 +353,14 @@ int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *poo
 
 void kvcache_close(KVCache *kv) {
     for (int i = 0; i < kv->n_seqs; i++) seq_free(kv, &kv->seqs[i]);
-    for (int i = 0; i < kv->n_slabs; i++) munmap(kv->slab[i], slab_bytes(kv));
+    for (KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
+        for (int i = 0; i < store->n_slabs; i++) munmap(store->slab[i], slab_bytes(store));
+        free(store->slab);
+        free(store->free_page);
+    }
     tensors_close(&kv->file);
     free(kv->seqs);
-    free(kv->slab);
     free(kv->pages);
-    free(kv->free_page);
     free(kv->partial);
     free(kv->lse);
     *kv = (KVCache){0};
@@ -233,11 +373,12 @@ void kvcache_close(KVCache *kv) {
 static int own_last_page(KVCache *kv, KVHead *h, char *err) {
     int last = pages_used(h) - 1;
     if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
-    int id = page_new(kv, err);
+    int id = page_take(kv, PAGE_FULL, err);
     if (id < 0) return -1;
     const KVPage *from = &kv->pages[h->page[last]], *to = &kv->pages[id];
-    memcpy(to->k, from->k, kv->page_bytes / 2);
-    memcpy(to->v, from->v, kv->page_bytes / 2);
+    size_t half = kv->store[PAGE_FULL].page_bytes / 2;
+    memcpy(to->k.data, from->k.data, half);
+    memcpy(to->v.data, from->v.data, half);
     memcpy(to->pos, from->pos, PAGE * sizeof(int));
     page_unref(kv, h->page[last]);
     h->page[last] = id;
@@ -255,7 +396,80 @@ static int head_reserve(KVCache *kv, KVHead *h, int n, char *err) {
     return 0;
 }
 
+// A page of a head that is to settle, and the page it becomes.
+typedef struct {
+    int *listed, id;
+} Settle;
+
+typedef struct {
+    const KVCache *kv;
+    const Settle *pages;  // [n]
+} SettleJob;
+
+static void settle_page(void *ctx, int unit) {
+    const SettleJob *job = ctx;
+    const Settle *s = &job->pages[unit];
+    KVPage *from = &job->kv->pages[*s->listed], *to = &job->kv->pages[s->id];
+    float x[MAX_HEAD_DIM * PAGE];
+    memcpy(to->pos, from->pos, PAGE * sizeof(int));
+    for (Side side = KEYS; side <= VALUES; side++) {
+        part_read(job->kv, part_of(from, side), side, x);
+        part_write(job->kv, part_of(to, side), side, x);
+    }
+}
+
+// Full pages with 64 pairs or more after them.
+static int pages_ripe(const KVHead *h) { return max_int((h->len - h->dropped) / PAGE - 1, 0); }
+
+static bool settles(const KVCache *kv, const KVHead *h, int page) {
+    return kv->pages[h->page[page]].class == PAGE_FULL;
+}
+
+// Gives each of n pages that are to settle a page to become. On failure there are none.
+static int settle_plan(KVCache *kv, KVSeq *s, Settle *pages, char *err) {
+    int n = 0;
+    for (KVHead *h = s->head; h < s->head + n_heads_total(kv); h++) {
+        for (int i = h->settled; i < pages_ripe(h); i++) {
+            if (!settles(kv, h, i)) continue;
+            int id = page_take(kv, PAGE_SETTLED, err);
+            if (id >= 0) pages[n++] = (Settle){&h->page[i], id};
+            while (id < 0 && n > 0) page_unref(kv, pages[--n].id);
+            if (id < 0) return -1;
+        }
+    }
+    return 0;
+}
+
+// Settles the pages of a sequence that are ripe, from each head's `settled` on.
+static int seq_settle(KVCache *kv, KVSeq *s, char *err) {
+    int n = 0;
+    if (!is_codes(kv->types.k) && !is_codes(kv->types.v)) return 0;
+    for (const KVHead *h = s->head; h < s->head + n_heads_total(kv); h++) {
+        for (int i = h->settled; i < pages_ripe(h); i++) n += settles(kv, h, i);
+    }
+    if (n == 0) return 0;
+    Settle *pages = malloc((size_t)n * sizeof *pages);
+    if (!pages) return fail(err, "out of memory for settling %d pages", n);
+    int status = settle_plan(kv, s, pages, err);
+    if (status == 0) parallel_for(kv->pool, n, settle_page, &(SettleJob){kv, pages});
+    for (int i = 0; i < n && status == 0; i++) {
+        page_unref(kv, *pages[i].listed);
+        *pages[i].listed = pages[i].id;
+    }
+    for (KVHead *h = s->head; status == 0 && h < s->head + n_heads_total(kv); h++)
+        h->settled = max_int(h->settled, pages_ripe(h));
+    free(pages);
+    return status;
+}
+
+int kvcache_settle(KVCache *kv, int seq, char *err) {
+    if (seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
+    kvcache_trim(kv);
+    return 0;
+}
+
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
+    if (kv->settling && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
     for (int i = 0; i < n_heads_total(kv); i++) {
         if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
     }
@@ -269,14 +483,14 @@ static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k
     const KVPage *p = &kv->pages[h->page[i / PAGE]];
     p->pos[c] = pos;
     if (kv->type == KV_F32) {
-        float *pk = (float *)p->k;
+        float *pk = (float *)p->k.data;
         for (int j = 0; j < d; j++) pk[j * PAGE + c] = k[j];
-        memcpy((float *)p->v + c * d, v, (size_t)d * sizeof(float));
+        memcpy((float *)p->v.data + c * d, v, (size_t)d * sizeof(float));
     } else {
-        uint16_t half[MAX_HEAD_DIM], *pk = (uint16_t *)p->k;
+        uint16_t half[MAX_HEAD_DIM], *pk = (uint16_t *)p->k.data;
         kern.f32_to_f16(half, k, (size_t)d);
         for (int j = 0; j < d; j++) pk[j * PAGE + c] = half[j];
-        kern.f32_to_f16((uint16_t *)p->v + c * d, v, (size_t)d);
+        kern.f32_to_f16((uint16_t *)p->v.data + c * d, v, (size_t)d);
     }
 }
 
@@ -317,6 +531,7 @@ static void drop_window(KVCache *kv, KVHead *h, int window) {
     memmove(h->page, h->page + n, (size_t)(h->n_pages - n) * sizeof *h->page);
     h->n_pages -= n;
     h->dropped += n * PAGE;
+    h->settled = max_int(h->settled - n, 0);
 }
 
 void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
@@ -362,26 +577,49 @@ typedef struct {
     float page[MAX_HEAD_DIM * PAGE];  // keys or values as f32
 } Tile;
 
-// c (+)= a page. Half-precision pages are packed once for the many rows of a long run, and
-// converted on the fly for the few of a short one. The length of the run alone decides, so that
-// company changes no bit.
-static void tile_product(Tile *t, float *c, size_t ldc, const float *a, size_t lda,
-                         const uint8_t *page, int inner, int cols, bool add) {
-    if (t->kv->type == KV_F32) {
-        kern.gemm_f32(c, ldc, a, lda, page, t->n, inner, cols, add);
-    } else if (t->many) {
-        kern.pack_f16(t->page, (const uint16_t *)page, inner, cols);
-        kern.gemm_packed(c, ldc, a, lda, t->page, t->n, inner, cols, add);
+// The rows of a times one side of a page whose numbers are codes or half precision, made ready once
+// for the many rows of a long run.
+static void packed_product(Tile *t, float *c, const float *a, const KVPart *p, Side side) {
+    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
+    float x[MAX_HEAD_DIM * PAGE];
+    if (p->type == KV_F16) {
+        kern.pack_f16(t->page, (const uint16_t *)p->data, inner, cols);
     } else {
-        kern.gemm_f16(c, ldc, a, lda, page, t->n, inner, cols, add);
+        part_read(t->kv, p, side, x);
+        kern.pack_f32(t->page, x, inner, cols);
     }
+    kern.gemm_packed(c, (size_t)cols, a, (size_t)inner, t->page, t->n, inner, cols, side == VALUES);
+}
+
+static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, Side side) {
+    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
+    for (int b = 0; b < n_blocks(d, side); b++) {
+        Codes codes = part_codes(t->kv, p, side, b);
+        kern.gemm_codes(c + b * CODE_BLOCK, (size_t)cols, a, (size_t)inner, &codes, t->n,
+                        side == VALUES);
+    }
+}
+
+// Scores [n][64] = a . keys, or out [n][head_dim] += a . values. Pages are packed once for the many
+// rows of a long run, and converted on the fly for the few of a short one; f32 pages always count
+// in f32. The length of the run alone decides, so that company changes no bit.
+static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, Side side) {
+    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
+    bool add = side == VALUES;
+    if (p->type == KV_F32)
+        kern.gemm_f32(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
+    else if (t->many && t->kv->type == KV_F16)
+        packed_product(t, c, a, p, side);
+    else if (p->type == KV_F16)
+        kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
+    else
+        codes_product(t, c, a, p, side);
 }
 
 // s [n][64] = q . k, scaled and capped.
 static void tile_scores(Tile *t, const KVPage *p) {
-    int d = t->kv->shape.head_dim;
     float cap = t->kv->shape.softcap;
-    tile_product(t, t->s, PAGE, t->q, (size_t)d, p->k, d, PAGE, false);
+    tile_product(t, t->s, t->q, &p->k, KEYS);
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
 }
 
@@ -407,14 +645,14 @@ static void online_softmax(Tile *t, int i, int lo, int hi) {
 
 static void attend_page(Tile *t, int page, Range r) {
     const KVPage *p = &t->kv->pages[t->head->page[page]];
-    int base = t->head->dropped + page * PAGE, d = t->kv->shape.head_dim;
+    int base = t->head->dropped + page * PAGE;
     tile_scores(t, p);
     for (int i = 0; i < t->n; i++) {
         int own = t->first + i / t->group;
         int lo = max_int(r.lo, t->window ? own - t->window + 1 : 0), hi = min_int(r.hi, own + 1);
         online_softmax(t, i, max_int(lo - base, 0), min_int(hi - base, PAGE));
     }
-    tile_product(t, t->o, (size_t)d, t->s, PAGE, p->v, PAGE, d, true);
+    tile_product(t, t->o, t->s, &p->v, VALUES);
 }
 
 static void attend_range(Tile *t, Range r) {
@@ -944,27 +1182,48 @@ long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *
 // One head's way from its old list of pages to the new one.
 typedef struct {
     KVHead *h, to;
-    int *from;  // [to.len] which old pair each new one is, rising
+    int *from;      // [to.len] which old pair each new one is; rising in each of the two parts
+    int n_demoted;  // the first new pairs, whole pages of them
 } Compact;
 
 // Whether new page i is an old page in which nothing moves: it is listed again, not copied.
-static bool page_stays(const Compact *c, int i) {
+static bool page_stays(const KVCache *kv, const Compact *c, int i) {
     const int *from = c->from + i * PAGE;
     int n = min_int(c->to.len - i * PAGE, PAGE), last = from[n - 1];
-    return from[0] % PAGE == 0 && last == from[0] + n - 1 && (n == PAGE || last == c->h->len - 1);
+    if (from[0] % PAGE != 0 || last != from[0] + n - 1) return false;
+    if (i * PAGE < c->n_demoted)
+        return kv->pages[c->h->page[from[0] / PAGE]].class == PAGE_DEMOTED;
+    return n == PAGE || last == c->h->len - 1;
+}
+
+// Which pairs stay, and in which order. With demote, those with keep = 0 come first, after the ones
+// that were demoted before; less than a page of them stays among the others.
+static void compact_order(const KVCache *kv, Compact *c, int first, int n, const uint8_t *keep,
+                          bool demote) {
+    const KVHead *h = c->h;
+    int len = h->len, before = 0, gone = 0;
+    while (demote && before < len && kv->pages[h->page[before / PAGE]].class == PAGE_DEMOTED)
+        before += PAGE;
+    for (int t = max_int(first, before); t < first + n; t++) gone += !keep[t - first];
+    for (int t = 0; t < before; t++) c->from[c->to.len++] = t;
+    int quota = demote ? gone / PAGE * PAGE : 0;
+    for (int t = max_int(first, before), left = quota; left > 0; t++) {
+        if (!keep[t - first]) c->from[c->to.len++] = t, left--;
+    }
+    c->n_demoted = c->to.len;
+    for (int t = before, left = quota; t < len; t++) {
+        bool out = t >= first && t < first + n && !keep[t - first];
+        if (!out || (demote && left-- <= 0)) c->from[c->to.len++] = t;
+    }
 }
 
 // The new list of a head, its new pages still empty.
-static int compact_plan(KVCache *kv, Compact *c, int first, int n, const uint8_t *keep, char *err) {
-    c->from = malloc(((size_t)c->h->len + 1) * sizeof *c->from);
-    if (!c->from) return fail(err, "out of memory for evicting from %d pairs", c->h->len);
-    for (int t = 0; t < c->h->len; t++) {
-        if (t < first || t >= first + n || keep[t - first]) c->from[c->to.len++] = t;
-    }
+static int compact_plan(KVCache *kv, Compact *c, char *err) {
     if (head_room(&c->to, pages_used(&c->to), err) != 0) return -1;
     for (int i = 0; i < pages_used(&c->to); i++) {
-        bool stays = page_stays(c, i);
-        int id = stays ? c->h->page[c->from[i * PAGE] / PAGE] : page_new(kv, err);
+        bool stays = page_stays(kv, c, i);
+        PageClass class = i * PAGE < c->n_demoted ? PAGE_DEMOTED : PAGE_FULL;
+        int id = stays ? c->h->page[c->from[i * PAGE] / PAGE] : page_take(kv, class, err);
         if (id < 0) return -1;
         if (stays) kv->pages[id].refs++;
         c->to.page[c->to.n_pages++] = id;
@@ -972,24 +1231,14 @@ static int compact_plan(KVCache *kv, Compact *c, int first, int n, const uint8_t
     return 0;
 }
 
-// Pairs from [n], all of page src, become the pairs of dst from column `to` on, bits unchanged.
-static void copy_pairs(const KVCache *kv, const KVPage *dst, int to, const KVPage *src,
-                       const int *from, int n) {
-    size_t size = kvcache_type_size(kv->type), d = (size_t)kv->shape.head_dim;
-    for (size_t row = 0; row < d * PAGE; row += PAGE) {
-        const uint16_t *half = (const uint16_t *)src->k + row;
-        const float *whole = (const float *)src->k + row;
-        for (int i = 0; i < n; i++) {
-            size_t at = row + (size_t)(to + i), c = (size_t)from[i] % PAGE;
-            if (kv->type == KV_F32) ((float *)dst->k)[at] = whole[c];
-            else ((uint16_t *)dst->k)[at] = half[c];
-        }
+// Keys or values x of an old page become columns, or rows, of y: pairs from [n] go to `to` and
+// after it.
+static void move_pairs(float *y, int to, const float *x, const int *from, int n, int d, Side side) {
+    for (int row = 0; side == KEYS && row < d * PAGE; row += PAGE) {
+        for (int i = 0; i < n; i++) y[row + to + i] = x[row + from[i] % PAGE];
     }
-    for (int i = 0; i < n; i++) {
-        size_t at = (size_t)(to + i), c = (size_t)from[i] % PAGE;
-        memcpy(dst->v + at * d * size, src->v + c * d * size, d * size);
-        dst->pos[at] = src->pos[c];
-    }
+    for (int i = 0; side == VALUES && i < n; i++)
+        memcpy(y + (to + i) * d, x + from[i] % PAGE * d, (size_t)d * sizeof *y);
 }
 
 typedef struct {
@@ -998,31 +1247,51 @@ typedef struct {
     int n_heads;
 } CompactJob;
 
-// Fills one new page of one head.
+// Fills one new page of one head. Full pages do not change a bit; what had settled is read back.
 static void compact_page(void *ctx, int unit) {
     const CompactJob *job = ctx;
+    const KVCache *kv = job->kv;
     const Compact *c = &job->c[unit % job->n_heads];
-    int page = unit / job->n_heads;
-    if (page >= c->to.n_pages || page_stays(c, page)) return;
-    const KVPage *dst = &job->kv->pages[c->to.page[page]];
-    const int *from = c->from + page * PAGE;
-    for (int i = 0, n = min_int(c->to.len - page * PAGE, PAGE), m; i < n; i += m) {
-        int old = from[i] / PAGE;
-        for (m = 1; i + m < n && from[i + m] / PAGE == old;) m++;
-        copy_pairs(job->kv, dst, i, &job->kv->pages[c->h->page[old]], from + i, m);
+    int page = unit / job->n_heads, d = kv->shape.head_dim;
+    if (page >= c->to.n_pages || page_stays(kv, c, page)) return;
+    KVPage *dst = &kv->pages[c->to.page[page]];
+    const int *from = c->from + page * PAGE, n = min_int(c->to.len - page * PAGE, PAGE);
+    float x[MAX_HEAD_DIM * PAGE], y[MAX_HEAD_DIM * PAGE];
+    for (Side side = KEYS; side <= VALUES; side++) {
+        if (n < PAGE) memset(y, 0, (size_t)d * PAGE * sizeof *y);
+        for (int i = 0, m; i < n; i += m) {
+            int old = from[i] / PAGE;
+            for (m = 1; i + m < n && from[i + m] / PAGE == old;) m++;
+            part_read(kv, part_of(&kv->pages[c->h->page[old]], side), side, x);
+            move_pairs(y, i, x, from + i, m, d, side);
+        }
+        part_write(kv, part_of(dst, side), side, y);
     }
+    for (int i = 0; i < PAGE; i++)
+        dst->pos[i] = i < n ? kv->pages[c->h->page[from[i] / PAGE]].pos[from[i] % PAGE] : -1;
 }
 
-// Evicts from heads h [n_heads]; keep [n_heads][n]. On failure none of them has changed.
-static int compact_heads(KVCache *kv, KVHead *h, int n_heads, int first, int n, const uint8_t *keep,
-                         char *err) {
+// What to keep of the pairs [first, first + n) of some heads, and whether the others are demoted.
+typedef struct {
+    int first, n;
+    const uint8_t *keep;  // [n_heads][n]
+    bool demote;
+} Evict;
+
+// Evicts from heads h [n_heads]. On failure none of them has changed.
+static int compact_heads(KVCache *kv, KVHead *h, int n_heads, const Evict *e, char *err) {
     Compact *c = calloc((size_t)n_heads, sizeof *c);
     if (!c) return fail(err, "out of memory for evicting from %d heads", n_heads);
     int status = 0, n_pages = 0;
     for (int i = 0; i < n_heads && status == 0; i++) {
-        c[i].h = h + i;
-        status = compact_plan(kv, &c[i], first, n, keep + (size_t)i * n, err);
-        n_pages = max_int(n_pages, c[i].to.n_pages);
+        c[i].h = h + i, c[i].from = malloc(((size_t)h[i].len + 1) * sizeof *c[i].from);
+        if (!c[i].from) {
+            status = fail(err, "out of memory for evicting from %d pairs", h[i].len);
+        } else {
+            compact_order(kv, &c[i], e->first, e->n, e->keep + (size_t)i * e->n, e->demote);
+            status = compact_plan(kv, &c[i], err);
+            n_pages = max_int(n_pages, c[i].to.n_pages);
+        }
     }
     if (status == 0)
         parallel_for(kv->pool, n_pages * n_heads, compact_page, &(CompactJob){kv, c, n_heads});
@@ -1040,77 +1309,199 @@ static int compact_heads(KVCache *kv, KVHead *h, int n_heads, int first, int n, 
 
 int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
                          const uint8_t *keep, char *err) {
-    return compact_heads(kv, kvcache_head(kv, seq, layer, g), 1, first, n, keep, err);
+    Evict e = {first, n, keep, false};
+    return compact_heads(kv, kvcache_head(kv, seq, layer, g), 1, &e, err);
 }
 
-int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
+// Layer by layer, so that memory for one layer's new pages is enough.
+static int compact_layers(KVCache *kv, int seq, Evict e, char *err) {
     for (int l = 0; l < kv->shape.n_layers; l++) {
         if (kv->shape.window[l] != 0) continue;
         KVHead *h = kvcache_head(kv, seq, l, 0);
-        if (compact_heads(kv, h, kv->shape.n_kv_heads, n_prefix, n_ctx, keep, err) != 0) return -1;
-        keep += (size_t)kv->shape.n_kv_heads * n_ctx;
+        if (compact_heads(kv, h, kv->shape.n_kv_heads, &e, err) != 0) return -1;
+        e.keep += (size_t)kv->shape.n_kv_heads * e.n;
     }
     kvcache_trim(kv);
     return 0;
 }
 
+int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
+    return compact_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, false}, err);
+}
+
+int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
+    return compact_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, true}, err);
+}
+
 // ---- looking inside ----
+
+static float number_at(const KVPart *p, int i) {
+    return p->type == KV_F32 ? ((const float *)p->data)[i] : f16_f32(((uint16_t *)p->data)[i]);
+}
+
+// One pair's key or value: every 64th number from c on, or row c.
+static void part_pair(const KVCache *kv, const KVPart *p, Side side, int c, float *out) {
+    float x[MAX_HEAD_DIM * PAGE];
+    int d = kv->shape.head_dim, at = side == KEYS ? c : c * d, step = side == KEYS ? PAGE : 1;
+    if (is_codes(p->type)) part_read(kv, p, side, x);
+    for (int i = 0; i < d; i++, at += step) out[i] = is_codes(p->type) ? x[at] : number_at(p, at);
+}
 
 int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, float *v) {
     const KVHead *h = kvcache_head(kv, seq, layer, g);
     const KVPage *p = &kv->pages[h->page[(t - h->dropped) / PAGE]];
-    int d = kv->shape.head_dim, c = (t - h->dropped) % PAGE;
-    for (int i = 0; i < d; i++) {
-        int ik = i * PAGE + c, iv = c * d + i;
-        if (k) k[i] = kv->type == KV_F32 ? ((float *)p->k)[ik] : f16_f32(((uint16_t *)p->k)[ik]);
-        if (v) v[i] = kv->type == KV_F32 ? ((float *)p->v)[iv] : f16_f32(((uint16_t *)p->v)[iv]);
-    }
+    int c = (t - h->dropped) % PAGE;
+    if (k) part_pair(kv, &p->k, KEYS, c, k);
+    if (v) part_pair(kv, &p->v, VALUES, c, v);
     return p->pos[c];
-}
-
-static void to_float(const KVCache *kv, float *out, const uint8_t *in, size_t n) {
-    if (kv->type == KV_F32)
-        memcpy(out, in, n * sizeof *out);
-    else
-        kern.f16_to_f32(out, (const uint16_t *)in, n);
 }
 
 int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v) {
     const KVHead *h = kvcache_head(kv, seq, layer, g);
     const KVPage *p = &kv->pages[h->page[b - h->dropped / PAGE]];
-    size_t n = (size_t)kv->shape.head_dim * PAGE;
-    if (k) to_float(kv, k, p->k, n);
-    if (v) to_float(kv, v, p->v, n);
+    if (k) part_read(kv, &p->k, KEYS, k);
+    if (v) part_read(kv, &p->v, VALUES, v);
     return min_int(h->len - b * PAGE, PAGE);
 }
 
-size_t kvcache_bytes(const KVCache *kv, int seq) {
-    size_t page = kv->page_bytes + PAGE * sizeof(int) + sizeof(int), bytes = 0;
-    for (int i = 0; i < n_heads_total(kv); i++)
-        bytes += sizeof(KVHead) + page * (size_t)pages_used(&kv->seqs[seq].head[i]);
+static size_t seq_bytes(const KVCache *kv, int seq, bool all_full) {
+    size_t bytes = 0;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        const KVHead *h = &kv->seqs[seq].head[i];
+        bytes += sizeof *h;
+        for (int j = 0; j < pages_used(h); j++) {
+            PageClass class = all_full ? PAGE_FULL : kv->pages[h->page[j]].class;
+            bytes += kv->store[class].page_bytes + (PAGE + 1) * sizeof(int);
+        }
+    }
     return bytes;
 }
 
+size_t kvcache_bytes(const KVCache *kv, int seq) { return seq_bytes(kv, seq, false); }
+
+size_t kvcache_full_bytes(const KVCache *kv, int seq) { return seq_bytes(kv, seq, true); }
+
 // ---- files ----
 
-typedef enum { PART_K, PART_V, PART_POS } PagePart;
-
-static size_t count_pages(const KVCache *kv, int seq) {
-    size_t n = 0;
-    for (int i = 0; i < n_heads_total(kv); i++) n += (size_t)pages_used(&kv->seqs[seq].head[i]);
-    return n;
-}
-
-static int put_pages(TensorWriter *w, const KVCache *kv, int seq, PagePart part, char *err) {
+// Calls fn for every page of a sequence, in the order of the file; stops where it returns nonzero.
+static int each_page(const KVCache *kv, int seq, int (*fn)(void *arg, KVPage *p), void *arg) {
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         for (int j = 0; j < pages_used(h); j++) {
-            const KVPage *p = &kv->pages[h->page[j]];
-            const void *data = part == PART_K   ? (void *)p->k
-                               : part == PART_V ? (void *)p->v
-                                                : (void *)p->pos;
-            size_t bytes = part == PART_POS ? PAGE * sizeof(int) : kv->page_bytes / 2;
-            if (tensors_write_put(w, data, bytes, err) != 0) return -1;
+            if (fn(arg, &kv->pages[h->page[j]]) != 0) return -1;
+        }
+    }
+    return 0;
+}
+
+// The tensors of the pages' numbers: for each side and type its data and, for codes, scales and
+// minima. n pages have that type.
+typedef struct {
+    Side side;
+    KVType type;
+    int n;
+} Group;
+
+typedef enum { DATA, SCALES, MINIMA, GROUP_PARTS } GroupPart;
+enum { GROUPS = 2 * KV_TYPES };
+
+static Group group_at(int i) { return (Group){(Side)(i % 2), (KVType)(i / 2), 0}; }
+
+static bool has_part(KVType t, GroupPart part) {
+    return part == DATA || (is_codes(t) && (part == SCALES || t != KV_Q8));
+}
+
+// Name, type and dimensions of one of a group's tensors; returns how many dimensions.
+static int group_tensor(const Group *g, GroupPart part, int d, char name[16], DType *type,
+                        int shape[4]) {
+    static const char *const ends[GROUP_PARTS] = {"", ".scale", ".min"};
+    bool codes = is_codes(g->type), blocks = codes && g->side == VALUES;
+    int n = 0, width = g->side == KEYS ? PAGE : d;
+    snprintf(name, 16, "%c%s%s%s", g->side == KEYS ? 'k' : 'v', codes ? "_" : "",
+             codes ? type_names[g->type] : "", ends[part]);
+    shape[n++] = g->n;
+    if (blocks) shape[n++] = n_blocks(d, VALUES);
+    shape[n++] = code_rows(d, g->side);
+    *type = part != DATA || g->type == KV_F16 ? T_F16 : g->type == KV_F32 ? T_F32 : T_U8;
+    if (part != DATA) return n;
+    if (g->type == KV_Q8) *type = T_I8;
+    if (codes) width = (int)code_bytes((CodeType)(g->type - KV_Q8), 1, code_cols(g->side));
+    shape[n++] = width;
+    return n;
+}
+
+// Bytes of one page in such a tensor.
+static size_t group_bytes(const Group *g, GroupPart part, int d) {
+    return part == DATA ? data_bytes(d, g->type, g->side)
+                        : n_scales(d, g->type, g->side) * sizeof(uint16_t);
+}
+
+// What a cache has to write: how many pages of each class, and of each group.
+typedef struct {
+    const KVCache *kv;
+    TensorWriter *w;
+    const Group *group;  // whose part is being written
+    GroupPart part;
+    char *err;
+    int n_pages, n_class[PAGE_CLASSES];
+    Group groups[GROUPS];
+} Put;
+
+static int count_page(void *arg, KVPage *p) {
+    Put *put = arg;
+    put->n_pages++, put->n_class[p->class]++;
+    for (Group *g = put->groups; g < put->groups + GROUPS; g++)
+        g->n += part_of(p, g->side)->type == g->type;
+    return 0;
+}
+
+static int put_part(void *arg, KVPage *p) {
+    const Put *put = arg;
+    const KVPart *part = part_of(p, put->group->side);
+    const void *const data[] = {part->data, part->scale, part->min};
+    if (part->type != put->group->type) return 0;
+    size_t bytes = group_bytes(put->group, put->part, put->kv->shape.head_dim);
+    return tensors_write_put(put->w, data[put->part], bytes, put->err);
+}
+
+static int put_pos(void *arg, KVPage *p) {
+    const Put *put = arg;
+    return tensors_write_put(put->w, p->pos, PAGE * sizeof(int), put->err);
+}
+
+static int put_class(void *arg, KVPage *p) {
+    const Put *put = arg;
+    uint8_t class = (uint8_t)p->class;
+    return tensors_write_put(put->w, &class, 1, put->err);
+}
+
+// Groups without pages are left out, but for that of full pages.
+static bool in_file(const Put *put, const Group *g) {
+    return g->n > 0 || g->type == put->kv->type;
+}
+
+static int declare_groups(const Put *put) {
+    for (const Group *g = put->groups; g < put->groups + GROUPS; g++) {
+        for (int part = DATA; in_file(put, g) && part < GROUP_PARTS; part++) {
+            char name[16];
+            DType type;
+            int shape[4];
+            size_t sizes[4];
+            if (!has_part(g->type, part)) continue;
+            int n = group_tensor(g, part, put->kv->shape.head_dim, name, &type, shape);
+            for (int i = 0; i < n; i++) sizes[i] = (size_t)shape[i];
+            if (tensors_write_declare(put->w, name, type, n, sizes, put->err) != 0) return -1;
+        }
+    }
+    return 0;
+}
+
+static int put_groups(Put *put, int seq) {
+    for (const Group *g = put->groups; g < put->groups + GROUPS; g++) {
+        for (int part = DATA; part < GROUP_PARTS; part++) {
+            put->group = g, put->part = (GroupPart)part;
+            if (!has_part(g->type, part)) continue;
+            if (each_page(put->kv, seq, put_part, put) != 0) return -1;
         }
     }
     return 0;
@@ -1126,45 +1517,51 @@ static int put_heads(TensorWriter *w, const KVCache *kv, int seq, bool dropped, 
     return 0;
 }
 
-static int put_meta(TensorWriter *w, const KVCache *kv, int seq, const KVInfo *info, char *err) {
-    char ratio[32], n_prefix[16], n_ctx[16], next_pos[16];
+// A file whose pages are all full is one that the first version reads.
+static int put_meta(const Put *put, int seq, const KVInfo *info) {
+    const KVCache *kv = put->kv;
+    bool plain = put->n_class[PAGE_FULL] == put->n_pages;
+    char ratio[32], n_prefix[16], n_ctx[16], next_pos[16], types[KV_NAME];
     snprintf(ratio, sizeof ratio, "%.17g", info->ratio);
     snprintf(n_prefix, sizeof n_prefix, "%d", info->n_prefix);
     snprintf(n_ctx, sizeof n_ctx, "%d", info->n_ctx);
     snprintf(next_pos, sizeof next_pos, "%d", kv->seqs[seq].next_pos);
-    const Meta meta[] = {{"format", "kvzip.c cache 1"},
+    const Meta meta[] = {{"format", plain ? "kvzip.c cache 1" : "kvzip.c cache 2"},
                          {"fingerprint", info->fingerprint},
                          {"model", info->model},
                          {"policy", info->policy},
                          {"ratio", ratio},
                          {"n_prefix", n_prefix},
                          {"n_ctx", n_ctx},
-                         {"next_pos", next_pos}};
+                         {"next_pos", next_pos},
+                         {"kv", kvcache_types_name(kv->types, types)}};
     for (size_t i = 0; i < sizeof meta / sizeof *meta; i++) {
-        if (tensors_write_meta(w, meta[i].key, meta[i].value, err) != 0) return -1;
+        if (tensors_write_meta(put->w, meta[i].key, meta[i].value, put->err) != 0) return -1;
     }
     return 0;
 }
 
 static int put_cache(TensorWriter *w, const KVCache *kv, int seq, const KVInfo *info, char *err) {
-    size_t n = count_pages(kv, seq), d = (size_t)kv->shape.head_dim;
+    Put put = {.kv = kv, .w = w, .err = err};
+    for (int i = 0; i < GROUPS; i++) put.groups[i] = group_at(i);
+    each_page(kv, seq, count_page, &put);
+    size_t n = (size_t)put.n_pages;
     size_t heads[] = {(size_t)kv->shape.n_layers, (size_t)kv->shape.n_kv_heads};
-    DType type = kv->type == KV_F32 ? T_F32 : T_F16;
-    if (put_meta(w, kv, seq, info, err) != 0 ||
-        tensors_write_declare(w, "k", type, 3, (size_t[]){n, d, PAGE}, err) != 0 ||
-        tensors_write_declare(w, "v", type, 3, (size_t[]){n, PAGE, d}, err) != 0 ||
+    bool plain = put.n_class[PAGE_FULL] == put.n_pages;
+    if (put_meta(&put, seq, info) != 0 || declare_groups(&put) != 0 ||
         tensors_write_declare(w, "pos", T_I32, 2, (size_t[]){n, PAGE}, err) != 0 ||
         tensors_write_declare(w, "len", T_I32, 2, heads, err) != 0 ||
         tensors_write_declare(w, "dropped", T_I32, 2, heads, err) != 0 ||
         tensors_write_declare(w, "window", T_I32, 1, heads, err) != 0 ||
-        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){(size_t)info->n_ids}, err) != 0)
+        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){(size_t)info->n_ids}, err) != 0 ||
+        (!plain && tensors_write_declare(w, "page_class", T_U8, 1, &n, err) != 0))
         return -1;
-    if (put_pages(w, kv, seq, PART_K, err) != 0 || put_pages(w, kv, seq, PART_V, err) != 0 ||
-        put_pages(w, kv, seq, PART_POS, err) != 0 || put_heads(w, kv, seq, false, err) != 0 ||
-        put_heads(w, kv, seq, true, err) != 0 ||
-        tensors_write_put(w, kv->shape.window, heads[0] * sizeof(int32_t), err) != 0)
+    if (put_groups(&put, seq) != 0 || each_page(kv, seq, put_pos, &put) != 0 ||
+        put_heads(w, kv, seq, false, err) != 0 || put_heads(w, kv, seq, true, err) != 0 ||
+        tensors_write_put(w, kv->shape.window, heads[0] * sizeof(int32_t), err) != 0 ||
+        tensors_write_put(w, info->ids, (size_t)info->n_ids * sizeof(int32_t), err) != 0)
         return -1;
-    return tensors_write_put(w, info->ids, (size_t)info->n_ids * sizeof(int32_t), err);
+    return plain ? 0 : each_page(kv, seq, put_class, &put);
 }
 
 int kvcache_save(const KVCache *kv, int seq, const char *path, const KVInfo *info, char *err) {
@@ -1186,8 +1583,8 @@ static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info,
                      ratio ? strtod(ratio, NULL) : 0.0,
                      NULL,
                      0};
-    if (!format || strcmp(format, "kvzip.c cache 1") != 0) {
-        return fail(err, "not a saved cache: its format is \"%s\", not \"kvzip.c cache 1\"",
+    if (!format || (strcmp(format, "kvzip.c cache 1") && strcmp(format, "kvzip.c cache 2"))) {
+        return fail(err, "not a saved cache: its format is \"%s\", not \"kvzip.c cache 1\" or 2",
                     format ? format : "");
     }
     if (!info->fingerprint || !info->model || !info->policy)
@@ -1211,49 +1608,114 @@ static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info,
     return 0;
 }
 
+// The pages of a file, as they are handed out to the heads.
+typedef struct {
+    KVCache *kv;
+    const int32_t *pos;    // [n_pages][64]
+    const uint8_t *class;  // [n_pages], NULL: all full
+    int n_pages, page;     // page: the next one
+    Group groups[GROUPS];  // n: the next one of each
+    const Tensor *tensor[GROUPS][GROUP_PARTS];
+} Load;
+
+static KVPart load_part(Load *in, KVType type, Side side) {
+    int i = (int)type * 2 + (int)side;
+    Group *g = &in->groups[i];
+    const void *at[GROUP_PARTS] = {NULL};
+    for (int part = DATA; part < GROUP_PARTS; part++) {
+        size_t offset = (size_t)g->n * group_bytes(g, part, in->kv->shape.head_dim);
+        if (has_part(type, part)) at[part] = (const uint8_t *)in->tensor[i][part]->data + offset;
+    }
+    g->n++;
+    return (KVPart){type, (uint8_t *)at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
+}
+
 // One page per 64 pairs, in the file's order. The extra reference keeps mapped pages from being
 // written.
-static int load_head(KVCache *kv, KVHead *h, int len, int dropped, const Tensor *part[3],
-                     size_t *page, char *err) {
-    if (dropped < 0 || dropped % PAGE || len < dropped || len > 1 << 30)
-        return fail(err, "a head of %d pairs less %d", len, dropped);
-    h->len = len, h->dropped = dropped;
+static int load_head(Load *in, KVHead *h, char *err) {
+    KVCache *kv = in->kv;
     int n = pages_used(h);
-    if ((size_t)n > part[0]->shape[0] - *page)
-        return fail(err, "fewer pages than the heads' lengths need");
     if (head_room(h, n, err) != 0 || pages_grow(kv, kv->n_pages + n, err) != 0) return -1;
-    for (; h->n_pages < n; ++*page) {
-        uint8_t *k = (uint8_t *)part[0]->data + *page * (kv->page_bytes / 2);
-        uint8_t *v = (uint8_t *)part[1]->data + *page * (kv->page_bytes / 2);
-        kv->pages[kv->n_pages] = (KVPage){k, v, (int *)part[2]->data + *page * PAGE, 2};
+    for (; h->n_pages < n; in->page++) {
+        PageClass class = in->class ? (PageClass)in->class[in->page] : PAGE_FULL;
+        KVTypes types = kv->store[class].types;
+        if (class != PAGE_FULL && h->n_pages == n - 1 && (h->len - h->dropped) % PAGE != 0)
+            return fail(err, "a page that is not full has settled");
+        KVPart k = load_part(in, types.k, KEYS), v = load_part(in, types.v, VALUES);
+        int *pos = (int *)in->pos + (size_t)in->page * PAGE;
+        kv->pages[kv->n_pages] = (KVPage){k, v, pos, 2, class};
         h->page[h->n_pages++] = kv->n_pages++;
     }
     return 0;
 }
 
-static int load_pages(KVCache *kv, char *err) {
-    const TensorFile *f = &kv->file;
-    DType type = kv->type == KV_F32 ? T_F32 : T_F16;
-    int d = kv->shape.head_dim, page_size = PAGE;
-    const Tensor *k = tensors_get(f, err, "k", type, 3, -1, d, page_size);
-    if (!k) return -1;
-    int n = (int)k->shape[0], n_layers = kv->shape.n_layers, n_kv_heads = kv->shape.n_kv_heads;
-    const Tensor *v = tensors_get(f, err, "v", type, 3, n, page_size, d);
-    const Tensor *pos = v ? tensors_get(f, err, "pos", T_I32, 2, n, page_size) : NULL;
-    const Tensor *len = pos ? tensors_get(f, err, "len", T_I32, 2, n_layers, n_kv_heads) : NULL;
-    const Tensor *dropped =
-        len ? tensors_get(f, err, "dropped", T_I32, 2, n_layers, n_kv_heads) : NULL;
-    if (!dropped) return -1;
-    size_t page = 0;
-    for (int i = 0; i < n_heads_total(kv); i++) {
-        int li = ((const int32_t *)len->data)[i], di = ((const int32_t *)dropped->data)[i];
-        if (load_head(kv, &kv->seqs[0].head[i], li, di, (const Tensor *[]){k, v, pos}, &page,
-                      err) != 0)
-            return -1;
+// Finds the tensors of every group that has pages, and checks that they have as many.
+static int load_groups(Load *in, char *err) {
+    for (int i = 0; i < in->n_pages; i++) {
+        int class = in->class ? in->class[i] : PAGE_FULL;
+        if (class >= PAGE_CLASSES) return fail(err, "page %d is of unknown class %d", i, class);
+        KVTypes t = in->kv->store[class].types;
+        in->groups[(int)t.k * 2 + KEYS].n++, in->groups[(int)t.v * 2 + VALUES].n++;
     }
-    return page == k->shape[0]
-               ? 0
-               : fail(err, "%zu pages, but the heads' lengths need %zu", k->shape[0], page);
+    for (int i = 0; i < GROUPS; i++) {
+        Group *g = &in->groups[i];
+        for (int part = DATA; part < GROUP_PARTS; part++) {
+            char name[16];
+            DType type;
+            int s[4];
+            if (g->n == 0 || !has_part(g->type, part)) continue;
+            int n = group_tensor(g, part, in->kv->shape.head_dim, name, &type, s);
+            in->tensor[i][part] =
+                tensors_get(&in->kv->file, err, name, type, n, s[0], s[1], s[2], s[3]);
+            if (!in->tensor[i][part]) return -1;
+        }
+        g->n = 0;
+    }
+    return 0;
+}
+
+// Lengths of all heads; returns how many pages they need, or -1.
+static int load_lengths(KVCache *kv, char *err) {
+    int n_layers = kv->shape.n_layers, n_kv_heads = kv->shape.n_kv_heads;
+    long n = 0;
+    const Tensor *len = tensors_get(&kv->file, err, "len", T_I32, 2, n_layers, n_kv_heads);
+    const Tensor *dropped =
+        len ? tensors_get(&kv->file, err, "dropped", T_I32, 2, n_layers, n_kv_heads) : NULL;
+    if (!dropped) return -1;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        KVHead *h = &kv->seqs[0].head[i];
+        int li = ((const int32_t *)len->data)[i], di = ((const int32_t *)dropped->data)[i];
+        if (di < 0 || di % PAGE || li < di || li > 1 << 30)
+            return fail(err, "a head of %d pairs less %d", li, di);
+        h->len = li, h->dropped = di;
+        n += pages_used(h);
+    }
+    return n > INT_MAX ? fail(err, "heads of %ld pages", n) : (int)n;
+}
+
+static int load_pages(KVCache *kv, char *err) {
+    int page_size = PAGE, n = load_lengths(kv, err);
+    const Tensor *pos = n < 0 ? NULL : tensors_get(&kv->file, err, "pos", T_I32, 2, n, page_size);
+    const Tensor *class = pos ? tensors_find(&kv->file, "page_class") : NULL;
+    if (class) class = tensors_get(&kv->file, err, "page_class", T_U8, 1, n);
+    if (!pos || (!class && tensors_find(&kv->file, "page_class"))) return -1;
+    Load in = {.kv = kv, .pos = pos->data, .class = class ? class->data : NULL, .n_pages = n};
+    for (int i = 0; i < GROUPS; i++) in.groups[i] = group_at(i);
+    if (load_groups(&in, err) != 0) return -1;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        if (load_head(&in, &kv->seqs[0].head[i], err) != 0) return -1;
+    }
+    return 0;
+}
+
+// The types of the metadata; files of the first version have none, and their keys say it.
+static int load_types(const TensorFile *f, KVTypes *types, char *err) {
+    const Tensor *k = tensors_find(f, "k");
+    const char *name = tensors_meta(f, "kv");
+    *types = kvcache_both(k && k->dtype == T_F32 ? KV_F32 : KV_F16);
+    if (name && kvcache_types_parse(name, types) != 0)
+        return fail(err, "its pages are of unknown type \"%s\"", name);
+    return 0;
 }
 
 int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool,
@@ -1262,9 +1724,9 @@ int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, Thr
     *kv = (KVCache){0};
     if (tensors_open(&f, path, err) != 0) return -1;
     int next_pos = 0;
-    const Tensor *k = tensors_find(&f, "k");
+    KVTypes types;
     if (load_info(&f, fingerprint, info, &next_pos, err) != 0 ||
-        kvcache_open(kv, shape, k && k->dtype == T_F32 ? KV_F32 : KV_F16, pool, err) != 0) {
+        load_types(&f, &types, err) != 0 || kvcache_open(kv, shape, types, pool, err) != 0) {
         tensors_close(&f);
         kvcache_close(kv);
         return -1;

@@ -5,6 +5,11 @@
 // length, so heads may have different lengths, evicting frees memory, and forks share pages until
 // one of them writes. The position counter of a sequence is independent of lengths: eviction never
 // rotates a key.
+//
+// New pairs are stored in full, f16 or f32. Once 64 newer ones follow it, a page may settle to
+// fewer bits (KIVI, arXiv 2402.02750): keys with a scale per channel of the page, values with one
+// per pair and 32 channels. Pairs that would be evicted may be demoted to 2 bits instead (No Token
+// Left Behind, arXiv 2402.18096). Pages of all kinds may follow one another in a head.
 #ifndef KVCACHE_H
 #define KVCACHE_H
 #include "kernels.h"
@@ -12,7 +17,14 @@
 
 enum { MAX_HEAD_DIM = 256 };
 
-typedef enum { KV_F16, KV_F32 } KVType;
+typedef enum { KV_F16, KV_F32, KV_Q8, KV_Q4, KV_Q2, KV_TYPES } KVType;
+
+// Of keys and of values. Where neither is f32, new pairs are f16.
+typedef struct {
+    KVType k, v;
+} KVTypes;
+
+enum { KV_NAME = 16 };  // room for a name of KVTypes
 
 typedef struct {
     int n_layers, n_heads, n_kv_heads, head_dim;
@@ -21,17 +33,40 @@ typedef struct {
     const int *window;  // [n_layers] pairs a token sees in this layer, itself included; 0 = all
 } KVShape;
 
+// Keys or values of a page: [head_dim][64] or [64][head_dim] numbers; or codes (kernels.h) with
+// their scales and, at 4 and 2 bits, minima: keys one matrix of head_dim rows, values a matrix of 64
+// rows for each 32 channels, one after the other.
 typedef struct {
-    uint8_t *k, *v;  // [head_dim][64] and [64][head_dim] of the cache's type
-    int *pos;        // [64] absolute token positions
+    KVType type;
+    uint8_t *data;
+    uint16_t *scale, *min;  // NULL where there are none
+} KVPart;
+
+typedef enum { PAGE_FULL, PAGE_SETTLED, PAGE_DEMOTED, PAGE_CLASSES } PageClass;
+
+typedef struct {
+    KVPart k, v;
+    int *pos;  // [64] absolute token positions
     int refs;  // heads that list it; a page of a mapped file has one more and is never written
+    PageClass class;
 } KVPage;
+
+// Memory of one class's pages.
+typedef struct {
+    KVTypes types;
+    size_t page_bytes;  // k and v of one page
+    uint8_t **slab;     // [n_slabs] 64 pages each
+    int n_slabs;
+    int *free_page;  // [n_free] ids of pages that hold nothing
+    int n_free;
+} KVStore;
 
 typedef struct {
     int *page;  // [n_pages] ids into KVCache.pages
     int n_pages, cap;
     int len;      // pairs appended so far, less the evicted ones
     int dropped;  // the first ones of them, left behind by a sliding window; a multiple of 64
+    int settled;  // pages at the start that have settled, or were never to
 } KVHead;
 
 typedef struct {
@@ -48,15 +83,13 @@ typedef struct KVScoring KVScoring;
 
 typedef struct {
     KVShape shape;
-    KVType type;
+    KVTypes types;  // what pages settle to; f16 or f32 both: they never do
+    KVType type;    // of new pairs: f16 or f32
+    bool settling;  // pages settle as a sequence grows; off where exact keys are still needed
     ThreadPool *pool;
-    size_t page_bytes;  // k and v of one page
-    KVPage *pages;      // [n_pages]
+    KVStore store[PAGE_CLASSES];
+    KVPage *pages;  // [n_pages]
     int n_pages, pages_cap;
-    int *free_page;  // [n_free] ids of pages that hold nothing
-    int n_free;
-    uint8_t **slab;  // [n_slabs] memory of 64 pages each
-    int n_slabs;
     KVSeq *seqs;  // [n_seqs]
     int n_seqs;
     TensorFile file;     // a loaded cache; its pages stay in the map
@@ -66,7 +99,13 @@ typedef struct {
     double ops;          // multiplications and additions of attention and scoring so far
 } KVCache;
 
-int kvcache_open(KVCache *kv, const KVShape *shape, KVType type, ThreadPool *pool, char *err);
+// "f16", "f32", "q8", "q4", "q2", or two of them, "q8/q4"; f16 and f32 do not mix. parse returns 0
+// or -1.
+int kvcache_types_parse(const char *name, KVTypes *types);
+const char *kvcache_types_name(KVTypes types, char *name);  // name [KV_NAME], returned
+static inline KVTypes kvcache_both(KVType t) { return (KVTypes){t, t}; }
+
+int kvcache_open(KVCache *kv, const KVShape *shape, KVTypes types, ThreadPool *pool, char *err);
 void kvcache_close(KVCache *kv);  // safe on a zeroed struct, and twice
 
 // ---- sequences ----
@@ -82,8 +121,12 @@ int kvcache_rewind(KVCache *kv, int seq, int mark, char *err);
 
 // ---- one forward call ----
 // Room for n more tokens in every layer: the only step that allocates, so the only one that can
-// fail.
+// fail. Before that, with kv->settling, full pages that 64 or more pairs follow settle.
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err);
+
+// Settles such pages now, whatever kv->settling says: after scoring and evicting. Each becomes a
+// page of its own, so that forks keep theirs. On failure none has settled.
+int kvcache_settle(KVCache *kv, int seq, char *err);
 
 // k, v [rows][n_kv_heads][head_dim], rows = sum of the runs' n, at positions next_pos, next_pos +
 // 1, ...
@@ -159,7 +202,11 @@ long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *
 // [scored][n_kv_heads][n_ctx].
 int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
-// The ragged form: of one head's pairs [first, first + n) those with keep [n] = 0 go, or, on
+// The same, but pairs with keep = 0 are demoted to 2 bits instead: they move to the front of their
+// head, in pages of 64; the last ones that do not fill a page stay as they are.
+int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
+
+// The ragged form of compact: of one head's pairs [first, first + n) those with keep [n] = 0 go, or, on
 // failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim hands
 // their memory back to the system.
 int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
@@ -176,13 +223,18 @@ int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, 
 int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v);
 size_t kvcache_bytes(const KVCache *kv,
                      int seq);  // pages, positions and page tables of one sequence
-size_t kvcache_type_size(KVType t);
+size_t kvcache_full_bytes(const KVCache *kv, int seq);  // the same, had no page settled
 const char *kvcache_type_name(KVType t);
+size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and values of one page
 
 // ---- files ----
-// tensors: k [n_pages][head_dim][64], v [n_pages][64][head_dim], pos i32 [n_pages][64] (-1: no
-// pair), len and dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages
-// in the order layer, kv head, page.
+// tensors: k [n][head_dim][64], v [n][64][head_dim], pos i32 [n_pages][64] (-1: no pair), len and
+// dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages in the order
+// layer, kv head, page. Where some have settled or were demoted: page_class u8 [n_pages] as in
+// PageClass, and their codes in that order, B = ceil(head_dim/32):
+//   k_q8 i8 [n][head_dim][64], v_q8 i8 [n][B][64][32]; q4: u8, half as many bytes a row; q2: a quarter
+//   k_q8.scale f16 [n][head_dim], v_q8.scale f16 [n][B][64]; k_q4.min ..: the same shapes
+// What "settled" means says the metadata's "kv"; the pages of a type are counted over both classes.
 typedef struct {
     const char *fingerprint, *model,
         *policy;          // fingerprint of the model file: keys mean nothing elsewhere

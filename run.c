@@ -217,10 +217,10 @@ enum {
 typedef struct {
     const char *prompt, *file, *ids, *out, *cache, *system, *task, *answer_prefix, *stop;
     const char *policy, *level, *set, *isa;
-    const char *ppl, *chart, *shard, *kvs, *profile;
+    const char *ppl, *chart, *shard, *kv, *kvs, *profile;
     long threads, n, seed, n_prefix, chunk, batch, budget, window;
     double temp, top_p, ratio, lambda;
-    int score_attn, kv;  // which of the flag's choices; kv -1 when not given
+    int score_attn, demote;  // which of the flag's choices; demote -1 when not given
     bool special, bos, decode, raw, ref_ties, ignore_eos, keep, merge, into, stream, json, quiet;
     BenchList depths, ratios, shares, prompts, batches;
     const char *program, *command;
@@ -237,7 +237,7 @@ static const Options defaults = {.n = -1,
                                  .top_p = 0.95,
                                  .window = 128,
                                  .lambda = 1e-3,
-                                 .kv = -1,
+                                 .demote = -1,
                                  .depths = {{0, 1024}, 2},
                                  .ratios = {{1, 0.3}, 2},
                                  .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
@@ -290,6 +290,8 @@ static const Flag flags[] = {
      "newest pairs of each head, which are not evicted as tokens come (default 128)"},
     {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH | STREAMS, SCORE,
      "which pairs compete for a place (default: profile where there is one, else pair):"},
+    {"--demote", "TYPE", CHOICE, AT(demote), 0, 0, "q2", COMPRESS, SCORE,
+     "keep what would be evicted at 2 bits"},
     {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL | STREAMS, 0,
      "parameters of the policy and the level, as listed there"},
     {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0, "who scores (default: expected where there is a profile, else kvzip):"},
@@ -298,7 +300,8 @@ static const Flag flags[] = {
     {"--ratio", "R,..", LIST, AT(shares), RATIO_MIN, 1, NULL, EVAL, 0,
      "shares of the context's pairs that stay (default 1,0.7,0.5,0.3,0.2,0.1)"},
     {"--kv", "TYPE,..", TEXT, AT(kvs), 0, 0, NULL, EVAL, 0,
-     "numbers of the cache, f16 or f32 (default f16); the first one's full cache is the yardstick"},
+     "as below; with +q2 what is evicted stays at 2 bits; the first one's full cache is the "
+     "yardstick"},
     {"-o", "FILE", TEXT, AT(out), 0, 0, NULL, EVAL, 0,
      "results, added as they come; what is there already is not done again"},
     {"--chart", "FILE", TEXT, AT(chart), 0, 0, NULL, EVAL, 0, "an SVG of the results"},
@@ -372,8 +375,8 @@ static const Flag flags[] = {
     {"-j", "N", COUNT, AT(threads), 1, 1024, NULL, RUNS, ALL, "threads (default: one per core)"},
     {"--isa", "SET", TEXT, AT(isa), 0, 0, NULL, RUNS, ALL,
      "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
-    {"--kv", "TYPE", CHOICE, AT(kv), 0, 0, "f16|f32", RUNS & ~EVAL, ALL & ~EVAL,
-     "numbers of the cache (default f16)"},
+    {"--kv", "TYPE", TEXT, AT(kv), 0, 0, NULL, RUNS & ~EVAL, ALL & ~EVAL,
+     "numbers of the cache: f16 (default), f32, q8, q4, q2, or keys/values, as in q8/q4"},
     {"--json", NULL, SWITCH, AT(json), 0, 0, NULL, ALL, ALL, "one JSON object a line"},
     {"-q", NULL, SWITCH, AT(quiet), 0, 0, NULL, ALL, ALL, "no progress, no figures"},
 };
@@ -691,20 +694,27 @@ static ThreadPool *open_pool(long n) {
     return pool;
 }
 
+static KVTypes get_kv(const Options *o, const char *name) {
+    KVTypes types;
+    if (kvcache_types_parse(name, &types) == 0) return types;
+    die_usage(o->command, "--kv %s: needs f16, f32, q8, q4, q2 or keys/values, as in q8/q4", name);
+}
+
 static void open_cache(Session *s, const char *path) {
     char err[ERR_LEN];
     KVShape shape = model_kv_shape(&s->model);
+    KVTypes types = get_kv(s->o, s->o->kv ? s->o->kv : "f16");
     if (!path) {
-        if (kvcache_open(&s->kv, &shape, s->o->kv == 1 ? KV_F32 : KV_F16, s->pool, err) != 0)
-            die("%s", err);
+        if (kvcache_open(&s->kv, &shape, types, s->pool, err) != 0) die("%s", err);
         return;
     }
     const char *fingerprint = s->model.fingerprint;
     if (kvcache_load(&s->kv, &shape, fingerprint, s->pool, path, &s->info, err) != 0)
         die("%s: %s", path, err);
-    const char *type = kvcache_type_name(s->kv.type);
-    if (s->o->kv >= 0 && (s->o->kv == 1) != (s->kv.type == KV_F32))
-        warn(s, "%s holds %s pairs, --kv does not change that", path, type);
+    char name[KV_NAME];
+    if (s->o->kv && (s->kv.types.k != types.k || s->kv.types.v != types.v))
+        warn(s, "%s holds %s pairs, --kv does not change that", path,
+             kvcache_types_name(s->kv.types, name));
 }
 
 // Opens model, threads, scratch and the cache: empty, or the saved one at path.
@@ -1394,6 +1404,7 @@ static int stream_after(void *stream, char *err) { return stream_step(stream, er
 // Prefill, and scores [context_scores(c)] if wanted. The result is malloc'ed, or NULL.
 static float *read_context(Context *c, bool scored, const Progress *progress) {
     char err[ERR_LEN];
+    c->kv->settling = !scored;  // exact keys are scored
     float *score = scored ? allocate(context_scores(c), sizeof *score) : NULL;
     int rc = scored ? context_score(c, c->policy, score, err) : context_read(c, err);
     progress_end(progress);
@@ -1495,16 +1506,19 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
     char err[ERR_LEN];
     int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
     Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx,
-                .full = kvcache_bytes(&s->kv, c->seq)};
+                .full = kvcache_full_bytes(&s->kv, c->seq)};
     r.n_kept = r.n_pairs;
     r.memory_full = private_memory();
     if (score) {
         uint8_t *keep = allocate(r.n_pairs, 1);
         r.n_kept = context_select(c, score, s->o->ratio, keep, err);
-        if (r.n_kept < 0 || kvcache_compact(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
+        int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
+            s->o->demote < 0 ? kvcache_compact : kvcache_demote;
+        if (r.n_kept < 0 || evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
             die("%s", err);
         free(keep);
     }
+    if (kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
     r.ratio = r.n_pairs > 0 ? (double)r.n_kept / r.n_pairs : 1;
     r.bytes = kvcache_bytes(&s->kv, c->seq);
     r.memory = private_memory();
@@ -1725,7 +1739,7 @@ static void types_text(const Model *m, char *text, size_t room) {
 // Bytes of the cache: of one head's pair and its position; of every further token, in the layers
 // without a window; of the layers with one, at most (the window and a page that it is leaving).
 static size_t pair_bytes(const KVShape *s, KVType t) {
-    return 2 * s->head_dim * kvcache_type_size(t) + sizeof(int32_t);
+    return kvcache_page_bytes(s, kvcache_both(t)) / PAGE + sizeof(int32_t);
 }
 
 static size_t token_bytes(const KVShape *s, KVType t) {
@@ -1773,6 +1787,8 @@ static void info_model(const Options *o) {
         {"file", NULL, s.model.file.map_bytes, true},
         {"cache_token_f16", NULL, token_bytes(&k, KV_F16), true},
         {"cache_token_f32", NULL, token_bytes(&k, KV_F32), true},
+        {"cache_token_q8", NULL, token_bytes(&k, KV_Q8), true},
+        {"cache_token_q4", NULL, token_bytes(&k, KV_Q4), true},
         {"cache_windows_f16", NULL, window_bytes(&k, KV_F16), true},
         {"cache_windows_f32", NULL, window_bytes(&k, KV_F32), true},
         {"scratch", NULL, state.bytes, true},
@@ -1805,46 +1821,104 @@ static void print_heads(const Options *o, const int32_t *len, int n_layers, int 
     if (o->json) out("]}\n");
 }
 
-static void info_cache(const Options *o, const TensorFile *f) {
+// What a cache file says about its pairs, beside what its metadata says.
+typedef struct {
+    KVTypes types[PAGE_CLASSES];
+    double bytes[PAGE_CLASSES];  // of the pages of each class
+    double page;                 // of a full page
+    double pairs, full, full_pages;
+    double all, kept, demoted;  // in the layers that evict: of the context
+    int32_t *len;               // [layers][kv heads], demoted pairs not counted
+} CacheFacts;
+
+// One tensor of a cache, or the end.
+static const Tensor *cache_tensor(const TensorFile *f, const char *name, DType type, int n_dims,
+                                  int a, int b) {
     char err[ERR_LEN];
-    const Tensor *len = tensors_get(f, err, "len", T_I32, 2, -1, -1);
-    const Tensor *dropped =
-        len ? tensors_get(f, err, "dropped", T_I32, 2, (int)len->shape[0], (int)len->shape[1])
-            : NULL;
-    const Tensor *window =
-        dropped ? tensors_get(f, err, "window", T_I32, 1, (int)len->shape[0]) : NULL;
-    const Tensor *k = window ? tensors_find(f, "k") : NULL;
-    if (!k || k->n_dims != 3) die("%s: %s", f->path, window ? "it has no keys" : err);
-    int n_layers = (int)len->shape[0], n_heads = (int)len->shape[1];
-    int n_prefix = meta_int(f, "n_prefix"), n_ctx = meta_int(f, "n_ctx");
-    const int32_t *n = len->data, *left = dropped->data;
-    double page = PAGE * (2.0 * k->shape[1] * dtype_size(k->dtype) + sizeof(int32_t));
-    double pairs = 0, full = 0, full_pages = 0, kept = 0, all = 0;
-    for (int i = 0; i < n_layers * n_heads; i++) {
-        bool slides = ((const int32_t *)window->data)[i / n_heads] > 0;  // nothing is evicted there
-        int before = slides ? n[i] - left[i] : n_prefix + n_ctx;
-        pairs += n[i] - left[i], full += before, full_pages += (before + PAGE - 1) / PAGE;
-        if (!slides) kept += n[i] - n_prefix, all += n_ctx;
+    const Tensor *t = tensors_get(f, err, name, type, n_dims, a, b);
+    if (!t) die("%s: %s", f->path, err);
+    return t;
+}
+
+// Types and bytes of the pages; class [n] or NULL when all are full.
+static void count_classes(const TensorFile *f, CacheFacts *c, const uint8_t *class, int n) {
+    const Tensor *k = tensors_find(f, "k");
+    const char *kv = tensors_meta(f, "kv");
+    if (!k || k->n_dims != 3) die("%s: it has no keys", f->path);
+    KVShape shape = {.head_dim = (int)k->shape[1]};
+    c->types[PAGE_FULL] = kvcache_both(k->dtype == T_F32 ? KV_F32 : KV_F16);
+    c->types[PAGE_SETTLED] = c->types[PAGE_FULL];
+    c->types[PAGE_DEMOTED] = kvcache_both(KV_Q2);
+    if (kv && kvcache_types_parse(kv, &c->types[PAGE_SETTLED]) != 0)
+        die("%s: its pages are of unknown type \"%s\"", f->path, kv);
+    double page[PAGE_CLASSES];
+    for (int i = 0; i < PAGE_CLASSES; i++)
+        page[i] = (double)kvcache_page_bytes(&shape, c->types[i]) + PAGE * sizeof(int32_t);
+    for (int i = 0; i < n; i++) {
+        int of = class ? class[i] : PAGE_FULL;
+        if (of >= PAGE_CLASSES) die("%s: page %d is of unknown class %d", f->path, i, of);
+        c->bytes[of] += page[of];
     }
+    c->page = page[PAGE_FULL];
+}
+
+static CacheFacts count_cache(const TensorFile *f, int n_prefix, int n_ctx) {
+    CacheFacts c = {0};
+    const Tensor *len = cache_tensor(f, "len", T_I32, 2, -1, -1);
+    int n_layers = (int)len->shape[0], n_heads = (int)len->shape[1], page = 0;
+    const int32_t *n = len->data;
+    const int32_t *left = cache_tensor(f, "dropped", T_I32, 2, n_layers, n_heads)->data;
+    const int32_t *window = cache_tensor(f, "window", T_I32, 1, n_layers, 0)->data;
+    int n_pages = (int)cache_tensor(f, "pos", T_I32, 2, -1, PAGE)->shape[0];
+    const uint8_t *class = tensors_find(f, "page_class")
+                               ? cache_tensor(f, "page_class", T_U8, 1, n_pages, 0)->data
+                               : NULL;
+    count_classes(f, &c, class, n_pages);
+    c.len = allocate(n_layers * n_heads, sizeof *c.len);
+    for (int i = 0; i < n_layers * n_heads; i++) {
+        bool slides = window[i / n_heads] > 0;  // nothing is evicted there
+        int before = slides ? n[i] - left[i] : n_prefix + n_ctx, demoted = 0;
+        for (int t = left[i]; t < n[i]; t += PAGE, page++) {
+            if (page >= n_pages) die("%s: fewer pages than the heads' lengths need", f->path);
+            if (class && class[page] == PAGE_DEMOTED) demoted += PAGE;
+        }
+        c.len[i] = n[i] - demoted;
+        c.pairs += n[i] - left[i], c.full += before, c.full_pages += (before + PAGE - 1) / PAGE;
+        if (!slides) c.kept += c.len[i] - n_prefix, c.demoted += demoted, c.all += n_ctx;
+    }
+    return c;
+}
+
+static void info_cache(const Options *o, const TensorFile *f) {
+    int n_prefix = meta_int(f, "n_prefix"), n_ctx = meta_int(f, "n_ctx");
+    CacheFacts c = count_cache(f, n_prefix, n_ctx);
+    const Tensor *len = tensors_find(f, "len");
     const char *ratio = tensors_meta(f, "ratio");
+    char settled[KV_NAME];
     const Fact facts[] = {
         {"cache_of", tensors_meta(f, "model"), 0, false},
         {"fingerprint", tensors_meta(f, "fingerprint"), 0, false},
         {"policy", tensors_meta(f, "policy"), 0, false},
         {"ratio", NULL, ratio ? strtod(ratio, NULL) : 0, false},
-        {"kept", NULL, all > 0 ? kept / all : 1, false},
+        {"kept", NULL, c.all > 0 ? c.kept / c.all : 1, false},
+        {"demoted", NULL, c.all > 0 ? c.demoted / c.all : 0, false},
         {"n_prefix", NULL, n_prefix, false},
         {"n_ctx", NULL, n_ctx, false},
         {"next_pos", NULL, meta_int(f, "next_pos"), false},
-        {"type", dtype_name(k->dtype), 0, false},
-        {"pairs", NULL, pairs, false},
-        {"full_pairs", NULL, full, false},
-        {"bytes", NULL, (double)k->shape[0] * page, true},
-        {"full_bytes", NULL, full_pages * page, true},
+        {"type", dtype_name(tensors_find(f, "k")->dtype), 0, false},
+        {"kv", kvcache_types_name(c.types[PAGE_SETTLED], settled), 0, false},
+        {"pairs", NULL, c.pairs, false},
+        {"full_pairs", NULL, c.full, false},
+        {"new_bytes", NULL, c.bytes[PAGE_FULL], true},
+        {"settled_bytes", NULL, c.bytes[PAGE_SETTLED], true},
+        {"demoted_bytes", NULL, c.bytes[PAGE_DEMOTED], true},
+        {"bytes", NULL, c.bytes[PAGE_FULL] + c.bytes[PAGE_SETTLED] + c.bytes[PAGE_DEMOTED], true},
+        {"full_bytes", NULL, c.full_pages * c.page, true},
         {"file", NULL, f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);
-    print_heads(o, n, n_layers, n_heads, n_prefix);
+    print_heads(o, c.len, (int)len->shape[0], (int)len->shape[1], n_prefix);
+    free(c.len);
 }
 
 static void info_tensors(const Options *o, const TensorFile *f) {
@@ -1874,7 +1948,7 @@ static int cmd_info(const Options *o) {
     const char *format = tensors_meta(&f, "format");
     if (format && strcmp(format, "kvzip.c model 1") == 0)
         info_model(o);
-    else if (format && strcmp(format, "kvzip.c cache 1") == 0)
+    else if (format && strncmp(format, "kvzip.c cache ", 14) == 0)
         info_cache(o, &f);
     else
         info_tensors(o, &f);
@@ -1937,11 +2011,12 @@ static int cmd_bench(const Options *o) {
     int most = 1;
     for (int i = 0; i < o->batches.n; i++)
         if (o->batches.v[i] > most) most = (int)o->batches.v[i];
+    char kv_name[KV_NAME];
     open_session(&s, o, NULL, most);
     Context method = chosen_method(&s);
     Bench b = {.state = &s.state,
                .tok = s.tok,
-               .kv = s.kv.type,
+               .kv = s.kv.types,
                .method = method,
                .n = o->n < 0 ? 32 : (int)o->n,
                .prompts = o->prompts,
@@ -1954,7 +2029,7 @@ static int cmd_bench(const Options *o) {
     if (!o->json) {
         out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,
             size_text(size, bench_weight_bytes(&s.model)), pool_threads(s.pool), kern.name,
-            kvcache_type_name(s.kv.type));
+            kvcache_types_name(s.kv.types, kv_name));
     }
     flush();
     if (bench_run(&b, err) != 0) die("%s", err);
@@ -1971,19 +2046,13 @@ static int perplexity_step(void *arg, int window, int n_windows, double ppl) {
     return interrupted != 0;
 }
 
-static KVType get_kv(const Options *o, const char *name) {
-    const KVType types[] = {KV_F16, KV_F32};
-    for (int i = 0; i < 2; i++)
-        if (strcmp(kvcache_type_name(types[i]), name) == 0) return types[i];
-    die_usage(o->command, "--kv %s: there are f16 and f32", name);
-}
-
 static int eval_text(const Options *o) {
     Session s;
     char err[ERR_LEN];
     PerplexityResult r;
     if (o->n_args != 1) die_usage(o->command, "--ppl needs MODEL alone, not '%s'", o->args[1]);
-    KVType kv = get_kv(o, o->kvs);
+    char kv_name[KV_NAME];
+    KVTypes kv = get_kv(o, o->kvs);
     Buffer text = read_all(o->ppl);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
@@ -2001,7 +2070,7 @@ static int eval_text(const Options *o) {
     if (rc != 0) die("%s: %s", o->ppl, err);
     if (o->json) {
         json("{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
-             o->ppl, kvcache_type_name(kv), p.window, r.value, r.low);
+             o->ppl, kvcache_types_name(kv, kv_name), p.window, r.value, r.low);
         json("'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error, r.n,
              now() - start);
     } else {
@@ -2122,6 +2191,17 @@ static char *next_name(const char **list) {
     return name;
 }
 
+// "q8/q4", or with "+q2" for demoting; the name is kept.
+static EvalKV get_eval_kv(const Options *o, const char *name) {
+    static const char demote[] = "+q2";
+    size_t n = strlen(name), end = sizeof demote - 1;
+    EvalKV kv = {.demote = n > end && strcmp(name + n - end, demote) == 0, .name = name};
+    char *types = copy_text(name, kv.demote ? n - end : n);
+    kv.types = get_kv(o, types);
+    free(types);
+    return kv;
+}
+
 // What is compared with what, from the flags.
 static void eval_lists(const Session *s, Eval *e) {
     const Options *o = s->o;
@@ -2133,8 +2213,8 @@ static void eval_lists(const Session *s, Eval *e) {
         e->policy[e->n_policies++] = get_policy(o, name);
     for (; e->n_levels < EVAL_LIST && (name = next_name(&level)); free(name))
         e->level[e->n_levels++] = get_level(o, name);
-    for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); free(name))
-        e->kv[e->n_kvs++] = get_kv(o, name);
+    for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); e->n_kvs++)
+        e->kv[e->n_kvs] = get_eval_kv(o, name);
     for (; e->n_ratios < o->shares.n; e->n_ratios++)
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
     if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
@@ -2194,6 +2274,7 @@ static int cmd_eval(const Options *o) {
     if (rc != 0) die("%s", err);
     print_rows(o, &results);
     eval_results_close(&results);
+    for (int k = 0; k < e.n_kvs; k++) free((char *)e.kv[k].name);
     eval_tasks_close(&tasks);
     ids_free(&prefix);
     close_session(&s);

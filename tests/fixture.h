@@ -30,7 +30,7 @@ static inline bool fixture_open(Fixture *f, const char *name, const char *weight
     f->pool = pool_open(threads);
     KVShape shape = model_kv_shape(&f->model);
     ok = ok && state_open(&f->state, &f->model, f->pool, MAX_ROWS, 96, err) == 0;
-    ok = ok && kvcache_open(&f->kv, &shape, type, f->pool, err) == 0;
+    ok = ok && kvcache_open(&f->kv, &shape, kvcache_both(type), f->pool, err) == 0;
     if (!ok) printf("%s: %s\n", weights, err);
     return CHECK(ok);
 }

@@ -21,6 +21,12 @@ static float *randoms(size_t n) {
 static char err[ERR_LEN];
 static const int no_window[L] = {0, 0}, one_window[L] = {0, 70};
 
+static int n_free(const KVCache *kv) {
+    int n = 0;
+    for (int i = 0; i < PAGE_CLASSES; i++) n += kv->store[i].n_free;
+    return n;
+}
+
 static KVShape shape_with(const int *window) {
     return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window};
 }
@@ -83,7 +89,7 @@ static void test_attention(KVType type, const int *window, float softcap) {
     KVCache kv;
     KVShape shape = shape_with(window);
     shape.softcap = softcap;
-    CHECK(kvcache_open(&kv, &shape, type, NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(type), NULL, err) == 0);
     int a = kvcache_new(&kv, err), b = kvcache_new(&kv, err);
     const int na[] = {1, 63, 1, 2, 100, 9, 1, 200}, nb[] = {5, 1, 70, 3, 1, 1, 64, 2};
     for (int i = 0; i < 8; i++) {
@@ -127,7 +133,7 @@ static void test_thread_bits(void) {
         KVShape shape = shape_with(no_window);
         ThreadPool *pool = pool_open(threads);
         seed = 99;
-        CHECK(kvcache_open(&kv, &shape, KV_F16, pool, err) == 0);
+        CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), pool, err) == 0);
         int s = kvcache_new(&kv, err);
         float *out = calloc(1500 * HEADS * D, sizeof *out);
         append_random(&kv, s, 1400, out);
@@ -150,7 +156,7 @@ static void test_company(const int *window) {
     enum { FORKS = 26, STEPS = 5 };
     KVCache kv;
     KVShape shape = shape_with(window);
-    CHECK(kvcache_open(&kv, &shape, KV_F16, NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), NULL, err) == 0);
     int base = kvcache_new(&kv, err), seq[FORKS], alone[FORKS];
     append_random(&kv, base, 64 * 4 * 33 + 17, NULL);  // past the first doubling of page ranges
     for (int i = 0; i < FORKS; i++) {
@@ -206,7 +212,7 @@ static void check_same(const KVCache *kv, int seq, const float *want, int n) {
 static void test_fork_and_rewind(void) {
     KVCache kv;
     KVShape shape = shape_with(one_window);
-    CHECK(kvcache_open(&kv, &shape, KV_F16, NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), NULL, err) == 0);
     int a = kvcache_new(&kv, err), n, m;
     append_random(&kv, a, 100, NULL);
     float *before = snapshot(&kv, a, &n);
@@ -224,7 +230,7 @@ static void test_fork_and_rewind(void) {
     kvcache_drop(&kv, mark);
     kvcache_drop(&kv, b);
     kvcache_drop(&kv, a);
-    CHECK(kv.n_free == kv.n_pages);  // every page came back
+    CHECK(n_free(&kv) == kv.n_pages);  // every page came back
     free(before), free(after_b);
     kvcache_close(&kv);
 }
@@ -268,7 +274,7 @@ static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) 
     enum { PREFIX = 9, N_CTX = 100 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
-    CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F32), NULL, err) == 0);
     int seq = kvcache_new(&kv, err);
     append_random(&kv, seq, PREFIX + N_CTX, NULL);
     size_t n_scores = L * KV * N_CTX;
@@ -330,7 +336,7 @@ static void test_worked_example(void) {
     for (int i = 0; i < 6; i++) k[i * 8] = logf(keys[i]), pair_log[i] = logf(wo_v[i]);
     for (int i = 0; i < 4; i++) q[i * 8] = queries[i];
     for (int plus = 0; plus < 2; plus++) {
-        CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
+        CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F32), NULL, err) == 0);
         KVScoring s = {.max_rows = 2,
                        .n_prefix = 1,
                        .t0 = 1,
@@ -417,7 +423,7 @@ static void test_compact(void) {
     enum { PREFIX = 5, N_CTX = 300 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
-    CHECK(kvcache_open(&kv, &shape, KV_F32, NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F32), NULL, err) == 0);
     int full = kvcache_new(&kv, err);
     append_random(&kv, full, PREFIX + N_CTX, NULL);
     int seq = kvcache_fork(&kv, full, err), n;
@@ -464,7 +470,7 @@ static void test_compact(void) {
     }
     kvcache_drop(&kv, seq);
     kvcache_drop(&kv, full);
-    CHECK(kv.n_free == kv.n_pages);
+    CHECK(n_free(&kv) == kv.n_pages);
     free(before), free(q), free(k), free(v);
     kvcache_close(&kv);
 }
@@ -476,7 +482,7 @@ static void test_compact_head(KVType type, int threads) {
     KVCache kv;
     KVShape shape = shape_with(no_window);
     ThreadPool *pool = pool_open(threads);
-    CHECK(kvcache_open(&kv, &shape, type, pool, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(type), pool, err) == 0);
     int full = kvcache_new(&kv, err), n;
     append_random(&kv, full, N, NULL);
     float *before = snapshot(&kv, full, &n);
@@ -504,9 +510,9 @@ static void test_compact_head(KVType type, int threads) {
         CHECK(kvcache_head(&kv, seq, 1 - l, g)->len == N);
         uint8_t all[N], none[N] = {0};
         memset(all, 1, N);
-        int used = kv.n_free, page = h->page[0];
+        int used = n_free(&kv), page = h->page[0];
         CHECK(kvcache_compact_head(&kv, seq, l, g, 0, n_left, all, err) == 0);
-        CHECK(kv.n_free == used && h->page[0] == page);
+        CHECK(n_free(&kv) == used && h->page[0] == page);
         CHECK(kvcache_compact_head(&kv, seq, l, g, 0, n_left, none, err) == 0);
         CHECK(h->len == 0 && h->n_pages == 0);
         append_random(&kv, seq, 3, NULL);
@@ -515,7 +521,7 @@ static void test_compact_head(KVType type, int threads) {
     }
     check_same(&kv, full, before, n);
     kvcache_drop(&kv, full);
-    CHECK(kv.n_free == kv.n_pages);
+    CHECK(n_free(&kv) == kv.n_pages);
     free(before);
     kvcache_close(&kv);
     pool_close(pool);
@@ -527,7 +533,7 @@ static void test_files(KVType type) {
     const char *path = "test_kvcache.tmp.kvc";
     KVCache kv, back;
     KVShape shape = shape_with(one_window);
-    CHECK(kvcache_open(&kv, &shape, type, NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(type), NULL, err) == 0);
     int seq = kvcache_new(&kv, err), n, m;
     append_random(&kv, seq, 210, NULL);
     uint8_t keep[L * KV * 200];
@@ -587,8 +593,8 @@ static void test_files(KVType type) {
 static void test_refusals(void) {
     KVCache kv;
     KVShape odd = {1, 4, 3, 16, 1, 0, no_window}, wide = {1, 1, 1, 512, 1, 0, no_window};
-    CHECK(kvcache_open(&kv, &odd, KV_F16, NULL, err) == -1);
-    CHECK(kvcache_open(&kv, &wide, KV_F16, NULL, err) == -1);
+    CHECK(kvcache_open(&kv, &odd, kvcache_both(KV_F16), NULL, err) == -1);
+    CHECK(kvcache_open(&kv, &wide, kvcache_both(KV_F16), NULL, err) == -1);
 }
 
 int main(void) {
