@@ -77,19 +77,25 @@ static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, 
     free(s);
 }
 
-// How far results may be from the brute force: long runs over half-precision pages may be computed
-// in bf16.
-static double allowed(KVType type, double exact) {
-    return exact + (type == KV_F16 ? (double)kern.packed_error : 0.0);
+// How far results may be from the brute force: unless pairs are f32, both products of a long run
+// may be computed in bf16.
+static double allowed(const KVCache *kv, double exact) {
+    return exact + (kv->type == KV_F16 ? 2.0 * (double)kern.packed_error : 0.0);
+}
+
+static KVTypes types_of(const char *name) {
+    KVTypes t = {KV_F16, KV_F16};
+    CHECK(kvcache_types_parse(name, &t) == 0);
+    return t;
 }
 
 // ---- attention ----
 
-static void test_attention(KVType type, const int *window, float softcap) {
+static void test_attention(KVTypes types, const int *window, float softcap) {
     KVCache kv;
     KVShape shape = shape_with(window);
     shape.softcap = softcap;
-    CHECK(kvcache_open(&kv, &shape, kvcache_both(type), NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
     int a = kvcache_new(&kv, err), b = kvcache_new(&kv, err);
     const int na[] = {1, 63, 1, 2, 100, 9, 1, 200}, nb[] = {5, 1, 70, 3, 1, 1, 64, 2};
     for (int i = 0; i < 8; i++) {
@@ -110,7 +116,7 @@ static void test_attention(KVType type, const int *window, float softcap) {
                     int lo = window[l] && hi > window[l] ? hi - window[l] : 0;
                     brute(&kv, runs[r].seq, l, h, q + (row * HEADS + h) * D, lo, hi, want, NULL);
                     for (int j = 0; j < D; j++)
-                        CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], allowed(type, 2e-6));
+                        CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], allowed(&kv, 2e-6));
                 }
             }
         }
@@ -126,14 +132,14 @@ static void test_attention(KVType type, const int *window, float softcap) {
 }
 
 // The same bits from 1, 2 and 4 threads.
-static void test_thread_bits(void) {
+static void test_thread_bits(KVTypes types) {
     float *first = NULL;
     for (int threads = 1; threads <= 4; threads *= 2) {
         KVCache kv;
         KVShape shape = shape_with(no_window);
         ThreadPool *pool = pool_open(threads);
         seed = 99;
-        CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), pool, err) == 0);
+        CHECK(kvcache_open(&kv, &shape, types, pool, err) == 0);
         int s = kvcache_new(&kv, err);
         float *out = calloc(1500 * HEADS * D, sizeof *out);
         append_random(&kv, s, 1400, out);
@@ -152,11 +158,11 @@ static void test_thread_bits(void) {
 
 // Forks that read the same pages together, and sequences that share nothing, get the bits they get
 // alone.
-static void test_company(const int *window) {
+static void test_company(KVTypes types, const int *window) {
     enum { FORKS = 26, STEPS = 5 };
     KVCache kv;
     KVShape shape = shape_with(window);
-    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
     int base = kvcache_new(&kv, err), seq[FORKS], alone[FORKS];
     append_random(&kv, base, 64 * 4 * 33 + 17, NULL);  // past the first doubling of page ranges
     for (int i = 0; i < FORKS; i++) {
@@ -477,12 +483,12 @@ static void test_compact(void) {
 
 // Heads evicted one by one, each its own range and more than once, hold the pairs that remain; where
 // nothing moves pages are shared, and threads change nothing.
-static void test_compact_head(KVType type, int threads) {
+static void test_compact_head(KVTypes types, int threads) {
     enum { N = 333 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
     ThreadPool *pool = pool_open(threads);
-    CHECK(kvcache_open(&kv, &shape, kvcache_both(type), pool, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, types, pool, err) == 0);
     int full = kvcache_new(&kv, err), n;
     append_random(&kv, full, N, NULL);
     float *before = snapshot(&kv, full, &n);
@@ -527,18 +533,298 @@ static void test_compact_head(KVType type, int threads) {
     pool_close(pool);
 }
 
+// ---- pages of fewer bits ----
+
+static PageClass class_of(const KVCache *kv, const KVHead *h, int page) {
+    return kv->pages[h->page[page]].class;
+}
+
+static int steps_of(KVType t) { return t == KV_Q8 ? 254 : t == KV_Q4 ? 15 : 3; }
+
+// How far a number may be from x [n] at stride `step` after rounding: half a step of the range they
+// span, and what half precision does to it.
+static double rounding(KVType t, const float *x, int n, int step) {
+    double low = x[0], high = x[0];
+    for (int i = 1; i < n; i++) low = fmin(low, x[i * step]), high = fmax(high, x[i * step]);
+    double most = fmax(fabs(low), fabs(high));
+    if (t <= KV_F32) return 0;
+    return 0.501 * (t == KV_Q8 ? 2 * most : high - low) / steps_of(t) + most * 0x1p-10;
+}
+
+// Pages of two sequences hold the same pairs, but for the rounding of codes.
+static void check_rounded(const KVCache *kv, const KVPage *exact, const KVPage *p, int seq[2],
+                          int l, int g, int block[2]) {
+    float k[D * PAGE], v[PAGE * D], rk[D * PAGE], rv[PAGE * D];
+    int wrong = 0;
+    kvcache_block(kv, seq[0], l, g, block[0], k, v),
+        kvcache_block(kv, seq[1], l, g, block[1], rk, rv);
+    for (int i = 0; i < D; i++) {
+        double far = rounding(p->k.type, k + i * PAGE, PAGE, 1);
+        for (int j = 0; j < PAGE; j++) wrong += !(fabs(k[i * PAGE + j] - rk[i * PAGE + j]) <= far);
+    }
+    for (int j = 0; j < PAGE; j++) {
+        double far = rounding(p->v.type, v + j * D, D, 1);
+        for (int i = 0; i < D; i++) wrong += !(fabs(v[j * D + i] - rv[j * D + i]) <= far);
+    }
+    CHECK(wrong == 0);
+    CHECK(memcmp(exact->pos, p->pos, PAGE * sizeof(int)) == 0);
+}
+
+// Settling rounds full pages that 64 pairs follow, in copies: the sequence it forked from keeps its
+// own. Bytes shrink by what the types say.
+static void test_settle(KVTypes types, const int *window) {
+    KVCache kv;
+    KVShape shape = shape_with(window);
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
+    kv.settling = false;
+    int full = kvcache_new(&kv, err), n, used = 0;
+    for (int i = 0; i < 10; i++) append_random(&kv, full, 33, NULL);
+    int seq = kvcache_fork(&kv, full, err), pair[2] = {full, seq};
+    float *before = snapshot(&kv, full, &n);
+    for (int pass = 0; pass < 2; pass++) {  // the second time there is nothing to do
+        CHECK(kvcache_settle(&kv, seq, err) == 0);
+        check_same(&kv, full, before, n);
+        if (pass) CHECK(n_free(&kv) == used);
+        used = n_free(&kv);
+    }
+    size_t want = kvcache_bytes(&kv, full);
+    CHECK(want == kvcache_full_bytes(&kv, seq) && want == kvcache_full_bytes(&kv, full));
+    for (int i = 0; i < L * KV; i++) {
+        KVHead *h = kvcache_head(&kv, seq, i / KV, i % KV);
+        for (int p = 0, left = h->len - h->dropped; left > 0; p++, left -= PAGE) {
+            bool settled = left >= 2 * PAGE;
+            CHECK(class_of(&kv, h, p) == (settled ? PAGE_SETTLED : PAGE_FULL));
+            int b = p + h->dropped / PAGE, at[2] = {b, b};
+            const KVPage *exact = &kv.pages[kvcache_head(&kv, full, i / KV, i % KV)->page[p]];
+            if (left >= PAGE)
+                check_rounded(&kv, exact, &kv.pages[h->page[p]], pair, i / KV, i % KV, at);
+            if (settled) want -= kv.store[PAGE_FULL].page_bytes - kv.store[PAGE_SETTLED].page_bytes;
+        }
+    }
+    CHECK(kvcache_bytes(&kv, seq) == want);
+    kvcache_drop(&kv, full);
+    kvcache_drop(&kv, seq);
+    CHECK(n_free(&kv) == kv.n_pages);
+    free(before);
+    kvcache_close(&kv);
+}
+
+// A sequence that grows settles page by page; forks share settled pages, settle the later ones each
+// for itself, and a rewind brings back what was.
+static void test_settle_as_it_goes(void) {
+    KVCache kv;
+    KVShape shape = shape_with(one_window);
+    CHECK(kvcache_open(&kv, &shape, types_of("q8/q4"), NULL, err) == 0);
+    int a = kvcache_new(&kv, err), n, m;
+    for (int i = 0; i < 20; i++) {
+        KVHead *h = kvcache_head(&kv, a, i % L, i % KV);
+        int ripe = (h->len - h->dropped) / PAGE - 1, wrong = 0;
+        int first = h->page && ripe > 0 ? h->page[0] : -1;
+        append_random(&kv, a, 1 + i * 3 % 29, NULL);
+        for (int p = 0; first == h->page[0] && p < h->n_pages; p++)
+            wrong += class_of(&kv, h, p) != (p < ripe ? PAGE_SETTLED : PAGE_FULL);
+        CHECK(wrong == 0);
+    }
+    float *before = snapshot(&kv, a, &n);
+    int b = kvcache_fork(&kv, a, err), mark = kvcache_mark(&kv, a, err);
+    CHECK(kvcache_head(&kv, a, 0, 0)->page[0] == kvcache_head(&kv, b, 0, 0)->page[0]);
+    append_random(&kv, a, 190, NULL), append_random(&kv, a, 1, NULL);
+    check_same(&kv, b, before, n);
+    append_random(&kv, b, 100, NULL), append_random(&kv, b, 1, NULL);
+    float *after = snapshot(&kv, b, &m);
+    CHECK(kvcache_rewind(&kv, a, mark, err) == 0);
+    check_same(&kv, a, before, n);
+    check_same(&kv, b, after, m);
+    kvcache_drop(&kv, mark), kvcache_drop(&kv, b), kvcache_drop(&kv, a);
+    CHECK(n_free(&kv) == kv.n_pages);
+    free(before), free(after);
+    kvcache_close(&kv);
+}
+
+// One token and a long run over whatever pages a sequence has, against the brute force.
+static void check_attention(KVCache *kv, int seq) {
+    for (int n = 1; n <= 12; n += 11) {
+        int fork = kvcache_fork(kv, seq, err), wrong = 0;
+        float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
+              *v = randoms((size_t)n * KV * D), out[12 * HEADS * D];
+        KVRun run = {fork, n};
+        CHECK(kvcache_reserve(kv, fork, n, err) == 0);
+        for (int l = 0; l < L; l++) {
+            kvcache_append(kv, l, &run, 1, k, v);
+            kvcache_attend(kv, l, &run, 1, &(KVQuery){q, out, HEADS * D, NULL});
+            for (int i = 0; i < n * HEADS; i++) {
+                double want[D];
+                int hi = kvcache_head(kv, fork, l, i % HEADS / GROUP)->len - n + i / HEADS + 1;
+                brute(kv, fork, l, i % HEADS, q + i * D, 0, hi, want, NULL);
+                for (int j = 0; j < D; j++)
+                    wrong += !(fabs(out[i * D + j] - want[j]) <= allowed(kv, 1e-5));
+            }
+        }
+        CHECK(wrong == 0);
+        kvcache_drop(kv, fork);
+        free(q), free(k), free(v);
+    }
+}
+
+// Evicting after settling, settling after evicting, and once more: survivors are what was read back
+// when they moved, nothing else moves, and attention goes over pages of all kinds.
+static void test_settle_and_compact(KVTypes types) {
+    enum { PREFIX = 5, N_CTX = 380 };
+    KVCache kv;
+    KVShape shape = shape_with(no_window);
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
+    int seq = kvcache_new(&kv, err);
+    for (int i = 0; i < 5; i++) append_random(&kv, seq, 77, NULL);
+    CHECK(kvcache_settle(&kv, seq, err) == 0);
+    for (int round = 0, n_ctx = N_CTX; round < 2; round++) {
+        uint8_t keep[L * KV * N_CTX];
+        int old = kvcache_fork(&kv, seq, err), wrong = 0, kept[L * KV];
+        for (int i = 0; i < L * KV; i++) {
+            kept[i] = 0;
+            for (int t = 0; t < n_ctx; t++)
+                kept[i] += keep[i * n_ctx + t] = t < 130 ? t >= 3 : t % 4 > 1 - round;
+        }
+        CHECK(kvcache_compact(&kv, seq, PREFIX, n_ctx, keep, err) == 0);
+        for (int i = 0; i < L * KV; i++) {
+            CHECK(kvcache_head(&kv, seq, i / KV, i % KV)->len == PREFIX + kept[i]);
+            for (int t = 0, to = 0; t < PREFIX + n_ctx; t++) {
+                float k[2][D], v[2][D];
+                if (t >= PREFIX && !keep[i * n_ctx + t - PREFIX]) continue;
+                int pos = kvcache_pair(&kv, old, i / KV, i % KV, t, k[0], v[0]);
+                wrong += kvcache_pair(&kv, seq, i / KV, i % KV, to++, k[1], v[1]) != pos;
+                for (int j = 0; j < D; j++)
+                    wrong +=
+                        !(fabs(k[0][j] - k[1][j]) <= 0x1p-11 && fabs(v[0][j] - v[1][j]) <= 0x1p-11);
+            }
+        }
+        CHECK(wrong == 0);
+        check_attention(&kv, seq);
+        CHECK(kvcache_settle(&kv, seq, err) == 0);
+        CHECK(kvcache_bytes(&kv, seq) < kvcache_bytes(&kv, old));
+        check_attention(&kv, seq);
+        kvcache_drop(&kv, old);
+        n_ctx = kept[0];
+    }
+    kvcache_drop(&kv, seq);
+    CHECK(n_free(&kv) == kv.n_pages);
+    kvcache_close(&kv);
+}
+
+// Demoting loses no pair: those with keep = 0 come first, rounded to 2 bits, the others as they
+// were. Twice, so that demoted pages of the first time stay as they are.
+static void test_demote(KVTypes types) {
+    enum { PREFIX = 9, N_CTX = 390 };
+    KVCache kv;
+    KVShape shape = shape_with(no_window);
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
+    kv.settling = false;
+    int full = kvcache_new(&kv, err), n;
+    append_random(&kv, full, PREFIX + N_CTX, NULL);
+    float *before = snapshot(&kv, full, &n);
+    int seq = kvcache_fork(&kv, full, err), first = PREFIX, n_keep = N_CTX, n_before = 0;
+    for (int round = 0; round < 2; round++) {
+        uint8_t keep[L * KV * N_CTX];
+        for (int i = 0; i < L * KV * n_keep; i++) keep[i] = (i * 7 + i / 13) % 10 < 3;
+        CHECK(kvcache_demote(&kv, seq, first, n_keep, keep, err) == 0);
+        for (int i = 0; i < L * KV; i++) {
+            KVHead *h = kvcache_head(&kv, seq, i / KV, i % KV);
+            int seen[PREFIX + N_CTX] = {0}, wrong = 0, demoted = 0, last = -1;
+            while (class_of(&kv, h, demoted) == PAGE_DEMOTED) demoted++;
+            CHECK(h->len == PREFIX + N_CTX && demoted > n_before);
+            for (int t = 0; t < h->len; t++) {
+                float k[2][D], v[2][D];
+                int pos = kvcache_pair(&kv, seq, i / KV, i % KV, t, k[0], v[0]);
+                kvcache_pair(&kv, full, i / KV, i % KV, pos, k[1], v[1]);
+                seen[pos]++;
+                bool exact =
+                    memcmp(k[0], k[1], sizeof k[0]) == 0 && memcmp(v[0], v[1], sizeof v[0]) == 0;
+                if (t >= demoted * PAGE)
+                    wrong += !exact || pos <= last, last = pos;
+                else
+                    wrong += pos < PREFIX || !(fabs(k[0][0] - k[1][0]) <= 0.34);
+            }
+            for (int t = 0; t < h->len; t++) wrong += seen[t] != 1;
+            CHECK(wrong == 0);
+        }
+        check_attention(&kv, seq);
+        n_before = 4, first = PREFIX + 4 * PAGE, n_keep = N_CTX - 4 * PAGE;
+    }
+    CHECK(kvcache_settle(&kv, seq, err) == 0);
+    CHECK(kvcache_bytes(&kv, seq) < kvcache_bytes(&kv, full) * 7 / 10);
+    check_attention(&kv, seq);
+    check_same(&kv, full, before, n);
+    kvcache_drop(&kv, seq), kvcache_drop(&kv, full);
+    CHECK(n_free(&kv) == kv.n_pages);
+    free(before);
+    kvcache_close(&kv);
+}
+
+// Every head_dim, whole blocks of 32 channels or not.
+static void test_head_dims(KVTypes types) {
+    const int dims[] = {8, 24, 40, 64, 80, 96, 128, 256}, window[1] = {0};
+    for (int i = 0; i < 8; i++) {
+        int d = dims[i], n = 200, runs[] = {n, 1, 10};
+        KVCache kv;
+        KVShape shape = {1, 2, 1, d, 0.2f, 0.0f, window};
+        CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
+        int seq = kvcache_new(&kv, err);
+        float *q = randoms((size_t)n * 2 * d), *k = randoms((size_t)n * d),
+              *v = randoms((size_t)n * d), *out = malloc((size_t)n * 2 * d * sizeof *out);
+        for (int r = 0; r < 3; r++) {
+            KVRun run = {seq, runs[r]};
+            CHECK(kvcache_reserve(&kv, seq, run.n, err) == 0);
+            kvcache_append(&kv, 0, &run, 1, k, v);
+            kvcache_attend(&kv, 0, &run, 1, &(KVQuery){q, out, 2 * d, NULL});
+            kvcache_advance(&kv, &run, 1);
+        }
+        KVHead *h = kvcache_head(&kv, seq, 0, 0);
+        CHECK(class_of(&kv, h, 1) == PAGE_SETTLED && class_of(&kv, h, 2) == PAGE_FULL);
+        double want[2 * MAX_HEAD_DIM], sum = 0;
+        memset(want, 0, sizeof want);
+        for (int t = 0; t < h->len; t++) {  // the last token's second head
+            float key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
+            double s = 0;
+            kvcache_pair(&kv, seq, 0, 0, t, key, value);
+            for (int j = 0; j < d; j++) s += (double)q[19 * d + j] * key[j];
+            sum += s = exp(s * (double)shape.scale);
+            for (int j = 0; j < d; j++) want[j] += s * value[j];
+        }
+        int wrong = 0;
+        for (int j = 0; j < d; j++)
+            wrong += !(fabs(out[19 * d + j] - want[j] / sum) <= allowed(&kv, 1e-5));
+        CHECK(wrong == 0);
+        free(q), free(k), free(v), free(out);
+        kvcache_close(&kv);
+    }
+}
+
+static void test_types(void) {
+    const char *const names[] = {"f16", "f32", "q8", "q4", "q2", "q8/q4", "f16/q4", "q8/f32"};
+    char name[KV_NAME];
+    KVTypes t;
+    for (int i = 0; i < 8; i++) {
+        CHECK(kvcache_types_parse(names[i], &t) == 0);
+        CHECK_STR(kvcache_types_name(t, name), names[i]);
+    }
+    CHECK(kvcache_types_parse("q8/q8", &t) == 0 && t.k == KV_Q8 && t.v == KV_Q8);
+    const char *const wrong[] = {"", "q9", "q8/", "/q8", "q8/q4/q4", "f16/f32", "q8 ", "q"};
+    for (int i = 0; i < 8; i++) CHECK(kvcache_types_parse(wrong[i], &t) == -1);
+}
+
 // ---- files ----
 
-static void test_files(KVType type) {
+static void test_files(KVTypes types) {
     const char *path = "test_kvcache.tmp.kvc";
     KVCache kv, back;
     KVShape shape = shape_with(one_window);
-    CHECK(kvcache_open(&kv, &shape, kvcache_both(type), NULL, err) == 0);
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
     int seq = kvcache_new(&kv, err), n, m;
     append_random(&kv, seq, 210, NULL);
     uint8_t keep[L * KV * 200];
     for (int i = 0; i < L * KV * 200; i++) keep[i] = rnd() > 0;
-    CHECK(kvcache_compact(&kv, seq, 10, 200, keep, err) == 0);
+    bool codes = types.v > KV_F32;
+    CHECK((codes ? kvcache_demote : kvcache_compact)(&kv, seq, 10, 200, keep, err) == 0);
+    CHECK(kvcache_settle(&kv, seq, err) == 0);
     float *want = snapshot(&kv, seq, &n);
     int ids[210];
     for (int i = 0; i < 210; i++) ids[i] = i * 3;
@@ -553,7 +839,9 @@ static void test_files(KVType type) {
     if (CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == 0)) {
         CHECK(got.n_prefix == 10 && got.n_ctx == 200 && got.ratio == 0.5 && got.ids[209] == 627);
         CHECK_STR(got.model, "tiny \"model\"");
-        CHECK(back.seqs[0].next_pos == 210 && back.type == type);
+        CHECK(back.seqs[0].next_pos == 210 && back.types.k == types.k && back.types.v == types.v &&
+              back.type == kv.type);
+        CHECK(kvcache_bytes(&back, 0) == kvcache_bytes(&kv, seq));
         check_same(&back, 0, want, n);
         float a[3 * HEADS * D], b[3 * HEADS * D];
         for (int pass = 0; pass < 2;
@@ -585,8 +873,60 @@ static void test_files(KVType type) {
         fclose(f);
         CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
     }
+    for (long i = 0; i < 700; i++) {  // nor does a wrong byte crash it, in header or page classes
+        long at = i < 600 ? 8 + i * 4 : size - 1 - i % 100;
+        char was = bytes[at];
+        bytes[at] = (char)(was ^ (1 << i % 7));
+        f = fopen(path, "wb");
+        fwrite(bytes, 1, (size_t)size, f);
+        fclose(f);
+        bytes[at] = was;
+        if (kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == 0) {
+            append_random(&back, 0, 1, NULL);
+            kvcache_close(&back);
+        }
+    }
     remove(path);
     free(bytes), free(want);
+    kvcache_close(&kv);
+}
+
+// Classes that are unknown, or that only a full page can have, are refused.
+static void test_page_classes(void) {
+    const char *path = "test_kvcache.class.kvc";
+    KVCache kv, back;
+    KVShape shape = shape_with(no_window);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_Q8), NULL, err) == 0);
+    int seq = kvcache_new(&kv, err), ids[200] = {0};
+    append_random(&kv, seq, 200, NULL);
+    CHECK(kvcache_settle(&kv, seq, err) == 0);
+    KVInfo info = {"f1f2", "tiny", "kvzip", 0, 200, 1, ids, 200}, got;
+    CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+    TensorFile t;
+    CHECK(tensors_open(&t, path, err) == 0);
+    const Tensor *class = tensors_get(&t, err, "page_class", T_U8, 1, L * KV * 4);
+    const uint8_t *c = class->data, want[4] = {PAGE_SETTLED, PAGE_SETTLED, PAGE_FULL, PAGE_FULL};
+    for (int i = 0; i < L * KV; i++) CHECK(memcmp(c + 4 * i, want, 4) == 0);
+    long at = (long)(c - t.map);
+    tensors_close(&t);
+    const struct {
+        int page, class;
+        const char *says;
+    } wrong[] = {{0, 7, "unknown class 7"}, {0, PAGE_FULL, "k"}, {0, PAGE_DEMOTED, "k_q"}};
+    for (int i = 0; i < 3; i++) {
+        CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+        FILE *f = fopen(path, "r+b");
+        fseek(f, at + wrong[i].page, SEEK_SET), fputc(wrong[i].class, f), fclose(f);
+        CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
+        CHECK(strstr(err, wrong[i].says) != NULL);
+    }
+    CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+    FILE *f = fopen(path, "r+b");  // the right number of settled pages, but not the right ones
+    fseek(f, at + 1, SEEK_SET), fputc(PAGE_FULL, f);
+    fseek(f, at + 3, SEEK_SET), fputc(PAGE_SETTLED, f), fclose(f);
+    CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
+    CHECK(strstr(err, "not full") != NULL);
+    remove(path);
     kvcache_close(&kv);
 }
 
@@ -599,18 +939,31 @@ static void test_refusals(void) {
 
 int main(void) {
     bool quick = getenv("QUICK") != NULL;  // under valgrind: one case of each kind
+    const char *const types[] = {"q8/q4", "f16", "f32", "q8", "q4", "q2", "f16/q8", "q4/f32"};
     kernels_init(NULL);
-    for (int type = quick ? KV_F32 : KV_F16; type <= KV_F32; type++) {
-        test_attention((KVType)type, no_window, 0);
-        test_attention((KVType)type, one_window, 0);
-        test_files((KVType)type);
+    test_types();
+    for (int i = 0; i < (quick ? 1 : 8); i++) {
+        KVTypes t = types_of(types[i]);
+        bool codes = t.k > KV_F32 || t.v > KV_F32;
+        test_attention(t, no_window, 0);
+        test_attention(t, one_window, 0);
+        test_files(t);
+        test_demote(t);
+        if (codes) test_settle(t, no_window), test_settle(t, one_window);
+        if (codes) test_settle_and_compact(t), test_head_dims(t);
     }
+    test_page_classes();
+    test_settle_as_it_goes();
     if (kern.packed_error > 0.0f && kernels_init("avx2") == 0)
-        test_attention(KV_F16, one_window, 0);
+        test_attention(types_of("f16"), one_window, 0), test_head_dims(types_of("q4"));
     kernels_init(NULL);
-    if (!quick) test_attention(KV_F32, one_window, 0.5f);
-    if (!quick) test_thread_bits();
-    if (!quick) test_company(no_window), test_company(one_window);
+    if (!quick) test_attention(types_of("f32"), one_window, 0.5f);
+    if (!quick) test_attention(types_of("q8"), one_window, 0.5f);
+    for (int i = 0; i < 3 && !quick; i += 2) {
+        test_thread_bits(types_of(types[i]));
+        test_company(types_of(types[i]), no_window), test_company(types_of(types[i]), one_window);
+    }
+    if (!quick) test_thread_bits(types_of("f16")), test_company(types_of("f16"), no_window);
     test_fork_and_rewind();
     test_worked_example();
     for (int i = 0; i < 16; i += quick ? 5 : 1) {
@@ -620,7 +973,7 @@ int main(void) {
     }
     test_select();
     test_compact();
-    test_compact_head(KV_F32, 1), test_compact_head(KV_F16, 3);
+    test_compact_head(types_of("f32"), 1), test_compact_head(types_of("f16"), 3);
     test_refusals();
     return test_end("test_kvcache");
 }
