@@ -141,6 +141,12 @@ typedef struct {
     void (*f32_to_f16)(uint16_t *out, const float *in, size_t n);  // round to nearest even
 } Kernels;
 
+// make BLAS=1, float weights: out[t * ld + r] = W[16 * panel + r] . x[t] by OpenBLAS for the
+// BLAS_PANELS panels from `panel` on, or those that there are, and t < n. The sum's order is
+// OpenBLAS's own.
+enum { BLAS_PANELS = 8 };
+void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int n);
+
 extern Kernels kern;  // filled once by kernels_init, before threads start
 
 // isa: "scalar", "avx2", "avx2vnni", "avx512", "neon", or NULL for the best this machine has. Returns 0, or -1

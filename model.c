@@ -4,7 +4,7 @@
 // token of decoding and eight questions at once take the same path. Weights are used where the file
 // is mapped. The fact that must stay true: a row's result depends on its own sequence alone, never
 // on which other rows share the batch, so blocks of any size give the same bits in every matrix
-// product.
+// product (OpenBLAS's, when built with it, differ in their last bits from block to block).
 #define _POSIX_C_SOURCE 200809L
 #include "model.h"
 
@@ -322,6 +322,37 @@ static void quantize_rows(void *ctx, int i) {
 
 static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
 
+#ifdef BLAS
+static int blas_groups(const Matrix *w) { return (w->panels + BLAS_PANELS - 1) / BLAS_PANELS; }
+
+static void product_blas(void *ctx, int i) {
+    const Products *j = ctx;
+    const Product *p = j->p;
+    while (i >= blas_groups(p->w)) i -= blas_groups(p++->w);
+    int panel = i * BLAS_PANELS;
+    matmul_blas(p->out + panel * PANEL, (size_t)p->ld, p->w, panel, j->x, j->n);
+}
+
+// Whether OpenBLAS has done the job: many rows and no integers. What one call of it computes does
+// not depend on the number of threads, but its sums change with the number of rows.
+static bool multiply_blas(ThreadPool *pool, const Products *j) {
+    enum { MANY_ROWS = 32 };
+    int groups = 0;
+    if (j->n < MANY_ROWS) return false;
+    for (int i = 0; i < j->n_products; i++) {
+        if (reads_ints(j->p[i].w)) return false;
+        groups += blas_groups(j->p[i].w);
+    }
+    parallel_for(pool, groups, product_blas, (void *)j);
+    return true;
+}
+#else
+static bool multiply_blas(ThreadPool *pool, const Products *j) {
+    (void)pool, (void)j;
+    return false;
+}
+#endif
+
 static void multiply(RunState *s, const Acts *x, int n, const Product *p, int n_products) {
     Products j = {x, p, n_products, 0, n};
     bool ints = false;
@@ -330,6 +361,7 @@ static void multiply(RunState *s, const Acts *x, int n, const Product *p, int n_
         j.n_panels += w->panels, ints |= reads_ints(w);
         s->ops[w->type] += 2.0 * n * w->rows * w->cols;
     }
+    if (multiply_blas(s->pool, &j)) return;
     if (ints) parallel_for(s->pool, (n + 15) / 16, quantize_rows, &(Quantize){x, n});
     parallel_for(s->pool, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_panels, product_panel, &j);
 }

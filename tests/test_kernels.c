@@ -359,6 +359,41 @@ static void test_matmuls(void) {
     }
 }
 
+#ifdef BLAS
+// Groups of panels with a short one at the end, whose padded rows must not be written.
+static void test_blas(WType type, int rows, int cols, int n) {
+    float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
+    Matrix w = random_matrix(type, rows, cols, false, dense);
+    Acts x = random_acts(n, cols);
+    float *out = calloc((size_t)n * rows, 4);
+    for (int p = 0; p < w.panels; p += BLAS_PANELS)
+        matmul_blas(out + p * PANEL, (size_t)rows, &w, p, &x, n);
+    int wrong = 0;
+    for (int i = 0; i < n * rows; i++) {
+        double sum = 0, size = 0;
+        for (int c = 0; c < cols; c++) {
+            double v = (double)dense[(size_t)(i % rows) * w.cols_padded + c] *
+                       x.x[(size_t)(i / rows) * x.stride + c];
+            sum += v, size += fabs(v);
+        }
+        wrong += !(fabs(out[i] - sum) <= 1e-6 * size + 1e-6);
+    }
+    CHECK(wrong == 0);
+    free(dense), free((void *)w.data), free_acts(&x), free(out);
+}
+
+static void test_blases(void) {
+    const int cols[] = {1, 33, 256, 544};
+    for (int type = W_F32; type <= W_BF16; type++) {
+        for (size_t i = 0; i < sizeof cols / sizeof *cols; i++)
+            test_blas((WType)type, 16 * BLAS_PANELS + 3, cols[i], 37);
+        test_blas((WType)type, 40, 288, 1);
+    }
+}
+#else
+static void test_blases(void) {}
+#endif
+
 static void test_peaks(void) {
     for (int type = 0; type < W_TYPES; type++)
         CHECK(kern.peak[type]->ops > 0 && isfinite(kern.peak[type]->run(1000)));
@@ -399,6 +434,7 @@ int main(void) {
         test_pack();
         test_matmuls();
         test_peaks();
+        test_blases();
     }
     test_threads();
     pool_close(NULL);
