@@ -329,7 +329,7 @@ static void call_live(void *ctx, int i) {
     int layer = scored_layer(shape, i / shape->n_kv_heads), g = i % shape->n_kv_heads;
     int n = kvcache_head(v->c->kv, v->c->seq, layer, g)->len;
     Head head = {v->c, layer, g, 0, n, v->score[i], v->own};
-    v->fn(&head);
+    v->c->policy->live->fn(&head);
 }
 
 static int live_heads(Live *v, char *err) {
@@ -445,10 +445,10 @@ typedef struct {
     float *shift;  // [n_layers][n_heads][d] the first query that counts, taken off all: large means
                    // cancel
     float *sum;    // [n_layers][n_heads][d] of the queries
-    float *products;  // [n_layers][n_heads][d][d] sum of their products
-    float *mean;      // [n_layers][n_heads][d] s R m
-    float *cov;       // [n_layers][n_heads][d][d] s^2/2 R C R^T
-    float *rope;      // [n_layers][rotary_dim / 2][2] R
+    float *products;    // [n_layers][n_heads][d][d] sum of their products
+    float *mean;        // [n_layers][n_heads][d] s R m
+    float *cov;         // [n_layers][n_heads][d][d] s^2/2 R C R^T
+    float *rope;        // [n_layers][rotary_dim / 2][2] R
     int layer, n_rows;  // at work: the layer, and rows of a forward call
     bool failed;        // out of memory while scoring
 } Expected;
@@ -487,8 +487,8 @@ static void tap_queries(void *arg, int layer, int n) {
     if (shape->window[layer] == 0) parallel_for(e->c->state->pool, shape->n_heads, add_queries, e);
 }
 
-// s R m and s^2/2 R C R^T from the sums. C is symmetric, so R from the right and R from the left are
-// both a rotation of its rows.
+// s R m and s^2/2 R C R^T from the sums. C is symmetric, so R from the right and R from the left
+// are both a rotation of its rows.
 static void finish_moments(void *ctx, int i) {
     const Expected *e = ctx;
     const Model *m = e->c->state->model;
@@ -604,11 +604,10 @@ static int expected_open(Expected *e, const Context *c, int sink, char *err) {
 }
 
 static int live_expected_open(Live *v, char *err) {
-    Context *c = v->c;
     Expected *e = v->own = calloc(1, sizeof *e);
     if (!e) return fail(err, "out of memory for expected attention");
-    if (expected_open(e, c, (int)param(c, "sink"), err) != 0) return -1;
-    c->state->tap = tap_queries, c->state->tap_arg = e;
+    if (expected_open(e, v->c, (int)param(v->c, "sink"), err) != 0) return -1;
+    v->c->state->tap = tap_queries, v->c->state->tap_arg = e;
     return 0;
 }
 
@@ -625,8 +624,7 @@ static void expected_moments(Expected *e) {
     parallel_for(e->c->state->pool, shape->n_layers * shape->n_heads, finish_moments, e);
 }
 
-static int live_expected(Live *v, char *err) {
-    Expected *e = v->own;
+static int live_expectation(Live *v, Expected *e, char *err) {
     expected_moments(e);
     live_heads(v, err);
     for (int h = 0; h < v->n_heads; h++)  // the first tokens stay
@@ -634,20 +632,29 @@ static int live_expected(Live *v, char *err) {
     return e->failed ? fail(err, "out of memory for expected attention") : 0;
 }
 
+static int live_expected(Live *v, char *err) { return live_expectation(v, v->own, err); }
+
+// Scores of a context that has been read while tap_queries looked on.
+static int expected_scores(Expected *e, Context *c, float *score, char *err) {
+    expected_moments(e);
+    parallel_for(c->state->pool, n_scored_heads(&c->kv->shape), call_head,
+                 &(Heads){c, score, expect_head, e});
+    protect(c, score, 0, max_int(min_int(e->sink - c->n_prefix, c->n_ctx), 0));
+    return e->failed ? fail(err, "out of memory for the scores of %d pairs", c->n_ctx) : 0;
+}
+
+// The first tokens that do not count, fewer than there are.
+static int expected_sink(const Context *c) {
+    return max_int(min_int((int)param(c, "sink"), c->n_prefix + c->n_ctx - 1), 0);
+}
+
 static int score_expected(Context *c, float *score, char *err) {
     Expected e;
-    int sink = max_int(min_int((int)param(c, "sink"), c->n_prefix + c->n_ctx - 1), 0);
-    if (expected_open(&e, c, sink, err) != 0) return -1;
+    if (expected_open(&e, c, expected_sink(c), err) != 0) return -1;
     c->state->tap = tap_queries, c->state->tap_arg = &e;
     int status = context_read(c, err);
     c->state->tap = NULL;
-    if (status == 0) {
-        expected_moments(&e);
-        parallel_for(c->state->pool, n_scored_heads(&c->kv->shape), call_head,
-                     &(Heads){c, score, expect_head, &e});
-        protect(c, score, 0, max_int(min_int(sink - c->n_prefix, c->n_ctx), 0));
-        if (e.failed) status = fail(err, "out of memory for the scores of %d pairs", c->n_ctx);
-    }
+    if (status == 0) status = expected_scores(&e, c, score, err);
     expected_close(&e);
     return status;
 }
@@ -674,69 +681,130 @@ static int scored_before(const KVShape *shape, int layer) {
     return n;
 }
 
+// Probes, and expected attention beside them where parameter `expected` wants it.
 typedef struct {
-    const Context *c;
+    Expected expected;  // first, so that a Zap can stand for one
     Probes probes;
-    float *score;
+    bool mixed;
+    float *score;  // [scored layers][n_kv_heads][n_ctx] of a whole context
+    Live *live;    // or what grows
 } Zap;
 
 static void tap_probes(void *arg, int layer, int n) {
     Zap *z = arg;
-    const RunState *s = z->c->state;
-    const KVShape *shape = &z->c->kv->shape;
+    const Context *c = z->expected.c;
+    const RunState *s = c->state;
+    const KVShape *shape = &c->kv->shape;
     if (shape->window[layer] != 0) return;
-    int scored = scored_before(shape, layer), n_kv_heads = shape->n_kv_heads;
-    probes_apply(&z->probes, z->c->state, layer, scored, n);
-    for (int i = max_int(z->c->n_prefix - s->pos[0], 0); i < n; i++) {
-        int t = s->pos[i] - z->c->n_prefix;
-        for (int g = 0; g < n_kv_heads; g++)
-            z->score[((size_t)scored * n_kv_heads + g) * z->c->n_ctx + t] =
-                z->probes.y[(size_t)i * z->probes.cols + g];
-    }
-}
-
-static void tap_live_probes(void *arg, int layer, int n) {
-    Live *v = arg;
-    const Probes *p = v->own;
-    const KVShape *shape = &v->c->kv->shape;
-    if (shape->window[layer] != 0) return;
+    if (z->mixed) tap_queries(&z->expected, layer, n);
     int scored = scored_before(shape, layer);
-    probes_apply(p, v->c->state, layer, scored, n);
+    probes_apply(&z->probes, c->state, layer, scored, n);
     for (int g = 0; g < shape->n_kv_heads; g++) {
-        float *score = v->score[scored * shape->n_kv_heads + g] +
-                       kvcache_head(v->c->kv, v->c->seq, layer, g)->len;
-        for (int i = 0; i < n; i++) score[i] = p->y[(size_t)i * p->cols + g];
+        int h = scored * shape->n_kv_heads + g, from = 0;
+        float *score = z->live ? z->live->taken[h] + kvcache_head(c->kv, c->seq, layer, g)->len
+                               : z->score + (size_t)h * c->n_ctx - c->n_prefix + s->pos[0];
+        if (!z->live) from = max_int(c->n_prefix - s->pos[0], 0);
+        for (int i = from; i < n; i++) score[i] = z->probes.y[(size_t)i * z->probes.cols + g];
     }
 }
 
-static int live_probes_open(Live *v, char *err) {
-    Probes *p = v->own = calloc(1, sizeof *p);
-    if (!p) return fail(err, "out of memory for the probes");
-    if (need_profile(v->c, "policy kvzap", err) != 0 ||
-        probes_open(p, v->c->profile, v->c->state, err) != 0)
+static int zap_open(Zap *z, Context *c, int sink, char *err) {
+    *z = (Zap){.expected = {.c = c}};
+    z->mixed = param(c, "expected") > 0;
+    if (need_profile(c, "policy kvzap", err) != 0 ||
+        (z->mixed && expected_open(&z->expected, c, sink, err) != 0) ||
+        probes_open(&z->probes, c->profile, c->state, err) != 0)
         return -1;
-    v->c->state->tap = tap_live_probes, v->c->state->tap_arg = v;
+    c->state->tap = tap_probes, c->state->tap_arg = z;
     return 0;
 }
 
-static void live_probes_close(Live *v) {
-    if (v->own) probes_close(v->own);
-    free(v->own);
-    v->c->state->tap = NULL;
+static void zap_close(Zap *z) {
+    if (z->expected.c) z->expected.c->state->tap = NULL;
+    expected_close(&z->expected);
+    probes_close(&z->probes);
+}
+
+typedef struct {
+    float score;
+    int t;
+} Ranked;
+
+static int by_score(const void *a, const void *b) {
+    const Ranked *x = a, *y = b;
+    return x->score != y->score ? (x->score < y->score ? -1 : 1) : y->t - x->t;
+}
+
+// out[t] += weight times the rank of score[t] among n, the largest n - 1. Returns false: no memory.
+static bool add_ranks(float *out, const float *score, int n, float weight) {
+    Ranked *r = malloc(((size_t)n + 1) * sizeof *r);
+    for (int t = 0; r && t < n; t++) r[t] = (Ranked){score[t], t};
+    if (r) qsort(r, (size_t)n, sizeof *r, by_score);
+    for (int i = 0; r && i < n; i++) out[r[i].t] += weight * (float)i;
+    free(r);
+    return r != NULL;
+}
+
+// Of one head: both kinds of scores become the sum of their ranks, in `expected`.
+static int mix_ranks(const Context *c, float *expected, const float *probe, int n, char *err) {
+    float *sum = calloc((size_t)n + 1, sizeof *sum);
+    bool ok = sum && add_ranks(sum, probe, n, 1.0f) &&
+              add_ranks(sum, expected, n, (float)param(c, "expected"));
+    if (ok) memcpy(expected, sum, (size_t)n * sizeof *sum);
+    free(sum);
+    return ok ? 0 : fail(err, "out of memory for ranking %d pairs", n);
+}
+
+static int mix_context(Zap *z, Context *c, float *score, char *err) {
+    size_t n = context_scores(c);
+    float *expected = malloc((n + 1) * sizeof *expected);
+    int status = expected ? expected_scores(&z->expected, c, expected, err)
+                          : fail(err, "out of memory for the scores of %d pairs", c->n_ctx);
+    for (size_t i = 0; i < n && status == 0; i += (size_t)c->n_ctx)
+        status = mix_ranks(c, expected + i, score + i, c->n_ctx, err);
+    if (status == 0) memcpy(score, expected, n * sizeof *score);
+    free(expected);
+    return status;
 }
 
 // KVzap with linear probes (arXiv 2601.07891): the log of KVzip's score, as each pair's features
 // predict it while the context is read.
 static int score_kvzap(Context *c, float *score, char *err) {
-    Zap z = {.c = c, .score = score};
-    if (need_profile(c, "policy kvzap", err) != 0 ||
-        probes_open(&z.probes, c->profile, c->state, err) != 0)
-        return -1;
-    c->state->tap = tap_probes, c->state->tap_arg = &z;
-    int status = context_read(c, err);
-    c->state->tap = NULL;
-    probes_close(&z.probes);
+    Zap z;
+    int status = zap_open(&z, c, expected_sink(c), err);
+    z.score = score;
+    if (status == 0) status = context_read(c, err);
+    if (status == 0 && z.mixed) status = mix_context(&z, c, score, err);
+    zap_close(&z);
     return status;
+}
+
+static int live_zap_open(Live *v, char *err) {
+    Zap *z = v->own = calloc(1, sizeof *z);
+    if (!z) return fail(err, "out of memory for the probes");
+    int status = zap_open(z, v->c, (int)param(v->c, "sink"), err);
+    z->live = v;
+    return status;
+}
+
+static void live_zap_close(Live *v) {
+    if (v->own) zap_close(v->own);
+    free(v->own);
+}
+
+static int live_zap(Live *v, char *err) {
+    Zap *z = v->own;
+    const KVShape *shape = &v->c->kv->shape;
+    if (z->mixed && live_expectation(v, &z->expected, err) != 0) return -1;
+    for (int h = 0; h < v->n_heads; h++) {
+        int layer = scored_layer(shape, h / shape->n_kv_heads), first = v->c->n_prefix;
+        int n = kvcache_head(v->c->kv, v->c->seq, layer, h % shape->n_kv_heads)->len - first;
+        float *score = v->score[h] + first, *taken = v->taken[h] + first;
+        if (n <= 0) continue;
+        if (!z->mixed) memcpy(score, taken, (size_t)n * sizeof *score);
+        if (z->mixed && mix_ranks(v->c, score, taken, n, err) != 0) return -1;
+    }
+    return 0;
 }
 
 // ---- budgets ----
@@ -766,13 +834,19 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
 
 // ---- the tables ----
 
-static const LiveMethod live_kvzap = {live_probes_open, NULL, live_probes_close, NULL};
-static const LiveMethod live_expectation = {live_expected_open, live_expected, live_expected_close,
-                                            expect_head};
+static const LiveMethod live_kvzap = {live_zap_open, live_zap, live_zap_close, expect_head};
+static const LiveMethod live_expecting = {live_expected_open, live_expected, live_expected_close,
+                                          expect_head};
 static const LiveMethod live_knorm = {NULL, live_heads, NULL, knorm_head};
 static const LiveMethod live_keydiff = {NULL, live_heads, NULL, keydiff_head};
 static const LiveMethod live_streaming = {NULL, live_heads, NULL, streaming_head};
 static const LiveMethod live_random = {NULL, live_heads, NULL, random_head};
+
+#define EXPECTED_PARAMS                                                                          \
+    {"future", 512, 1, 1e6, false, "positions to come that queries are expected at"},            \
+        {"sink", 4, 0, 1e6, false, "first tokens: they stay, and their queries do not count"}, { \
+        "epsilon", 0, 0, 1, true, "added to the attention before it is multiplied by |v|"        \
+    }
 
 const Policy policies[] = {
     {"kvzip",
@@ -789,7 +863,9 @@ const Policy policies[] = {
      score_kvzap,
      &live_kvzap,
      "KVzip's score as a probe of the profile predicts it (arXiv 2601.07891)",
-     {{0}}},
+     {{"expected", 0, 0, 1e3, true,
+       "weight of expected attention's rank beside the probe's; 0: none"},
+      EXPECTED_PARAMS}},
     {"heads",
      score_heads_profile,
      NULL,
@@ -797,11 +873,9 @@ const Policy policies[] = {
      {{0}}},
     {"expected",
      score_expected,
-     &live_expectation,
+     &live_expecting,
      "attention that later queries will likely pay, times |v| (arXiv 2510.00636)",
-     {{"future", 512, 1, 1e6, false, "positions to come that queries are expected at"},
-      {"sink", 4, 0, 1e6, false, "first tokens: they stay, and their queries do not count"},
-      {"epsilon", 0, 0, 1, true, "added to the attention before it is multiplied by |v|"}}},
+     {EXPECTED_PARAMS}},
     {"observed",
      score_observed,
      NULL,
@@ -818,7 +892,11 @@ const Policy policies[] = {
      NULL,
      "attention from the last token, one set for all heads of a layer (arXiv 2401.06104)",
      {{0}}},
-    {"keydiff", score_keydiff, &live_keydiff, "keys that point away from their mean (arXiv 2504.15364)", {{0}}},
+    {"keydiff",
+     score_keydiff,
+     &live_keydiff,
+     "keys that point away from their mean (arXiv 2504.15364)",
+     {{0}}},
     {"knorm", score_knorm, &live_knorm, "keys with a small norm (arXiv 2406.11430)", {{0}}},
     {"streaming",
      score_streaming,

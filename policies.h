@@ -68,16 +68,16 @@ typedef struct {
     Context *c;
     int n_heads;    // scored layers * n_kv_heads
     float **score;  // [n_heads][at least the pairs it has, and the rows of a forward call more]
+    float **taken;  // of the same size: what a tap says of a pair as it passes, which stays with it
     void *own;      // of the method
-    HeadScore *fn;  // what the method's pages say, one head at a time
 } Live;
 
 // How a method scores before all of a context is there.
 typedef struct {
-    int (*open)(Live *v, char *err);   // NULL: nothing to do
-    int (*score)(Live *v, char *err);  // brings all scores up to date; NULL: a tap has done that
+    int (*open)(Live *v, char *err);  // NULL: nothing to do
+    int (*score)(Live *v, char *err);
     void (*close)(Live *v);
-    HeadScore *fn;
+    HeadScore *fn;  // of methods whose scores follow from the pages alone, one head at a time
 } LiveMethod;
 
 struct Policy {

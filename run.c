@@ -225,7 +225,7 @@ typedef struct {
     BenchList depths, ratios, shares, prompts, batches;
     const char *program, *command;
     unsigned bit;  // of the command
-    char **args;  // [n_args] what is left: MODEL, CACHE, questions
+    char **args;   // [n_args] what is left: MODEL, CACHE, questions
     int n_args;
 } Options;
 
@@ -269,7 +269,8 @@ static const Flag flags[] = {
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, TOKENIZE, 0, "a file with the text or the ids"},
     {"-f", "FILE", TEXT, AT(file), 0, 0, NULL, ASK, 0,
      "questions, one a line; the start of the answer may follow after a tab"},
-    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL, ALL & ~(CHAT | ASK | BENCH | EVAL | INFO | CALIBRATE), 0,
+    {"--ids", "FILE", TEXT, AT(ids), 0, 0, NULL,
+     ALL & ~(CHAT | ASK | BENCH | EVAL | INFO | CALIBRATE), 0,
      "token ids instead of a text, decimal, white space between"},
     {"--n-prefix", "N", COUNT, AT(n_prefix), 0, INT_MAX, NULL, CONTEXT, 0,
      "with --ids: the first N are the protected prefix (default 0)"},
@@ -294,7 +295,8 @@ static const Flag flags[] = {
      "keep what would be evicted at 2 bits"},
     {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL | STREAMS, 0,
      "parameters of the policy and the level, as listed there"},
-    {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0, "who scores (default: expected where there is a profile, else kvzip):"},
+    {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0,
+     "who scores (default: expected where there is a profile, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), 0, 0, NULL, EVAL, 0,
      "which pairs compete for a place (default: profile where there is one, else pair):"},
     {"--ratio", "R,..", LIST, AT(shares), RATIO_MIN, 1, NULL, EVAL, 0,
@@ -886,8 +888,8 @@ static bool wants_stream(const Options *o) {
     return o->budget > 0 || o->stream || (!(o->bit & CONTEXT) && o->ratio > 0);
 }
 
-// Where the flags leave it open: with a profile expected attention within the profile's shares, else
-// KVzip with its repeat passes, which need the whole context.
+// Where the flags leave it open: with a profile expected attention within the profile's shares,
+// else KVzip with its repeat passes, which need the whole context.
 static const char *default_policy(const Session *s) {
     bool shares = s->has_profile && (!s->o->level || strcmp(s->o->level, "profile") == 0);
     return shares || wants_stream(s->o) ? "expected" : "kvzip";
@@ -1331,7 +1333,8 @@ static int cmd_chat(const Options *o) {
     s.temp = o->temp < 0 ? CHATTY : o->temp;
     Talk talk = {.on_context = o->cache != NULL, .keep = true};
     if (!o->cache) talk.seq = new_sequence(&s);
-    if (o->cache && wants_stream(o)) die_usage(o->command, "-c: its pairs have been chosen already");
+    if (o->cache && wants_stream(o))
+        die_usage(o->command, "-c: its pairs have been chosen already");
     stream_sequence(&s, talk.seq);
     converse(&s, &talk, &from, 1, o->n < 0 ? 512 : (int)o->n, true);
     close_session(&s);

@@ -31,8 +31,11 @@ static int make_room(Stream *s, char *err) {
         int need = head_of(s, h)->len + s->live.c->state->max_rows + PAGE;
         if (need <= s->room[h]) continue;
         float *score = realloc(s->live.score[h], (size_t)need * 2 * sizeof *score);
-        if (!score) return fail(err, "out of memory for the scores of %d pairs", need);
-        s->live.score[h] = score, s->room[h] = need * 2;
+        if (score) s->live.score[h] = score;
+        float *taken = realloc(s->live.taken[h], (size_t)need * 2 * sizeof *taken);
+        if (taken) s->live.taken[h] = taken;
+        if (!score || !taken) return fail(err, "out of memory for the scores of %d pairs", need);
+        s->room[h] = need * 2;
     }
     return 0;
 }
@@ -47,12 +50,12 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
                     "it is there",
                     c->policy->name);
     }
-    s->live.fn = c->policy->live->fn;
     s->live.score = calloc((size_t)n + 1, sizeof *s->live.score);
+    s->live.taken = calloc((size_t)n + 1, sizeof *s->live.taken);
     s->room = calloc((size_t)n + 1, sizeof *s->room);
     s->pairs = calloc((size_t)n + 1, sizeof *s->pairs);
     s->checked = c->kv->seqs[c->seq].next_pos;
-    if (!s->live.score || !s->room || !s->pairs) {
+    if (!s->live.score || !s->live.taken || !s->room || !s->pairs) {
         fail(err, "out of memory for evicting from %d heads", n);
     } else if (make_room(s, err) == 0 &&
                (!c->policy->live->open || c->policy->live->open(&s->live, err) == 0)) {
@@ -66,7 +69,9 @@ void stream_close(Stream *s) {
     const Context *c = s->live.c;
     if (c && c->policy->live && c->policy->live->close) c->policy->live->close(&s->live);
     for (int h = 0; s->live.score && h < s->live.n_heads; h++) free(s->live.score[h]);
+    for (int h = 0; s->live.taken && h < s->live.n_heads; h++) free(s->live.taken[h]);
     free(s->live.score);
+    free(s->live.taken);
     free(s->room);
     free(s->pairs);
     *s = (Stream){0};
@@ -114,16 +119,16 @@ static long choose(const Stream *s, int h, int pool, int window, uint8_t *keep, 
     return kvcache_select(keep, score, &select, err) < 0 ? -1 : n;
 }
 
-// Takes out what keep [n] lacks, of head h and of its scores.
+// Takes out what keep [n] lacks, of head h and of what was taken down about its pairs.
 static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
     const Context *c = s->live.c;
-    float *score = s->live.score[h] + c->n_prefix;
+    float *taken = s->live.taken[h] + c->n_prefix;
     int len = head_of(s, h)->len, to = 0;
     if (kvcache_compact_head(c->kv, c->seq, layer_of(c, h), h % c->kv->shape.n_kv_heads,
                              c->n_prefix, n, keep, err) != 0)
         return -1;
     for (int t = 0; t < len - c->n_prefix; t++)
-        if (t >= n || keep[t]) score[to++] = score[t];
+        if (t >= n || keep[t]) taken[to++] = taken[t];
     return 0;
 }
 
@@ -157,7 +162,7 @@ static int step(Stream *s, int window, char *err) {
     s->peak = bytes > s->peak ? bytes : s->peak;
     s->checked = c->kv->seqs[c->seq].next_pos;
     if (s->live.n_heads == 0) return 0;
-    if (c->policy->live->score && c->policy->live->score(&s->live, err) != 0) return -1;
+    if (c->policy->live->score(&s->live, err) != 0) return -1;
     return evict(s, window, err);
 }
 

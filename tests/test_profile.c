@@ -238,6 +238,33 @@ static void test_threads(Fixture *f) {
     for (int i = 0; i < 2; i++) profile_close(&p[i]);
 }
 
+// The sum of ranks: how many scores are below, equals in the order of the context.
+static void test_mixed(Fixture *f) {
+    static const char *const policy[] = {"kvzap", "expected", "kvzap"};
+    static const char *const set[] = {NULL, NULL, "expected=2"};
+    int ids[1024];
+    float *score[3];
+    Context c = {0};
+    for (int i = 0; i < 3; i++) {
+        c = fixture_context(f, ids, 64);
+        score[i] = malloc(context_scores(&c) * sizeof(float));
+        CHECK(context_set(&c, policy_find(policy[i]), levels, set[i], err) == 0);
+        CHECK(context_score(&c, c.policy, score[i], err) == 0);
+        kvcache_drop(&f->kv, c.seq);
+    }
+    for (size_t at = 0; at < context_scores(&c); at += c.n_ctx) {
+        for (int t = 0; t < c.n_ctx; t++) {
+            int rank[2] = {0};
+            for (int i = 0; i < 2; i++) {
+                const float *x = score[i] + at;
+                for (int u = 0; u < c.n_ctx; u++) rank[i] += x[u] < x[t] || (x[u] == x[t] && u > t);
+            }
+            CHECK(score[2][at + t] == (float)(rank[0] + 2 * rank[1]));
+        }
+    }
+    for (int i = 0; i < 3; i++) free(score[i]);
+}
+
 // ---- files ----
 
 static void test_into(Fixture *f) {
@@ -328,8 +355,10 @@ int main(int argc, char **argv) {
         test_into(&f);
         test_refused(&f, &other);
         test_nonsense(&f);
-        fixture_close(&f), fixture_close(&other);
         remove(path);
+        fixture_profile(&f, path);
+        test_mixed(&f);
+        fixture_close(&f), fixture_close(&other);
     }
     return test_end("test_profile");
 }

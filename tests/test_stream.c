@@ -8,14 +8,15 @@
 enum { CTX = 300 };
 
 // A context of `n` ids, longer than the fixture's own, in a new sequence.
-static Context long_context(Fixture *f, int *ids, int n, const char *policy, const char *level) {
+static Context long_context(Fixture *f, int *ids, int n, const char *policy, const char *level,
+                            const char *set) {
     int own[1024];
     Context c = fixture_context(f, own, 64);
     int n_prefix = c.n_prefix, n_own = c.n_ctx;
     for (int i = 0; i < n_prefix + n; i++)
         ids[i] = i < n_prefix ? own[i] : own[n_prefix + (i - n_prefix) * 7 % n_own];
     c.ids = ids, c.n_ctx = n;
-    CHECK(context_set(&c, policy_find(policy), level_find(level), NULL, err) == 0);
+    CHECK(context_set(&c, policy_find(policy), level_find(level), set, err) == 0);
     return c;
 }
 
@@ -40,9 +41,10 @@ static int position(const Fixture *f, int seq, int h, int t) {
 }
 
 // Read in one call, then finished: the pairs that scoring and selecting the whole context keep.
-static void test_one_call(Fixture *f, const Policy *p, const char *level, double ratio) {
+static void test_one_call(Fixture *f, const Policy *p, const char *set, const char *level,
+                          double ratio) {
     int ids[1024];
-    Context c = long_context(f, ids, CTX, p->name, level);
+    Context c = long_context(f, ids, CTX, p->name, level, set);
     size_t n = context_scores(&c);
     float *score = malloc(n * sizeof *score);
     uint8_t *keep = malloc(n);
@@ -59,8 +61,7 @@ static void test_one_call(Fixture *f, const Policy *p, const char *level, double
         int t = c.n_prefix;
         for (int i = 0; i < CTX; i++) {
             if (!keep[(size_t)h * CTX + i]) continue;
-            if (!CHECK(t < head->len && position(f, c.seq, h, t) == c.n_prefix + i))
-                printf("%s %s: head %d\n", p->name, level, h);
+            CHECK(t < head->len && position(f, c.seq, h, t) == c.n_prefix + i);
             t++;
         }
         CHECK(t == head->len);
@@ -71,9 +72,10 @@ static void test_one_call(Fixture *f, const Policy *p, const char *level, double
 }
 
 // Calls of 32 rows: lengths, order and the prefix at each step and at the end.
-static void test_bounds(Fixture *f, const Policy *p, const char *level, long budget) {
+static void test_bounds(Fixture *f, const Policy *p, const char *set, const char *level,
+                        long budget) {
     int ids[1024], window = 20, rows = 32, per_head[64];
-    Context c = long_context(f, ids, CTX, p->name, level);
+    Context c = long_context(f, ids, CTX, p->name, level, set);
     bool own_budget = level_find(level)->pool == LEVEL_BUDGET;
     Stream s;
     f->state.max_rows = rows;
@@ -115,7 +117,7 @@ static void read_logits(Fixture *f, const Policy *p, double ratio, bool streams,
     ThreadPool *two = f->pool, *pool = pool_open(threads);
     f->pool = f->state.pool = f->kv.pool = pool;
     f->state.max_rows = 48;
-    Context c = long_context(f, ids, CTX, p->name, f->profile.n_ratios ? "profile" : "pair");
+    Context c = long_context(f, ids, CTX, p->name, f->profile.n_ratios ? "profile" : "pair", NULL);
     Stream s = {0};
     if (streams) {
         CHECK(stream_open(&s, &c, ratio, 0, 16, err) == 0);
@@ -147,18 +149,18 @@ static void test_bits(Fixture *f, const Policy *p) {
 static void test_refused(Fixture *f) {
     int ids[1024];
     Stream s;
-    Context c = long_context(f, ids, CTX, "snapkv", "pair");
+    Context c = long_context(f, ids, CTX, "snapkv", "pair", NULL);
     CHECK(stream_open(&s, &c, 0.3, 0, 16, err) == -1);
     CHECK_STR(err,
               "policy snapkv looks back at the whole context: it cannot evict before all of it "
               "is there");
     kvcache_drop(&f->kv, c.seq);
-    c = long_context(f, ids, CTX, "knorm", "head");
+    c = long_context(f, ids, CTX, "knorm", "head", NULL);
     CHECK(stream_open(&s, &c, 0.3, 0, 16, err) == 0 && context_read(&c, err) == 0);
     CHECK(stream_finish(&s, err) == -1);
     stream_close(&s);
     kvcache_drop(&f->kv, c.seq);
-    c = long_context(f, ids, CTX, "kvzap", "pair");
+    c = long_context(f, ids, CTX, "kvzap", "pair", NULL);
     c.profile = NULL;
     CHECK(stream_open(&s, &c, 0.3, 0, 16, err) == -1);
     kvcache_drop(&f->kv, c.seq);
@@ -178,10 +180,14 @@ int main(int argc, char **argv) {
         for (const Policy *p = policies; p->name; p++) {
             if (!p->live) continue;
             for (int l = 0; l < 4; l++) {
-                test_one_call(&f, p, by[l], 0.3);
-                test_bounds(&f, p, by[l], 40);
+                test_one_call(&f, p, NULL, by[l], 0.3);
+                test_bounds(&f, p, NULL, by[l], 40);
             }
             test_bits(&f, p);
+        }
+        for (int l = 0; l < 4; l++) {
+            test_one_call(&f, policy_find("kvzap"), "expected=1", by[l], 0.3);
+            test_bounds(&f, policy_find("kvzap"), "expected=0.5", by[l], 40);
         }
         test_refused(&f);
         fixture_close(&f);
