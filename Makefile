@@ -82,15 +82,19 @@ models/smollm2.gguf:
 models/smollm2.kvz: models/smollm2.gguf | .venv/ok
 	$(VENV) export.py $< -o $@
 
-demo: run models/smollm2.kvz
-	$(PYTHON) demo/demo.py models/smollm2.kvz
+# What heads keep and how pairs can be judged without a second pass: a minute, once.
+%.kvp: %.kvz eval/calibration.txt | run
+	./run calibrate $< -o $@
+
+demo: run models/smollm2.kvz models/smollm2.kvp
+	$(PYTHON) demo/demo.py models/smollm2.kvz models/smollm2.kvp
 
 clean:
 	rm -rf $(BUILD) run
 
 help:
 	@echo "make            build ./run"
-	@echo "make demo       fetch and convert SmolLM2-135M-Instruct once, compress a document, ask it eight questions"
+	@echo "make demo       fetch, convert and calibrate SmolLM2-135M-Instruct once, compress a document, ask it eight questions"
 	@echo "make test       build and run all tests; no download needed"
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
