@@ -1490,7 +1490,7 @@ AVX512 static float peak_int_avx512(int rounds) {
             _mm512_dpbusd_epi32(acc[i], acc[i], _mm512_set1_epi8(3));
     }
     for (int i = 1; i < CHAINS; i++) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
-    return (float)_mm512_reduce_add_epi32(acc[0]);
+    return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(acc[0]));
 }
 
 static const Peak f32_avx512 = {2 * 16 * CHAINS, peak_f32_avx512};
