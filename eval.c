@@ -1495,6 +1495,12 @@ static int run_context(Run *r, const EvalTask *task, Cell *plan, char *err) {
     return rc;
 }
 
+static uint64_t profile_hash(const Profile *p, const Config *m, uint64_t h) {
+    size_t heads = (size_t)p->n_layers * p->n_kv_heads;
+    h = hash_bytes(h, p->share, p->n_ratios * heads * sizeof *p->share);
+    return hash_bytes(h, p->probe, heads * probe_features(m) * sizeof *p->probe);
+}
+
 // What all cells of one file of results share.
 static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err) {
     const Context *c = &e->context;
@@ -1508,6 +1514,7 @@ static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, 
     h = hash_bytes(hash_bytes(h, c->postfix, strlen(c->postfix)), e->kv[0].name,
                    strlen(e->kv[0].name));
     h = hash_bytes(h, e->set ? e->set : "", e->set ? strlen(e->set) : 0);
+    if (c->profile) h = profile_hash(c->profile, &e->state->model->config, h);
     snprintf(text, sizeof text, "%s %s, tasks %016" PRIx64 ", settings %016" PRIx64,
              e->state->model->name, e->state->model->fingerprint, tasks->hash, h);
     bool fresh = !r->settings;
