@@ -1484,8 +1484,23 @@ typedef struct {
     long n_pairs, n_kept;  // of the context, in the layers that evict
     double ratio;          // n_kept / n_pairs
     size_t full, bytes;    // the cache before and after
+    size_t peak;           // the cache at most
     size_t memory_full, memory;
 } Shrunk;
+
+// Bytes of the cache had nothing been evicted, in full pages.
+static size_t bytes_unevicted(const Session *s, const Context *c) {
+    const KVShape *shape = &s->kv.shape;
+    int n = c->n_prefix + c->n_ctx, missing = 0;
+    for (int l = 0; l < shape->n_layers; l++) {
+        for (int g = 0; shape->window[l] == 0 && g < shape->n_kv_heads; g++) {
+            int len = kvcache_head(&s->kv, c->seq, l, g)->len;
+            missing += (n + PAGE - 1) / PAGE - (len + PAGE - 1) / PAGE;
+        }
+    }
+    size_t page = kvcache_page_bytes(shape, kvcache_both(s->kv.type)) + (PAGE + 1) * sizeof(int);
+    return kvcache_full_bytes(&s->kv, c->seq) + (size_t)missing * page;
+}
 
 // Reads the context and evicts meanwhile.
 static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) {
@@ -1497,9 +1512,10 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
     free(read_context(c, false, progress));
     r.memory_full = private_memory();
     r.n_kept = stream_finish(&s->stream, err);
-    if (r.n_kept < 0) die("%s", err);
+    if (r.n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
     r.ratio = r.n_pairs > 0 ? (double)r.n_kept / r.n_pairs : 1;
-    r.full = s->stream.peak;
+    r.full = bytes_unevicted(s, c);
+    r.peak = s->stream.peak;
     r.bytes = kvcache_bytes(&s->kv, c->seq);
     r.memory = private_memory();
     return r;
@@ -1510,6 +1526,7 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
     int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
     Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx,
                 .full = kvcache_full_bytes(&s->kv, c->seq)};
+    r.peak = kvcache_bytes(&s->kv, c->seq);
     r.n_kept = r.n_pairs;
     r.memory_full = private_memory();
     if (score) {
@@ -1551,8 +1568,8 @@ static void compress_figures(const Options *o, const Context *c, const Shrunk *r
              r->bytes, r->full);
         json("'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
              c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
-        json("'resident_full': %zu, 'resident': %zu, 'path': %s}\n", r->memory_full, r->memory,
-             o->out);
+        json("'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'path': %s}\n", r->peak,
+             r->memory_full, r->memory, o->out);
     }
     flush();
     if (o->quiet) return;
@@ -1561,6 +1578,7 @@ static void compress_figures(const Options *o, const Context *c, const Shrunk *r
             c->n_ctx, c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
     fprintf(stderr, "[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
             size_text(a, r->full), size_text(b, r->bytes));
+    if (r->peak < r->full) fprintf(stderr, ", %s at most", size_text(a, r->peak));
     if (r->memory_full > 0)
         fprintf(stderr, "; private memory %s -> %s", size_text(a, r->memory_full),
                 size_text(b, r->memory));
@@ -1581,6 +1599,8 @@ static int cmd_compress(const Options *o) {
     bool scored = o->ratio < 1 && c.n_ctx > 0;
     float *score = NULL;
     Shrunk r;
+    if (wants_stream(o) && o->demote >= 0)
+        die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
     if (wants_stream(o)) {
         r = read_and_shrink(&s, &c, &progress);
     } else {

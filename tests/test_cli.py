@@ -130,7 +130,7 @@ class Model:
 
 # ---- usage ----
 
-COMMANDS = ["generate", "chat", "compress", "ask", "score", "logits", "tokenize", "bench", "info"]
+COMMANDS = ["generate", "chat", "compress", "ask", "score", "logits", "tokenize", "bench", "calibrate", "info"]
 
 
 def test_usage(m):
@@ -428,6 +428,75 @@ def test_info(m, d):
     check(works("info", d + "/s", "--json").rows()[0]["tensors"], "as JSON, too")
 
 
+# ---- profiles, and evicting while tokens come ----
+
+SAMPLE = "The mill stood by the river. " * 20 + "\n=====\n" + "Rows of beans, 14 of them.\n" * 30
+
+
+def info(path):
+    return works("info", path, "--json").rows()[0]
+
+
+def test_profile(m, other, d):
+    profile, cache, sample = d + "/m.kvp", d + "/p.kvc", write(d + "/sample", SAMPLE)
+    row = works("calibrate", m.path, "-f", sample, "-o", profile, "--json", "--chunk", 50).rows()[0]
+    check(row["n_texts"] == 3 and 0 < row["longest"] < row["n_tokens"], "calibrate: %s" % row)
+    check(0 < row["explained"] <= 1, "what probes explain")
+    text = ["-p", "The code of Chen is 12. " * 30, "-o", cache]
+    works("compress", m.path, *text)
+    check(info(cache)["policy"] == "kvzip", "without a profile KVzip is the default")
+    row = works("compress", m.path, *text, "--profile", profile, "--json").rows()[0]
+    check(info(cache)["policy"] == "expected", "with one expected attention")
+    check(abs(row["n_kept"] - int(row["n_pairs"] * 0.3)) == 0, "shares add up to the ratio")
+    for flags in [["--policy", "kvzap"], ["--policy", "kvzap", "--set", "expected=1"],
+                  ["--policy", "heads", "--level", "head"], ["--policy", "snapkv", "--level", "profile"]]:
+        works("compress", m.path, *text, "--profile", profile, *flags)
+    model = d + "/carries.kvz"
+    works("calibrate", m.path, "-f", sample, "-o", model, "--into", "--chunk", 50)
+    works("calibrate", model, "-f", sample, "-o", model, "--into", "--chunk", 50)
+    works("compress", model, *text)
+    check(info(cache)["policy"] == "expected", "the model carries its profile")
+    works("ask", m.path, cache, "Who?", "-n", 2)  # it is still the same model
+    fails(1, "made for another model", "compress", other.path, *text, "--profile", profile)
+    fails(1, "needs the model's profile", "compress", m.path, *text, "--policy", "kvzap")
+    fails(1, "needs the model's profile", "compress", m.path, *text, "--level", "profile")
+    fails(1, "not a profile", "compress", m.path, *text, "--profile", m.path)
+    fails(1, "too little text", "calibrate", m.path, "-f", write(d + "/e", ""), "-o", d + "/x")
+    fails(1, "is read by this command", "calibrate", m.path, "-f", sample, "-o", m.path)
+    cut = write(d + "/cut.kvp", open(profile, "rb").read()[:-100])
+    fails(1, cut, "compress", m.path, *text, "--profile", cut)
+
+
+def test_budget(m, d):
+    cache, text = d + "/b.kvc", ["-p", "The code of Chen is 12. " * 150]
+    for flags, policy in [([], "expected"), (["--policy", "streaming", "--level", "uniform"], "streaming")]:
+        whole = works("compress", m.path, *text, "-o", cache, "--json", "--ratio", 1).rows()[0]
+        row = works("compress", m.path, *text, "-o", cache, "--json", "--budget", 100, "--window", 16,
+                    *flags).rows()[0]
+        heads = row["n_pairs"] // row["n_ctx"]
+        check(row["n_kept"] == 100 * heads, "--budget is exact: %s" % row)
+        check(row["bytes"] <= row["peak_bytes"] < row["full_bytes"] == whole["full_bytes"],
+              "bytes of --budget: %s" % row)
+        check(info(cache)["policy"] == policy, "policy of --budget")
+        works("ask", m.path, cache, "Who?", "-n", 2)
+    row = works("compress", m.path, *text, "-o", cache, "--json", "--ratio", 0.4, "--stream").rows()[0]
+    check(row["n_kept"] == int(row["n_pairs"] * 0.4), "--stream keeps --ratio: %s" % row)
+    more = ["generate", m.path, "-p", "The code", "-n", 700, "--temp", 0, "--ignore-eos", "--json"]
+    full = works(*more).rows()[0]["ids"]
+    few = works(*more, "--budget", 40, "--window", 8).rows()[0]["ids"]
+    check(few[:40] == full[:40] and len(few) == 700, "writing within a budget")
+    check(works(*more, "--budget", 100000).rows()[0]["ids"] == full, "a budget for all changes nothing")
+    check(works(*more, "--ratio", 0.2).rows()[0]["ids"][:60] == full[:60], "writing within a ratio")
+    works("chat", m.path, "--budget", 50, "-n", 20, "--temp", 0, input=b"Hello\nAnd then?\n" * 8)
+    fails(1, "looks back at the whole context", "compress", m.path, *text, "-o", cache, "--stream",
+          "--policy", "snapkv")
+    fails(1, "keeps whole heads", "compress", m.path, *text, "-o", cache, "--stream", "--level", "head")
+    fails(2, "choose one", "compress", m.path, *text, "-o", cache, "--stream", "--demote", "q2")
+    fails(2, "have been chosen", "chat", m.path, "-c", cache, "--budget", 10)
+
+
+# ---- bench ----
+
 BENCH_FIELDS = {"work", "n", "depth", "ratio", "batch", "threads", "tokens_per_s", "seconds",
                 "gb_per_s", "gflop_per_s", "share", "bound", "to_prefill", "cache_bytes",
                 "score_attn"}
@@ -615,6 +684,8 @@ def main():
         test_generate(smol, d)
         test_edges(smol, d)
         test_info(smol, d)
+        test_profile(smol, llama, d)
+        test_budget(smol, d)
         test_bench(smol)
         test_perplexity(smol, d)
         test_eval(smol, d)
