@@ -86,6 +86,7 @@ static Context context_of(Run *r, int seq, int depth, bool local) {
     Context c = r->b->method;
     c.state = r->b->state, c.kv = &r->kv, c.tok = r->b->tok, c.seq = seq;
     c.ids = r->ids, c.n_ctx = depth, c.local = local;
+    if (c.chunk == 0) c.chunk = default_chunk(local);
     c.postfix = tokenizer_chat(r->b->tok)->kvzip_postfix;
     return c;
 }

@@ -39,7 +39,7 @@ typedef struct {
     RunState *state;  // max_logits at least the largest batch
     const Tokenizer *tok;
     KVTypes kv;
-    Context method;  // policy, level, chunk; the rest is filled in
+    Context method;  // policy, level, chunk (0: the defaults); the rest is filled in
     int n;           // tokens of a decode run
     BenchList prompts, depths, ratios, batches;
     void (*peaks)(void *arg, const BenchPeaks *peaks);  // called once, first

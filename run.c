@@ -232,7 +232,6 @@ typedef struct {
 static const Options defaults = {.n = -1,
                                  .seed = -1,
                                  .n_prefix = -1,
-                                 .chunk = 2000,
                                  .temp = -1,
                                  .top_p = 0.95,
                                  .window = 128,
@@ -325,7 +324,7 @@ static const Flag flags[] = {
     {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS, SCORE,
      "the authors' threshold rule, which drops ties, instead of the exact count"},
     {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH | EVAL | CALIBRATE, 0,
-     "tokens repeated at a time (default 2000)"},
+     "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
     {"--score-attn", "HOW", CHOICE, AT(score_attn), 0, 0, "full|local", CONTEXT | EVAL, BENCH,
      "the repeated text sees all of the context (default), or its own part"},
     {"--system", "TEXT", TEXT, AT(system), 0, 0, NULL, CHAT | CONTEXT | EVAL | CALIBRATE, 0,
@@ -497,6 +496,7 @@ static void parse_options(Options *o, const Command *c, int argc, char **argv) {
         flag_set(o, f, value);
     }
     if (o->ratio == 0 && (c->bit & CONTEXT)) o->ratio = 0.3;
+    if (o->chunk == 0 && c->bit != BENCH) o->chunk = default_chunk(o->score_attn == 1);
     if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);
     if (o->n_args > c->max_args)
         die_usage(c->name, "unexpected argument '%s'", o->args[c->max_args]);
