@@ -5,9 +5,10 @@
   make_tasks.py squad dev-v1.1.json -n 100 > squad.jsonl
   run eval smollm2.kvz facts.jsonl --policy kvzip,snapkv --ratio 1,0.3
 
-One line is one context with questions that are asked of it one by one. The filler text between
-facts (filler.txt) was written for this project; once it is used up, sentences are put together from
-parts, so that a context may be of any length. The same arguments give the same file. Lengths are in
+One line is one context with questions that are asked of it one by one. The text between facts is
+prose, or with --filler code, dialogue, a list or German, and was written for this project (filler*.txt);
+once it is used up, it is put together from parts, so that a context may be of any length. The same
+arguments give the same file. Lengths are in
 tokens of a vocabulary of about 50,000 and are met within a few percent in English prose. Sources of
 the tasks: RULER (arXiv 2404.06654), SCBench (2412.10319), LongBench (2308.14508), InfiniteBench
 (2402.13718), SQuAD (1606.05250), GSM8K (2110.14168).
@@ -88,6 +89,11 @@ def different(rng, n, make):
     return list(out)
 
 
+def fitting(n, chars, each):
+    """n, or as many things of so many characters each as there is room for."""
+    return max(1, min(n, chars // each))
+
+
 def random_uuid(rng):
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
@@ -123,28 +129,91 @@ def made_up_paragraph(rng):
     return " ".join(rng.choice(patterns)() for _ in range(rng.randrange(4, 7)))
 
 
-def filler(rng, chars):
-    """Paragraphs of about so many characters together, each a list of sentences."""
-    with open(os.path.join(HERE, "filler.txt"), encoding="utf-8") as f:
-        stock = f.read().split("\n")[:-1]
+def read_filler(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as f:
+        return f.read()
+
+
+FILLERS = {  # and how many characters a token of it has, under SmolLM2's tokenizer
+    "prose": 4.4,
+    "code": 3.2,
+    "dialogue": 3.4,
+    "list": 2.55,
+    "german": 2.6,
+}
+
+
+def draw(rng, text):
+    """A unit of filler with its slots filled in: {{a|b|c}} one of these, {{3..40}} a number of that range,
+    {{x=a|b}} one of these and the same again for every {{x}}."""
+    known = {}
+
+    def value(match):
+        name, options = re.fullmatch(r"(?:(\w+)=)?(.*)", match[1]).groups()
+        if options in known:
+            return known[options]
+        span = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", options)
+        out = str(rng.randint(int(span[1]), int(span[2]))) if span else rng.choice(options.split("|"))
+        if name:
+            known[name] = out
+        return out
+    return re.sub(r"\{\{(.+?)\}\}", value, text)
+
+
+def units(rng, kind):
+    """Without end: the units of a filler, in another order and with other slots whenever they are used up.
+    A unit is a list of sentences or, where the kind has lines, of lines."""
+    stock = []
+    while kind != "prose":
+        if not stock:
+            stock = read_filler(f"filler_{kind}.txt").strip("\n").split("\n\n")
+            rng.shuffle(stock)
+        unit = draw(rng, stock.pop())
+        yield sentences(unit) if kind == "german" else unit.split("\n")
+    stock = read_filler("filler.txt").split("\n")[:-1]
     rng.shuffle(stock)
-    out = []
+    while True:
+        yield sentences(stock.pop() if stock else made_up_paragraph(rng))
+
+
+def filler(rng, chars, kind="prose"):
+    """Paragraphs of about so many characters together, each a list of sentences or lines."""
+    out, source = [], units(rng, kind)
     while chars > 0:
-        out.append(sentences(stock.pop() if stock else made_up_paragraph(rng)))
+        out.append(next(source))
         chars -= sum(len(s) + 1 for s in out[-1])
         while chars < 0 and len(out[-1]) > 1 and len(out[-1][-1]) <= -chars:
             chars += len(out[-1].pop()) + 1
     return out
 
 
-def hide(rng, chars, facts):
-    """A text of so many characters with the facts spread evenly over it, each between two sentences."""
-    paragraphs = filler(rng, chars - sum(len(f) + 1 for f in facts))
+def as_line(rng, fact, before, after, kind):
+    """A fact in the shape of the filler's lines: a comment, an utterance, an item. after: "" at the end."""
+    if kind == "code":
+        like = after or before
+        return like[:len(like) - len(like.lstrip())] + f"# {fact}"
+    if kind == "dialogue":
+        silent = {before.split(":")[0], after.split(":")[0]}  # nobody speaks twice in a row
+        return f"{rng.choice([s for s in SPEAKERS if s not in silent])}: {fact}"
+    return f"- {fact}" if kind == "list" else fact
+
+
+SPEAKERS = ["RUTH", "OWEN", "MAEVE", "INGE"]
+
+
+def hide(rng, chars, facts, kind="prose"):
+    """A text of so many characters with the facts spread evenly over it, each between two sentences or lines."""
+    own = sum(len(f) + 1 for f in facts)
+    if kind != "prose":
+        own *= FILLERS[kind] / 3.6  # a fact has so many characters a token, names as it has
+    paragraphs = filler(rng, max(1, chars - own), kind)
     places = [(p, s) for p, text in enumerate(paragraphs) for s in range(1, len(text) + 1)]
     at = [places[int((i + rng.random()) * len(places) / len(facts))] for i in range(len(facts))]
     for (p, s), fact in sorted(zip(at, facts), reverse=True):
-        paragraphs[p].insert(s, fact)
-    return "\n\n".join(" ".join(p) for p in paragraphs)
+        text = paragraphs[p]
+        text.insert(s, as_line(rng, fact, text[s - 1], text[s] if s < len(text) else "", kind))
+    between = " " if kind in ("prose", "german") else "\n"
+    return "\n\n".join(between.join(p) for p in paragraphs)
 
 
 def ask(question, prefix, answers):
@@ -154,6 +223,10 @@ def ask(question, prefix, answers):
 
 def task(name, context, questions, metric="contained", **more):
     return {"task": name, "context": context, "metric": metric, **more, "questions": questions}
+
+
+def name_of(task_name, kind):
+    return task_name if kind == "prose" else f"{task_name}_{kind}"
 
 
 # ---- facts and passages ----
@@ -168,8 +241,8 @@ RELATIONS = [  # question, the sentence up to the answer (the start of the answe
 ]
 
 
-def facts(rng, chars, n):
-    """single sentences about people, spread over filler text"""
+def facts(rng, chars, n, kind="prose"):
+    """single sentences about people, spread over filler text (--filler)"""
     relations = [RELATIONS[i % len(RELATIONS)] for i in range(n)]
     values = {r[0]: choices(rng, r[3], relations.count(r)) for r in RELATIONS}
     lines, questions = [], []
@@ -177,7 +250,7 @@ def facts(rng, chars, n):
         value = values[question].pop()
         lines.append(f"{start.format(name)} {value}{end}.")
         questions.append(ask(question.format(name), start.format(name), value))
-    return task("facts", hide(rng, chars, lines), questions, stop=".", max_tokens=16)
+    return task(name_of("facts", kind), hide(rng, chars, lines, kind), questions, stop=".", max_tokens=16)
 
 
 # {name:kind} is a slot; the questions below each passage name one, with the start of the answer.
@@ -340,6 +413,8 @@ def needles(name, n_keys, n_values=1, kind="number", haystack="text", asked=None
     def make(rng, chars, n):
         def value():
             return number(rng, 7) if kind == "number" else random_uuid(rng)
+        if haystack == "needles":
+            n = fitting(n, chars, 114 if kind == "uuid" else 64)
         keys = needle_keys(rng, n_keys or n) if kind == "number" else [random_uuid(rng) for _ in range(n_keys or n)]
         values = {k: [value() for _ in range(n_values)] for k in keys}
         lines = [needle(k, v, kind) for k in keys for v in values[k]]
@@ -374,6 +449,7 @@ def chain(rng, names, value):
 
 def variables(rng, chars, n, hops=4):
     """variable tracking: which names hold a value, over a chain of assignments"""
+    n = fitting(n, chars, 560)  # a chain and as many lines of noise
     names = different(rng, n * (hops + 1), lambda r: letters(r, 5).upper())
     lines, questions = [], []
     for c in range(n):
@@ -383,7 +459,7 @@ def variables(rng, chars, n, hops=4):
                              f"According to the chain(s) of variable assignment in the text above, {hops + 1} variables "
                              f"are assigned the value {value}, they are:", own))
     merged = merge(rng, lines)
-    parts = [NOISE] * max(len(merged), (chars - sum(map(len, merged))) // (len(NOISE) + 1))
+    parts = [NOISE] * max(len(merged), (chars - 42 * len(merged)) // 70)  # in tokens: 14 a line, 24 the noise
     for at, line in zip(sorted(rng.sample(range(len(parts)), len(merged)), reverse=True), reversed(merged)):
         parts.insert(at, line)
     head = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -400,6 +476,7 @@ def merge(rng, lists):
 
 def multihop(rng, chars, n):
     """several short chains of assignments; the question asks for the value at the end of one"""
+    n = fitting(n, chars, 320)
     names = different(rng, 3 * n, lambda r: letters(r, 5).upper())
     lines, questions = [], []
     for c in range(n):
@@ -413,7 +490,7 @@ def common_words(rng, chars, n):
     """a numbered list in which ten words come often and the others seldom"""
     words = rng.sample(COMMON, len(COMMON))
     often, seldom = words[:10], words[10:]
-    total = max(60, chars // 11)
+    total = max(60, min(chars // 11, 999 + (chars - 999 * 11) // 14))  # four digits are more tokens than three
     bag = often * max(4, total // 15)
     bag += [seldom[i % len(seldom)] for i in range(max(0, total - len(bag)))]
     rng.shuffle(bag)
@@ -429,7 +506,9 @@ def frequent_words(rng, chars, n):
     words = different(rng, 400, lambda r: letters(r, 6))
     weights = [1 / (i + 1) ** 2 for i in range(len(words))]
     bag = rng.choices(words, weights, k=max(60, chars // 8))
-    top = sorted(words, key=bag.count, reverse=True)[:3]
+    *top, fourth = sorted(words, key=bag.count, reverse=True)[:4]
+    if bag.count(top[-1]) == bag.count(fourth):
+        bag.append(top[-1])
     head = "Read the following coded text and track the frequency of each coded word.\n"
     question = ask("Do not provide any explanation. What are the three most frequently appearing words in the above coded text?",
                    "The three most frequently appearing words are:", top)
@@ -440,6 +519,7 @@ def frequent_words(rng, chars, n):
 
 def key_value(rng, chars, n):
     """JSON of uuid: uuid; every pair matters, so this cannot be compressed well"""
+    n = fitting(n, chars, 80)
     pairs = {random_uuid(rng): random_uuid(rng) for _ in range(max(n, chars // 80))}
     head = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
     questions = [ask(f'Key: "{k}"', f'The value associated with the specified key is: "', pairs[k])
@@ -679,6 +759,7 @@ MADE = {  # and how many characters a token of it has, under SmolLM2's tokenizer
     "find_number": (find_number, 1.0),
     "refusal": (refusal, 4.4),
 }
+FILLED = ["facts"]  # those that --filler is for
 CONVERTED = {"squad": squad, "gsm8k": gsm8k, "longbench": longbench, "scbench": scbench,
              "infinitebench": infinitebench}
 
@@ -694,10 +775,13 @@ def arguments():
     p.add_argument("-q", type=int, default=12, metavar="N", help="questions per context at most (default 12)")
     p.add_argument("--tokens", type=int, default=1000, help="length of a context, about (default 1000)")
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--filler", choices=FILLERS, default="prose", help=f"text around the sentences of {', '.join(FILLED)}")
     p.add_argument("--name", help="name of the task in the results (default: the kind)")
     a = p.parse_args()
     if (a.kind in CONVERTED) != (a.file is not None):
         p.error(f"{a.kind} {'needs a FILE' if a.kind in CONVERTED else 'takes no FILE'}")
+    if a.filler != "prose" and a.kind not in FILLED:
+        p.error(f"{a.kind} takes no --filler")
     return a
 
 
@@ -708,7 +792,10 @@ def lines(a):
     for i in range(a.n):
         rng = random.Random(f"{a.kind} {a.seed} {i}")  # context i is the same however many there are
         make, chars_per_token = MADE[a.kind]
-        made = make(rng, int(a.tokens * chars_per_token), a.q)
+        if a.filler == "prose":
+            made = make(rng, int(a.tokens * chars_per_token), a.q)
+        else:
+            made = make(rng, int(a.tokens * FILLERS[a.filler]), a.q, a.filler)
         yield from made if isinstance(made, list) else [made]
 
 
