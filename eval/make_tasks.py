@@ -143,10 +143,9 @@ FILLERS = {  # and how many characters a token of it has, under SmolLM2's tokeni
 }
 
 
-def draw(rng, text):
+def draw(rng, text, **known):
     """A unit of filler with its slots filled in: {{a|b|c}} one of these, {{3..40}} a number of that range,
     {{x=a|b}} one of these and the same again for every {{x}}."""
-    known = {}
 
     def value(match):
         name, options = re.fullmatch(r"(?:(\w+)=)?(.*)", match[1]).groups()
@@ -384,6 +383,85 @@ def passages(rng, chars, n):
     asked = [ask(f"Answer the question using the text above.\nQuestion: {q.format(**slots)}", start.format(**slots),
                  slots[slot]) for q, start, slot in rng.sample(questions, min(n, len(questions)))]
     return task("passages", text, asked, stop=".", max_tokens=16)
+
+
+# ---- not to be copied: the gist, a number, a comparison ----
+
+THINGS = {"bridge": "bridges", "library": "libraries", "school": "schools", "theatre": "theatres",
+          "hospital": "hospitals", "prison": "prisons", "bakery": "bakeries", "tower": "towers",
+          "chapel": "chapels", "brewery": "breweries"}
+
+
+def summary(rng, chars, n):
+    """what a text is about that speaks of one kind of building in many places; chance is 25%, but for the first question"""
+    pools = [pool.split("\n") for pool in read_filler("filler_summary.txt").strip("\n").split("\n\n")]
+    thing = rng.choice(sorted(THINGS))
+    paragraphs, left = [], [[] for _ in pools]
+    while sum(len(p) + 2 for p in paragraphs) < chars - 200:
+        for pool, stock in zip(pools, left):
+            if not stock:
+                stock += rng.sample(pool, len(pool))
+        place, name = rng.choice(PLACES), full_names(rng, 1)[0]
+        paragraphs.append(" ".join(draw(rng, stock.pop(), thing=thing, place=place, name=name) for stock in left))
+    question = "What is the text about{}"
+    asked = [ask(question.format("?"), "The text is about the history of", [thing, THINGS[thing]])]
+    for i in range(n - 1):
+        options = rng.sample([t for t in sorted(THINGS) if t != thing], 3)
+        options.insert(i % 4, thing)
+        *most, last = [THINGS[t] for t in options]
+        asked.append(ask(question.format(f", {', '.join(most)} or {last}?"), "The text is about", [thing, THINGS[thing]]))
+    return task("summary", "\n\n".join(paragraphs), asked, stop=".", max_tokens=8)
+
+
+KEPT = [("keep a {} at home", "At home {} keeps a {}.", ANIMALS), ("live in {}", "{} lives in {}.", CITIES)]
+
+
+def counting(rng, chars, n, kind="prose"):
+    """how many people keep an animal or live in a city, one to four of them, from sentences far apart (--filler)"""
+    names, lines, questions = full_names(rng, 24), [], []
+    for does, sentence, values in KEPT:
+        for value, count in zip(rng.sample(values, 4), rng.sample([1, 2, 3, 4], 4)):
+            lines += [sentence.format(names.pop(), value) for _ in range(count)]
+            what = does.format(value)
+            questions.append(ask(f"How many people in the text {what}?", f"The number of people who {what} is", str(count)))
+    rng.shuffle(lines)
+    rng.shuffle(questions)
+    return task(name_of("counting", kind), hide(rng, chars, lines, kind), questions[:n], stop=".", max_tokens=8)
+
+
+MEASURES = [("Who is older, {} or {}?", "The older of the two is", "{} is {} years old.", range(6, 95)),
+            ("Who is taller, {} or {}?", "The taller of the two is", "{} is {} centimetres tall.", range(120, 205)),
+            ("Who was born earlier, {} or {}?", "The one who was born earlier is", "{} was born in {}.", range(1840, 1990))]
+
+
+def comparing(rng, chars, n, kind="prose"):
+    """which of two people is older, taller or was born earlier, from sentences far apart; chance is 50% (--filler)"""
+    names, lines, questions = full_names(rng, 12), [], []
+    for question, start, sentence, values in MEASURES:
+        people = [(names.pop(), value) for value in rng.sample(values, 4)]
+        lines += [sentence.format(*p) for p in people]
+        low_wins = "earlier" in question
+        for i, pair in enumerate((a, b) for k, a in enumerate(people) for b in people[k + 1:]):
+            small, large = sorted(pair, key=lambda p: p[1])
+            right, wrong = (small, large) if low_wins else (large, small)
+            both = (right, wrong) if i % 2 else (wrong, right)
+            questions.append(ask(question.format(both[0][0], both[1][0]), start, right[0]))
+    rng.shuffle(lines)
+    rng.shuffle(questions)
+    return task(name_of("comparing", kind), hide(rng, chars, lines, kind), questions[:n], stop=",", max_tokens=8)
+
+
+def choosing(rng, chars, n, kind="prose"):
+    """which of two people a sentence was about; chance is 50% (--filler)"""
+    names, values = full_names(rng, n + n % 2), choices(rng, CITIES, n + n % 2)
+    lines = [f"{name} lives in {city}." for name, city in zip(names, values)]
+    questions = []
+    for i, (name, city) in enumerate(zip(names, values)):
+        both = [name, names[i ^ 1]]
+        if rng.random() < 0.5:
+            both.reverse()
+        questions.append(ask(f"Who lives in {city}, {both[0]} or {both[1]}?", f"The one who lives in {city} is", name))
+    return task(name_of("choosing", kind), hide(rng, chars, lines, kind), questions[:n], stop=",", max_tokens=8)
 
 
 # ---- needles (RULER) ----
@@ -739,6 +817,10 @@ def infinitebench(path, n):
 MADE = {  # and how many characters a token of it has, under SmolLM2's tokenizer
     "facts": (facts, 4.4),
     "passages": (passages, 4.4),
+    "summary": (summary, 4.02),
+    "counting": (counting, 4.3),
+    "comparing": (comparing, 4.3),
+    "choosing": (choosing, 4.4),
     "needles": (needles("needles", 4), 4.3),
     "needle_single_1": (needles("needle_single_1", 1, haystack="noise"), 3.6),
     "needle_single_2": (needles("needle_single_2", 1), 4.4),
@@ -759,12 +841,12 @@ MADE = {  # and how many characters a token of it has, under SmolLM2's tokenizer
     "find_number": (find_number, 1.0),
     "refusal": (refusal, 4.4),
 }
-FILLED = ["facts"]  # those that --filler is for
+FILLED = ["facts", "counting", "comparing", "choosing"]  # those that --filler is for
 CONVERTED = {"squad": squad, "gsm8k": gsm8k, "longbench": longbench, "scbench": scbench,
              "infinitebench": infinitebench}
 
 
-def arguments():
+def arguments(argv=None):
     kinds = [f"  {name:18} {make.__doc__}" for name, (make, _) in MADE.items()]
     files = [f"  {name:18} {make.__doc__}" for name, make in CONVERTED.items()]
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
@@ -777,7 +859,7 @@ def arguments():
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--filler", choices=FILLERS, default="prose", help=f"text around the sentences of {', '.join(FILLED)}")
     p.add_argument("--name", help="name of the task in the results (default: the kind)")
-    a = p.parse_args()
+    a = p.parse_args(argv)
     if (a.kind in CONVERTED) != (a.file is not None):
         p.error(f"{a.kind} {'needs a FILE' if a.kind in CONVERTED else 'takes no FILE'}")
     if a.filler != "prose" and a.kind not in FILLED:
