@@ -387,6 +387,9 @@ def passages(rng, chars, n):
 
 # ---- not to be copied: the gist, a number, a comparison ----
 
+# SmolLM2-135M finds the gist (96%) but neither counts nor compares better than chance, however it is
+# asked. There whether an answer is right says nothing; whether it is still the full cache's does.
+
 THINGS = {"bridge": "bridges", "library": "libraries", "school": "schools", "theatre": "theatres",
           "hospital": "hospitals", "prison": "prisons", "bakery": "bakeries", "tower": "towers",
           "chapel": "chapels", "brewery": "breweries"}
@@ -449,19 +452,6 @@ def comparing(rng, chars, n, kind="prose"):
     rng.shuffle(lines)
     rng.shuffle(questions)
     return task(name_of("comparing", kind), hide(rng, chars, lines, kind), questions[:n], stop=",", max_tokens=8)
-
-
-def choosing(rng, chars, n, kind="prose"):
-    """which of two people a sentence was about; chance is 50% (--filler)"""
-    names, values = full_names(rng, n + n % 2), choices(rng, CITIES, n + n % 2)
-    lines = [f"{name} lives in {city}." for name, city in zip(names, values)]
-    questions = []
-    for i, (name, city) in enumerate(zip(names, values)):
-        both = [name, names[i ^ 1]]
-        if rng.random() < 0.5:
-            both.reverse()
-        questions.append(ask(f"Who lives in {city}, {both[0]} or {both[1]}?", f"The one who lives in {city} is", name))
-    return task(name_of("choosing", kind), hide(rng, chars, lines, kind), questions[:n], stop=",", max_tokens=8)
 
 
 # ---- needles (RULER) ----
@@ -820,7 +810,6 @@ MADE = {  # and how many characters a token of it has, under SmolLM2's tokenizer
     "summary": (summary, 4.02),
     "counting": (counting, 4.3),
     "comparing": (comparing, 4.3),
-    "choosing": (choosing, 4.4),
     "needles": (needles("needles", 4), 4.3),
     "needle_single_1": (needles("needle_single_1", 1, haystack="noise"), 3.6),
     "needle_single_2": (needles("needle_single_2", 1), 4.4),
@@ -841,7 +830,7 @@ MADE = {  # and how many characters a token of it has, under SmolLM2's tokenizer
     "find_number": (find_number, 1.0),
     "refusal": (refusal, 4.4),
 }
-FILLED = ["facts", "counting", "comparing", "choosing"]  # those that --filler is for
+FILLED = ["facts", "counting", "comparing"]  # those that --filler is for
 CONVERTED = {"squad": squad, "gsm8k": gsm8k, "longbench": longbench, "scbench": scbench,
              "infinitebench": infinitebench}
 

@@ -117,7 +117,7 @@ def test_dense():
 def test_repetition():
     """No paragraph of a long context comes more than twice, and few come twice."""
     for filler in mt.FILLERS:
-        context = made("choosing", 8000, q=1, filler=filler)[0]["context"]
+        context = made("facts", 8000, q=1, filler=filler)[0]["context"]
         paragraphs = context.split("\n\n")
         again = len(paragraphs) - len(set(paragraphs))
         check(again <= 0.25 * len(paragraphs), f"{filler}: {again} of {len(paragraphs)} paragraphs repeated")
