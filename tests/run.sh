@@ -27,10 +27,12 @@ for t in "$@"; do
 done
 
 if [ -z "${C_ONLY:-}" ]; then
-    "$PYTHON" tests/test_cli.py >"$out" 2>&1
-    status=$?
-    cat "$out"
-    add $status test_cli
+    for t in test_cli test_tasks; do
+        "$PYTHON" tests/$t.py >"$out" 2>&1
+        status=$?
+        cat "$out"
+        add $status $t
+    done
     if make venv PYTHON="$PYTHON" >"$BUILD/venv.out" 2>&1; then
         .venv/bin/python tests/test_export.py >"$out" 2>&1
         status=$?
