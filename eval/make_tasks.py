@@ -136,9 +136,9 @@ def read_filler(name):
 
 FILLERS = {  # and how many characters a token of it has, under SmolLM2's tokenizer
     "prose": 4.4,
-    "code": 3.2,
+    "code": 3.06,
     "dialogue": 3.4,
-    "list": 2.55,
+    "list": 2.47,
     "german": 2.6,
 }
 
@@ -204,7 +204,7 @@ def hide(rng, chars, facts, kind="prose"):
     """A text of so many characters with the facts spread evenly over it, each between two sentences or lines."""
     own = sum(len(f) + 1 for f in facts)
     if kind != "prose":
-        own *= FILLERS[kind] / 3.6  # a fact has so many characters a token, names as it has
+        own *= FILLERS[kind] / 3.3  # characters a token of facts, with what makes lines of them
     paragraphs = filler(rng, max(1, chars - own), kind)
     places = [(p, s) for p, text in enumerate(paragraphs) for s in range(1, len(text) + 1)]
     at = [places[int((i + rng.random()) * len(places) / len(facts))] for i in range(len(facts))]

@@ -76,7 +76,11 @@ def test_same_again():
 
 
 # Recorded results belong to these bytes: of 3 contexts of 1,000 tokens, seed 1.
-RECORDED = {"facts": "335f3843d35a9a447ba8efded76cda22", "passages": "b7aa6d11743d3838ca74513fa50f6bbd", "needles": "832be798eccf2cbcae4fe8df318d0d00"}
+RECORDED = {
+    "facts": "335f3843d35a9a447ba8efded76cda22",
+    "passages": "b7aa6d11743d3838ca74513fa50f6bbd",
+    "needles": "832be798eccf2cbcae4fe8df318d0d00",
+}
 
 
 def test_recorded():
@@ -115,14 +119,14 @@ def test_dense():
 
 
 def test_repetition():
-    """No paragraph of a long context comes more than twice, and few come twice."""
+    """No paragraph of a long context comes more than twice, and few come twice: slots make them differ."""
     for filler in mt.FILLERS:
         context = made("facts", 8000, q=1, filler=filler)[0]["context"]
         paragraphs = context.split("\n\n")
         again = len(paragraphs) - len(set(paragraphs))
-        check(again <= 0.25 * len(paragraphs), f"{filler}: {again} of {len(paragraphs)} paragraphs repeated")
+        check(again <= 0.1 * len(paragraphs), f"{filler}: {again} of {len(paragraphs)} paragraphs repeated")
         most = max(paragraphs.count(p) for p in set(paragraphs))
-        check(most <= 4, f"{filler}: a paragraph comes {most} times")
+        check(most <= 2, f"{filler}: a paragraph comes {most} times")
 
 
 # ---- answers ----
