@@ -163,26 +163,28 @@ static void pack_f32_scalar(void *packed, const float *b, int inner, int cols) {
     memcpy(packed, b, (size_t)inner * cols * sizeof *b);
 }
 
-static inline int code_stride(const Codes *b) {  // columns of a row, the padding included
-    return (b->cols + CODE_BLOCK - 1) / CODE_BLOCK * CODE_BLOCK;
+// ---- scalar: codes ----
+
+static inline size_t code_block(const Codes *b) { return (size_t)CODE_LINE >> b->type; }
+static inline size_t code_blocks(const Codes *b) {  // of four rows
+    return (size_t)((b->cols + CODE_COLS - 1) / CODE_COLS);
 }
 
 static inline int code_at(const Codes *b, int r, int c) {
-    size_t block = ((size_t)r * code_stride(b) + c) / CODE_BLOCK;
-    const uint8_t *bytes = b->data + block * (CODE_BLOCK >> b->type);
-    c %= CODE_BLOCK;
-    return b->type == C_I8   ? (int8_t)bytes[c]
-           : b->type == C_U4 ? bytes[c % 16] >> c / 16 * 4 & 15
-                             : bytes[c % 8] >> c / 8 * 2 & 3;
+    const uint8_t *block = b->data + (r / 4 * code_blocks(b) + c / CODE_COLS) * code_block(b);
+    int run = CODE_COLS >> b->type, i = c % CODE_COLS;  // columns that lie one after another
+    return block[4 * (i % run) + r % 4] >> (i / run * (8 >> b->type)) & ((256 >> (8 - (8 >> b->type))) - 1);
 }
 
-static void unpack_row_scalar(float *out, const Codes *b, int r) {
-    float scale = f16_f32(b->scale[r]), min = b->min ? f16_f32(b->min[r]) : 0.0f;
-    for (int c = 0; c < b->cols; c++) out[c] = scale * (float)code_at(b, r, c) + min;
-}
+// The number a code of 0 stands for, before the row's scale.
+static inline float code_center(const Codes *b) { return b->type == C_U8 ? 128.0f : 0.0f; }
 
 static void unpack_codes_scalar(float *out, size_t ld, const Codes *b) {
-    for (int r = 0; r < b->rows; r++) unpack_row_scalar(out + r * ld, b, r);
+    for (int r = 0; r < b->rows; r++) {
+        float scale = f16_f32(b->scale[r]), min = b->min ? f16_f32(b->min[r]) : 0.0f;
+        for (int c = 0; c < b->cols; c++)
+            out[r * ld + c] = scale * ((float)code_at(b, r, c) - code_center(b)) + min;
+    }
 }
 
 static void gemm_codes_scalar(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
@@ -191,43 +193,43 @@ static void gemm_codes_scalar(float *c, size_t ldc, const float *a, size_t lda, 
     for (int k = 0; k < b->rows; k++) {
         float scale = f16_f32(b->scale[k]), min = b->min ? f16_f32(b->min[k]) : 0.0f;
         for (int j = 0; j < b->cols; j++) {
-            float v = scale * (float)code_at(b, k, j) + min;
+            float v = scale * ((float)code_at(b, k, j) - code_center(b)) + min;
             for (int i = 0; i < n; i++) c[i * ldc + j] += a[i * lda + k] * v;
         }
     }
 }
 
-// One block of at most 32 numbers as codes round(x * inv - shift), none out of range.
-static void round_block(CodeType type, uint8_t *out, const float *x, int n, float inv, float low) {
-    const float most = type == C_U4 ? 15.0f : 3.0f;
-    uint8_t code[CODE_BLOCK] = {0};
+// codes[n] = x rounded to steps of 1/inv from low on, none out of range.
+static void round_row(uint8_t *codes, const float *x, int n, float inv, float low, float least,
+                      float most) {
     for (int i = 0; i < n; i++) {
-        float q = type == C_I8 ? fminf(fmaxf(x[i] * inv + 128.0f, 1.0f), 255.0f)
-                               : fminf(fmaxf((x[i] - low) * inv, 0.0f), most);
-        code[i] = (uint8_t)((int)(q + 0.5f) - (type == C_I8 ? 128 : 0));
-    }
-    for (int i = 0; i < CODE_BLOCK >> type; i++) {
-        out[i] =
-            type == C_I8 ? code[i]
-            : type == C_U4
-                ? (uint8_t)(code[i] | code[16 + i] << 4)
-                : (uint8_t)(code[i] | code[8 + i] << 2 | code[16 + i] << 4 | code[24 + i] << 6);
+        float q = fminf(fmaxf((x[i] - low) * inv, least), most);
+        codes[i] = (uint8_t)(int)(q + 0.5f);
     }
 }
 
+// Row r becomes codes, one a byte, and its scale and minimum.
+static void round_codes(uint8_t *codes, const Codes *to, int r, const float *x) {
+    float low = x[0], high = x[0], most = to->type == C_U8 ? 255.0f : to->type == C_U4 ? 15.0f : 3.0f;
+    for (int c = 1; c < to->cols; c++) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
+    float step = to->type == C_U8 ? fmaxf(-low, high) / 127.0f : (high - low) / most;
+    to->scale[r] = f32_f16(step);
+    if (to->min) to->min[r] = f32_f16(low), low = f16_f32(to->min[r]);
+    float scale = f16_f32(to->scale[r]), inv = scale > 0.0f ? 1.0f / scale : 0.0f;
+    if (to->type == C_U8) low = -128.0f * scale;
+    round_row(codes, x, to->cols, inv, low, to->type == C_U8 ? 1.0f : 0.0f, most);
+}
+
 void codes_round(const Codes *to, const float *x, size_t ld) {
-    uint8_t *out = to->data;
+    int run = CODE_COLS >> to->type, bits = 8 >> to->type;
+    size_t step = code_blocks(to) * code_block(to);
+    memset(to->data, 0, code_bytes(to->type, to->rows, to->cols));
     for (int r = 0; r < to->rows; r++, x += ld) {
-        float low = x[0], high = x[0];
-        for (int c = 1; c < to->cols; c++) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
-        float range = to->type == C_I8 ? fmaxf(-low, high) / 127.0f
-                                       : (high - low) / (to->type == C_U4 ? 15.0f : 3.0f);
-        to->scale[r] = f32_f16(range);
-        if (to->min) to->min[r] = f32_f16(low), low = f16_f32(to->min[r]);
-        float scale = f16_f32(to->scale[r]), inv = scale > 0.0f ? 1.0f / scale : 0.0f;
-        for (int c = 0; c < to->cols; c += CODE_BLOCK, out += CODE_BLOCK >> to->type) {
-            int n = to->cols - c < CODE_BLOCK ? to->cols - c : CODE_BLOCK;
-            round_block(to->type, out, x + c, n, inv, low);
+        uint8_t codes[CODE_ROWS], *line = to->data + r / 4 * step + r % 4;
+        round_codes(codes, to, r, x);
+        for (int c = 0; c < to->cols; c++) {
+            int i = c % CODE_COLS;
+            line[c / CODE_COLS * code_block(to) + 4 * (i % run)] |= codes[c] << (i / run * bits);
         }
     }
 }
@@ -386,13 +388,35 @@ typedef struct {
     size_t ldc, lda, ldb;
     int n, inner, cols;
     bool add;
-    const float *bias;  // [n] added to each row, or NULL
 } Gemm;
 
-// What b holds; the last three are codes, of which ldb is the columns with the padding.
-typedef enum { B_F32, B_F16, B_I8, B_U4, B_U2 } GemmKind;
+enum {
+    FOLD_ROWS = 12,     // rows of a that are folded at a time
+    CODES_AHEAD = 2048  // bytes of codes to prefetch: folding keeps the core from running ahead
+};
 
-enum { FOLD_ROWS = 12 };  // rows whose scales are folded in at a time
+// Rows of a, times the scales of b's rows and rounded to 16 bits, so that the product with codes is
+// one of integers: a . b[][j] = scale * (sum of q * code - center) + bias.
+typedef struct {
+    uint8_t q[FOLD_ROWS * CODE_ROWS * 2];  // [FOLD_ROWS][rows], in the order the set reads them
+    float scale[FOLD_ROWS], bias[FOLD_ROWS];
+    int center[FOLD_ROWS];  // sum of q times 128, for 8-bit codes
+} Folded;
+
+// c [n][b's cols] (+)= the folded rows times b, n <= FOLD_ROWS.
+typedef struct {
+    float *c;
+    size_t ldc;
+    const Folded *a;
+    const Codes *b;
+    int n;
+    bool add;
+} CodeGemm;
+
+static const float FOLD_MOST = 32512.0f;  // 127 * 256: two signed bytes hold it
+
+// How many of `left` rows to multiply at once: threes, and twos where a single one would be left.
+static inline int fold_step(int left) { return left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1; }
 
 // ---- AVX2 with FMA and F16C: x86-64 since Haswell (2013) ----
 
@@ -566,34 +590,21 @@ AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
     return _mm256_loadu_ps((const float *)b + i);
 }
 
-// Eight columns of b from entry i on, which is column `in` of its block of codes.
-AVX2_INLINE __m256 load8_of(const void *b, size_t i, const int in, const GemmKind kind) {
-    if (kind == B_F32 || kind == B_F16) return load8(b, i, kind == B_F16);
-    size_t at = kind == B_I8 ? i : kind == B_U4 ? (i - in) / 2 + in % 16 : (i - in) / 4;
-    __m128i bytes = _mm_loadl_epi64((const void *)((const uint8_t *)b + at));
-    if (kind == B_I8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    __m128i shift = _mm_cvtsi32_si128(kind == B_U4 ? in / 16 * 4 : in / 8 * 2);
-    __m256i v = _mm256_srl_epi32(_mm256_cvtepu8_epi32(bytes), shift);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(kind == B_U4 ? 15 : 3)));
-}
-
 // R rows by C vectors of c, from row i and column j, stay in registers while all of inner passes:
 // R * C + C + 1 <= 16.
-AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C,
-                           const GemmKind kind) {
+AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     __m256 acc[6][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) {
             acc[r][v] = g->add ? _mm256_loadu_ps(c + r * g->ldc + 8 * v) : _mm256_setzero_ps();
-            if (g->bias) acc[r][v] = _mm256_add_ps(acc[r][v], _mm256_set1_ps(g->bias[i + r]));
         }
     }
     for (int k = 0; k < g->inner; k++) {
         __m256 b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] = load8_of(g->b, k * g->ldb + (size_t)(j + 8 * v),
-                                                           C == 4 ? 8 * v : (j + 8 * v) % 32, kind);
+        UNROLL for (int v = 0; v < C; v++) b[v] =
+            load8(g->b, k * g->ldb + (size_t)(j + 8 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             __m256 ar = _mm256_broadcast_ss(a + r * g->lda + k);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_fmadd_ps(ar, b[v], acc[r][v]);
@@ -605,17 +616,17 @@ AVX2_INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C
 }
 
 // R rows over all columns, C vectors at a time while they last, then one.
-AVX2_INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const GemmKind kind) {
+AVX2_INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const bool half) {
     int j = 0;
-    for (; j + 8 * C <= g->cols; j += 8 * C) gemm_tile(g, i, j, R, C, kind);
-    for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, kind);
+    for (; j + 8 * C <= g->cols; j += 8 * C) gemm_tile(g, i, j, R, C, half);
+    for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, half);
 }
 
-AVX2_INLINE void gemm_avx2(const Gemm *g, const GemmKind kind) {
+AVX2_INLINE void gemm_avx2(const Gemm *g, const bool half) {
     int i = 0;
-    for (; i + 6 <= g->n; i += 6) gemm_rows(g, i, 6, 2, kind);
-    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, 4, kind);
-    for (; i < g->n; i++) gemm_rows(g, i, 1, 4, kind);
+    for (; i + 6 <= g->n; i += 6) gemm_rows(g, i, 6, 2, half);
+    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, 4, half);
+    for (; i < g->n; i++) gemm_rows(g, i, 1, 4, half);
 }
 
 AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -624,7 +635,7 @@ AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda,
         gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
         return;
     }
-    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F32);
+    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
 }
 
 AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -633,68 +644,148 @@ AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda,
         gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
         return;
     }
-    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F16);
+    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
 }
 
-// out [rows] = a * scale; returns a . min.
-AVX2 static float fold_avx2(float *out, const float *a, const Codes *b) {
-    __m256 sum = _mm256_setzero_ps();
-    int k = 0;
-    for (; k + 8 <= b->rows; k += 8) {
-        __m256 v = _mm256_loadu_ps(a + k);
-        _mm256_storeu_ps(out + k, _mm256_mul_ps(v, load8(b->scale, (size_t)k, true)));
-        if (b->min) sum = _mm256_fmadd_ps(v, load8(b->min, (size_t)k, true), sum);
+// Row r of f = a * scales, as 16-bit integers, each four of them in the order 0, 2, 1, 3; a . min is
+// the bias.
+AVX2 static void fold_avx2(Folded *f, int r, const float *a, const Codes *b) {
+    const __m256 abs = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    float x[CODE_ROWS];
+    __m256 max = _mm256_setzero_ps(), bias = max;
+    __m256i sum = _mm256_setzero_si256();
+    for (int k = 0; k < b->rows; k += 8) {
+        __m256 v = _mm256_loadu_ps(a + k), s = _mm256_mul_ps(v, load8(b->scale, (size_t)k, true));
+        __m256 min = b->min ? load8(b->min, (size_t)k, true) : _mm256_setzero_ps();
+        bias = _mm256_fmadd_ps(v, min, bias);  // a NaN must be seen, so 0 is a factor too
+        max = _mm256_max_ps(max, _mm256_and_ps(s, abs));
+        _mm256_storeu_ps(x + k, s);
     }
-    float tail = 0.0f;
-    for (; k < b->rows; k++) {
-        out[k] = a[k] * f16_f32(b->scale[k]);
-        if (b->min) tail += a[k] * f16_f32(b->min[k]);
+    float most = hmax(max);
+    __m256 inv = _mm256_set1_ps(most > 0.0f ? FOLD_MOST / most : 0.0f);
+    uint8_t *out = f->q + (size_t)r * b->rows * 2;
+    for (int k = 0; k < b->rows; k += 8, out += 16) {
+        __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), inv));
+        __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+        _mm_storeu_si128((void *)out, _mm_shuffle_epi8(w, order));
+        sum = _mm256_add_epi32(sum, q);
     }
-    return hsum(sum) + tail;
+    f->scale[r] = most / FOLD_MOST;
+    f->bias[r] = hsum(bias);
+    f->center[r] = b->type == C_U8 ? (int)(128.0f * hsum(_mm256_cvtepi32_ps(sum))) : 0;
+}
+
+// Codes of 8 columns, the eights' number n in their block, by 4 rows: even rows and odd rows.
+AVX2_INLINE void codes8(const uint8_t *block, const int n, const CodeType type, __m256i *even,
+                        __m256i *odd) {
+    const __m256i mask = _mm256_set1_epi16(type == C_U8 ? 255 : type == C_U4 ? 15 : 3);
+    int line = type == C_U8 ? n : type == C_U4 ? n % 2 : 0;
+    int shift = type == C_U8 ? 0 : type == C_U4 ? n / 2 * 4 : n * 2;
+    __m256i v = _mm256_loadu_si256((const void *)(block + 32 * line));
+    *even = _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(shift)), mask);
+    *odd = _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(shift + 8)), mask);
+}
+
+// R rows by C eights of columns; C = 4 is a whole block.
+AVX2_INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C,
+                            const CodeType type) {
+    const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
+    size_t step = code_blocks(g->b) * block;
+    const uint8_t *at = g->b->data + j / CODE_COLS * block, *q = g->a->q + i * rows * 2;
+    __m256i acc[3][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_setzero_si256();
+    }
+    for (size_t k = 0; k < rows; k += 4, at += step, q += 8) {
+        for (int l = 0; l < C * 32 >> type; l += 64) __builtin_prefetch(at + CODES_AHEAD + l);
+        UNROLL for (int v = 0; v < C; v++) {
+            __m256i even, odd;
+            codes8(at, C == 4 ? v : j % CODE_COLS / 8 + v, type, &even, &odd);
+            UNROLL for (int r = 0; r < R; r++) {
+                int pair, next;
+                memcpy(&pair, q + r * rows * 2, 4);
+                memcpy(&next, q + r * rows * 2 + 4, 4);
+                __m256i a = _mm256_madd_epi16(even, _mm256_set1_epi32(pair));
+                __m256i b = _mm256_madd_epi16(odd, _mm256_set1_epi32(next));
+                acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_add_epi32(a, b));
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            float *c = g->c + (i + r) * g->ldc + j + 8 * v;
+            __m256i sum = _mm256_sub_epi32(acc[r][v], _mm256_set1_epi32(g->a->center[i + r]));
+            __m256 bias = _mm256_set1_ps(g->a->bias[i + r]);
+            if (g->add) bias = _mm256_add_ps(bias, _mm256_loadu_ps(c));
+            __m256 scale = _mm256_set1_ps(g->a->scale[i + r]);
+            _mm256_storeu_ps(c, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, bias));
+        }
+    }
+}
+
+AVX2_INLINE void codes_rows(const CodeGemm *g, int i, const int R, const CodeType type) {
+    int j = 0;
+    for (; R < 3 && j + 32 <= g->b->cols; j += 32) codes_tile(g, i, j, R, 4, type);
+    for (; j + 16 <= g->b->cols; j += 16) codes_tile(g, i, j, R, 2, type);
+    for (; j < g->b->cols; j += 8) codes_tile(g, i, j, R, 1, type);
+}
+
+AVX2_INLINE void codes_avx2(const CodeGemm *g, const CodeType type) {
+    for (int i = 0, step; i < g->n; i += step) {
+        step = fold_step(g->n - i);
+        if (step == 3) codes_rows(g, i, 3, type);
+        else if (step == 2) codes_rows(g, i, 2, type);
+        else codes_rows(g, i, 1, type);
+    }
 }
 
 AVX2 static void gemm_codes_avx2(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
                                  int n, bool add) {
-    float folded[FOLD_ROWS * CODE_ROWS], bias[FOLD_ROWS];
+    Folded f;
     if (b->cols % 8) {
         gemm_codes_scalar(c, ldc, a, lda, b, n, add);
         return;
     }
-    size_t inner = (size_t)b->rows, ldb = (size_t)code_stride(b);
     for (int i = 0; i < n; i += FOLD_ROWS) {
-        int m = n - i < FOLD_ROWS ? n - i : FOLD_ROWS;
-        for (int r = 0; r < m; r++) bias[r] = fold_avx2(folded + r * inner, a + (i + r) * lda, b);
-        Gemm g = {c + i * ldc,         folded, b->data, ldc, inner, ldb, m, b->rows, b->cols, add,
-                  b->min ? bias : NULL};
-        if (b->type == C_I8)
-            gemm_avx2(&g, B_I8);
-        else if (b->type == C_U4)
-            gemm_avx2(&g, B_U4);
-        else
-            gemm_avx2(&g, B_U2);
+        CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
+        for (int r = 0; r < g.n; r++) fold_avx2(&f, r, a + (i + r) * lda, b);
+        if (b->type == C_U8) codes_avx2(&g, C_U8);
+        else if (b->type == C_U4) codes_avx2(&g, C_U4);
+        else codes_avx2(&g, C_U2);
     }
 }
 
-AVX2_INLINE void unpack_row_avx2(float *out, const Codes *b, int r, const GemmKind kind) {
-    __m256 scale = _mm256_set1_ps(f16_f32(b->scale[r]));
-    __m256 min = _mm256_set1_ps(b->min ? f16_f32(b->min[r]) : 0.0f);
-    size_t row = (size_t)r * code_stride(b);
-    for (int c = 0; c < b->cols; c += 8) {
-        __m256 v = load8_of(b->data, row + c, c % 32, kind);
-        _mm256_storeu_ps(out + c, _mm256_fmadd_ps(v, scale, min));
+// Four rows by 8 columns, the eights' number n in their block, as floats.
+AVX2_INLINE void unpack8(float *out, size_t ld, const Codes *b, int r, const uint8_t *block, int n,
+                         const CodeType type) {
+    const __m256i mask = _mm256_set1_epi32(type == C_U8 ? 255 : type == C_U4 ? 15 : 3);
+    int line = type == C_U8 ? n : type == C_U4 ? n % 2 : 0;
+    int shift = type == C_U8 ? 0 : type == C_U4 ? n / 2 * 4 : n * 2;
+    __m256i v = _mm256_loadu_si256((const void *)(block + 32 * line));
+    for (int i = 0; i < 4; i++, out += ld) {
+        __m256i code = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * i + shift));
+        __m256 x = _mm256_cvtepi32_ps(_mm256_and_si256(code, mask));
+        __m256 min = _mm256_set1_ps(b->min ? f16_f32(b->min[r + i]) : 0.0f);
+        x = _mm256_sub_ps(x, _mm256_set1_ps(code_center(b)));
+        _mm256_storeu_ps(out, _mm256_fmadd_ps(x, _mm256_set1_ps(f16_f32(b->scale[r + i])), min));
     }
 }
 
 AVX2 static void unpack_codes_avx2(float *out, size_t ld, const Codes *b) {
-    for (int r = 0; r < b->rows; r++, out += ld) {
-        if (b->cols % 8)
-            unpack_row_scalar(out, b, r);
-        else if (b->type == C_I8)
-            unpack_row_avx2(out, b, r, B_I8);
-        else if (b->type == C_U4)
-            unpack_row_avx2(out, b, r, B_U4);
-        else
-            unpack_row_avx2(out, b, r, B_U2);
+    if (b->cols % 8) {
+        unpack_codes_scalar(out, ld, b);
+        return;
+    }
+    for (int r = 0; r < b->rows; r += 4, out += 4 * ld) {
+        for (int c = 0; c < b->cols; c += 8) {
+            size_t block = r / 4 * code_blocks(b) + c / CODE_COLS;
+            const uint8_t *at = b->data + block * code_block(b);
+            int n = c % CODE_COLS / 8;
+            if (b->type == C_U8) unpack8(out + c, ld, b, r, at, n, C_U8);
+            else if (b->type == C_U4) unpack8(out + c, ld, b, r, at, n, C_U4);
+            else unpack8(out + c, ld, b, r, at, n, C_U2);
+        }
     }
 }
 
@@ -1282,44 +1373,21 @@ AVX512_INLINE __m512 load16(const void *b, size_t i, const bool half) {
     return _mm512_loadu_ps((const float *)b + i);
 }
 
-// Sixteen columns, as load8_of. Four bits of a lane choose from a table of floats: that converts
-// codes and leaves the bits above alone.
-AVX512_INLINE __m512 load16_of(const void *b, size_t i, const int in, const GemmKind kind) {
-    const __m512 u4 = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 u2 = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-    const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
-    const uint8_t *bytes = b;
-    if (kind == B_F32 || kind == B_F16) return load16(b, i, kind == B_F16);
-    if (kind == B_I8) {
-        __m128i v = _mm_loadu_si128((const void *)(bytes + i));
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
-    }
-    if (kind == B_U4) {
-        __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(bytes + (i - in) / 2)));
-        return _mm512_permutexvar_ps(in ? _mm512_srli_epi32(v, 4) : v, u4);
-    }
-    __m128i half = _mm_loadl_epi64((const void *)(bytes + (i - in) / 4));
-    __m512i v = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(half, half));
-    __m512i by = in ? _mm512_add_epi32(shift, _mm512_set1_epi32(4)) : shift;
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(v, by), u2);
-}
-
 // As gemm_tile: R * C + C + 1 <= 32.
 AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const int C,
-                                const GemmKind kind) {
+                                const bool half) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     __m512 acc[12][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) {
             acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
-            if (g->bias) acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_set1_ps(g->bias[i + r]));
         }
     }
     for (int k = 0; k < g->inner; k++) {
         __m512 b[4];
         UNROLL for (int v = 0; v < C; v++) b[v] =
-            load16_of(g->b, k * g->ldb + (size_t)(j + 16 * v), C > 1 ? 16 * v % 32 : j % 32, kind);
+            load16(g->b, k * g->ldb + (size_t)(j + 16 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             __m512 ar = _mm512_set1_ps(a[r * g->lda + k]);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm512_fmadd_ps(ar, b[v], acc[r][v]);
@@ -1330,22 +1398,20 @@ AVX512_INLINE void gemm_tile512(const Gemm *g, int i, int j, const int R, const 
     }
 }
 
-AVX512_INLINE void gemm_rows512(const Gemm *g, int i, const int R, const int C,
-                                const GemmKind kind) {
+AVX512_INLINE void gemm_rows512(const Gemm *g, int i, const int R, const int C, const bool half) {
     int j = 0;
-    for (; j + 16 * C <= g->cols; j += 16 * C) gemm_tile512(g, i, j, R, C, kind);
-    for (; C > 2 && j + 32 <= g->cols; j += 32) gemm_tile512(g, i, j, R, 2, kind);
-    for (; j < g->cols; j += 16) gemm_tile512(g, i, j, R, 1, kind);
+    for (; j + 16 * C <= g->cols; j += 16 * C) gemm_tile512(g, i, j, R, C, half);
+    for (; j < g->cols; j += 16) gemm_tile512(g, i, j, R, 1, half);
 }
 
-AVX512_INLINE void gemm_avx512(const Gemm *g, const GemmKind kind) {
+AVX512_INLINE void gemm_avx512(const Gemm *g, const bool half) {
     int i = 0;
     if (g->cols < 64) {
-        for (; i + 12 <= g->n; i += 12) gemm_rows512(g, i, 12, 1, kind);
+        for (; i + 12 <= g->n; i += 12) gemm_rows512(g, i, 12, 1, half);
     }
-    for (; i + 6 <= g->n; i += 6) gemm_rows512(g, i, 6, 4, kind);
-    for (; i + 3 <= g->n; i += 3) gemm_rows512(g, i, 3, 4, kind);
-    for (; i < g->n; i++) gemm_rows512(g, i, 1, 4, kind);
+    for (; i + 6 <= g->n; i += 6) gemm_rows512(g, i, 6, 4, half);
+    for (; i + 3 <= g->n; i += 3) gemm_rows512(g, i, 3, 4, half);
+    for (; i < g->n; i++) gemm_rows512(g, i, 1, 4, half);
 }
 
 AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -1353,7 +1419,7 @@ AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t 
     if (cols % 16)
         gemm_f32_avx2(c, ldc, a, lda, b, n, inner, cols, add);
     else
-        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F32);
+        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
 }
 
 AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
@@ -1361,28 +1427,124 @@ AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t 
     if (cols % 16)
         gemm_f16_avx2(c, ldc, a, lda, b, n, inner, cols, add);
     else
-        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F16);
+        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+}
+
+// As fold_avx2, but of each eight integers the high bytes come before the low ones.
+AVX512_INLINE void fold_avx512(Folded *f, int r, const float *a, const Codes *b) {
+    float x[CODE_ROWS];
+    __m512 max = _mm512_setzero_ps(), bias = max;
+    __m512i sum = _mm512_setzero_si512();
+    for (int k = 0; k < b->rows; k += 16) {
+        __mmask16 m = b->rows - k < 16 ? 0xff : 0xffff;  // rows are a multiple of 8
+        __m512 v = _mm512_maskz_loadu_ps(m, a + k);
+        __m256i scale = _mm256_maskz_loadu_epi16(m, b->scale + k);
+        __m512 s = _mm512_mul_ps(v, _mm512_cvtph_ps(scale));
+        __m256i min = b->min ? _mm256_maskz_loadu_epi16(m, b->min + k) : _mm256_setzero_si256();
+        bias = _mm512_fmadd_ps(v, _mm512_cvtph_ps(min), bias);
+        max = _mm512_max_ps(max, _mm512_abs_ps(s));
+        _mm512_mask_storeu_ps(x + k, m, s);
+    }
+    float most = _mm512_reduce_max_ps(max);
+    __m512 inv = _mm512_set1_ps(most > 0.0f ? FOLD_MOST / most : 0.0f);
+    uint8_t *out = f->q + (size_t)r * b->rows * 2;
+    for (int k = 0; k < b->rows; k += 16, out += 32) {
+        __mmask16 m = b->rows - k < 16 ? 0xff : 0xffff;
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + k), inv));
+        __m256i w = _mm512_cvtsepi32_epi16(q);
+        __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
+        __m256i high = _mm256_srai_epi16(_mm256_sub_epi16(w, low), 8);
+        _mm256_mask_storeu_epi16(out, m, _mm256_packs_epi16(high, low));
+        sum = _mm512_add_epi32(sum, q);
+    }
+    f->scale[r] = most / FOLD_MOST;
+    f->bias[r] = _mm512_reduce_add_ps(bias);
+    f->center[r] = b->type == C_U8 ? 128 * _mm512_reduce_add_epi32(sum) : 0;
+}
+
+// Codes of 16 columns, the first or second half of a block, by 4 rows.
+AVX512_INLINE __m512i codes16(const uint8_t *block, const int half, const CodeType type) {
+    if (type == C_U8) return _mm512_loadu_si512(block + 64 * half);
+    if (type == C_U4) {
+        __m512i v = _mm512_loadu_si512(block);
+        return _mm512_and_si512(half ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
+    }
+    const __m512i shift = half ? _mm512_setr_epi64(4, 4, 4, 4, 6, 6, 6, 6)
+                               : _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
+    __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)block));
+    return _mm512_and_si512(_mm512_srlv_epi64(v, shift), _mm512_set1_epi8(3));
+}
+
+// R rows by C sixteens of columns: the instruction multiplies unsigned by signed bytes, so the high
+// and the low bytes of a take a sum each. 2 * R * C + C <= 32.
+AVX512_INLINE void codes_tile512(const CodeGemm *g, int i, int j, const int R, const int C,
+                                 const CodeType type) {
+    const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
+    size_t step = code_blocks(g->b) * block;
+    const uint8_t *at = g->b->data + j / CODE_COLS * block, *q = g->a->q + i * rows * 2;
+    __m512i high[3][4], low[3][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) high[r][v] = low[r][v] = _mm512_setzero_si512();
+    }
+    for (size_t k = 0; k < rows; k += 8, q += 16) {
+        UNROLL for (int four = 0; four < 8; four += 4, at += step) {
+            for (int l = 0; l < C * 64 >> type; l += 64) __builtin_prefetch(at + CODES_AHEAD + l);
+            __m512i b[4];
+            UNROLL for (int v = 0; v < C; v++) b[v] =
+                codes16(at + v / 2 * block, C > 1 ? v % 2 : j % CODE_COLS / 16, type);
+            UNROLL for (int r = 0; r < R; r++) {
+                int a, a_low;
+                memcpy(&a, q + r * rows * 2 + four, 4);
+                memcpy(&a_low, q + r * rows * 2 + four + 8, 4);
+                UNROLL for (int v = 0; v < C; v++) high[r][v] =
+                    _mm512_dpbusd_epi32(high[r][v], b[v], _mm512_set1_epi32(a));
+                UNROLL for (int v = 0; v < C; v++) low[r][v] =
+                    _mm512_dpbusd_epi32(low[r][v], b[v], _mm512_set1_epi32(a_low));
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            float *c = g->c + (i + r) * g->ldc + j + 16 * v;
+            __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[r][v], 8), low[r][v]);
+            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(g->a->center[i + r]));
+            __m512 bias = _mm512_set1_ps(g->a->bias[i + r]);
+            if (g->add) bias = _mm512_add_ps(bias, _mm512_loadu_ps(c));
+            __m512 scale = _mm512_set1_ps(g->a->scale[i + r]);
+            _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias));
+        }
+    }
+}
+
+AVX512_INLINE void codes_rows512(const CodeGemm *g, int i, const int R, const CodeType type) {
+    int j = 0;
+    for (; j + 64 <= g->b->cols; j += 64) codes_tile512(g, i, j, R, 4, type);
+    for (; j + 32 <= g->b->cols; j += 32) codes_tile512(g, i, j, R, 2, type);
+    for (; j < g->b->cols; j += 16) codes_tile512(g, i, j, R, 1, type);
+}
+
+AVX512_INLINE void codes_avx512(const CodeGemm *g, const CodeType type) {
+    for (int i = 0, step; i < g->n; i += step) {
+        step = fold_step(g->n - i);
+        if (step == 3) codes_rows512(g, i, 3, type);
+        else if (step == 2) codes_rows512(g, i, 2, type);
+        else codes_rows512(g, i, 1, type);
+    }
 }
 
 AVX512 static void gemm_codes_avx512(float *c, size_t ldc, const float *a, size_t lda,
                                      const Codes *b, int n, bool add) {
-    float folded[FOLD_ROWS * CODE_ROWS], bias[FOLD_ROWS];
+    Folded f;
     if (b->cols % 16) {
         gemm_codes_avx2(c, ldc, a, lda, b, n, add);
         return;
     }
-    size_t inner = (size_t)b->rows, ldb = (size_t)code_stride(b);
     for (int i = 0; i < n; i += FOLD_ROWS) {
-        int m = n - i < FOLD_ROWS ? n - i : FOLD_ROWS;
-        for (int r = 0; r < m; r++) bias[r] = fold_avx2(folded + r * inner, a + (i + r) * lda, b);
-        Gemm g = {c + i * ldc,         folded, b->data, ldc, inner, ldb, m, b->rows, b->cols, add,
-                  b->min ? bias : NULL};
-        if (b->type == C_I8)
-            gemm_avx512(&g, B_I8);
-        else if (b->type == C_U4)
-            gemm_avx512(&g, B_U4);
-        else
-            gemm_avx512(&g, B_U2);
+        CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
+        for (int r = 0; r < g.n; r++) fold_avx512(&f, r, a + (i + r) * lda, b);
+        if (b->type == C_U8) codes_avx512(&g, C_U8);
+        else if (b->type == C_U4) codes_avx512(&g, C_U4);
+        else codes_avx512(&g, C_U2);
     }
 }
 
@@ -1619,7 +1781,7 @@ BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t l
         gemm_f32_avx512(c, ldc, a, lda, packed, n, inner, cols, add);
         return;
     }
-    Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add, NULL};
+    Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add};
     int i = 0;
     for (; i + 6 <= n; i += 6) bf16_rows(&g, i, 6);
     for (; i < n; i++) bf16_rows(&g, i, 1);
@@ -1783,38 +1945,20 @@ NEON_INLINE float32x4_t load4(const void *b, size_t i, const bool half) {
     return vld1q_f32((const float *)b + i);
 }
 
-// Four columns of b from entry i on, which is column `in` of its block of codes.
-NEON_INLINE float32x4_t load4_of(const void *b, size_t i, const int in, const GemmKind kind) {
-    if (kind == B_F32 || kind == B_F16) return load4(b, i, kind == B_F16);
-    size_t at = kind == B_I8 ? i : kind == B_U4 ? (i - in) / 2 + in % 16 : (i - in) / 4 + in % 8;
-    uint32_t four;
-    memcpy(&four, (const uint8_t *)b + at, 4);
-    uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
-    if (kind == B_I8) {
-        int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(bytes));
-        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
-    }
-    int8x8_t shift = vdup_n_s8((int8_t) - (kind == B_U4 ? in / 16 * 4 : in / 8 * 2));
-    uint8x8_t code = vand_u8(vshl_u8(bytes, shift), vdup_n_u8(kind == B_U4 ? 15 : 3));
-    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(code))));
-}
-
 // As gemm_tile: R * C + C + 1 <= 32.
 NEON_INLINE void gemm_tile_neon(const Gemm *g, int i, int j, const int R, const int C,
-                                const GemmKind kind) {
+                                const bool half) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const float *a = g->a + (size_t)i * g->lda;
     float32x4_t acc[5][4];
     UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < C; v++) {
+        UNROLL for (int v = 0; v < C; v++)
             acc[r][v] = g->add ? vld1q_f32(c + r * g->ldc + 4 * v) : vdupq_n_f32(0.0f);
-            if (g->bias) acc[r][v] = vaddq_f32(acc[r][v], vdupq_n_f32(g->bias[i + r]));
-        }
     }
     for (int k = 0; k < g->inner; k++) {
         float32x4_t b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] =
-            load4_of(g->b, k * g->ldb + (size_t)(j + 4 * v), (j + 4 * v) % 32, kind);
+        UNROLL for (int v = 0; v < C; v++)
+            b[v] = load4(g->b, k * g->ldb + (size_t)(j + 4 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             UNROLL for (int v = 0; v < C; v++)
                 acc[r][v] = vfmaq_n_f32(acc[r][v], b[v], a[r * g->lda + k]);
@@ -1825,93 +1969,29 @@ NEON_INLINE void gemm_tile_neon(const Gemm *g, int i, int j, const int R, const 
     }
 }
 
-NEON_INLINE void gemm_rows_neon(const Gemm *g, int i, const int R, const GemmKind kind) {
+NEON_INLINE void gemm_rows_neon(const Gemm *g, int i, const int R, const bool half) {
     int j = 0;
-    for (; j + 16 <= g->cols; j += 16) gemm_tile_neon(g, i, j, R, 4, kind);
-    for (; j < g->cols; j += 4) gemm_tile_neon(g, i, j, R, 1, kind);
+    for (; j + 16 <= g->cols; j += 16) gemm_tile_neon(g, i, j, R, 4, half);
+    for (; j < g->cols; j += 4) gemm_tile_neon(g, i, j, R, 1, half);
 }
 
-NEON_INLINE void gemm_neon(const Gemm *g, const GemmKind kind) {
+NEON_INLINE void gemm_neon(const Gemm *g, const bool half) {
     int i = 0;
-    for (; i + 5 <= g->n; i += 5) gemm_rows_neon(g, i, 5, kind);
-    for (; i + 3 <= g->n; i += 3) gemm_rows_neon(g, i, 3, kind);
-    for (; i < g->n; i++) gemm_rows_neon(g, i, 1, kind);
+    for (; i + 5 <= g->n; i += 5) gemm_rows_neon(g, i, 5, half);
+    for (; i + 3 <= g->n; i += 3) gemm_rows_neon(g, i, 3, half);
+    for (; i < g->n; i++) gemm_rows_neon(g, i, 1, half);
 }
 
 static void gemm_f32_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                           int inner, int cols, bool add) {
     if (cols % 4) gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
-    else
-        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F32);
+    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
 }
 
 static void gemm_f16_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                           int inner, int cols, bool add) {
     if (cols % 4) gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
-    else
-        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, B_F16);
-}
-
-// out [rows] = a * scale; returns a . min.
-static float fold_neon(float *out, const float *a, const Codes *b) {
-    float32x4_t sum = vdupq_n_f32(0.0f);
-    int k = 0;
-    for (; k + 4 <= b->rows; k += 4) {
-        float32x4_t v = vld1q_f32(a + k);
-        vst1q_f32(out + k, vmulq_f32(v, load4(b->scale, (size_t)k, true)));
-        if (b->min) sum = vfmaq_f32(sum, v, load4(b->min, (size_t)k, true));
-    }
-    float tail = 0.0f;
-    for (; k < b->rows; k++) {
-        out[k] = a[k] * f16_f32(b->scale[k]);
-        if (b->min) tail += a[k] * f16_f32(b->min[k]);
-    }
-    return vaddvq_f32(sum) + tail;
-}
-
-static void gemm_codes_neon(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
-                            bool add) {
-    float folded[FOLD_ROWS * CODE_ROWS], bias[FOLD_ROWS];
-    if (b->cols % 4) {
-        gemm_codes_scalar(c, ldc, a, lda, b, n, add);
-        return;
-    }
-    size_t inner = (size_t)b->rows, ldb = (size_t)code_stride(b);
-    for (int i = 0; i < n; i += FOLD_ROWS) {
-        int m = n - i < FOLD_ROWS ? n - i : FOLD_ROWS;
-        for (int r = 0; r < m; r++) bias[r] = fold_neon(folded + r * inner, a + (i + r) * lda, b);
-        Gemm g = {c + i * ldc,         folded, b->data, ldc, inner, ldb, m, b->rows, b->cols, add,
-                  b->min ? bias : NULL};
-        if (b->type == C_I8)
-            gemm_neon(&g, B_I8);
-        else if (b->type == C_U4)
-            gemm_neon(&g, B_U4);
-        else
-            gemm_neon(&g, B_U2);
-    }
-}
-
-NEON_INLINE void unpack_row_neon(float *out, const Codes *b, int r, const GemmKind kind) {
-    float scale = f16_f32(b->scale[r]);
-    float32x4_t min = vdupq_n_f32(b->min ? f16_f32(b->min[r]) : 0.0f);
-    size_t row = (size_t)r * code_stride(b);
-    for (int c = 0; c < b->cols; c += 4) {
-        float32x4_t v = load4_of(b->data, row + c, c % 32, kind);
-        vst1q_f32(out + c, vfmaq_n_f32(min, v, scale));
-    }
-}
-
-static void unpack_codes_neon(float *out, size_t ld, const Codes *b) {
-    for (int r = 0; r < b->rows; r++, out += ld) {
-        if (b->cols % 4)
-            unpack_row_scalar(out, b, r);
-        else if (b->type == C_I8)
-            unpack_row_neon(out, b, r, B_I8);
-        else if (b->type == C_U4)
-            unpack_row_neon(out, b, r, B_U4);
-        else
-            unpack_row_neon(out, b, r, B_U2);
-    }
+    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
 }
 
 static void pack_f16_neon(void *packed, const uint16_t *b, int inner, int cols) {
@@ -2071,6 +2151,144 @@ static const Peak f32_neon = {2 * 4 * CHAINS, peak_f32_neon};
 static const Peak int_neon = {2 * 16 * CHAINS, peak_mull};
 static const Peak int_sdot = {2 * 16 * CHAINS, peak_sdot};
 
+// As fold_avx2, but of each eight integers the high bytes come before the low ones.
+static void fold_neon(Folded *f, int r, const float *a, const Codes *b) {
+    float x[CODE_ROWS];
+    float32x4_t max = vdupq_n_f32(0.0f), bias = max;
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int k = 0; k < b->rows; k += 4) {
+        float32x4_t v = vld1q_f32(a + k), s = vmulq_f32(v, load4(b->scale, (size_t)k, true));
+        float32x4_t min = b->min ? load4(b->min, (size_t)k, true) : vdupq_n_f32(0.0f);
+        bias = vfmaq_f32(bias, v, min);
+        max = vmaxq_f32(max, vabsq_f32(s));
+        vst1q_f32(x + k, s);
+    }
+    float most = vmaxvq_f32(max), inv = most > 0.0f ? FOLD_MOST / most : 0.0f;
+    uint8_t *out = f->q + (size_t)r * b->rows * 2;
+    for (int k = 0; k < b->rows; k += 8, out += 16) {
+        int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + k), inv));
+        int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + k + 4), inv));
+        int16x8_t w = vcombine_s16(vqmovn_s32(q0), vqmovn_s32(q1));
+        int8x8_t low = vmovn_s16(w);
+        vst1_s8((int8_t *)out, vmovn_s16(vshrq_n_s16(vsubq_s16(w, vmovl_s8(low)), 8)));
+        vst1_s8((int8_t *)out + 8, low);
+        sum = vaddq_s32(sum, vaddq_s32(q0, q1));
+    }
+    f->scale[r] = most / FOLD_MOST;
+    f->bias[r] = vaddvq_f32(bias);
+    f->center[r] = 0;  // codes8_neon makes them signed
+}
+
+// Codes of 4 columns, the fours' number n in their block, by 4 rows, as signed bytes.
+NEON_INLINE int8x16_t codes_neon(const uint8_t *block, int n, const CodeType type) {
+    const int lines = 8 >> type;  // of 16 bytes in a block
+    uint8x16_t v = vld1q_u8(block + 16 * (n % lines));
+    if (type == C_U8) return vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(128)));
+    v = vshlq_u8(v, vdupq_n_s8((int8_t)(-n / lines * (8 >> type))));
+    return vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(type == C_U4 ? 15 : 3)));
+}
+
+// As codes_tile512: R rows by C fours of columns.
+NEON_INLINE void codes_tile_neon(const CodeGemm *g, int i, int j, const int R, const int C,
+                                 const CodeType type, const bool sdot) {
+    const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
+    size_t step = code_blocks(g->b) * block;
+    const uint8_t *at = g->b->data + j / CODE_COLS * block, *q = g->a->q + i * rows * 2;
+    int32x4_t high[3][4], low[3][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) high[r][v] = low[r][v] = vdupq_n_s32(0);
+    }
+    for (size_t k = 0; k < rows; k += 8, q += 16) {
+        UNROLL for (int four = 0; four < 8; four += 4, at += step) {
+            int8x16_t b[4];
+            UNROLL for (int v = 0; v < C; v++) b[v] = codes_neon(at, j % CODE_COLS / 4 + v, type);
+            UNROLL for (int r = 0; r < R; r++) {
+                int a[2];
+                memcpy(a, q + r * rows * 2 + four, 4);
+                memcpy(a + 1, q + r * rows * 2 + four + 8, 4);
+                int8x16_t a_high = vreinterpretq_s8_s32(vdupq_n_s32(a[0]));
+                int8x16_t a_low = vreinterpretq_s8_s32(vdupq_n_s32(a[1]));
+                UNROLL for (int v = 0; v < C; v++) {
+                    high[r][v] = dot_quads(high[r][v], b[v], a_high, sdot);
+                    low[r][v] = dot_quads(low[r][v], b[v], a_low, sdot);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            float *c = g->c + (i + r) * g->ldc + j + 4 * v;
+            int32x4_t sum = vaddq_s32(vshlq_n_s32(high[r][v], 8), low[r][v]);
+            float32x4_t bias = vdupq_n_f32(g->a->bias[i + r]);
+            if (g->add) bias = vaddq_f32(bias, vld1q_f32(c));
+            vst1q_f32(c, vfmaq_n_f32(bias, vcvtq_f32_s32(sum), g->a->scale[i + r]));
+        }
+    }
+}
+
+NEON_INLINE void codes_rows_neon(const CodeGemm *g, int i, const int R, const CodeType type,
+                                 const bool sdot) {
+    int j = 0;
+    for (; j + 16 <= g->b->cols; j += 16) codes_tile_neon(g, i, j, R, 4, type, sdot);
+    for (; j < g->b->cols; j += 4) codes_tile_neon(g, i, j, R, 1, type, sdot);
+}
+
+NEON_INLINE void codes_gemm_neon(const CodeGemm *g, const CodeType type, const bool sdot) {
+    for (int i = 0, step; i < g->n; i += step) {
+        step = fold_step(g->n - i);
+        if (step == 3) codes_rows_neon(g, i, 3, type, sdot);
+        else if (step == 2) codes_rows_neon(g, i, 2, type, sdot);
+        else codes_rows_neon(g, i, 1, type, sdot);
+    }
+}
+
+NEON_INLINE void gemm_codes_arm(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
+                                int n, bool add, const bool sdot) {
+    Folded f;
+    if (b->cols % 4) {
+        gemm_codes_scalar(c, ldc, a, lda, b, n, add);
+        return;
+    }
+    for (int i = 0; i < n; i += FOLD_ROWS) {
+        CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
+        for (int r = 0; r < g.n; r++) fold_neon(&f, r, a + (i + r) * lda, b);
+        if (b->type == C_U8) codes_gemm_neon(&g, C_U8, sdot);
+        else if (b->type == C_U4) codes_gemm_neon(&g, C_U4, sdot);
+        else codes_gemm_neon(&g, C_U2, sdot);
+    }
+}
+
+static void gemm_codes_neon(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
+                            bool add) {
+    gemm_codes_arm(c, ldc, a, lda, b, n, add, false);
+}
+
+static void gemm_codes_sdot(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
+                            bool add) {
+    gemm_codes_arm(c, ldc, a, lda, b, n, add, true);
+}
+
+static void unpack_codes_neon(float *out, size_t ld, const Codes *b) {
+    const int bits = 8 >> b->type, lines = 8 >> b->type;  // lines of 16 bytes in a block
+    if (b->cols % 4) {
+        unpack_codes_scalar(out, ld, b);
+        return;
+    }
+    for (int r = 0; r < b->rows; r++, out += ld) {
+        float scale = f16_f32(b->scale[r]);
+        float32x4_t min = vdupq_n_f32(b->min ? f16_f32(b->min[r]) : 0.0f);
+        for (int c = 0; c < b->cols; c += 4) {
+            size_t block = r / 4 * code_blocks(b) + c / CODE_COLS;
+            int n = c % CODE_COLS / 4, shift = n / lines * bits + r % 4 * 8;
+            const uint8_t *at = b->data + block * code_block(b) + 16 * (n % lines);
+            uint32x4_t v = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(at)), vdupq_n_s32(-shift));
+            float32x4_t x = vcvtq_f32_u32(vandq_u32(v, vdupq_n_u32((1u << bits) - 1)));
+            x = vsubq_f32(x, vdupq_n_f32(code_center(b)));
+            vst1q_f32(out + c, vfmaq_n_f32(min, x, scale));
+        }
+    }
+}
+
 static const Kernels neon_kernels = {
     .name = "neon",
     .matmul = {matmul_float_neon, matmul_float_neon, matmul_float_neon, matmul_q8_neon,
@@ -2194,6 +2412,7 @@ int kernels_init(const char *isa) {
                 kern.matmul[W_Q8] = matmul_q8_sdot;
                 kern.matmul[W_Q4] = matmul_q4_sdot;
                 kern.peak[W_Q8] = kern.peak[W_Q4] = &int_sdot;
+                kern.gemm_codes = gemm_codes_sdot;
             }
 #endif
             return 0;

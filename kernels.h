@@ -55,25 +55,27 @@ typedef struct {
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
 } Acts;
 
-// A matrix of small integers: entry [r][c] is scale[r] * code + min[r]. A row is cut into blocks of
-// 32 columns, the last one padded:
-//   C_I8  32 bytes, signed; there is no min
-//   C_U4  16 bytes, byte i holds column i in its low and column 16 + i in its high half
-//   C_U2  8 bytes, byte i holds columns i, 8 + i, 16 + i and 24 + i, the first one in the low bits
-typedef enum { C_I8, C_U4, C_U2 } CodeType;
+// A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8, scale[r] *
+// (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of them; its first
+// bytes hold rows 0 to 3 of column 0, the next four those of column 1, and so on:
+//   C_U8  128 bytes
+//   C_U4   64 bytes, columns 0 to 15 in the low and 16 to 31 in the high halves
+//   C_U2   32 bytes, columns 0 to 7, 8 to 15, 16 to 23 and 24 to 31, from the low bits up
+// So integer products that add four neighbours read a page of keys or values as it lies.
+typedef enum { C_U8, C_U4, C_U2 } CodeType;
 
-enum { CODE_BLOCK = 32, CODE_ROWS = 256 };
+enum { CODE_COLS = 32, CODE_LINE = 128, CODE_ROWS = 256 };
 
 typedef struct {
     CodeType type;
-    int rows, cols;   // at most CODE_ROWS rows
-    uint8_t *data;    // [rows][ceil(cols/32)] blocks
+    int rows, cols;   // rows a multiple of 8, at most CODE_ROWS
+    uint8_t *data;    // [rows/4][ceil(cols/32)] blocks
     uint16_t *scale;  // f16 [rows]
-    uint16_t *min;    // f16 [rows], NULL for C_I8
+    uint16_t *min;    // f16 [rows], NULL for C_U8
 } Codes;
 
 static inline size_t code_bytes(CodeType t, int rows, int cols) {
-    return (size_t)rows * ((cols + CODE_BLOCK - 1) / CODE_BLOCK) * (CODE_BLOCK >> t);
+    return (size_t)rows / 4 * ((cols + CODE_COLS - 1) / CODE_COLS) * (CODE_LINE >> t);
 }
 
 // Rounds x, rows of it ld apart, to codes, scales and minima: each row gets the range it needs.
@@ -118,7 +120,8 @@ typedef struct {
     float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
-    // c [n][b's cols] (+)= a [n][b's rows] b, the codes read as they are: scales go into a.
+    // c [n][b's cols] (+)= a [n][b's rows] b, the codes read as they are: scales go into a, which is
+    // rounded to 16 bits of its row's largest product with a scale.
     void (*gemm_codes)(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
                        bool add);
     // out = b, rows ld apart; the same bits from every instruction set.

@@ -75,11 +75,11 @@ static inline KVPart *part_of(KVPage *p, Side side) { return side == KEYS ? &p->
 
 // Matrices of codes in one side of a page.
 static inline int n_blocks(int head_dim, Side side) {
-    return side == KEYS ? 1 : (head_dim + CODE_BLOCK - 1) / CODE_BLOCK;
+    return side == KEYS ? 1 : (head_dim + CODE_COLS - 1) / CODE_COLS;
 }
 
 static inline int code_rows(int head_dim, Side side) { return side == KEYS ? head_dim : PAGE; }
-static inline int code_cols(Side side) { return side == KEYS ? PAGE : CODE_BLOCK; }
+static inline int code_cols(Side side) { return side == KEYS ? PAGE : CODE_COLS; }
 
 // Bytes of one side's numbers, and how many scales it has.
 static size_t data_bytes(int head_dim, KVType t, Side side) {
@@ -223,7 +223,7 @@ static void part_read(const KVCache *kv, const KVPart *p, Side side, float *out)
     else if (p->type == KV_F16) kern.f16_to_f32(out, (const uint16_t *)p->data, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
         Codes codes = part_codes(kv, p, side, b);
-        kern.unpack_codes(out + b * CODE_BLOCK, ld, &codes);
+        kern.unpack_codes(out + b * CODE_COLS, ld, &codes);
     }
 }
 
@@ -235,7 +235,7 @@ static void part_write(const KVCache *kv, const KVPart *p, Side side, const floa
     else if (p->type == KV_F16) kern.f32_to_f16((uint16_t *)p->data, in, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
         Codes codes = part_codes(kv, p, side, b);
-        codes_round(&codes, in + b * CODE_BLOCK, ld);
+        codes_round(&codes, in + b * CODE_COLS, ld);
     }
 }
 
@@ -595,7 +595,7 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, Si
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     for (int b = 0; b < n_blocks(d, side); b++) {
         Codes codes = part_codes(t->kv, p, side, b);
-        kern.gemm_codes(c + b * CODE_BLOCK, (size_t)cols, a, (size_t)inner, &codes, t->n,
+        kern.gemm_codes(c + b * CODE_COLS, (size_t)cols, a, (size_t)inner, &codes, t->n,
                         side == VALUES);
     }
 }
@@ -643,8 +643,21 @@ static void online_softmax(Tile *t, int i, int lo, int hi) {
     t->sum[i] += kern.exp64(s, t->max[i]);
 }
 
+// What the product with a part needs before its first code: scales, which lie apart.
+static void prefetch_part(const KVCache *kv, const KVPart *p, Side side) {
+    size_t bytes = n_scales(kv->shape.head_dim, p->type, side) * sizeof *p->scale;
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)p->scale + i);
+    for (size_t i = 0; p->min && i < bytes; i += 64)
+        __builtin_prefetch((const uint8_t *)p->min + i);
+    for (size_t i = 0; bytes > 0 && i < 256; i += 64) __builtin_prefetch(p->data + i);
+}
+
 static void attend_page(Tile *t, int page, Range r) {
     const KVPage *p = &t->kv->pages[t->head->page[page]];
+    if (page + 1 < pages_used(t->head)) {
+        const KVPage *next = &t->kv->pages[t->head->page[page + 1]];
+        prefetch_part(t->kv, &next->k, KEYS), prefetch_part(t->kv, &next->v, VALUES);
+    }
     int base = t->head->dropped + page * PAGE;
     tile_scores(t, p);
     for (int i = 0; i < t->n; i++) {
@@ -1424,9 +1437,8 @@ static int group_tensor(const Group *g, GroupPart part, int d, char name[16], DT
     shape[n++] = code_rows(d, g->side);
     *type = part != DATA || g->type == KV_F16 ? T_F16 : g->type == KV_F32 ? T_F32 : T_U8;
     if (part != DATA) return n;
-    if (g->type == KV_Q8) *type = T_I8;
-    if (codes) width = (int)code_bytes((CodeType)(g->type - KV_Q8), 1, code_cols(g->side));
-    shape[n++] = width;
+    if (codes) shape[n - 1] /= 4;
+    shape[n++] = codes ? (int)code_bytes((CodeType)(g->type - KV_Q8), 4, code_cols(g->side)) : width;
     return n;
 }
 
