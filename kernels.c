@@ -176,14 +176,14 @@ static inline int code_at(const Codes *b, int r, int c) {
     return block[4 * (i % run) + r % 4] >> (i / run * (8 >> b->type)) & ((256 >> (8 - (8 >> b->type))) - 1);
 }
 
-// The number a code of 0 stands for, before the row's scale.
-static inline float code_center(const Codes *b) { return b->type == C_U8 ? 128.0f : 0.0f; }
+// The code that stands for 0, where there is no minimum.
+static inline int code_center(const Codes *b) { return b->min ? 0 : 128; }
 
 static void unpack_codes_scalar(float *out, size_t ld, const Codes *b) {
     for (int r = 0; r < b->rows; r++) {
         float scale = f16_f32(b->scale[r]), min = b->min ? f16_f32(b->min[r]) : 0.0f;
         for (int c = 0; c < b->cols; c++)
-            out[r * ld + c] = scale * ((float)code_at(b, r, c) - code_center(b)) + min;
+            out[r * ld + c] = scale * (float)(code_at(b, r, c) - code_center(b)) + min;
     }
 }
 
@@ -193,31 +193,25 @@ static void gemm_codes_scalar(float *c, size_t ldc, const float *a, size_t lda, 
     for (int k = 0; k < b->rows; k++) {
         float scale = f16_f32(b->scale[k]), min = b->min ? f16_f32(b->min[k]) : 0.0f;
         for (int j = 0; j < b->cols; j++) {
-            float v = scale * ((float)code_at(b, k, j) - code_center(b)) + min;
+            float v = scale * (float)(code_at(b, k, j) - code_center(b)) + min;
             for (int i = 0; i < n; i++) c[i * ldc + j] += a[i * lda + k] * v;
         }
     }
 }
 
-// codes[n] = x rounded to steps of 1/inv from low on, none out of range.
-static void round_row(uint8_t *codes, const float *x, int n, float inv, float low, float least,
-                      float most) {
-    for (int i = 0; i < n; i++) {
-        float q = fminf(fmaxf((x[i] - low) * inv, least), most);
-        codes[i] = (uint8_t)(int)(q + 0.5f);
-    }
-}
-
 // Row r becomes codes, one a byte, and its scale and minimum.
 static void round_codes(uint8_t *codes, const Codes *to, int r, const float *x) {
-    float low = x[0], high = x[0], most = to->type == C_U8 ? 255.0f : to->type == C_U4 ? 15.0f : 3.0f;
+    float most = to->type == C_U8 ? 255.0f : to->type == C_U4 ? 15.0f : 3.0f;
+    float low = x[0], high = x[0], least = to->min ? 0.0f : 1.0f;
     for (int c = 1; c < to->cols; c++) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
-    float step = to->type == C_U8 ? fmaxf(-low, high) / 127.0f : (high - low) / most;
-    to->scale[r] = f32_f16(step);
-    if (to->min) to->min[r] = f32_f16(low), low = f16_f32(to->min[r]);
+    to->scale[r] = f32_f16(to->min ? (high - low) / most : fmaxf(-low, high) / 127.0f);
+    if (to->min) to->min[r] = f32_f16(low);
     float scale = f16_f32(to->scale[r]), inv = scale > 0.0f ? 1.0f / scale : 0.0f;
-    if (to->type == C_U8) low = -128.0f * scale;
-    round_row(codes, x, to->cols, inv, low, to->type == C_U8 ? 1.0f : 0.0f, most);
+    low = to->min ? f16_f32(to->min[r]) : -128.0f * scale;
+    for (int c = 0; c < to->cols; c++) {
+        float q = fminf(fmaxf((x[c] - low) * inv, least), most);
+        codes[c] = (uint8_t)(int)(q + 0.5f);
+    }
 }
 
 void codes_round(const Codes *to, const float *x, size_t ld) {
@@ -400,7 +394,7 @@ enum {
 typedef struct {
     uint8_t q[FOLD_ROWS * CODE_ROWS * 2];  // [FOLD_ROWS][rows], in the order the set reads them
     float scale[FOLD_ROWS], bias[FOLD_ROWS];
-    int center[FOLD_ROWS];  // sum of q times 128, for 8-bit codes
+    int center[FOLD_ROWS];  // sum of q times the code that stands for 0
 } Folded;
 
 // c [n][b's cols] (+)= the folded rows times b, n <= FOLD_ROWS.
@@ -673,7 +667,7 @@ AVX2 static void fold_avx2(Folded *f, int r, const float *a, const Codes *b) {
     }
     f->scale[r] = most / FOLD_MOST;
     f->bias[r] = hsum(bias);
-    f->center[r] = b->type == C_U8 ? (int)(128.0f * hsum(_mm256_cvtepi32_ps(sum))) : 0;
+    f->center[r] = code_center(b) * (int)hsum(_mm256_cvtepi32_ps(sum));
 }
 
 // Codes of 8 columns, the eights' number n in their block, by 4 rows: even rows and odd rows.
@@ -767,7 +761,7 @@ AVX2_INLINE void unpack8(float *out, size_t ld, const Codes *b, int r, const uin
         __m256i code = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * i + shift));
         __m256 x = _mm256_cvtepi32_ps(_mm256_and_si256(code, mask));
         __m256 min = _mm256_set1_ps(b->min ? f16_f32(b->min[r + i]) : 0.0f);
-        x = _mm256_sub_ps(x, _mm256_set1_ps(code_center(b)));
+        x = _mm256_sub_ps(x, _mm256_set1_ps((float)code_center(b)));
         _mm256_storeu_ps(out, _mm256_fmadd_ps(x, _mm256_set1_ps(f16_f32(b->scale[r + i])), min));
     }
 }
@@ -1459,7 +1453,7 @@ AVX512_INLINE void fold_avx512(Folded *f, int r, const float *a, const Codes *b)
     }
     f->scale[r] = most / FOLD_MOST;
     f->bias[r] = _mm512_reduce_add_ps(bias);
-    f->center[r] = b->type == C_U8 ? 128 * _mm512_reduce_add_epi32(sum) : 0;
+    f->center[r] = code_center(b) * _mm512_reduce_add_epi32(sum);
 }
 
 // Codes of 16 columns, the first or second half of a block, by 4 rows.
@@ -2176,7 +2170,8 @@ static void fold_neon(Folded *f, int r, const float *a, const Codes *b) {
     }
     f->scale[r] = most / FOLD_MOST;
     f->bias[r] = vaddvq_f32(bias);
-    f->center[r] = 0;  // codes8_neon makes them signed
+    int signed_by = b->type == C_U8 ? 128 : 0;  // in codes_neon
+    f->center[r] = (code_center(b) - signed_by) * vaddvq_s32(sum);
 }
 
 // Codes of 4 columns, the fours' number n in their block, by 4 rows, as signed bytes.
@@ -2219,6 +2214,7 @@ NEON_INLINE void codes_tile_neon(const CodeGemm *g, int i, int j, const int R, c
         UNROLL for (int v = 0; v < C; v++) {
             float *c = g->c + (i + r) * g->ldc + j + 4 * v;
             int32x4_t sum = vaddq_s32(vshlq_n_s32(high[r][v], 8), low[r][v]);
+            sum = vsubq_s32(sum, vdupq_n_s32(g->a->center[i + r]));
             float32x4_t bias = vdupq_n_f32(g->a->bias[i + r]);
             if (g->add) bias = vaddq_f32(bias, vld1q_f32(c));
             vst1q_f32(c, vfmaq_n_f32(bias, vcvtq_f32_s32(sum), g->a->scale[i + r]));
@@ -2283,7 +2279,7 @@ static void unpack_codes_neon(float *out, size_t ld, const Codes *b) {
             const uint8_t *at = b->data + block * code_block(b) + 16 * (n % lines);
             uint32x4_t v = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(at)), vdupq_n_s32(-shift));
             float32x4_t x = vcvtq_f32_u32(vandq_u32(v, vdupq_n_u32((1u << bits) - 1)));
-            x = vsubq_f32(x, vdupq_n_f32(code_center(b)));
+            x = vsubq_f32(x, vdupq_n_f32((float)code_center(b)));
             vst1q_f32(out + c, vfmaq_n_f32(min, x, scale));
         }
     }

@@ -55,8 +55,8 @@ typedef struct {
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
 } Acts;
 
-// A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8, scale[r] *
-// (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of them; its first
+// A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8 without minima,
+// scale[r] * (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of them; its first
 // bytes hold rows 0 to 3 of column 0, the next four those of column 1, and so on:
 //   C_U8  128 bytes
 //   C_U4   64 bytes, columns 0 to 15 in the low and 16 to 31 in the high halves
@@ -71,7 +71,7 @@ typedef struct {
     int rows, cols;   // rows a multiple of 8, at most CODE_ROWS
     uint8_t *data;    // [rows/4][ceil(cols/32)] blocks
     uint16_t *scale;  // f16 [rows]
-    uint16_t *min;    // f16 [rows], NULL for C_U8
+    uint16_t *min;    // f16 [rows]; NULL is for C_U8 alone
 } Codes;
 
 static inline size_t code_bytes(CodeType t, int rows, int cols) {

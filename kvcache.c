@@ -92,8 +92,11 @@ static size_t n_scales(int head_dim, KVType t, Side side) {
     return is_codes(t) ? (size_t)n_blocks(head_dim, side) * code_rows(head_dim, side) : 0;
 }
 
+// Whether there are minima as well: all but q8 values, which lie around 0.
+static bool has_minima(KVType t, Side side) { return is_codes(t) && (t != KV_Q8 || side == KEYS); }
+
 static size_t part_bytes(int head_dim, KVType t, Side side) {
-    size_t lists = t == KV_Q8 ? 1 : 2;  // scales, and minima
+    size_t lists = has_minima(t, side) ? 2 : 1;
     return data_bytes(head_dim, t, side) + n_scales(head_dim, t, side) * lists * sizeof(uint16_t);
 }
 
@@ -132,7 +135,7 @@ static KVPart part_at(const KVCache *kv, KVType t, Side side, uint8_t *at) {
     KVPart p = {t, at, NULL, NULL};
     if (!is_codes(t)) return p;
     p.scale = (uint16_t *)(at + data_bytes(d, t, side));
-    if (t != KV_Q8) p.min = p.scale + n_scales(d, t, side);
+    if (has_minima(t, side)) p.min = p.scale + n_scales(d, t, side);
     return p;
 }
 
@@ -1420,8 +1423,9 @@ enum { GROUPS = 2 * KV_TYPES };
 
 static Group group_at(int i) { return (Group){(Side)(i % 2), (KVType)(i / 2), 0}; }
 
-static bool has_part(KVType t, GroupPart part) {
-    return part == DATA || (is_codes(t) && (part == SCALES || t != KV_Q8));
+static bool has_part(KVType t, Side side, GroupPart part) {
+    return part == DATA || (part == SCALES && is_codes(t)) ||
+           (part == MINIMA && has_minima(t, side));
 }
 
 // Name, type and dimensions of one of a group's tensors; returns how many dimensions.
@@ -1499,7 +1503,7 @@ static int declare_groups(const Put *put) {
             DType type;
             int shape[4];
             size_t sizes[4];
-            if (!has_part(g->type, part)) continue;
+            if (!has_part(g->type, g->side, part)) continue;
             int n = group_tensor(g, part, put->kv->shape.head_dim, name, &type, shape);
             for (int i = 0; i < n; i++) sizes[i] = (size_t)shape[i];
             if (tensors_write_declare(put->w, name, type, n, sizes, put->err) != 0) return -1;
@@ -1512,7 +1516,7 @@ static int put_groups(Put *put, int seq) {
     for (const Group *g = put->groups; g < put->groups + GROUPS; g++) {
         for (int part = DATA; part < GROUP_PARTS; part++) {
             put->group = g, put->part = (GroupPart)part;
-            if (!has_part(g->type, part)) continue;
+            if (!has_part(g->type, g->side, part)) continue;
             if (each_page(put->kv, seq, put_part, put) != 0) return -1;
         }
     }
@@ -1636,7 +1640,7 @@ static KVPart load_part(Load *in, KVType type, Side side) {
     const void *at[GROUP_PARTS] = {NULL};
     for (int part = DATA; part < GROUP_PARTS; part++) {
         size_t offset = (size_t)g->n * group_bytes(g, part, in->kv->shape.head_dim);
-        if (has_part(type, part)) at[part] = (const uint8_t *)in->tensor[i][part]->data + offset;
+        if (has_part(type, side, part)) at[part] = (const uint8_t *)in->tensor[i][part]->data + offset;
     }
     g->n++;
     return (KVPart){type, (uint8_t *)at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
@@ -1675,7 +1679,7 @@ static int load_groups(Load *in, char *err) {
             char name[16];
             DType type;
             int s[4];
-            if (g->n == 0 || !has_part(g->type, part)) continue;
+            if (g->n == 0 || !has_part(g->type, g->side, part)) continue;
             int n = group_tensor(g, part, in->kv->shape.head_dim, name, &type, s);
             in->tensor[i][part] =
                 tensors_get(&in->kv->file, err, name, type, n, s[0], s[1], s[2], s[3]);

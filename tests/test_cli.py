@@ -157,7 +157,7 @@ def test_usage(m):
               "--ratio", value)
     for flag, value in [("--temp", "-1"), ("--top-p", "1.1"), ("-j", "0"), ("--seed", "x")]:
         fails(2, "%s %s: needs" % (flag, value), "generate", m.path, "-p", "a", flag, value)
-    fails(2, "--kv q9: needs f16, f32, q8, q4, q2 or keys/values, as in q8/q4", "generate", m.path, "-p", "a", "--kv", "q9")
+    fails(2, "--kv q9: needs f16, f32, q8, q4, q2 or keys/values", "generate", m.path, "-p", "a", "--kv", "q9")
     fails(2, "--level x: there are pair layer uniform", "compress", m.path, "-o", "x", "-p", "a", "--level", "x")
     fails(2, "--isa mmx", "generate", m.path, "-p", "a", "--isa", "mmx")
     score = ["score", m.path, "-p", "a", "-o", "/tmp/x"]
