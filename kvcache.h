@@ -34,8 +34,8 @@ typedef struct {
 } KVShape;
 
 // Keys or values of a page: [head_dim][64] or [64][head_dim] numbers; or codes (kernels.h) with
-// their scales and, at 4 and 2 bits, minima: keys one matrix of head_dim rows, values a matrix of 64
-// rows for each 32 channels, one after the other.
+// their scales and, but for q8 values, minima: keys one matrix of head_dim rows, values a matrix of
+// 64 rows for each 32 channels, one after the other.
 typedef struct {
     KVType type;
     uint8_t *data;
@@ -231,10 +231,11 @@ size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and val
 // tensors: k [n][head_dim][64], v [n][64][head_dim], pos i32 [n_pages][64] (-1: no pair), len and
 // dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages in the order
 // layer, kv head, page. Where some have settled or were demoted: page_class u8 [n_pages] as in
-// PageClass, and their codes in that order, B = ceil(head_dim/32):
-//   k_q8 i8 [n][head_dim][64], v_q8 i8 [n][B][64][32]; q4: u8, half as many bytes a row; q2: a quarter
-//   k_q8.scale f16 [n][head_dim], v_q8.scale f16 [n][B][64]; k_q4.min ..: the same shapes
-// What "settled" means says the metadata's "kv"; the pages of a type are counted over both classes.
+// PageClass, and their codes in that order, four rows together as in kernels.h, B =
+// ceil(head_dim/32):
+//   k_q8 u8 [n][head_dim/4][64 * 4], v_q8 u8 [n][B][64/4][32 * 4]; q4: half as many bytes, q2: a
+//   quarter; k_q8.scale f16 [n][head_dim], v_q8.scale f16 [n][B][64]; .min: the same shapes
+// What "settled" means says the metadata's "kv"; pages of both classes may share a type's tensors.
 typedef struct {
     const char *fingerprint, *model,
         *policy;          // fingerprint of the model file: keys mean nothing elsewhere

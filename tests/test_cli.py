@@ -550,6 +550,30 @@ def test_perplexity(m, d):
     check(row["low"] < row["value"] < row["high"], "--ppl: the interval leaves the value out")
 
 
+def test_page_types(m, d):
+    cache, sizes = d + "/types.kvc", {}
+    text = write(d + "/long.txt", "Ada keeps forty goats and a dog. " * 40)
+    args = ["compress", m.path, "-f", text, "--raw", "-o", cache, "--json"]
+    for kv, ratio, more in [("f16", 1, []), ("q8", 1, []), ("q4", 1, []), ("q8/q4", 0.5, []),
+                            ("f16", 0.3, ["--demote", "q2"]), ("q8", 0.3, ["--demote", "q2"])]:
+        row = works(*args, "--kv", kv, "--ratio", str(ratio), *more).rows()[0]
+        r = works("info", cache, "--json").rows()[0]
+        check(r["kv"] == kv and r["full_bytes"] > 0, "info's page types")
+        parts = r["new_bytes"] + r["settled_bytes"] + r["demoted_bytes"]
+        check(abs(parts - r["bytes"]) < 1 and (r["settled_bytes"] > 0) == (kv != "f16"), "info's bytes of pages")
+        check((r["demoted_bytes"] > 0) == bool(more) and row["bytes"] < row["full_bytes"] * 1.001, "demoted bytes")
+        check(abs(r["kept"] + r["demoted"] - row["kept"]) < 1e-6 or more, "nothing is demoted unasked")
+        sizes[kv, ratio] = row["bytes"]
+        works("ask", m.path, cache, "Who?", "-n", "3", "--raw")
+    check(sizes["q4", 1] < sizes["q8", 1] < sizes["f16", 1], "fewer bits, fewer bytes")
+    check("q8 pairs" in works("ask", m.path, cache, "Who?", "-n", "1", "--raw", "--kv", "f16").err, "--kv on a cache")
+    check("cache_token_q4" in works("info", m.path, "--json").rows()[0], "info's bytes per token")
+    fails(2, "--demote q4", *args, "--demote", "q4")
+    tasks = write(d + "/kv.jsonl", json.dumps(TASKS[0]))
+    rows = works("eval", m.path, tasks, "--ratio", "1,0.5", "-n", "4", "--kv", "f16,q8/q4,f16+q2", "--json").rows()
+    check({r["kv"] for r in rows} == {"f16", "q8/q4", "f16+q2"}, "eval: page types are missing")
+
+
 TASKS = [{"context": "Ada keeps %d goats. " % n * 9, "metric": "contained", "questions": [
     {"question": "How many?", "answer_prefix": "Ada keeps", "answers": [str(n)]},
     {"question": "Who?", "answers": ["Ada", "ada"]}]} for n in (7, 40, 312, 5)]
@@ -686,6 +710,7 @@ def main():
         test_info(smol, d)
         test_profile(smol, llama, d)
         test_budget(smol, d)
+        test_page_types(smol, d)
         test_bench(smol)
         test_perplexity(smol, d)
         test_eval(smol, d)
