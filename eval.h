@@ -158,6 +158,7 @@ int eval_check_set(const Eval *e, char *err);
 
 // Every question of every context, for each policy, level, ratio and page type that r does not have
 // yet. A policy scores a context once; its scores serve all ratios, levels and page types. Pages
-// settle once pairs have been evicted, as in compressing. Answers are greedy and leave no trace. Returns 0, or -1 with err.
+// settle once pairs have been evicted, as in compressing. Answers are greedy and leave no trace.
+// Returns 0, or -1 with err.
 int eval_run(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err);
 #endif

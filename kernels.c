@@ -173,7 +173,8 @@ static inline size_t code_blocks(const Codes *b) {  // of four rows
 static inline int code_at(const Codes *b, int r, int c) {
     const uint8_t *block = b->data + (r / 4 * code_blocks(b) + c / CODE_COLS) * code_block(b);
     int run = CODE_COLS >> b->type, i = c % CODE_COLS;  // columns that lie one after another
-    return block[4 * (i % run) + r % 4] >> (i / run * (8 >> b->type)) & ((256 >> (8 - (8 >> b->type))) - 1);
+    return block[4 * (i % run) + r % 4] >> (i / run * (8 >> b->type)) &
+           ((256 >> (8 - (8 >> b->type))) - 1);
 }
 
 // The code that stands for 0, where there is no minimum.
@@ -384,10 +385,7 @@ typedef struct {
     bool add;
 } Gemm;
 
-enum {
-    FOLD_ROWS = 12,     // rows of a that are folded at a time
-    CODES_AHEAD = 2048  // bytes of codes to prefetch: folding keeps the core from running ahead
-};
+enum { FOLD_ROWS = 12 };  // rows of a that are folded at a time
 
 // Rows of a, times the scales of b's rows and rounded to 16 bits, so that the product with codes is
 // one of integers: a . b[][j] = scale * (sum of q * code - center) + bias.
@@ -641,8 +639,8 @@ AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda,
     gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
 }
 
-// Row r of f = a * scales, as 16-bit integers, each four of them in the order 0, 2, 1, 3; a . min is
-// the bias.
+// Row r of f = a * scales, as 16-bit integers, each four of them in the order 0, 2, 1, 3; a . min
+// is the bias.
 AVX2 static void fold_avx2(Folded *f, int r, const float *a, const Codes *b) {
     const __m256 abs = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -681,18 +679,20 @@ AVX2_INLINE void codes8(const uint8_t *block, const int n, const CodeType type, 
     *odd = _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(shift + 8)), mask);
 }
 
-// R rows by C eights of columns; C = 4 is a whole block.
+// R rows by C eights of columns; C = 4 is a whole block. Folding keeps the core from running ahead
+// to the next codes, so these are prefetched.
 AVX2_INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C,
                             const CodeType type) {
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
     size_t step = code_blocks(g->b) * block;
     const uint8_t *at = g->b->data + j / CODE_COLS * block, *q = g->a->q + i * rows * 2;
+    const uint8_t *ahead = g->b->ahead + (at - g->b->data);
     __m256i acc[3][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_setzero_si256();
     }
-    for (size_t k = 0; k < rows; k += 4, at += step, q += 8) {
-        for (int l = 0; l < C * 32 >> type; l += 64) __builtin_prefetch(at + CODES_AHEAD + l);
+    for (size_t k = 0; k < rows; k += 4, at += step, ahead += step, q += 8) {
+        for (int l = 0; l < C * 32 >> type; l += 64) __builtin_prefetch(ahead + l);
         UNROLL for (int v = 0; v < C; v++) {
             __m256i even, odd;
             codes8(at, C == 4 ? v : j % CODE_COLS / 8 + v, type, &even, &odd);
@@ -728,9 +728,12 @@ AVX2_INLINE void codes_rows(const CodeGemm *g, int i, const int R, const CodeTyp
 AVX2_INLINE void codes_avx2(const CodeGemm *g, const CodeType type) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
-        if (step == 3) codes_rows(g, i, 3, type);
-        else if (step == 2) codes_rows(g, i, 2, type);
-        else codes_rows(g, i, 1, type);
+        if (step == 3)
+            codes_rows(g, i, 3, type);
+        else if (step == 2)
+            codes_rows(g, i, 2, type);
+        else
+            codes_rows(g, i, 1, type);
     }
 }
 
@@ -744,9 +747,12 @@ AVX2 static void gemm_codes_avx2(float *c, size_t ldc, const float *a, size_t ld
     for (int i = 0; i < n; i += FOLD_ROWS) {
         CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
         for (int r = 0; r < g.n; r++) fold_avx2(&f, r, a + (i + r) * lda, b);
-        if (b->type == C_U8) codes_avx2(&g, C_U8);
-        else if (b->type == C_U4) codes_avx2(&g, C_U4);
-        else codes_avx2(&g, C_U2);
+        if (b->type == C_U8)
+            codes_avx2(&g, C_U8);
+        else if (b->type == C_U4)
+            codes_avx2(&g, C_U4);
+        else
+            codes_avx2(&g, C_U2);
     }
 }
 
@@ -776,9 +782,12 @@ AVX2 static void unpack_codes_avx2(float *out, size_t ld, const Codes *b) {
             size_t block = r / 4 * code_blocks(b) + c / CODE_COLS;
             const uint8_t *at = b->data + block * code_block(b);
             int n = c % CODE_COLS / 8;
-            if (b->type == C_U8) unpack8(out + c, ld, b, r, at, n, C_U8);
-            else if (b->type == C_U4) unpack8(out + c, ld, b, r, at, n, C_U4);
-            else unpack8(out + c, ld, b, r, at, n, C_U2);
+            if (b->type == C_U8)
+                unpack8(out + c, ld, b, r, at, n, C_U8);
+            else if (b->type == C_U4)
+                unpack8(out + c, ld, b, r, at, n, C_U4);
+            else
+                unpack8(out + c, ld, b, r, at, n, C_U2);
         }
     }
 }
@@ -1476,13 +1485,14 @@ AVX512_INLINE void codes_tile512(const CodeGemm *g, int i, int j, const int R, c
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
     size_t step = code_blocks(g->b) * block;
     const uint8_t *at = g->b->data + j / CODE_COLS * block, *q = g->a->q + i * rows * 2;
+    const uint8_t *ahead = g->b->ahead + (at - g->b->data);
     __m512i high[3][4], low[3][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) high[r][v] = low[r][v] = _mm512_setzero_si512();
     }
     for (size_t k = 0; k < rows; k += 8, q += 16) {
-        UNROLL for (int four = 0; four < 8; four += 4, at += step) {
-            for (int l = 0; l < C * 64 >> type; l += 64) __builtin_prefetch(at + CODES_AHEAD + l);
+        UNROLL for (int four = 0; four < 8; four += 4, at += step, ahead += step) {
+            for (int l = 0; l < C * 64 >> type; l += 64) __builtin_prefetch(ahead + l);
             __m512i b[4];
             UNROLL for (int v = 0; v < C; v++) b[v] =
                 codes16(at + v / 2 * block, C > 1 ? v % 2 : j % CODE_COLS / 16, type);
@@ -1520,9 +1530,12 @@ AVX512_INLINE void codes_rows512(const CodeGemm *g, int i, const int R, const Co
 AVX512_INLINE void codes_avx512(const CodeGemm *g, const CodeType type) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
-        if (step == 3) codes_rows512(g, i, 3, type);
-        else if (step == 2) codes_rows512(g, i, 2, type);
-        else codes_rows512(g, i, 1, type);
+        if (step == 3)
+            codes_rows512(g, i, 3, type);
+        else if (step == 2)
+            codes_rows512(g, i, 2, type);
+        else
+            codes_rows512(g, i, 1, type);
     }
 }
 
@@ -1536,9 +1549,12 @@ AVX512 static void gemm_codes_avx512(float *c, size_t ldc, const float *a, size_
     for (int i = 0; i < n; i += FOLD_ROWS) {
         CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
         for (int r = 0; r < g.n; r++) fold_avx512(&f, r, a + (i + r) * lda, b);
-        if (b->type == C_U8) codes_avx512(&g, C_U8);
-        else if (b->type == C_U4) codes_avx512(&g, C_U4);
-        else codes_avx512(&g, C_U2);
+        if (b->type == C_U8)
+            codes_avx512(&g, C_U8);
+        else if (b->type == C_U4)
+            codes_avx512(&g, C_U4);
+        else
+            codes_avx512(&g, C_U2);
     }
 }
 
@@ -2232,9 +2248,12 @@ NEON_INLINE void codes_rows_neon(const CodeGemm *g, int i, const int R, const Co
 NEON_INLINE void codes_gemm_neon(const CodeGemm *g, const CodeType type, const bool sdot) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
-        if (step == 3) codes_rows_neon(g, i, 3, type, sdot);
-        else if (step == 2) codes_rows_neon(g, i, 2, type, sdot);
-        else codes_rows_neon(g, i, 1, type, sdot);
+        if (step == 3)
+            codes_rows_neon(g, i, 3, type, sdot);
+        else if (step == 2)
+            codes_rows_neon(g, i, 2, type, sdot);
+        else
+            codes_rows_neon(g, i, 1, type, sdot);
     }
 }
 
@@ -2248,9 +2267,12 @@ NEON_INLINE void gemm_codes_arm(float *c, size_t ldc, const float *a, size_t lda
     for (int i = 0; i < n; i += FOLD_ROWS) {
         CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
         for (int r = 0; r < g.n; r++) fold_neon(&f, r, a + (i + r) * lda, b);
-        if (b->type == C_U8) codes_gemm_neon(&g, C_U8, sdot);
-        else if (b->type == C_U4) codes_gemm_neon(&g, C_U4, sdot);
-        else codes_gemm_neon(&g, C_U2, sdot);
+        if (b->type == C_U8)
+            codes_gemm_neon(&g, C_U8, sdot);
+        else if (b->type == C_U4)
+            codes_gemm_neon(&g, C_U4, sdot);
+        else
+            codes_gemm_neon(&g, C_U2, sdot);
     }
 }
 

@@ -55,9 +55,9 @@ typedef struct {
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
 } Acts;
 
-// A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8 without minima,
-// scale[r] * (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of them; its first
-// bytes hold rows 0 to 3 of column 0, the next four those of column 1, and so on:
+// A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8 without
+// minima, scale[r] * (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of
+// them; its first bytes hold rows 0 to 3 of column 0, the next four those of column 1, and so on:
 //   C_U8  128 bytes
 //   C_U4   64 bytes, columns 0 to 15 in the low and 16 to 31 in the high halves
 //   C_U2   32 bytes, columns 0 to 7, 8 to 15, 16 to 23 and 24 to 31, from the low bits up
@@ -72,6 +72,8 @@ typedef struct {
     uint8_t *data;    // [rows/4][ceil(cols/32)] blocks
     uint16_t *scale;  // f16 [rows]
     uint16_t *min;    // f16 [rows]; NULL is for C_U8 alone
+    // As many bytes that will be read later, so that they are fetched meanwhile; or data itself.
+    const uint8_t *ahead;
 } Codes;
 
 static inline size_t code_bytes(CodeType t, int rows, int cols) {
@@ -120,8 +122,9 @@ typedef struct {
     float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
-    // c [n][b's cols] (+)= a [n][b's rows] b, the codes read as they are: scales go into a, which is
-    // rounded to 16 bits of its row's largest product with a scale.
+
+    // c [n][b's cols] (+)= a [n][b's rows] b, the codes read as they are: scales go into a, which
+    // is rounded to 16 bits of its row's largest product with a scale.
     void (*gemm_codes)(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
                        bool add);
     // out = b, rows ld apart; the same bits from every instruction set.

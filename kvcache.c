@@ -4,11 +4,11 @@
 // 2505.23416). The largest attention a pair receives during the repeat is its score. Low pairs go,
 // the prefix never does, and the survivors slide left into fewer pages: from then on every (layer,
 // kv head) has its own length. Attention runs page by page with an online softmax, so it needs no
-// more than the list of pages. Older pages may hold 8, 4 or 2 bits a number; one function multiplies
-// by a page of any kind, one reads and one writes it. Invariants: keys are stored after RoPE and
-// never rotated again; a page with more than one reference is never written; only a full page is
-// ever other than PAGE_FULL; work is cut by the data, not by the number of threads, so the bits are
-// always the same.
+// more than the list of pages. Older pages may hold 8, 4 or 2 bits a number; one function
+// multiplies by a page of any kind, one reads and one writes it. Invariants: keys are stored after
+// RoPE and never rotated again; a page with more than one reference is never written; only a full
+// page is ever other than PAGE_FULL; work is cut by the data, not by the number of threads, so the
+// bits are always the same.
 #define _DEFAULT_SOURCE
 #define _DARWIN_C_SOURCE
 #include "kvcache.h"
@@ -29,6 +29,7 @@ enum {
     SPLITS = 32,       // ranges at most
     SPLIT_PAGES = 4,   // pages in a range at least
     MAX_RANGES = 5,
+    PAGES_AHEAD = 2,  // how far ahead codes are fetched: further than memory is late
 };
 
 static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2"};
@@ -70,7 +71,6 @@ const char *kvcache_types_name(KVTypes types, char *name) {
 
 typedef enum { KEYS, VALUES } Side;
 
-static inline KVType side_type(KVTypes t, Side side) { return side == KEYS ? t.k : t.v; }
 static inline KVPart *part_of(KVPage *p, Side side) { return side == KEYS ? &p->k : &p->v; }
 
 // Matrices of codes in one side of a page.
@@ -215,15 +215,18 @@ static Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block
                    side == KEYS ? cols : min_int(cols, d - block * cols),
                    p->data + block * step,
                    p->scale + scales,
-                   p->min ? p->min + scales : NULL};
+                   p->min ? p->min + scales : NULL,
+                   p->data + block * step};
 }
 
 // Keys [head_dim][64] or values [64][head_dim] of a page as floats.
 static void part_read(const KVCache *kv, const KVPart *p, Side side, float *out) {
     int d = kv->shape.head_dim;
     size_t n = (size_t)d * PAGE, ld = side == KEYS ? PAGE : (size_t)d;
-    if (p->type == KV_F32) memcpy(out, p->data, n * sizeof *out);
-    else if (p->type == KV_F16) kern.f16_to_f32(out, (const uint16_t *)p->data, n);
+    if (p->type == KV_F32)
+        memcpy(out, p->data, n * sizeof *out);
+    else if (p->type == KV_F16)
+        kern.f16_to_f32(out, (const uint16_t *)p->data, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
         Codes codes = part_codes(kv, p, side, b);
         kern.unpack_codes(out + b * CODE_COLS, ld, &codes);
@@ -234,8 +237,10 @@ static void part_read(const KVCache *kv, const KVPart *p, Side side, float *out)
 static void part_write(const KVCache *kv, const KVPart *p, Side side, const float *in) {
     int d = kv->shape.head_dim;
     size_t n = (size_t)d * PAGE, ld = side == KEYS ? PAGE : (size_t)d;
-    if (p->type == KV_F32) memcpy(p->data, in, n * sizeof *in);
-    else if (p->type == KV_F16) kern.f32_to_f16((uint16_t *)p->data, in, n);
+    if (p->type == KV_F32)
+        memcpy(p->data, in, n * sizeof *in);
+    else if (p->type == KV_F16)
+        kern.f32_to_f16((uint16_t *)p->data, in, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
         Codes codes = part_codes(kv, p, side, b);
         codes_round(&codes, in + b * CODE_COLS, ld);
@@ -594,10 +599,13 @@ static void packed_product(Tile *t, float *c, const float *a, const KVPart *p, S
     kern.gemm_packed(c, (size_t)cols, a, (size_t)inner, t->page, t->n, inner, cols, side == VALUES);
 }
 
-static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, Side side) {
+// ahead: the same side of a page that will be read later, which is fetched meanwhile.
+static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, const KVPart *ahead,
+                          Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     for (int b = 0; b < n_blocks(d, side); b++) {
         Codes codes = part_codes(t->kv, p, side, b);
+        if (ahead->type == p->type) codes.ahead = ahead->data + (codes.data - p->data);
         kern.gemm_codes(c + b * CODE_COLS, (size_t)cols, a, (size_t)inner, &codes, t->n,
                         side == VALUES);
     }
@@ -606,7 +614,8 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, Si
 // Scores [n][64] = a . keys, or out [n][head_dim] += a . values. Pages are packed once for the many
 // rows of a long run, and converted on the fly for the few of a short one; f32 pages always count
 // in f32. The length of the run alone decides, so that company changes no bit.
-static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, Side side) {
+static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, const KVPart *ahead,
+                         Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     bool add = side == VALUES;
     if (p->type == KV_F32)
@@ -616,13 +625,13 @@ static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, Sid
     else if (p->type == KV_F16)
         kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
     else
-        codes_product(t, c, a, p, side);
+        codes_product(t, c, a, p, ahead, side);
 }
 
 // s [n][64] = q . k, scaled and capped.
-static void tile_scores(Tile *t, const KVPage *p) {
+static void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
     float cap = t->kv->shape.softcap;
-    tile_product(t, t->s, t->q, &p->k, KEYS);
+    tile_product(t, t->s, t->q, &p->k, &ahead->k, KEYS);
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
 }
 
@@ -646,29 +655,26 @@ static void online_softmax(Tile *t, int i, int lo, int hi) {
     t->sum[i] += kern.exp64(s, t->max[i]);
 }
 
-// What the product with a part needs before its first code: scales, which lie apart.
-static void prefetch_part(const KVCache *kv, const KVPart *p, Side side) {
+static void prefetch_scales(const KVCache *kv, const KVPart *p, Side side) {
     size_t bytes = n_scales(kv->shape.head_dim, p->type, side) * sizeof *p->scale;
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)p->scale + i);
     for (size_t i = 0; p->min && i < bytes; i += 64)
         __builtin_prefetch((const uint8_t *)p->min + i);
-    for (size_t i = 0; bytes > 0 && i < 256; i += 64) __builtin_prefetch(p->data + i);
 }
 
 static void attend_page(Tile *t, int page, Range r) {
-    const KVPage *p = &t->kv->pages[t->head->page[page]];
-    if (page + 1 < pages_used(t->head)) {
-        const KVPage *next = &t->kv->pages[t->head->page[page + 1]];
-        prefetch_part(t->kv, &next->k, KEYS), prefetch_part(t->kv, &next->v, VALUES);
-    }
+    const int *list = t->head->page, last = pages_used(t->head) - 1;
+    const KVPage *p = &t->kv->pages[list[page]];
+    const KVPage *ahead = &t->kv->pages[list[min_int(page + PAGES_AHEAD, last)]];
+    prefetch_scales(t->kv, &ahead->k, KEYS), prefetch_scales(t->kv, &ahead->v, VALUES);
     int base = t->head->dropped + page * PAGE;
-    tile_scores(t, p);
+    tile_scores(t, p, ahead);
     for (int i = 0; i < t->n; i++) {
         int own = t->first + i / t->group;
         int lo = max_int(r.lo, t->window ? own - t->window + 1 : 0), hi = min_int(r.hi, own + 1);
         online_softmax(t, i, max_int(lo - base, 0), min_int(hi - base, PAGE));
     }
-    tile_product(t, t->o, t->s, &p->v, VALUES);
+    tile_product(t, t->o, t->s, &p->v, &ahead->v, VALUES);
 }
 
 static void attend_range(Tile *t, Range r) {
@@ -969,7 +975,8 @@ static void sweep_unit(void *ctx, int unit) {
     }
     for (int i = 0; i < run->n; i += step) {
         tile_load(&t, w->a, g, w->r, i);
-        tile_scores(&t, &kv->pages[h->page[page]]);
+        const KVPage *p = &kv->pages[h->page[page]];
+        tile_scores(&t, p, p);
         const float *lse = kv->lse + (size_t)(w->a->row[w->r] + i) * kv->shape.n_heads + g * group;
         sweep_rows(&t, kv->scoring, lse, kv->shape.n_heads, base, acc);
     }
@@ -1207,8 +1214,7 @@ static bool page_stays(const KVCache *kv, const Compact *c, int i) {
     const int *from = c->from + i * PAGE;
     int n = min_int(c->to.len - i * PAGE, PAGE), last = from[n - 1];
     if (from[0] % PAGE != 0 || last != from[0] + n - 1) return false;
-    if (i * PAGE < c->n_demoted)
-        return kv->pages[c->h->page[from[0] / PAGE]].class == PAGE_DEMOTED;
+    if (i * PAGE < c->n_demoted) return kv->pages[c->h->page[from[0] / PAGE]].class == PAGE_DEMOTED;
     return n == PAGE || last == c->h->len - 1;
 }
 
@@ -1442,7 +1448,8 @@ static int group_tensor(const Group *g, GroupPart part, int d, char name[16], DT
     *type = part != DATA || g->type == KV_F16 ? T_F16 : g->type == KV_F32 ? T_F32 : T_U8;
     if (part != DATA) return n;
     if (codes) shape[n - 1] /= 4;
-    shape[n++] = codes ? (int)code_bytes((CodeType)(g->type - KV_Q8), 4, code_cols(g->side)) : width;
+    shape[n++] =
+        codes ? (int)code_bytes((CodeType)(g->type - KV_Q8), 4, code_cols(g->side)) : width;
     return n;
 }
 
@@ -1492,9 +1499,7 @@ static int put_class(void *arg, KVPage *p) {
 }
 
 // Groups without pages are left out, but for that of full pages.
-static bool in_file(const Put *put, const Group *g) {
-    return g->n > 0 || g->type == put->kv->type;
-}
+static bool in_file(const Put *put, const Group *g) { return g->n > 0 || g->type == put->kv->type; }
 
 static int declare_groups(const Put *put) {
     for (const Group *g = put->groups; g < put->groups + GROUPS; g++) {
@@ -1640,7 +1645,8 @@ static KVPart load_part(Load *in, KVType type, Side side) {
     const void *at[GROUP_PARTS] = {NULL};
     for (int part = DATA; part < GROUP_PARTS; part++) {
         size_t offset = (size_t)g->n * group_bytes(g, part, in->kv->shape.head_dim);
-        if (has_part(type, side, part)) at[part] = (const uint8_t *)in->tensor[i][part]->data + offset;
+        if (has_part(type, side, part))
+            at[part] = (const uint8_t *)in->tensor[i][part]->data + offset;
     }
     g->n++;
     return (KVPart){type, (uint8_t *)at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
@@ -1741,8 +1747,8 @@ int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, Thr
     if (tensors_open(&f, path, err) != 0) return -1;
     int next_pos = 0;
     KVTypes types;
-    if (load_info(&f, fingerprint, info, &next_pos, err) != 0 ||
-        load_types(&f, &types, err) != 0 || kvcache_open(kv, shape, types, pool, err) != 0) {
+    if (load_info(&f, fingerprint, info, &next_pos, err) != 0 || load_types(&f, &types, err) != 0 ||
+        kvcache_open(kv, shape, types, pool, err) != 0) {
         tensors_close(&f);
         kvcache_close(kv);
         return -1;

@@ -206,9 +206,9 @@ int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t
 // head, in pages of 64; the last ones that do not fill a page stay as they are.
 int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
-// The ragged form of compact: of one head's pairs [first, first + n) those with keep [n] = 0 go, or, on
-// failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim hands
-// their memory back to the system.
+// The ragged form of compact: of one head's pairs [first, first + n) those with keep [n] = 0 go,
+// or, on failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim
+// hands their memory back to the system.
 int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
                          const uint8_t *keep, char *err);
 void kvcache_trim(KVCache *kv);

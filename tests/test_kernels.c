@@ -146,7 +146,8 @@ static void test_gemm_batch(void) {
 // ---- codes ----
 
 static Codes alloc_codes(CodeType type, bool min, int rows, int cols) {
-    Codes b = {type, rows, cols, malloc(code_bytes(type, rows, cols)), NULL, NULL};
+    Codes b = {type, rows, cols, malloc(code_bytes(type, rows, cols)), NULL, NULL, NULL};
+    b.ahead = b.data;
     b.scale = malloc((size_t)rows * 2);
     if (min) b.min = malloc((size_t)rows * 2);
     return b;

@@ -482,8 +482,8 @@ static void test_compact(void) {
     kvcache_close(&kv);
 }
 
-// Heads evicted one by one, each its own range and more than once, hold the pairs that remain; where
-// nothing moves pages are shared, and threads change nothing.
+// Heads evicted one by one, each its own range and more than once, hold the pairs that remain;
+// where nothing moves pages are shared, and threads change nothing.
 static void test_compact_head(KVTypes types, int threads) {
     enum { N = 333 };
     KVCache kv;
