@@ -200,17 +200,21 @@ static void gemm_codes_scalar(float *c, size_t ldc, const float *a, size_t lda, 
     }
 }
 
+// Comparisons, not fminf and fmaxf, which are calls.
+static inline float min_of(float a, float b) { return a < b ? a : b; }
+static inline float max_of(float a, float b) { return a > b ? a : b; }
+
 // Row r becomes codes, one a byte, and its scale and minimum.
 static void round_codes(uint8_t *codes, const Codes *to, int r, const float *x) {
     float most = to->type == C_U8 ? 255.0f : to->type == C_U4 ? 15.0f : 3.0f;
     float low = x[0], high = x[0], least = to->min ? 0.0f : 1.0f;
-    for (int c = 1; c < to->cols; c++) low = fminf(low, x[c]), high = fmaxf(high, x[c]);
-    to->scale[r] = f32_f16(to->min ? (high - low) / most : fmaxf(-low, high) / 127.0f);
+    for (int c = 1; c < to->cols; c++) low = min_of(x[c], low), high = max_of(x[c], high);
+    to->scale[r] = f32_f16(to->min ? (high - low) / most : max_of(-low, high) / 127.0f);
     if (to->min) to->min[r] = f32_f16(low);
     float scale = f16_f32(to->scale[r]), inv = scale > 0.0f ? 1.0f / scale : 0.0f;
     low = to->min ? f16_f32(to->min[r]) : -128.0f * scale;
     for (int c = 0; c < to->cols; c++) {
-        float q = fminf(fmaxf((x[c] - low) * inv, least), most);
+        float q = min_of(max_of((x[c] - low) * inv, least), most);
         codes[c] = (uint8_t)(int)(q + 0.5f);
     }
 }
@@ -218,13 +222,15 @@ static void round_codes(uint8_t *codes, const Codes *to, int r, const float *x) 
 void codes_round(const Codes *to, const float *x, size_t ld) {
     int run = CODE_COLS >> to->type, bits = 8 >> to->type;
     size_t step = code_blocks(to) * code_block(to);
+    uint8_t codes[CODE_ROWS + CODE_COLS] = {0};
     memset(to->data, 0, code_bytes(to->type, to->rows, to->cols));
     for (int r = 0; r < to->rows; r++, x += ld) {
-        uint8_t codes[CODE_ROWS], *line = to->data + r / 4 * step + r % 4;
+        uint8_t *block = to->data + r / 4 * step + r % 4;
         round_codes(codes, to, r, x);
-        for (int c = 0; c < to->cols; c++) {
-            int i = c % CODE_COLS;
-            line[c / CODE_COLS * code_block(to) + 4 * (i % run)] |= codes[c] << (i / run * bits);
+        for (int c = 0; c < to->cols; c += CODE_COLS, block += code_block(to)) {
+            for (int i = 0; i < CODE_COLS; i += run) {
+                for (int n = 0; n < run; n++) block[4 * n] |= codes[c + i + n] << (i / run * bits);
+            }
         }
     }
 }
@@ -1433,31 +1439,29 @@ AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t 
         gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
 }
 
-// As fold_avx2, but of each eight integers the high bytes come before the low ones.
+// As fold_avx2, but of each eight integers the high bytes come before the low ones. No masks: what
+// was stored under one reaches no load until it is in the cache.
 AVX512_INLINE void fold_avx512(Folded *f, int r, const float *a, const Codes *b) {
     float x[CODE_ROWS];
     __m512 max = _mm512_setzero_ps(), bias = max;
     __m512i sum = _mm512_setzero_si512();
     for (int k = 0; k < b->rows; k += 16) {
-        __mmask16 m = b->rows - k < 16 ? 0xff : 0xffff;  // rows are a multiple of 8
-        __m512 v = _mm512_maskz_loadu_ps(m, a + k);
-        __m256i scale = _mm256_maskz_loadu_epi16(m, b->scale + k);
-        __m512 s = _mm512_mul_ps(v, _mm512_cvtph_ps(scale));
-        __m256i min = b->min ? _mm256_maskz_loadu_epi16(m, b->min + k) : _mm256_setzero_si256();
-        bias = _mm512_fmadd_ps(v, _mm512_cvtph_ps(min), bias);
+        __m512 v = _mm512_loadu_ps(a + k);
+        __m512 s = _mm512_mul_ps(v, load16(b->scale, (size_t)k, true));
+        __m512 min = b->min ? load16(b->min, (size_t)k, true) : _mm512_setzero_ps();
+        bias = _mm512_fmadd_ps(v, min, bias);
         max = _mm512_max_ps(max, _mm512_abs_ps(s));
-        _mm512_mask_storeu_ps(x + k, m, s);
+        _mm512_storeu_ps(x + k, s);
     }
     float most = _mm512_reduce_max_ps(max);
     __m512 inv = _mm512_set1_ps(most > 0.0f ? FOLD_MOST / most : 0.0f);
     uint8_t *out = f->q + (size_t)r * b->rows * 2;
     for (int k = 0; k < b->rows; k += 16, out += 32) {
-        __mmask16 m = b->rows - k < 16 ? 0xff : 0xffff;
-        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + k), inv));
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), inv));
         __m256i w = _mm512_cvtsepi32_epi16(q);
         __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
         __m256i high = _mm256_srai_epi16(_mm256_sub_epi16(w, low), 8);
-        _mm256_mask_storeu_epi16(out, m, _mm256_packs_epi16(high, low));
+        _mm256_storeu_si256((void *)out, _mm256_packs_epi16(high, low));
         sum = _mm512_add_epi32(sum, q);
     }
     f->scale[r] = most / FOLD_MOST;
@@ -1542,7 +1546,7 @@ AVX512_INLINE void codes_avx512(const CodeGemm *g, const CodeType type) {
 AVX512 static void gemm_codes_avx512(float *c, size_t ldc, const float *a, size_t lda,
                                      const Codes *b, int n, bool add) {
     Folded f;
-    if (b->cols % 16) {
+    if (b->cols % 16 || b->rows % 16) {
         gemm_codes_avx2(c, ldc, a, lda, b, n, add);
         return;
     }
