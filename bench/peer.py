@@ -65,7 +65,7 @@ class Race(NamedTuple):
 def output(args):
     done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
-        sys.exit(f"{' '.join(args)}\n{done.stderr.decode(errors='replace')[-2000:]}")
+        raise RuntimeError(f"{' '.join(args)}\n{done.stderr.decode(errors='replace')[-2000:]}")
     return done.stdout.decode()
 
 
@@ -86,11 +86,12 @@ class Bench:
         """-> {"prefill": tokens/s, "decode 1": tokens/s, ..}"""
         repeats = 1 if work.prompt >= LONG or len(work.batches) > 1 else 3
         room = work.prompt + work.n * max(work.batches) + 512
-        args = [os.path.join(self.a.bin, "llama-batched-bench"), "-m", os.path.join(self.a.models, s.weights + ".gguf"),
-                "-t", str(self.a.threads), "-tb", str(self.a.threads), "-c", str(room), "-pps",
-                "-npp", ",".join([str(work.prompt)] * repeats), "-ntg", str(work.n),
-                "-npl", ",".join(map(str, work.batches)), "-fa", "on" if s.flash else "off", "-ctk", s.cache,
-                "-ctv", s.cache]
+        threads = str(self.a.threads)
+        args = [os.path.join(self.a.bin, "llama-batched-bench"),
+                "-m", os.path.join(self.a.models, s.weights + ".gguf"), "-t", threads, "-tb", threads,
+                "-c", str(room), "-pps", "-npp", ",".join([str(work.prompt)] * repeats), "-ntg", str(work.n),
+                "-npl", ",".join(map(str, work.batches)), "-fa", "on" if s.flash else "off",
+                "-ctk", s.cache, "-ctv", s.cache]
         if self.a.ik:
             args += ["-rtr"] if s.repack else []
         else:
@@ -104,7 +105,8 @@ class Bench:
 
     def ours(self, args, rnd):
         """-> rows of ./run bench"""
-        args = ["bench", *args, "-j", str(self.a.threads), "--json", "-q"] + (["--isa", self.a.isa] if self.a.isa else [])
+        args = ["bench", *args, "-j", str(self.a.threads), "--json", "-q"]
+        args += ["--isa", self.a.isa] if self.a.isa else []
         rows = [json.loads(line) for line in output([RUN, *args]).splitlines()]
         self.log(who="ours", round=rnd, args=args, rows=rows)
         return rows
@@ -115,8 +117,11 @@ class Bench:
             return settings[0]
         new = [s for s in settings if (s, work) not in self.tried]
         for s in new * (1 if work.prompt >= LONG else 2):
-            self.tried.setdefault((s, work), []).append(self.peer(s, work, "trial"))
-        return max(settings, key=lambda s: max(figures[metric] for figures in self.tried[s, work]))
+            try:
+                self.tried.setdefault((s, work), []).append(self.peer(s, work, "trial"))
+            except RuntimeError:  # a cache type that this build or CPU lacks
+                self.log(who="peer", round="trial", setting=s._asdict(), failed=True)
+        return max(settings, key=lambda s: max((figures[metric] for figures in self.tried[s, work]), default=0))
 
     def race(self, race):
         """Runs the rounds and prints the rows. -> the peer's settings, {title: Setting}"""
@@ -127,7 +132,8 @@ class Bench:
             theirs = {s: self.peer(s, race.work, rnd) for s in dict.fromkeys(best[r.title] for r in call.rows)}
             ours = self.ours(call.args, rnd)
             for row in call.rows:
-                pairs[row.title].append((theirs[best[row.title]][row.metric], pick(ours, row.ours)["tokens_per_s"]))
+                mine = pick(ours, row.ours)["tokens_per_s"]
+                pairs[row.title].append((theirs[best[row.title]][row.metric], mine))
             for title, attn in call.scores:
                 score = pick(ours, {"work": "score", "score_attn": attn})
                 read = pick(ours, {"work": "prefill", "n": score["n"]})
@@ -156,8 +162,9 @@ def print_row(title, pairs, setting):
 # ---- speed ----
 
 def kernels(a, weights):
-    """Settings that differ in what a short context can tell apart."""
-    return [Setting(w, fa, repack=r) for w in weights for fa in (True, False) for r in (True, False)]
+    """Settings that differ in what a short context can tell apart. llama.cpp repacks only quantized weights."""
+    return [Setting(w, fa, repack=r) for w in weights for fa in (True, False) for r in (True, False)
+            if r or a.ik or w.startswith("q")]
 
 
 def prefill_races(a):
@@ -177,20 +184,21 @@ def decode_races(a):
 
 def depth_race(a, n, prefill, decode):
     """prefill, decode: how the peer was fastest on shorter contexts; what long ones can change is tried again."""
-    flash = lambda s: [s._replace(flash=True), s._replace(flash=False)]
+    # Other types than f16 need the peer's flash attention. llama.cpp's is slower in bf16, its fork's is not.
+    caches = lambda s: [s._replace(flash=True), s._replace(flash=False),
+                        *([s._replace(flash=True, cache="bf16")] if a.ik else [])]
     args = [a.q8, "--prompt", "1", "--depth", str(n), "--batch", "1", "-n", "32", "--ratio"]
     at = lambda ratio: {"work": "decode", "depth": n, "ratio": ratio}
     calls = [Call(args + ["1,0.3"],
-                  [Row(f"prefill {n}, q8", "prefill", flash(prefill), {"work": "prefill", "n": n}),
-                   Row(f"decode at {n}, q8", "decode 1", flash(decode), at(1)),
-                   Row(f"decode at {n}, q8, KVzip 0.3", "decode 1", flash(decode), at(0.3))],
+                  [Row(f"prefill {n}, q8", "prefill", caches(prefill), {"work": "prefill", "n": n}),
+                   Row(f"decode at {n}, q8", "decode 1", caches(decode), at(1)),
+                   Row(f"decode at {n}, q8, KVzip 0.3", "decode 1", caches(decode), at(0.3))],
                   (("score full / prefill", "full"), ("score local / prefill", "local")))]
     if re.search(r"--kv TYPE\s.*\bq8\b", output([RUN, "bench", "-h"])):
-        # A quantized cache of values needs the peer's flash attention.
-        caches = flash(decode) + [decode._replace(flash=True, cache="q8_0")]
+        q8 = caches(decode) + [decode._replace(flash=True, cache="q8_0")]
         calls.append(Call(args + ["1,0.3", "--kv", "q8"],
-                          [Row(f"decode at {n}, q8, q8 pages", "decode 1", caches, at(1)),
-                           Row(f"decode at {n}, q8, KVzip 0.3, q8 pages", "decode 1", caches, at(0.3))]))
+                          [Row(f"decode at {n}, q8, q8 pages", "decode 1", q8, at(1)),
+                           Row(f"decode at {n}, q8, KVzip 0.3, q8 pages", "decode 1", q8, at(0.3))]))
     calls.append(Call(args + ["1", "--chunk", "512"], [], (("score local / prefill, --chunk 512", "local"),)))
     return Race(Work(n, 32), calls)
 
@@ -223,15 +231,16 @@ def speed(bench):
 
 def table(bench):
     a = bench.a
-    print(f"| tokens | prefill s, {a.name} | prefill s | score full s | score local s | decode/s, {a.name} | decode/s | "
-          "decode/s, KVzip 0.3 | cache MB | KVzip 0.3 MB | rounds |\n|" + "---|" * 11, flush=True)
+    print(f"| tokens | prefill s, {a.name} | prefill s | score full s | score local s | decode/s, {a.name} | "
+          "decode/s | decode/s, KVzip 0.3 | cache MB | KVzip 0.3 MB | rounds |\n|" + "---|" * 11, flush=True)
     best = {}
     for n in (1024 << i for i in range(20)):
         if n > a.most:
             break
         work, rounds = Work(n, 32), a.rounds if n <= TRAINED else 1
         if n <= TRAINED or not best:
-            best = {m: bench.fastest([Setting("q8_0", fa) for fa in (True, False)], work, m) for m in ("prefill", "decode 1")}
+            flash = [Setting("q8_0", fa) for fa in (True, False)]
+            best = {m: bench.fastest(flash, work, m) for m in ("prefill", "decode 1")}
         args = [a.q8, "--prompt", "1", "--depth", str(n), "--batch", "1", "-n", "32", "--ratio", "1,0.3"]
         lines = []
         for rnd in range(rounds):
@@ -243,7 +252,8 @@ def table(bench):
                           theirs[best["decode 1"]]["decode 1"], full["tokens_per_s"], kept["tokens_per_s"],
                           full["cache_bytes"] / 1e6, kept["cache_bytes"] / 1e6))
         middle = [statistics.median(column) for column in zip(*lines)]
-        print(f"| {n} | " + " | ".join(f"{v:.2f}" if v < 10 else f"{v:.1f}" for v in middle) + f" | {rounds} |", flush=True)
+        cells = [f"{v:.2f}" if v < 10 else f"{v:.1f}" for v in middle]
+        print(f"| {n} | {' | '.join(cells)} | {rounds} |", flush=True)
 
 
 # ---- all of it ----
@@ -254,8 +264,8 @@ def machine(a):
         if os.path.exists("/proc/cpuinfo") else ["unknown"]
     git = ["git", "-C", os.path.dirname(RUN), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode().strip()
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": a.threads, "isa": a.isa or "best", "commit": commit or "unknown",
-            "peer": a.name, "build": a.bin, "rounds": a.rounds, "load": round(os.getloadavg()[0], 1)}
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": a.threads, "isa": a.isa or "best",
+            "commit": commit or "unknown", "peer": a.name, "build": a.bin, "rounds": a.rounds, "load": round(os.getloadavg()[0], 1)}
 
 
 def integers(text):
@@ -263,7 +273,8 @@ def integers(text):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="peer.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="peer.sh", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("bin", help="the peer's programs")
     p.add_argument("models", help="weights of both programs")
     p.add_argument("--name", default="llama.cpp")
@@ -286,7 +297,10 @@ def main():
     if facts["load"] > 0.5:
         print(f"peer.sh: the machine is busy (load {facts['load']}): figures and ratios will not hold", file=sys.stderr)
     print(", ".join(f"{k} {v}" for k, v in facts.items() if k != "build"), flush=True)
-    table(bench) if a.table else speed(bench)
+    try:
+        table(bench) if a.table else speed(bench)
+    except RuntimeError as e:
+        sys.exit(f"peer.sh: {e}")
 
 
 if __name__ == "__main__":

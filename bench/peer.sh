@@ -12,9 +12,10 @@
 # $PEER (default ~/.cache/kvzip-peer) from the source distribution that pip fetches; that takes cmake and a C++ compiler.
 set -eu
 cd "$(dirname "$0")/.."
-PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=build name=llama.cpp python= only=
+PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=build name=llama.cpp python='' only=''
 native="-DGGML_NATIVE=ON"
 avx2="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
+ik="$native -DGGML_IQK_FA_ALL_QUANTS=OFF"  # no cache of 4 bits: half an hour less of compiling
 flags=$native
 n=$#
 while [ "$n" -gt 0 ]; do  # our own flags go, the others stay in "$@"
@@ -22,16 +23,22 @@ while [ "$n" -gt 0 ]; do  # our own flags go, the others stay in "$@"
     shift
     case $arg in
     --avx2) build=build-avx2 flags=$avx2; set -- "$@" --isa avx2 ;;
-    --ik) package=ik-llama-cpp-python build=build-ik name=ik_llama.cpp; set -- "$@" --ik ;;
+    --ik) package=ik-llama-cpp-python build=build-ik name=ik_llama.cpp flags=$ik; set -- "$@" --ik ;;
     --python) python=1 ;;
     --build) only=1 ;;
+    -h | --help)
+        sed -n '2,/^set/s/^# \{0,1\}//p' bench/peer.sh
+        exit
+        ;;
     *) set -- "$@" "$arg" ;;
     esac
 done
-if [ "$package$flags" = "ik-llama-cpp-python$avx2" ]; then
+case "$name $*" in
+ik*--isa*)
     echo "peer.sh: --ik and --avx2 do not go together" >&2
     exit 2
-fi
+    ;;
+esac
 jobs=$(getconf _NPROCESSORS_ONLN)
 
 # fetch PACKAGE: the source distribution, unpacked. Prints where its llama.cpp lies.
@@ -41,8 +48,10 @@ fetch() {
         [ -x "$PEER/venv/bin/pip" ] || .venv/bin/python -m venv "$PEER/venv"
         "$PEER/venv/bin/pip" install -q scikit-build-core flit-core >&2
         "$PEER/venv/bin/pip" download -q --no-deps --no-binary :all: --no-build-isolation -d "$PEER" "$1" >&2
+        # shellcheck disable=SC2012
         tar -xf "$(ls "$stem"*.tar.gz | tail -n 1)" -C "$PEER"
     fi
+    # shellcheck disable=SC2012
     ls -d "$stem"*/vendor/*llama.cpp | tail -n 1
 }
 

@@ -35,12 +35,14 @@ def load(gguf, folder):
         at = {"pretrained_model_name_or_path": os.path.dirname(gguf), "gguf_file": os.path.basename(gguf)}
         AutoTokenizer.from_pretrained(**at).save_pretrained(folder)
         AutoModelForCausalLM.from_pretrained(**at, dtype=torch.bfloat16).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def context(tokenizer, n):
     """-> ids, how many of them are the prefix: the template up to the context, then n tokens."""
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "####"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "####"}], tokenize=False,
+                                         add_generation_prompt=True)
     prefix = tokenizer.encode(chat.split("####")[0], add_special_tokens=False)
     text = tokenizer.encode("\n".join(open(p).read() for p in PROSE), add_special_tokens=False)
     if len(text) < n:
@@ -86,15 +88,15 @@ def ours(a, ids, n_prefix):
         cache, text = os.path.join(folder, "c.kvc"), os.path.join(folder, "ids")
         open(text, "w").write(" ".join(map(str, ids)))
         for ratio, name in ((1, "decode"), (RATIO, "decode kept")):
-            args = [RUN, "compress", a.kvz, "--ids", text, "--n-prefix", str(n_prefix), "-o", cache, "--ratio", str(ratio),
-                    "-j", str(a.threads), "--json", "-q"]
+            args = [RUN, "compress", a.kvz, "--ids", text, "--n-prefix", str(n_prefix), "-o", cache,
+                    "--ratio", str(ratio), "-j", str(a.threads), "--json", "-q"]
             start = time.perf_counter()
             row = json.loads(subprocess.run(args, stdout=subprocess.PIPE, check=True).stdout)
             out["compress"] = time.perf_counter() - start
             if ratio == 1:
                 out["prefill"] = len(ids) / row["prefill_s"]
-            args = [RUN, "ask", a.kvz, cache, "What is this about?", "-n", str(STEPS), "--ignore-eos", "-j", str(a.threads),
-                    "--json", "-q"]
+            args = [RUN, "ask", a.kvz, cache, "What is this about?", "-n", str(STEPS), "--ignore-eos",
+                    "-j", str(a.threads), "--json", "-q"]
             out[name] = json.loads(subprocess.run(args, stdout=subprocess.PIPE, check=True).stdout)["tokens_per_s"]
     return out
 
@@ -117,14 +119,16 @@ def main():
     model, tokenizer = load(a.gguf, a.folder)
     out = open(a.out, "w") if a.out else None
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, bf16, {a.threads} threads, "
-          f"{a.rounds} rounds, {RATIO} of the pairs kept\n\n| work | kvpress | kvzip.c | ratio | extremes |\n|---|---|---|---|---|")
+          f"{a.rounds} rounds, {RATIO} of the pairs kept\n\n"
+          "| work | kvpress | kvzip.c | ratio | extremes |\n|---|---|---|---|---|", flush=True)
     for n in map(int, a.tokens.split(",")):
         ids, n_prefix = context(tokenizer, n)
         rounds = []
         for i in range(a.rounds):
             rounds.append((theirs(model, ids), ours(a, ids, n_prefix)))
             if out:
-                out.write(json.dumps({"tokens": n, "round": i, "kvpress": rounds[-1][0], "kvzip.c": rounds[-1][1]}) + "\n")
+                line = {"tokens": n, "round": i, "kvpress": rounds[-1][0], "kvzip.c": rounds[-1][1]}
+                out.write(json.dumps(line) + "\n")
                 out.flush()
         for key, title, unit in (("prefill", "prefill, full cache", "/s"), ("compress", "read, score, evict", " s"),
                                  ("decode", "decode, full cache", "/s"), ("decode kept", "decode, KVzip 0.3", "/s")):
