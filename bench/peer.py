@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -62,11 +63,12 @@ class Race(NamedTuple):
     calls: list
 
 
-def output(args):
+def output(args, errors=False):
+    """-> what it prints; errors: to stderr as well."""
     done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         raise RuntimeError(f"{' '.join(args)}\n{done.stderr.decode(errors='replace')[-2000:]}")
-    return done.stdout.decode()
+    return (done.stdout + (done.stderr if errors else b"")).decode(errors="replace")
 
 
 class Bench:
@@ -96,7 +98,8 @@ class Bench:
             args += ["-rtr"] if s.repack else []
         else:
             args += ["-kvu"] + ([] if s.repack else ["--no-repack"])
-        cells = [line.split("|") for line in output(args).splitlines() if re.match(r"\|\s*\d+ \|", line)]
+        lines = output(args, errors=True).splitlines()  # the fork prints its table to stderr
+        cells = [line.split("|") for line in lines if re.match(r"\|\s*\d+ \|", line)]
         figures = {"prefill": statistics.median(float(c[6]) for c in cells)}
         for b in work.batches:
             figures[f"decode {b}"] = statistics.median(float(c[8]) for c in cells if int(c[3]) == b)
@@ -184,7 +187,7 @@ def decode_races(a):
 
 def depth_race(a, n, prefill, decode):
     """prefill, decode: how the peer was fastest on shorter contexts; what long ones can change is tried again."""
-    # Other types than f16 need the peer's flash attention. llama.cpp's is slower in bf16, its fork's is not.
+    # Other types than f16 need the peer's flash attention. llama.cpp's is slower in bf16, its fork has kernels for it.
     caches = lambda s: [s._replace(flash=True), s._replace(flash=False),
                         *([s._replace(flash=True, cache="bf16")] if a.ik else [])]
     args = [a.q8, "--prompt", "1", "--depth", str(n), "--batch", "1", "-n", "32", "--ratio"]
@@ -260,12 +263,15 @@ def table(bench):
 
 def machine(a):
     """What a reader needs to judge the figures."""
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if os.path.exists("/proc/cpuinfo") else ["unknown"]
+    cpu = [platform.processor() or platform.machine()]
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            cpu = [line.split(":")[1].strip() for line in f if line.startswith("model name")] or cpu
     git = ["git", "-C", os.path.dirname(RUN), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode().strip()
     return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": a.threads, "isa": a.isa or "best",
-            "commit": commit or "unknown", "peer": a.name, "build": a.bin, "rounds": a.rounds, "load": round(os.getloadavg()[0], 1)}
+            "commit": commit or "unknown", "peer": a.name, "build": a.bin, "rounds": a.rounds,
+            "load": round(os.getloadavg()[0], 1)}
 
 
 def integers(text):

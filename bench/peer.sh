@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=build name=llama.cpp python='' only=''
 native="-DGGML_NATIVE=ON"
 avx2="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
-ik="$native -DGGML_IQK_FA_ALL_QUANTS=OFF"  # no cache of 4 bits: half an hour less of compiling
+ik="$native -DGGML_IQK_FA_ALL_QUANTS=OFF"  # no 4-bit cache: less to compile
 flags=$native
 n=$#
 while [ "$n" -gt 0 ]; do  # our own flags go, the others stay in "$@"
