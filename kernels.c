@@ -686,7 +686,8 @@ AVX2_INLINE void codes8(const uint8_t *block, const int n, const CodeType type, 
 }
 
 // R rows by C eights of columns; C = 4 is a whole block. Folding keeps the core from running ahead
-// to the next codes, so these are prefetched.
+// to the next codes, so these are fetched, into the second-level cache: into the first, they would
+// wait for its few fill buffers (q8 pages at depth 8192: 15% slower than f16 instead of faster).
 AVX2_INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C,
                             const CodeType type) {
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
@@ -698,7 +699,7 @@ AVX2_INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const 
         UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_setzero_si256();
     }
     for (size_t k = 0; k < rows; k += 4, at += step, ahead += step, q += 8) {
-        for (int l = 0; l < C * 32 >> type; l += 64) __builtin_prefetch(ahead + l);
+        for (int l = 0; l < C * 32 >> type; l += 64) __builtin_prefetch(ahead + l, 0, 1);
         UNROLL for (int v = 0; v < C; v++) {
             __m256i even, odd;
             codes8(at, C == 4 ? v : j % CODE_COLS / 8 + v, type, &even, &odd);
@@ -1496,7 +1497,7 @@ AVX512_INLINE void codes_tile512(const CodeGemm *g, int i, int j, const int R, c
     }
     for (size_t k = 0; k < rows; k += 8, q += 16) {
         UNROLL for (int four = 0; four < 8; four += 4, at += step, ahead += step) {
-            for (int l = 0; l < C * 64 >> type; l += 64) __builtin_prefetch(ahead + l);
+            for (int l = 0; l < C * 64 >> type; l += 64) __builtin_prefetch(ahead + l, 0, 1);
             __m512i b[4];
             UNROLL for (int v = 0; v < C; v++) b[v] =
                 codes16(at + v / 2 * block, C > 1 ? v % 2 : j % CODE_COLS / 16, type);
