@@ -545,11 +545,14 @@ static int steps_of(KVType t) { return t == KV_Q8 ? 254 : t == KV_Q4 ? 15 : 3; }
 // How far a number of x [n] may be after rounding: half a step of the range they
 // span, and what half precision does to it.
 static double rounding(KVType t, const float *x, int n) {
-    double low = x[0], high = x[0];
-    for (int i = 1; i < n; i++) low = fmin(low, x[i]), high = fmax(high, x[i]);
-    double most = fmax(fabs(low), fabs(high));
+    float low = x[0], high = x[0];
     if (t <= KV_F32) return 0;
-    return 0.501 * (t == KV_Q8 ? 2 * most : high - low) / steps_of(t) + most * 0x1p-10;
+    for (int i = 1; i < n; i++) {
+        if (x[i] < low) low = x[i];
+        if (x[i] > high) high = x[i];
+    }
+    double most = fmax(fabs(low), fabs(high)), range = t == KV_Q8 ? 2 * most : high - low;
+    return 0.501 * range / steps_of(t) + most * 0x1p-10;
 }
 
 // Pages of two sequences hold the same pairs, but for the rounding of codes.
