@@ -1135,8 +1135,10 @@ AVX2_INLINE void matmul_bytes(float *out, size_t ld, const IntPanel *p, int t0, 
 
 AVX2_INLINE void matmul_nibbles(float *out, size_t ld, const IntPanel *p, int t0, int t1,
                                 const ByteDot dot) {
-    if (p->offset) matmul_bytes(out, ld, p, t0, t1, true, true, dot);
-    else matmul_bytes(out, ld, p, t0, t1, true, false, dot);
+    if (p->offset)
+        matmul_bytes(out, ld, p, t0, t1, true, true, dot);
+    else
+        matmul_bytes(out, ld, p, t0, t1, true, false, dot);
 }
 
 AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
@@ -1710,11 +1712,13 @@ static bool fits_bf16(int inner, int cols) {
     return inner % 2 == 0 && cols % 16 == 0 && inner <= 256;
 }
 
+// Sixteen numbers of a row and sixteen of the next one, to pairs.
+static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 // [inner/2][cols][2] bf16: rows 2k and 2k + 1 of b alternate.
 BF16_INLINE void pack_bf16(void *packed, const void *b, int inner, int cols, const bool half) {
-    static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_loadu_si512(alternate);
     uint8_t *out = packed;
     for (int k = 0; k < inner; k += 2) {
@@ -1814,6 +1818,63 @@ BF16 static float peak_bf16(int rounds) {
 }
 
 static const Peak bf16_avx512 = {2 * 32 * CHAINS, peak_bf16};
+
+// Rows 2k and 2k + 1 of b, columns j to j + 15, as pairs of bf16.
+BF16_INLINE __m512i load_pairs(const Gemm *g, int k, int j, __m512i order) {
+    __m512 even = load16(g->b, (size_t)k * g->ldb + j, true);
+    __m512 odd = load16(g->b, (size_t)(k + 1) * g->ldb + j, true);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// As bf16_tile, b in half precision as it lies: for so few rows that packing it would not pay.
+BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, __m512i order,
+                               const int R, const int C) {
+    float *c = g->c + (size_t)i * g->ldc + j;
+    __m512 acc[12][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) {
+            acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
+        }
+    }
+    for (int k = 0; k < g->inner; k += 2) {
+        __m512i w[4];
+        UNROLL for (int v = 0; v < C; v++) w[v] = load_pairs(g, k, j + 16 * v, order);
+        UNROLL for (int r = 0; r < R; r++) {
+            int pair;
+            memcpy(&pair, a + r * g->inner + k, 4);
+            __m512i ar = _mm512_set1_epi32(pair);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] =
+                _mm512_dpbf16_ps(acc[r][v], (__m512bh)ar, (__m512bh)w[v]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < C; v++) _mm512_storeu_ps(c + r * g->ldc + 16 * v, acc[r][v]);
+    }
+}
+
+BF16_INLINE void bf16_rows_f16(const Gemm *g, int i, __m512i order, const int R, const int C) {
+    uint16_t a[12 * 256];
+    int j = 0;
+    rows_to_bf16(a, g->a + (size_t)i * g->lda, g->lda, g->inner, R);
+    for (; j + 16 * C <= g->cols; j += 16 * C) bf16_tile_f16(g, a, i, j, order, R, C);
+    for (; j < g->cols; j += 16) bf16_tile_f16(g, a, i, j, order, R, 1);
+}
+
+// Twelve sequences' rows, or the query heads of one, over a page: 1.5 times as fast as in f32.
+BF16 static void gemm_f16_bf16(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+                               int n, int inner, int cols, bool add) {
+    if (!fits_bf16(inner, cols)) {
+        gemm_f16_avx512(c, ldc, a, lda, b, n, inner, cols, add);
+        return;
+    }
+    const __m512i order = _mm512_loadu_si512(alternate);
+    Gemm g = {c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add};
+    int i = 0;
+    for (; i + 12 <= n; i += 12) bf16_rows_f16(&g, i, order, 12, 2);
+    for (; i + 6 <= n; i += 6) bf16_rows_f16(&g, i, order, 6, 4);
+    for (; i + 3 <= n; i += 3) bf16_rows_f16(&g, i, order, 3, 4);
+    for (; i < n; i++) bf16_rows_f16(&g, i, order, 1, 4);
+}
 
 static bool has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -1967,16 +2028,16 @@ NEON_INLINE void gemm_tile_neon(const Gemm *g, int i, int j, const int R, const 
     const float *a = g->a + (size_t)i * g->lda;
     float32x4_t acc[5][4];
     UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < C; v++)
-            acc[r][v] = g->add ? vld1q_f32(c + r * g->ldc + 4 * v) : vdupq_n_f32(0.0f);
+        UNROLL for (int v = 0; v < C; v++) acc[r][v] =
+            g->add ? vld1q_f32(c + r * g->ldc + 4 * v) : vdupq_n_f32(0.0f);
     }
     for (int k = 0; k < g->inner; k++) {
         float32x4_t b[4];
-        UNROLL for (int v = 0; v < C; v++)
-            b[v] = load4(g->b, k * g->ldb + (size_t)(j + 4 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] =
+            load4(g->b, k * g->ldb + (size_t)(j + 4 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
-            UNROLL for (int v = 0; v < C; v++)
-                acc[r][v] = vfmaq_n_f32(acc[r][v], b[v], a[r * g->lda + k]);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] =
+                vfmaq_n_f32(acc[r][v], b[v], a[r * g->lda + k]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) {
@@ -1999,14 +2060,18 @@ NEON_INLINE void gemm_neon(const Gemm *g, const bool half) {
 
 static void gemm_f32_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                           int inner, int cols, bool add) {
-    if (cols % 4) gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
-    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
+    if (cols % 4)
+        gemm_f32_scalar(c, ldc, a, lda, b, n, inner, cols, add);
+    else
+        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, false);
 }
 
 static void gemm_f16_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                           int inner, int cols, bool add) {
-    if (cols % 4) gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
-    else gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
+    if (cols % 4)
+        gemm_f16_scalar(c, ldc, a, lda, b, n, inner, cols, add);
+    else
+        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add}, true);
 }
 
 static void pack_f16_neon(void *packed, const uint16_t *b, int inner, int cols) {
@@ -2038,17 +2103,20 @@ static void matmul_float_neon(float *out, size_t ld, const Matrix *w, int panel,
         const float *b = block;
         if (w->type == W_F32)
             b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
-        else unpack_16bit_neon(block, w, panel, c0, cols);
+        else
+            unpack_16bit_neon(block, w, panel, c0, cols);
         gemm_f32_neon(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0,
                       cols, PANEL, c0 > 0);
     }
 }
 
-// acc += w . a for 4 rows of 4 columns; a holds one quad of activations four times. The instruction is
-// written out because compilers want a whole function to be for machines that have it.
+// acc += w . a for 4 rows of 4 columns; a holds one quad of activations four times. The instruction
+// is written out because compilers want a whole function to be for machines that have it.
 NEON_INLINE int32x4_t dot_quads(int32x4_t acc, int8x16_t w, int8x16_t a, const bool sdot) {
     if (sdot) {
-        __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(w), "w"(a));
+        __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+                : "+w"(acc)
+                : "w"(w), "w"(a));
         return acc;
     }
     int16x8_t lo = vmull_s8(vget_low_s8(w), vget_low_s8(a)), hi = vmull_high_s8(w, a);
@@ -2086,8 +2154,8 @@ NEON_INLINE void int_tile_neon(float *out, size_t ld, const Matrix *w, int panel
                 int a;
                 memcpy(&a, q + 4 * quad, 4);
                 int8x16_t quads = vreinterpretq_s8_s32(vdupq_n_s32(a));
-                UNROLL for (int r = 0; r < 4; r++)
-                    acc[i][r] = dot_quads(acc[i][r], rows[r], quads, sdot);
+                UNROLL for (int r = 0; r < 4; r++) acc[i][r] =
+                    dot_quads(acc[i][r], rows[r], quads, sdot);
             }
         }
         UNROLL for (int i = 0; i < T; i++) {
@@ -2122,8 +2190,10 @@ static void matmul_q8_neon(float *out, size_t ld, const Matrix *w, int panel, co
 
 static void matmul_q4_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
                            int t1) {
-    if (w->offset) matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, false);
-    else matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, false);
+    if (w->offset)
+        matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, false);
+    else
+        matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, false);
 }
 
 static void matmul_q8_sdot(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
@@ -2133,8 +2203,10 @@ static void matmul_q8_sdot(float *out, size_t ld, const Matrix *w, int panel, co
 
 static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
                            int t1) {
-    if (w->offset) matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, true);
-    else matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, true);
+    if (w->offset)
+        matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, true);
+    else
+        matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, true);
 }
 
 static float peak_f32_neon(int rounds) {
@@ -2399,11 +2471,9 @@ typedef struct {
 static bool always(void) { return true; }
 
 static const Isa isas[] = {
-    // best first
+// best first
 #ifdef __x86_64__
-    {&avx512_kernels, has_avx512},
-    {&avx2vnni_kernels, has_avx2vnni},
-    {&avx2_kernels, has_avx2},
+    {&avx512_kernels, has_avx512}, {&avx2vnni_kernels, has_avx2vnni}, {&avx2_kernels, has_avx2},
 #endif
 #ifdef __aarch64__
     {&neon_kernels, always},
@@ -2421,6 +2491,7 @@ int kernels_init(const char *isa) {
                 kern.pack_f16 = pack_f16_bf16;
                 kern.pack_f32 = pack_f32_bf16;
                 kern.gemm_packed = gemm_packed_bf16;
+                kern.gemm_f16 = gemm_f16_bf16;
                 kern.packed_error = 0x1p-8f;
                 kern.peak_packed = &bf16_avx512;
             }

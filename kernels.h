@@ -119,7 +119,7 @@ typedef struct {
     void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
                         int inner, int cols, bool add);
     void (*pack_f32)(void *packed, const float *b, int inner, int cols);
-    float packed_error;  // of a factor in gemm_packed, relative: 2^-8 for bf16, else 0
+    float packed_error;  // of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, else 0
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
 
