@@ -8,10 +8,10 @@
 One line is one context with questions that are asked of it one by one. The text between facts is
 prose, or with --filler code, dialogue, a list or German, and was written for this project (filler*.txt);
 once it is used up, it is put together from parts, so that a context may be of any length. The same
-arguments give the same file. Lengths are in
-tokens of a vocabulary of about 50,000 and are met within a few percent in English prose. Sources of
-the tasks: RULER (arXiv 2404.06654), SCBench (2412.10319), LongBench (2308.14508), InfiniteBench
-(2402.13718), SQuAD (1606.05250), GSM8K (2110.14168).
+arguments give the same file. Lengths are in tokens of a vocabulary of about 50,000 and are met within
+a few percent where the text is filler; RULER's instructions come on top. Sources of the tasks: RULER
+(arXiv 2404.06654), SCBench (2412.10319), LongBench (2308.14508), InfiniteBench (2402.13718), SQuAD
+(1606.05250), GSM8K (2110.14168).
 """
 import argparse
 import json
@@ -387,7 +387,7 @@ def passages(rng, chars, n):
 
 # ---- not to be copied: the gist, a number, a comparison ----
 
-# SmolLM2-135M finds the gist (96%) but neither counts nor compares better than chance, however it is
+# SmolLM2-135M finds the gist (98%) but neither counts nor compares better than chance, however it is
 # asked. There whether an answer is right says nothing; whether it is still the full cache's does.
 
 THINGS = {"bridge": "bridges", "library": "libraries", "school": "schools", "theatre": "theatres",
@@ -396,7 +396,7 @@ THINGS = {"bridge": "bridges", "library": "libraries", "school": "schools", "the
 
 
 def summary(rng, chars, n):
-    """what a text is about that speaks of one kind of building in many places; chance is 25%, but for the first question"""
+    """what a text of one kind of building in many places is about, as one of four; chance is 25%"""
     pools = [pool.split("\n") for pool in read_filler("filler_summary.txt").strip("\n").split("\n\n")]
     thing = rng.choice(sorted(THINGS))
     paragraphs, left = [], [[] for _ in pools]
@@ -406,14 +406,14 @@ def summary(rng, chars, n):
                 stock += rng.sample(pool, len(pool))
         place, name = rng.choice(PLACES), full_names(rng, 1)[0]
         paragraphs.append(" ".join(draw(rng, stock.pop(), thing=thing, place=place, name=name) for stock in left))
-    question = "What is the text about{}"
-    asked = [ask(question.format("?"), "The text is about the history of", [thing, THINGS[thing]])]
+    start, right = "The text is about the history of the", [thing, THINGS[thing]]
+    asked = [ask("What is the text about?", start, right)]
     for i in range(n - 1):
         options = rng.sample([t for t in sorted(THINGS) if t != thing], 3)
         options.insert(i % 4, thing)
         *most, last = [THINGS[t] for t in options]
-        asked.append(ask(question.format(f", {', '.join(most)} or {last}?"), "The text is about", [thing, THINGS[thing]]))
-    return task("summary", "\n\n".join(paragraphs), asked, stop=".", max_tokens=8)
+        asked.append(ask(f"What is the text about, {', '.join(most)} or {last}?", start, right))
+    return task("summary", "\n\n".join(paragraphs), asked, stop=",", max_tokens=8)  # no lists of all options
 
 
 KEPT = [("keep a {} at home", "At home {} keeps a {}.", ANIMALS), ("live in {}", "{} lives in {}.", CITIES)]
