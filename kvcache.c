@@ -1265,17 +1265,15 @@ static void move_pairs(float *y, int to, const float *x, const int *from, int n,
 
 typedef struct {
     const KVCache *kv;
-    const Compact *c;  // [n_heads]
-    int n_heads;
+    const Compact *c;
 } CompactJob;
 
-// Fills one new page of one head. Full pages do not change a bit; what had settled is read back.
-static void compact_page(void *ctx, int unit) {
-    const CompactJob *job = ctx;
-    const KVCache *kv = job->kv;
-    const Compact *c = &job->c[unit % job->n_heads];
-    int page = unit / job->n_heads, d = kv->shape.head_dim;
-    if (page >= c->to.n_pages || page_stays(kv, c, page)) return;
+// Fills one new page. Full pages do not change a bit; what had settled is read back.
+static void compact_page(void *ctx, int page) {
+    const KVCache *kv = ((CompactJob *)ctx)->kv;
+    const Compact *c = ((CompactJob *)ctx)->c;
+    int d = kv->shape.head_dim;
+    if (page_stays(kv, c, page)) return;
     KVPage *dst = &kv->pages[c->to.page[page]];
     const int *from = c->from + page * PAGE, n = min_int(c->to.len - page * PAGE, PAGE);
     float x[MAX_HEAD_DIM * PAGE], y[MAX_HEAD_DIM * PAGE];
@@ -1293,55 +1291,43 @@ static void compact_page(void *ctx, int unit) {
         dst->pos[i] = i < n ? kv->pages[c->h->page[from[i] / PAGE]].pos[from[i] % PAGE] : -1;
 }
 
-// What to keep of the pairs [first, first + n) of some heads, and whether the others are demoted.
+// What to keep of a head's pairs [first, first + n), and whether the others are demoted.
 typedef struct {
     int first, n;
-    const uint8_t *keep;  // [n_heads][n]
+    const uint8_t *keep;  // [n]
     bool demote;
 } Evict;
 
-// Evicts from heads h [n_heads]. On failure none of them has changed.
-static int compact_heads(KVCache *kv, KVHead *h, int n_heads, const Evict *e, char *err) {
-    Compact *c = calloc((size_t)n_heads, sizeof *c);
-    if (!c) return fail(err, "out of memory for evicting from %d heads", n_heads);
-    int status = 0, n_pages = 0;
-    for (int i = 0; i < n_heads && status == 0; i++) {
-        c[i].h = h + i, c[i].from = malloc(((size_t)h[i].len + 1) * sizeof *c[i].from);
-        if (!c[i].from) {
-            status = fail(err, "out of memory for evicting from %d pairs", h[i].len);
-        } else {
-            compact_order(kv, &c[i], e->first, e->n, e->keep + (size_t)i * e->n, e->demote);
-            status = compact_plan(kv, &c[i], err);
-            n_pages = max_int(n_pages, c[i].to.n_pages);
-        }
+// On failure the head has not changed.
+static int compact_head(KVCache *kv, KVHead *h, const Evict *e, char *err) {
+    int stay = h->len;
+    for (int i = 0; i < e->n && !e->demote; i++) stay -= !e->keep[i];
+    Compact c = {.h = h, .from = malloc(((size_t)stay + 1) * sizeof *c.from)};
+    if (!c.from) return fail(err, "out of memory for evicting from %d pairs", h->len);
+    compact_order(kv, &c, e->first, e->n, e->keep, e->demote);
+    int status = compact_plan(kv, &c, err);
+    if (status == 0) {
+        parallel_for(kv->pool, c.to.n_pages, compact_page, &(CompactJob){kv, &c});
+        KVHead old = *h;
+        *h = c.to, c.to = old;
     }
-    if (status == 0)
-        parallel_for(kv->pool, n_pages * n_heads, compact_page, &(CompactJob){kv, c, n_heads});
-    for (int i = 0; i < n_heads; i++) {
-        if (status == 0) {
-            KVHead old = h[i];
-            h[i] = c[i].to, c[i].to = old;
-        }
-        head_free(kv, &c[i].to);
-        free(c[i].from);
-    }
-    free(c);
+    head_free(kv, &c.to);
+    free(c.from);
     return status;
 }
 
 int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
                          const uint8_t *keep, char *err) {
-    Evict e = {first, n, keep, false};
-    return compact_heads(kv, kvcache_head(kv, seq, layer, g), 1, &e, err);
+    return compact_head(kv, kvcache_head(kv, seq, layer, g), &(Evict){first, n, keep, false}, err);
 }
 
-// Layer by layer, so that memory for one layer's new pages is enough.
+// Head by head, so that memory for one head's new pages is enough.
 static int compact_layers(KVCache *kv, int seq, Evict e, char *err) {
     for (int l = 0; l < kv->shape.n_layers; l++) {
-        if (kv->shape.window[l] != 0) continue;
-        KVHead *h = kvcache_head(kv, seq, l, 0);
-        if (compact_heads(kv, h, kv->shape.n_kv_heads, &e, err) != 0) return -1;
-        e.keep += (size_t)kv->shape.n_kv_heads * e.n;
+        for (int g = 0; kv->shape.window[l] == 0 && g < kv->shape.n_kv_heads; g++) {
+            if (compact_head(kv, kvcache_head(kv, seq, l, g), &e, err) != 0) return -1;
+            e.keep += e.n;
+        }
     }
     kvcache_trim(kv);
     return 0;

@@ -1521,7 +1521,8 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
     return r;
 }
 
-static Shrunk shrink(Session *s, const Context *c, const float *score) {
+// Evicts by the scores, which are freed before memory for new pages is needed; NULL: all stay.
+static Shrunk shrink(Session *s, const Context *c, float *score) {
     char err[ERR_LEN];
     int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
     Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx,
@@ -1532,6 +1533,7 @@ static Shrunk shrink(Session *s, const Context *c, const float *score) {
     if (score) {
         uint8_t *keep = allocate(r.n_pairs, 1);
         r.n_kept = context_select(c, score, s->o->ratio, keep, err);
+        free(score);
         int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
             s->o->demote < 0 ? kvcache_compact : kvcache_demote;
         if (r.n_kept < 0 || evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
@@ -1597,19 +1599,15 @@ static int cmd_compress(const Options *o) {
     open_context(&c, &s, &text, &ids, &progress);
     if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c.n_ctx > 0;
-    float *score = NULL;
     Shrunk r;
     if (wants_stream(o) && o->demote >= 0)
         die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
-    if (wants_stream(o)) {
+    if (wants_stream(o))
         r = read_and_shrink(&s, &c, &progress);
-    } else {
-        score = read_context(&c, scored, &progress);
-        r = shrink(&s, &c, score);
-    }
+    else
+        r = shrink(&s, &c, read_context(&c, scored, &progress));
     save_context(&s, &c, r.ratio);
     compress_figures(o, &c, &r);
-    free(score);
     free(text.s);
     ids_free(&ids);
     close_session(&s);
