@@ -522,7 +522,13 @@ static void mean_rotation(const Context *c, int future, float *rope) {
     float at[MAX_HEAD_DIM];
     int n = c->kv->seqs[c->seq].next_pos;
     memset(rope, 0, (size_t)m->n_layers * m->rotary_dim * sizeof *rope);
-    for (int l = 0; l < m->n_layers; l++) {
+    for (int l = 0, same; l < m->n_layers; l++) {
+        for (same = 0; m->rope[same] != m->rope[l];) same++;  // layers share a few rotations
+        if (same < l) {
+            memcpy(rope + l * m->rotary_dim, rope + same * m->rotary_dim,
+                   (size_t)m->rotary_dim * sizeof *rope);
+            continue;
+        }
         for (int p = 0; p < future; p++) {
             model_rope(c->state->model, l, n + p, at);
             for (int j = 0; j < m->rotary_dim; j++)
