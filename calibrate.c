@@ -101,11 +101,11 @@ static int push_text(Run *r, const int *ids, int n, char *err) {
     return 0;
 }
 
-// All parts as texts, then all of them joined as far as positions were trained.
+// All parts as texts, then all of them joined, as far as positions were trained.
 static int cut_texts(Run *r, const Ids *parts, const int *part_n, int n_parts, char *err) {
     int room = r->m->seq_len - r->c->prefix->n - 2 * r->c->context.chunk, at = 0;
     for (int i = 0; i < n_parts; at += part_n[i++])
-        if (push_text(r, parts->id + at, part_n[i], err) != 0) return -1;
+        if (push_text(r, parts->id + at, min_int(part_n[i], r->m->seq_len), err) != 0) return -1;
     int joined = min_int(parts->n, room);
     if (n_parts > 1 && joined > part_n[0] && push_text(r, parts->id, joined, err) != 0) return -1;
     const int *ids = r->ids.id;
