@@ -219,20 +219,13 @@ static void sum_block(void *ctx, int unit) {
     }
 }
 
-static int scored_index(const Run *r, int layer) {
-    int s = 0;
-    if (r->m->window[layer] != 0) return -1;
-    for (int l = 0; l < layer; l++) s += r->m->window[l] == 0;
-    return s;
-}
-
 // The rows of the context among those that forward is computing go into the layer's sums.
 static void tap_features(void *arg, int layer, int n) {
     Run *r = arg;
     const RunState *s = r->c->context.state;
-    int scored = scored_index(r, layer), at = scored - r->layer0;
+    int scored = kvcache_scored_index(&r->c->context.kv->shape, layer), at = scored - r->layer0;
     int skip = min_int(max_int(r->c->prefix->n - s->pos[0], 0), n), blocks = r->n_features / BLOCK;
-    if (scored < 0 || at < 0 || at >= r->group || skip == n) return;
+    if (r->m->window[layer] != 0 || at < 0 || at >= r->group || skip == n) return;
     float *x = r->x;
     profile_rows(s, layer, n, r->x);
     r->x += (size_t)skip * r->n_features;
@@ -295,21 +288,14 @@ static void solve_rows(const double *l, double *x, int n, int ld) {
     }
 }
 
-// Where feature i of head g's probe stands among those of all heads.
-static int feature_of(const Config *m, int g, int i) {
-    int d = m->head_dim, shared = 1 + m->dim;
-    if (i < shared) return i;
-    return i < shared + d ? i + g * d : i - d + m->kv_dim + g * d;
-}
-
 // Rows [from, to) of head g's own products.
 static void own_products(const Run *r, int at, int g, int from, int to, double *l) {
     const float *p = r->products + (size_t)at * r->n_features * r->n_features;
     int n = probe_features(r->m);
     for (int i = from; i < to; i++) {
-        int fi = feature_of(r->m, g, i);
+        int fi = probe_feature(r->m, g, i);
         for (int j = 0; j <= i; j++) {
-            int fj = feature_of(r->m, g, j);
+            int fj = probe_feature(r->m, g, j);
             l[(size_t)i * n + j] = p[(size_t)max_int(fi, fj) * r->n_features + min_int(fi, fj)];
         }
         l[(size_t)i * n + i] *= 1 + r->c->lambda;
@@ -324,7 +310,7 @@ static double explained(const Run *r, int at, int g, const double *w, const doub
     double about_mean = r->squares[h] - r->sums[h] * r->sums[h] / count;
     double errors = r->squares[h] - dot(w, b, n);
     for (int i = 0; i < n; i++) {
-        size_t f = (size_t)feature_of(r->m, g, i);
+        size_t f = (size_t)probe_feature(r->m, g, i);
         errors -= r->c->lambda * p[f * r->n_features + f] * w[i] * w[i];
     }
     return about_mean > 0 ? fmax(1 - errors / about_mean, 0) : 1;
@@ -348,7 +334,7 @@ static void solve_layer(void *ctx, int at) {
         own_products(r, at, g, from, n, l);
         factor_rows(l, from, n, n);
         for (int i = 0; i < n; i++) {
-            size_t row = (size_t)at * r->n_features + feature_of(r->m, g, i);
+            size_t row = (size_t)at * r->n_features + probe_feature(r->m, g, i);
             w[i] = b[i] = r->targets[row * r->y_cols + g];
         }
         solve_rows(l, w, n, n);

@@ -332,6 +332,23 @@ KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g) {
     return &kv->seqs[seq].head[layer * kv->shape.n_kv_heads + g];
 }
 
+int kvcache_scored_index(const KVShape *shape, int layer) {
+    int n = 0;
+    for (int l = 0; l < layer; l++) n += shape->window[l] == 0;
+    return n;
+}
+
+int kvcache_scored_layer(const KVShape *shape, int s) {
+    int l = 0;
+    while (shape->window[l] != 0 || s-- > 0) l++;
+    return l;
+}
+
+KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h) {
+    int n = kv->shape.n_kv_heads;
+    return kvcache_head(kv, seq, kvcache_scored_layer(&kv->shape, h / n), h % n);
+}
+
 // ---- open and close ----
 
 // What new pairs are stored in.
@@ -920,12 +937,6 @@ typedef struct {
     int first_page;  // of the scored pairs
 } Sweep;
 
-static int scored_index(const KVShape *shape, int layer) {
-    int n = 0;
-    for (int l = 0; l < layer; l++) n += shape->window[l] == 0;
-    return n;
-}
-
 // Folds the tile's rows into acc [group][64].
 static void sweep_rows(Tile *t, const KVScoring *s, const float *lse, int n_heads, int base,
                        float (*acc)[PAGE]) {
@@ -946,7 +957,7 @@ static void sweep_rows(Tile *t, const KVScoring *s, const float *lse, int n_head
 static void raise_scores(const Attend *a, int g, int base, float (*acc)[PAGE]) {
     const KVScoring *s = a->kv->scoring;
     int group = a->kv->shape.n_heads / a->kv->shape.n_kv_heads,
-        l = scored_index(&a->kv->shape, a->layer);
+        l = kvcache_scored_index(&a->kv->shape, a->layer);
     float *score = s->score + ((size_t)l * a->kv->shape.n_kv_heads + g) * s->n_ctx - s->n_prefix;
     for (int t = max_int(base, s->t0); t < min_int(base + PAGE, s->t1); t++) {
         for (int i = 0; i < group; i++) {

@@ -175,6 +175,8 @@ void kvcache_score_end(KVCache *kv);
 // Layers that are scored and evicted: those without a window. layers [n_layers] may be NULL;
 // returns how many.
 int kvcache_scored_layers(const KVShape *shape, int *layers);
+int kvcache_scored_index(const KVShape *shape, int layer);  // how many of them come before it
+int kvcache_scored_layer(const KVShape *shape, int s);      // the s-th of them
 
 // ---- evicting ----
 typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } KVLevel;
@@ -215,6 +217,7 @@ void kvcache_trim(KVCache *kv);
 
 // ---- looking inside ----
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
+KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h);  // the h-th in scored layers
 // k, v [head_dim] (each may be NULL) of pair t as float, and its position. The accessor for norms
 // and geometry.
 int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, float *v);

@@ -285,12 +285,6 @@ static int score_observed(Context *c, float *score, char *err) {
 
 // ---- positions, norms and geometry ----
 
-static int scored_layer(const KVShape *shape, int s) {
-    int l = 0;
-    while (shape->window[l] != 0 || s-- > 0) l++;
-    return l;
-}
-
 typedef struct {
     const Context *c;
     float *score;  // [scored layers][n_kv_heads][n_ctx]
@@ -302,7 +296,7 @@ static void call_head(void *ctx, int i) {
     const Heads *h = ctx;
     const KVShape *shape = &h->c->kv->shape;
     Head head = {h->c,
-                 scored_layer(shape, i / shape->n_kv_heads),
+                 kvcache_scored_layer(shape, i / shape->n_kv_heads),
                  i % shape->n_kv_heads,
                  h->c->n_prefix,
                  h->c->n_ctx,
@@ -326,7 +320,7 @@ static int score_heads(Context *c, float *score, HeadScore *fn, char *err) {
 static void call_live(void *ctx, int i) {
     const Live *v = ctx;
     const KVShape *shape = &v->c->kv->shape;
-    int layer = scored_layer(shape, i / shape->n_kv_heads), g = i % shape->n_kv_heads;
+    int layer = kvcache_scored_layer(shape, i / shape->n_kv_heads), g = i % shape->n_kv_heads;
     int n = kvcache_head(v->c->kv, v->c->seq, layer, g)->len;
     Head head = {v->c, layer, g, 0, n, v->score[i], v->own};
     v->c->policy->live->fn(&head);
@@ -681,12 +675,6 @@ static int score_heads_profile(Context *c, float *score, char *err) {
     return 0;
 }
 
-static int scored_before(const KVShape *shape, int layer) {
-    int n = 0;
-    for (int l = 0; l < layer; l++) n += shape->window[l] == 0;
-    return n;
-}
-
 // Probes, and expected attention beside them where parameter `expected` wants it.
 typedef struct {
     Expected expected;  // first, so that a Zap can stand for one
@@ -703,7 +691,7 @@ static void tap_probes(void *arg, int layer, int n) {
     const KVShape *shape = &c->kv->shape;
     if (shape->window[layer] != 0) return;
     if (z->mixed) tap_queries(&z->expected, layer, n);
-    int scored = scored_before(shape, layer);
+    int scored = kvcache_scored_index(shape, layer);
     probes_apply(&z->probes, c->state, layer, scored, n);
     for (int g = 0; g < shape->n_kv_heads; g++) {
         int h = scored * shape->n_kv_heads + g, from = 0;
@@ -800,11 +788,9 @@ static void live_zap_close(Live *v) {
 
 static int live_zap(Live *v, char *err) {
     Zap *z = v->own;
-    const KVShape *shape = &v->c->kv->shape;
     if (z->mixed && live_expectation(v, &z->expected, err) != 0) return -1;
     for (int h = 0; h < v->n_heads; h++) {
-        int layer = scored_layer(shape, h / shape->n_kv_heads), first = v->c->n_prefix;
-        int n = kvcache_head(v->c->kv, v->c->seq, layer, h % shape->n_kv_heads)->len - first;
+        int first = v->c->n_prefix, n = kvcache_scored_head(v->c->kv, v->c->seq, h)->len - first;
         float *score = v->score[h] + first, *taken = v->taken[h] + first;
         if (n <= 0) continue;
         if (!z->mixed) memcpy(score, taken, (size_t)n * sizeof *score);

@@ -174,12 +174,8 @@ void profile_rows(const RunState *s, int layer, int n, float *x) {
 
 // A probe's weights into column g of a layer's matrix.
 static void put_probe(float *w, const float *probe, int g, int cols, const Config *c) {
-    int d = c->head_dim, keys = 1 + c->dim, values = keys + c->kv_dim;
-    for (int i = 0; i < keys; i++) w[(size_t)i * cols + g] = probe[i];
-    for (int i = 0; i < d; i++) {
-        w[(size_t)(keys + g * d + i) * cols + g] = probe[keys + i];
-        w[(size_t)(values + g * d + i) * cols + g] = probe[keys + d + i];
-    }
+    for (int i = 0; i < probe_features(c); i++)
+        w[(size_t)probe_feature(c, g, i) * cols + g] = probe[i];
 }
 
 int probes_open(Probes *b, const Profile *p, const RunState *s, char *err) {

@@ -23,6 +23,13 @@ typedef struct {
 // RoPE and its value [head_dim].
 static inline int probe_features(const Config *c) { return 1 + c->dim + 2 * c->head_dim; }
 
+// Where feature i of kv head g's probe stands in a row of the features of all heads (profile_rows).
+static inline int probe_feature(const Config *c, int g, int i) {
+    int d = c->head_dim, shared = 1 + c->dim;
+    if (i < shared) return i;
+    return i < shared + d ? i + g * d : i - d + c->kv_dim + g * d;
+}
+
 bool profile_carried(const Model *m);  // whether the model's own file holds a profile
 
 // Opens the profile at path, or the model's own where path is NULL; refuses another model's.

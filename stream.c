@@ -14,18 +14,11 @@
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 
-static int layer_of(const Context *c, int h) {
-    int scored = h / c->kv->shape.n_kv_heads, l = 0;
-    while (c->kv->shape.window[l] != 0 || scored-- > 0) l++;
-    return l;
-}
-
 static KVHead *head_of(const Stream *s, int h) {
-    const Context *c = s->live.c;
-    return kvcache_head(c->kv, c->seq, layer_of(c, h), h % c->kv->shape.n_kv_heads);
+    return kvcache_scored_head(s->live.c->kv, s->live.c->seq, h);
 }
 
-// Room for the scores of what each head has and of another forward call.
+// Room for the scores of what each head has and of what may come before the next look.
 static int make_room(Stream *s, char *err) {
     for (int h = 0; h < s->live.n_heads; h++) {
         int need = head_of(s, h)->len + s->live.c->state->max_rows + PAGE;
@@ -103,9 +96,8 @@ static int count_places(Stream *s, char *err) {
     return pool;
 }
 
-// keep [competing pairs of the pool's heads, one head after the other]; returns how many of all
-// pairs they are, or -1.
-static long choose(const Stream *s, int h, int pool, int window, uint8_t *keep, float *score,
+// keep [competing pairs of the pool's heads, one head after the other].
+static int choose(const Stream *s, int h, int pool, int window, uint8_t *keep, float *score,
                    char *err) {
     long n = 0;
     for (int i = h; i < h + pool; i++) {
@@ -116,7 +108,7 @@ static long choose(const Stream *s, int h, int pool, int window, uint8_t *keep, 
     int places = min_int(s->pairs[h], (int)n);
     KVSelect select = {
         .n_layers = 1, .n_kv_heads = 1, .n_ctx = (int)n, .level = LEVEL_BUDGET, .budget = &places};
-    return kvcache_select(keep, score, &select, err) < 0 ? -1 : n;
+    return kvcache_select(keep, score, &select, err) < 0 ? -1 : 0;
 }
 
 // Takes out what keep [n] lacks, of head h and of what was taken down about its pairs.
@@ -124,8 +116,9 @@ static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
     const Context *c = s->live.c;
     float *taken = s->live.taken[h] + c->n_prefix;
     int len = head_of(s, h)->len, to = 0;
-    if (kvcache_compact_head(c->kv, c->seq, layer_of(c, h), h % c->kv->shape.n_kv_heads,
-                             c->n_prefix, n, keep, err) != 0)
+    int n_kv_heads = c->kv->shape.n_kv_heads;
+    int layer = kvcache_scored_layer(&c->kv->shape, h / n_kv_heads);
+    if (kvcache_compact_head(c->kv, c->seq, layer, h % n_kv_heads, c->n_prefix, n, keep, err) != 0)
         return -1;
     for (int t = 0; t < len - c->n_prefix; t++)
         if (t >= n || keep[t]) taken[to++] = taken[t];
@@ -142,7 +135,7 @@ static int evict(Stream *s, int window, char *err) {
     if (!keep || !score) status = fail(err, "out of memory for choosing among %ld pairs", most);
     for (int h = 0; h < n_heads && status == 0; h += pool) {
         long at = 0;
-        if (choose(s, h, pool, window, keep, score, err) < 0) status = -1;
+        status = choose(s, h, pool, window, keep, score, err);
         for (int i = h; i < h + pool && status == 0; i++) {
             int n = competing(s, i, window);
             status = evict_head(s, i, n, keep + at, err);
@@ -168,9 +161,8 @@ static int step(Stream *s, int window, char *err) {
 
 int stream_step(Stream *s, char *err) {
     const Context *c = s->live.c;
-    if (c->kv->seqs[c->seq].next_pos - s->checked >= PAGE && step(s, s->window, err) != 0)
-        return -1;
-    return make_room(s, err);
+    if (c->kv->seqs[c->seq].next_pos - s->checked < PAGE) return 0;
+    return step(s, s->window, err) == 0 ? make_room(s, err) : -1;
 }
 
 long stream_finish(Stream *s, char *err) {

@@ -26,18 +26,13 @@ static int n_heads(const Fixture *f) {
     return kvcache_scored_layers(&f->kv.shape, NULL) * f->kv.shape.n_kv_heads;
 }
 
-static int layer_at(const Fixture *f, int h) {
-    int s = h / f->kv.shape.n_kv_heads, l = 0;
-    while (f->kv.shape.window[l] != 0 || s-- > 0) l++;
-    return l;
-}
-
 static const KVHead *head_at(const Fixture *f, int seq, int h) {
-    return kvcache_head(&f->kv, seq, layer_at(f, h), h % f->kv.shape.n_kv_heads);
+    return kvcache_scored_head(&f->kv, seq, h);
 }
 
 static int position(const Fixture *f, int seq, int h, int t) {
-    return kvcache_pair(&f->kv, seq, layer_at(f, h), h % f->kv.shape.n_kv_heads, t, NULL, NULL);
+    int n = f->kv.shape.n_kv_heads, layer = kvcache_scored_layer(&f->kv.shape, h / n);
+    return kvcache_pair(&f->kv, seq, layer, h % n, t, NULL, NULL);
 }
 
 // Read in one call, then finished: the pairs that scoring and selecting the whole context keep.
