@@ -1188,7 +1188,6 @@ static const Peak q8_avx2 = {2 * 16 * CHAINS, peak_q8_avx2};
 static const Peak q4_avx2 = {2 * 32 * CHAINS, peak_maddubs};
 
 static const Kernels avx2_kernels = {
-    .name = "avx2",
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2,
                matmul_q4_avx2},
     .quantize = quantize_avx2,
@@ -1252,32 +1251,6 @@ AVX2 static float peak_vex(int rounds) { return peak_bytes(rounds, VNNI_VEX); }
 
 static const Peak int_evex = {2 * 32 * CHAINS, peak_evex}, int_vex = {2 * 32 * CHAINS, peak_vex};
 
-static const Kernels avx2vnni_kernels = {
-    .name = "avx2vnni",
-    .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_evex,
-               matmul_q4_evex},
-    .quantize = quantize_avx2vnni,
-    .gemm_f32 = gemm_f32_avx2,
-    .gemm_f16 = gemm_f16_avx2,
-    .pack_f16 = pack_f16_avx2,
-    .gemm_packed = gemm_f32_avx2,
-    .peak = {&f32_avx2, &f32_avx2, &f32_avx2, &int_evex, &int_evex},
-    .peak_packed = &f32_avx2,
-    .pack_f32 = pack_f32_scalar,
-    .gemm_codes = gemm_codes_avx2,
-    .unpack_codes = unpack_codes_avx2,
-    .rmsnorm = rmsnorm_avx2,
-    .add = add_avx2,
-    .scale = scale_avx2,
-    .silu_mul = silu_mul_avx2,
-    .gelu_mul = gelu_mul_avx2,
-    .max64 = max64_avx2,
-    .exp64 = exp64_avx2,
-    .max_into = max_into_avx2,
-    .f16_to_f32 = f16_to_f32_avx2,
-    .f32_to_f16 = f32_to_f16_avx2,
-};
-
 static bool has_vnni_evex(void) {
     return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
@@ -1288,6 +1261,15 @@ static bool has_vnni_vex(void) {  // AVX-VNNI: leaf 7, subleaf 1, bit 4 of EAX
 }
 
 static bool has_avx2vnni(void) { return has_avx2() && (has_vnni_evex() || has_vnni_vex()); }
+
+// What differs from AVX2's table.
+static void adapt_avx2vnni(Kernels *k) {
+    bool evex = has_vnni_evex();
+    k->matmul[W_Q8] = evex ? matmul_q8_evex : matmul_q8_vex;
+    k->matmul[W_Q4] = evex ? matmul_q4_evex : matmul_q4_vex;
+    k->quantize = quantize_avx2vnni;
+    k->peak[W_Q8] = k->peak[W_Q4] = evex ? &int_evex : &int_vex;
+}
 
 // ---- AVX-512 with VNNI: x86-64 servers, and laptops from Ice Lake (2019) and Zen 4 (2022) on ----
 
@@ -1676,7 +1658,6 @@ static const Peak f32_avx512 = {2 * 16 * CHAINS, peak_f32_avx512};
 static const Peak int_avx512 = {2 * 64 * CHAINS, peak_int_avx512};
 
 static const Kernels avx512_kernels = {
-    .name = "avx512",
     .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512,
                matmul_q4_avx512},
     .quantize = quantize_avx512,
@@ -1880,6 +1861,16 @@ static bool has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
+}
+
+static void adapt_avx512(Kernels *k) {
+    if (!__builtin_cpu_supports("avx512bf16")) return;
+    k->pack_f16 = pack_f16_bf16;
+    k->pack_f32 = pack_f32_bf16;
+    k->gemm_packed = gemm_packed_bf16;
+    k->gemm_f16 = gemm_f16_bf16;
+    k->packed_error = 0x1p-8f;
+    k->peak_packed = &bf16_avx512;
 }
 #endif
 
@@ -2385,7 +2376,6 @@ static void unpack_codes_neon(float *out, size_t ld, const Codes *b) {
 }
 
 static const Kernels neon_kernels = {
-    .name = "neon",
     .matmul = {matmul_float_neon, matmul_float_neon, matmul_float_neon, matmul_q8_neon,
                matmul_q4_neon},
     .quantize = quantize_neon,
@@ -2416,6 +2406,14 @@ static bool has_dotprod(void) {
 #else
     return true;  // every Apple processor that runs macOS
 #endif
+}
+
+static void adapt_neon(Kernels *k) {
+    if (!has_dotprod()) return;
+    k->matmul[W_Q8] = matmul_q8_sdot;
+    k->matmul[W_Q4] = matmul_q4_sdot;
+    k->peak[W_Q8] = k->peak[W_Q4] = &int_sdot;
+    k->gemm_codes = gemm_codes_sdot;
 }
 #endif
 
@@ -2463,9 +2461,12 @@ static void blas_init(void) {}
 
 // ---- choosing ----
 
+// A set is a table and what is put in its place on machines that can do more, or NULL.
 typedef struct {
+    const char *name;
     const Kernels *set;
     bool (*usable)(void);
+    void (*adapt)(Kernels *k);
 } Isa;
 
 static bool always(void) { return true; }
@@ -2473,44 +2474,24 @@ static bool always(void) { return true; }
 static const Isa isas[] = {
 // best first
 #ifdef __x86_64__
-    {&avx512_kernels, has_avx512}, {&avx2vnni_kernels, has_avx2vnni}, {&avx2_kernels, has_avx2},
+    {"avx512", &avx512_kernels, has_avx512, adapt_avx512},
+    {"avx2vnni", &avx2_kernels, has_avx2vnni, adapt_avx2vnni},
+    {"avx2", &avx2_kernels, has_avx2, NULL},
 #endif
 #ifdef __aarch64__
-    {&neon_kernels, always},
+    {"neon", &neon_kernels, always, adapt_neon},
 #endif
-    {&scalar_kernels, always},
+    {"scalar", &scalar_kernels, always, NULL},
 };
 
 int kernels_init(const char *isa) {
-    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
-        if ((!isa || !strcmp(isa, isas[i].set->name)) && isas[i].usable()) {
-            kern = *isas[i].set;
-            blas_init();
-#ifdef __x86_64__
-            if (isas[i].set == &avx512_kernels && __builtin_cpu_supports("avx512bf16")) {
-                kern.pack_f16 = pack_f16_bf16;
-                kern.pack_f32 = pack_f32_bf16;
-                kern.gemm_packed = gemm_packed_bf16;
-                kern.gemm_f16 = gemm_f16_bf16;
-                kern.packed_error = 0x1p-8f;
-                kern.peak_packed = &bf16_avx512;
-            }
-            if (isas[i].set == &avx2vnni_kernels && !has_vnni_evex()) {
-                kern.matmul[W_Q8] = matmul_q8_vex;
-                kern.matmul[W_Q4] = matmul_q4_vex;
-                kern.peak[W_Q8] = kern.peak[W_Q4] = &int_vex;
-            }
-#endif
-#ifdef __aarch64__
-            if (isas[i].set == &neon_kernels && has_dotprod()) {
-                kern.matmul[W_Q8] = matmul_q8_sdot;
-                kern.matmul[W_Q4] = matmul_q4_sdot;
-                kern.peak[W_Q8] = kern.peak[W_Q4] = &int_sdot;
-                kern.gemm_codes = gemm_codes_sdot;
-            }
-#endif
-            return 0;
-        }
+    for (const Isa *i = isas; i < isas + sizeof isas / sizeof *isas; i++) {
+        if ((isa && strcmp(isa, i->name) != 0) || !i->usable()) continue;
+        kern = *i->set;
+        kern.name = i->name;
+        if (i->adapt) i->adapt(&kern);
+        blas_init();
+        return 0;
     }
     return -1;
 }
