@@ -170,11 +170,10 @@ static Work work_between(Work before, Work after) {
     return after;
 }
 
-// Hands out a row of work w. Attention over a few rows, as in decoding, is always in f32.
+// Hands out a row of work w.
 static void emit(const Run *r, BenchRow row, const Work *w) {
     const BenchPeaks *p = &r->peaks;
-    bool decode = strcmp(row.work, "decode") == 0;
-    double ops = w->attention, at_peak = ops / (decode ? p->gflop_per_s[W_F32] : p->attention);
+    double ops = w->attention, at_peak = ops / p->attention;
     for (int i = 0; i < W_TYPES; i++)
         ops += w->matrix[i], at_peak += w->matrix[i] / p->gflop_per_s[i];
     double memory = row.gb_per_s / p->gb_per_s, compute = 1e-9 * at_peak / row.seconds;

@@ -15,7 +15,7 @@ typedef struct {
 typedef struct {
     double gb_per_s;              // reading memory
     double gflop_per_s[W_TYPES];  // matrix products, by type of the weights
-    double attention;             // GFLOP/s of attention over many rows
+    double attention;             // GFLOP/s of attention over pages of the cache's full type
 } BenchPeaks;
 
 typedef struct {
