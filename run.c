@@ -1368,6 +1368,11 @@ static void prefix_ids(const Session *s, Ids *ids) {
     free(text.s);
 }
 
+// The turn change between the repeat request and the repeated text.
+static const char *repeat_postfix(const Session *s) {
+    return s->o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix;
+}
+
 // Prefix and context as ids, and how they are read and scored.
 static void open_context(Context *c, Session *s, const Buffer *text, Ids *ids, Progress *p) {
     const Options *o = s->o;
@@ -1385,7 +1390,7 @@ static void open_context(Context *c, Session *s, const Buffer *text, Ids *ids, P
     *p = progress_begin(s);
     c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);
     c->ids = ids->id, c->n_prefix = n_prefix, c->n_ctx = ids->n - n_prefix;
-    c->postfix = o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix;
+    c->postfix = repeat_postfix(s);
     c->progress = progress_step, c->progress_arg = p;
 }
 
@@ -1502,48 +1507,48 @@ static size_t bytes_unevicted(const Session *s, const Context *c) {
     return kvcache_full_bytes(&s->kv, c->seq) + (size_t)missing * page;
 }
 
+// What is left once evicting is done; err is of the step before, which may have failed.
+static void shrunk(Session *s, const Context *c, Shrunk *r, char *err) {
+    if (r->n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
+    r->ratio = r->n_pairs > 0 ? (double)r->n_kept / r->n_pairs : 1;
+    r->bytes = kvcache_bytes(&s->kv, c->seq);
+    r->memory = private_memory();
+}
+
 // Reads the context and evicts meanwhile.
 static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) {
     char err[ERR_LEN];
-    int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
-    Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx};
+    Shrunk r = {.n_pairs = (long)context_scores(c)};
     start_stream(s, c);
     c->after = stream_after, c->after_arg = &s->stream;
     free(read_context(c, false, progress));
     r.memory_full = private_memory();
     r.n_kept = stream_finish(&s->stream, err);
-    if (r.n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
-    r.ratio = r.n_pairs > 0 ? (double)r.n_kept / r.n_pairs : 1;
-    r.full = bytes_unevicted(s, c);
     r.peak = s->stream.peak;
-    r.bytes = kvcache_bytes(&s->kv, c->seq);
-    r.memory = private_memory();
+    shrunk(s, c, &r, err);
+    r.full = bytes_unevicted(s, c);
     return r;
 }
 
 // Evicts by the scores, which are freed before memory for new pages is needed; NULL: all stay.
 static Shrunk shrink(Session *s, const Context *c, float *score) {
     char err[ERR_LEN];
-    int n_scored = kvcache_scored_layers(&s->kv.shape, NULL), n_heads = s->kv.shape.n_kv_heads;
-    Shrunk r = {.n_pairs = (long)n_scored * n_heads * c->n_ctx,
-                .full = kvcache_full_bytes(&s->kv, c->seq)};
-    r.peak = kvcache_bytes(&s->kv, c->seq);
+    Shrunk r = {.n_pairs = (long)context_scores(c),
+                .full = kvcache_full_bytes(&s->kv, c->seq),
+                .peak = kvcache_bytes(&s->kv, c->seq),
+                .memory_full = private_memory()};
     r.n_kept = r.n_pairs;
-    r.memory_full = private_memory();
     if (score) {
         uint8_t *keep = allocate(r.n_pairs, 1);
         r.n_kept = context_select(c, score, s->o->ratio, keep, err);
         free(score);
         int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
             s->o->demote < 0 ? kvcache_compact : kvcache_demote;
-        if (r.n_kept < 0 || evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
-            die("%s", err);
+        if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
+            r.n_kept = -1;
         free(keep);
     }
-    if (kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
-    r.ratio = r.n_pairs > 0 ? (double)r.n_kept / r.n_pairs : 1;
-    r.bytes = kvcache_bytes(&s->kv, c->seq);
-    r.memory = private_memory();
+    shrunk(s, c, &r, err);
     return r;
 }
 
@@ -1591,6 +1596,8 @@ static int cmd_compress(const Options *o) {
     Session s;
     Ids ids = {0};
     Progress progress;
+    if (wants_stream(o) && o->demote >= 0)
+        die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
     check_output(o);
     Buffer text = read_text(o, NULL);
     catch_signals();
@@ -1600,8 +1607,6 @@ static int cmd_compress(const Options *o) {
     if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c.n_ctx > 0;
     Shrunk r;
-    if (wants_stream(o) && o->demote >= 0)
-        die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
     if (wants_stream(o))
         r = read_and_shrink(&s, &c, &progress);
     else
@@ -2288,7 +2293,7 @@ static int cmd_eval(const Options *o) {
                           .chunk = (int)o->chunk,
                           .local = o->score_attn == 1,
                           .profile = s.has_profile ? &s.profile : NULL,
-                          .postfix = o->raw ? "\n" : tokenizer_chat(s.tok)->kvzip_postfix};
+                          .postfix = repeat_postfix(&s)};
     int rc = eval_run(&e, &tasks, &results, err);
     progress_end(&progress);
     if (interrupted) die_interrupted();
@@ -2331,7 +2336,7 @@ static int cmd_calibrate(const Options *o) {
                                .tok = s.tok,
                                .chunk = (int)o->chunk,
                                .local = true,
-                               .postfix = o->raw ? "\n" : tokenizer_chat(s.tok)->kvzip_postfix},
+                               .postfix = repeat_postfix(&s)},
                    .prefix = &prefix,
                    .lambda = o->lambda,
                    .progress = progress_step,
