@@ -18,20 +18,12 @@ import sys
 import tempfile
 import time
 
+from checks import check, end
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUN = os.environ.get("RUN", os.path.join(os.path.dirname(HERE), "run"))
 FIXTURES = os.environ.get("FIXTURES", os.path.join(HERE, "fixtures"))
 LOGITS, SCORES = 3e-4, 1e-4  # tolerances of plain float32
-passed = failed = 0
-
-
-def check(ok, what):
-    global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print("FAILED:", what)
 
 
 # ---- files ----
@@ -718,8 +710,7 @@ def main():
         test_streams(smol)
         test_interrupt(smol, d)
         test_interrupted_chat(smol)
-    print("test_cli: %d passed, %d failed" % (passed, failed))
-    return failed != 0
+    return end("test_cli")
 
 
 if __name__ == "__main__":

@@ -811,81 +811,100 @@ static void test_types(void) {
 
 // ---- files ----
 
+static const char file[] = "test_kvcache.tmp.kvc";
+
+static void write_file(const char *bytes, long n) {
+    FILE *f = fopen(file, "wb");
+    fwrite(bytes, 1, (size_t)n, f);
+    fclose(f);
+}
+
+static char *read_file(long *n) {
+    FILE *f = fopen(file, "rb");
+    fseek(f, 0, SEEK_END);
+    *n = ftell(f);
+    char *bytes = malloc((size_t)*n);
+    rewind(f);
+    CHECK(fread(bytes, 1, (size_t)*n, f) == (size_t)*n);
+    fclose(f);
+    return bytes;
+}
+
+// The file holds sequence seq of kv. The map is read-only: appending copies, twice with the same
+// result.
+static void check_loaded(KVCache *back, KVCache *kv, int seq, const KVInfo *got) {
+    int n;
+    float *want = snapshot(kv, seq, &n), a[3 * HEADS * D], b[3 * HEADS * D];
+    CHECK(got->n_prefix == 10 && got->n_ctx == 200 && got->ratio == 0.5 && got->ids[209] == 627);
+    CHECK_STR(got->model, "tiny \"model\"");
+    CHECK(back->seqs[0].next_pos == 210 && back->types.k == kv->types.k &&
+          back->types.v == kv->types.v && back->type == kv->type);
+    CHECK(kvcache_bytes(back, 0) == kvcache_bytes(kv, seq));
+    check_same(back, 0, want, n);
+    for (int pass = 0; pass < 2; pass++) {
+        int mark = kvcache_mark(back, 0, err);
+        seed = 5, append_random(back, 0, 3, pass ? b : a);
+        CHECK(kvcache_rewind(back, 0, mark, err) == 0);
+        kvcache_drop(back, mark);
+    }
+    CHECK(memcmp(a, b, sizeof a) == 0);
+    seed = 5, append_random(kv, seq, 3, b);
+    CHECK(memcmp(a, b, sizeof a) == 0);
+    check_same(back, 0, want, n);
+    free(want);
+}
+
+// A cut file is refused, never half read; nor does a wrong byte crash it, in header or page
+// classes.
+static void check_damaged(const KVShape *shape) {
+    KVCache back;
+    KVInfo got;
+    long size;
+    char *bytes = read_file(&size);
+    for (long cut = 0; cut < size; cut += 1 + size / 50) {
+        write_file(bytes, cut);
+        CHECK(kvcache_load(&back, shape, "f1f2", NULL, file, &got, err) == -1);
+    }
+    for (long i = 0; i < 700; i++) {
+        long at = i < 600 ? 8 + i * 4 : size - 1 - i % 100;
+        char was = bytes[at];
+        bytes[at] = (char)(was ^ (1 << i % 7));
+        write_file(bytes, size);
+        bytes[at] = was;
+        if (kvcache_load(&back, shape, "f1f2", NULL, file, &got, err) == 0) {
+            append_random(&back, 0, 1, NULL);
+            kvcache_close(&back);
+        }
+    }
+    free(bytes);
+}
+
 static void test_files(KVTypes types) {
-    const char *path = "test_kvcache.tmp.kvc";
     KVCache kv, back;
-    KVShape shape = shape_with(one_window);
+    KVShape shape = shape_with(one_window), other = {L, HEADS, KV, 32, 1, 0, one_window};
     CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
-    int seq = kvcache_new(&kv, err), n, m;
+    int seq = kvcache_new(&kv, err);
     append_random(&kv, seq, 210, NULL);
     uint8_t keep[L * KV * 200];
     for (int i = 0; i < L * KV * 200; i++) keep[i] = rnd() > 0;
     bool codes = types.v > KV_F32;
     CHECK((codes ? kvcache_demote : kvcache_compact)(&kv, seq, 10, 200, keep, err) == 0);
     CHECK(kvcache_settle(&kv, seq, err) == 0);
-    float *want = snapshot(&kv, seq, &n);
     int ids[210];
     for (int i = 0; i < 210; i++) ids[i] = i * 3;
     KVInfo info = {"f1f2", "tiny \"model\"", "kvzip", 10, 200, 0.5, ids, 210}, got;
-    CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+    CHECK(kvcache_save(&kv, seq, file, &info, err) == 0);
 
-    CHECK(kvcache_load(&back, &shape, "0000", NULL, path, &got, err) == -1);
+    CHECK(kvcache_load(&back, &shape, "0000", NULL, file, &got, err) == -1);
     CHECK(strstr(err, "another model") != NULL);
-    CHECK(kvcache_load(&back, &(KVShape){L, HEADS, KV, 32, 1, 0, one_window}, "f1f2", NULL, path,
-                       &got, err) == -1);
+    CHECK(kvcache_load(&back, &other, "f1f2", NULL, file, &got, err) == -1);
     CHECK(kvcache_load(&back, &shape, "f1f2", NULL, "no_such.kvc", &got, err) == -1);
-    if (CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == 0)) {
-        CHECK(got.n_prefix == 10 && got.n_ctx == 200 && got.ratio == 0.5 && got.ids[209] == 627);
-        CHECK_STR(got.model, "tiny \"model\"");
-        CHECK(back.seqs[0].next_pos == 210 && back.types.k == types.k && back.types.v == types.v &&
-              back.type == kv.type);
-        CHECK(kvcache_bytes(&back, 0) == kvcache_bytes(&kv, seq));
-        check_same(&back, 0, want, n);
-        float a[3 * HEADS * D], b[3 * HEADS * D];
-        for (int pass = 0; pass < 2;
-             pass++) {  // the map is read-only: appending copies, twice with the same result
-            int mark = kvcache_mark(&back, 0, err);
-            seed = 5, append_random(&back, 0, 3, pass ? b : a);
-            CHECK(kvcache_rewind(&back, 0, mark, err) == 0);
-            kvcache_drop(&back, mark);
-        }
-        CHECK(memcmp(a, b, sizeof a) == 0);
-        seed = 5, append_random(&kv, seq, 3, b);
-        CHECK(memcmp(a, b, sizeof a) == 0);
-        check_same(&back, 0, want, n);
-        float *again = snapshot(&back, 0, &m);
-        free(again);
+    if (CHECK(kvcache_load(&back, &shape, "f1f2", NULL, file, &got, err) == 0)) {
+        check_loaded(&back, &kv, seq, &got);
         kvcache_close(&back);
     }
-    FILE *f = fopen(path, "rb");
-    fseek(f, 0, SEEK_END);
-    long size = ftell(f);
-    char *bytes = malloc((size_t)size);
-    rewind(f);
-    CHECK(fread(bytes, 1, (size_t)size, f) == (size_t)size);
-    fclose(f);
-    for (long cut = 0; cut < size;
-         cut += 1 + size / 50) {  // a cut file is refused, never half read
-        f = fopen(path, "wb");
-        fwrite(bytes, 1, (size_t)cut, f);
-        fclose(f);
-        CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
-    }
-    for (long i = 0; i < 700; i++) {  // nor does a wrong byte crash it, in header or page classes
-        long at = i < 600 ? 8 + i * 4 : size - 1 - i % 100;
-        char was = bytes[at];
-        bytes[at] = (char)(was ^ (1 << i % 7));
-        f = fopen(path, "wb");
-        fwrite(bytes, 1, (size_t)size, f);
-        fclose(f);
-        bytes[at] = was;
-        if (kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == 0) {
-            append_random(&back, 0, 1, NULL);
-            kvcache_close(&back);
-        }
-    }
-    remove(path);
-    free(bytes), free(want);
+    check_damaged(&shape);
+    remove(file);
     kvcache_close(&kv);
 }
 

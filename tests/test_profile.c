@@ -39,6 +39,33 @@ static void test_budgets(const Profile *p) {
 
 // ---- against KVzip ----
 
+// A text alone, without a prefix, in one chunk: its KVzip scores [context_scores] in a new array,
+// and the profile that calibrating on it gives.
+static Context calibrate_alone(Fixture *f, const char *text, Ids *ids, float **score, Profile *p) {
+    CalibrateResult r;
+    CHECK(tokenizer_encode(f->tok, text, strlen(text), 0, ids) == 0);
+    Context c = {.state = &f->state,
+                 .kv = &f->kv,
+                 .tok = f->tok,
+                 .ids = ids->id,
+                 .n_ctx = ids->n,
+                 .chunk = 1000,
+                 .seq = kvcache_new(&f->kv, err),
+                 .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
+    *score = malloc(context_scores(&c) * sizeof **score);
+    CHECK(context_score(&c, policies, *score, err) == 0);
+    kvcache_drop(&f->kv, c.seq);
+    Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA};
+    CHECK(calibrate_run(&cal, text, strlen(text), path, false, &r, err) == 0);
+    CHECK(r.n_texts == 1 && r.n_tokens == ids->n && r.longest == ids->n);
+    CHECK(r.explained > 0.05 && r.explained <= 1);
+    if (!CHECK(profile_open(p, &f->model, path, err) == 0)) {
+        printf("%s: %s\n", f->name, err);
+        exit(1);
+    }
+    return c;
+}
+
 // One text alone: its shares and maxima are those of KVzip's scores.
 static void test_shares(Fixture *f) {
     static const char text[] =
@@ -46,28 +73,9 @@ static void test_shares(Fixture *f) {
         "easily offended by a late frost in the second week of May.";
     Ids ids = {0};
     Profile p;
-    CalibrateResult r;
-    CHECK(tokenizer_encode(f->tok, text, sizeof text - 1, 0, &ids) == 0);
-    Context c = {.state = &f->state,
-                 .kv = &f->kv,
-                 .tok = f->tok,
-                 .ids = ids.id,
-                 .n_ctx = ids.n,
-                 .chunk = 1000,
-                 .seq = kvcache_new(&f->kv, err),
-                 .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
-    size_t n = context_scores(&c);
-    float *score = malloc(n * sizeof *score);
-    uint8_t *keep = malloc(n);
-    CHECK(context_score(&c, policies, score, err) == 0);
-    kvcache_drop(&f->kv, c.seq);
-    Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA};
-    CHECK(calibrate_run(&cal, text, sizeof text - 1, path, false, &r, err) == 0);
-    CHECK(r.n_texts == 1 && r.n_tokens == ids.n && r.longest == ids.n);
-    if (!CHECK(profile_open(&p, &f->model, path, err) == 0)) {
-        printf("%s: %s\n", f->name, err);
-        exit(1);
-    }
+    float *score;
+    Context c = calibrate_alone(f, text, &ids, &score, &p);
+    uint8_t *keep = malloc(context_scores(&c));
     for (int i = 0; i < p.n_ratios; i++) {
         CHECK(context_select(&c, score, p.ratio[i], keep, err) >= 0);
         for (int h = 0; h < p.n_layers * p.n_kv_heads; h++) {
@@ -181,29 +189,10 @@ static void test_regression(Fixture *f) {
     const Config *m = &f->model.config;
     Ids ids = {0};
     Profile p;
-    CalibrateResult r;
-    CHECK(tokenizer_encode(f->tok, text, sizeof text - 1, 0, &ids) == 0);
-    Context c = {.state = &f->state,
-                 .kv = &f->kv,
-                 .tok = f->tok,
-                 .ids = ids.id,
-                 .n_ctx = ids.n,
-                 .chunk = 1000,
-                 .seq = kvcache_new(&f->kv, err),
-                 .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
-    float *score = malloc(context_scores(&c) * sizeof *score);
-    CHECK(context_score(&c, policies, score, err) == 0);
-    kvcache_drop(&f->kv, c.seq);
+    float *score;
+    Context c = calibrate_alone(f, text, &ids, &score, &p);
     for (size_t i = 0; i < context_scores(&c); i++) score[i] = logf(score[i] + 1e-7f);
-    Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA};
-    CHECK(calibrate_run(&cal, text, sizeof text - 1, path, false, &r, err) == 0);
-    CHECK(r.explained > 0.05 && r.explained <= 1);
-    if (!CHECK(profile_open(&p, &f->model, path, err) == 0)) {
-        printf("%s: %s\n", f->name, err);
-        exit(1);
-    }
-    int l = 0;
-    while (m->window[l] != 0) l++;
+    int l = kvcache_scored_layer(&f->kv.shape, 0);
     Collect have = {f, 0, 0, malloc(4096 * sizeof(float) * row_features(m)), l};
     c.seq = kvcache_new(&f->kv, err);
     f->state.tap = collect, f->state.tap_arg = &have;

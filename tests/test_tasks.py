@@ -16,19 +16,10 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "eval"))
 import make_tasks as mt  # noqa: E402  from ../eval
+from checks import check, end  # noqa: E402
 
 METRICS = ["contained", "exact", "f1", "choice"]
 COMPUTED = ["arithmetic", "counting", "refusal"]  # answers that need not stand in the context
-passed = failed = 0
-
-
-def check(ok, what):
-    global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print("FAILED:", what)
 
 
 def made(kind, tokens, seed=1, n=1, q=12, filler="prose"):
@@ -261,8 +252,7 @@ def main():
     test_command_line()
     test_calibration()
     test_fillers()
-    print("test_tasks: %d passed, %d failed" % (passed, failed))
-    return failed != 0
+    return end("test_tasks")
 
 
 if __name__ == "__main__":
