@@ -15,20 +15,21 @@ import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import test_cli as t
+from checks import check, end
 
 REAL = os.path.join(t.FIXTURES, "real")
 
 
 def run(*args, stdin=b""):
     done = subprocess.run([t.RUN, *args], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    t.check(done.returncode == 0, f"run {args[0]}: {done.stderr.decode(errors='replace').strip()}")
+    check(done.returncode == 0, f"run {args[0]}: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout
 
 
 def check_tokens(model):
     want = json.load(open(os.path.join(REAL, "ids.json")))["smollm2"]
     ids = run("tokenize", model, "-f", os.path.join(REAL, "text.txt")).decode().strip()
-    t.check(hashlib.sha256(ids.encode()).hexdigest() == want["sha256"], "ids of text.txt differ from the reference's")
+    check(hashlib.sha256(ids.encode()).hexdigest() == want["sha256"], "ids of text.txt differ from the reference's")
 
 
 def check_chats(model, want, folder):
@@ -39,12 +40,12 @@ def check_chats(model, want, folder):
         run("logits", model, "--kv", "f32", "--ids", t.write_ids(out + ".ids", ids), "-o", out)
         last = t.Tensors(out)["logits"][-want.shape[f"chat.{i}.logits"][0]:]
         far = t.distance(last, want[f"chat.{i}.logits"])
-        t.check(far < 1e-3, f"chat {i}: logits differ by {far}")
+        check(far < 1e-3, f"chat {i}: logits differ by {far}")
         row = json.loads(run("generate", model, "--kv", "f32", "--ids", out + ".ids", "-n", "32", "--temp", "0",
                              "--ignore-eos", "--json"))
-        t.check(row["ids"][:n_safe] == list(greedy)[:n_safe], f"chat {i}: greedy ids differ: {row['text']!r}")
+        check(row["ids"][:n_safe] == list(greedy)[:n_safe], f"chat {i}: greedy ids differ: {row['text']!r}")
     said = run("chat", model, "--temp", "0", stdin=b"What is the capital of France?\n").decode()
-    t.check("The capital of France is Paris." in said, f"chat said {said!r}")
+    check("The capital of France is Paris." in said, f"chat said {said!r}")
 
 
 def keep_best(scores, ratio):
@@ -59,14 +60,14 @@ def check_kvzip(model, want, folder):
         run("score", model, "-f", os.path.join(REAL, "town.txt"), "--chunk", "400", "--kv", "f32", "--policy", policy,
             "-o", out)
         have = t.Tensors(out)
-        t.check(list(have["ids"]) == list(want["kvzip.prefix"]) + list(want["kvzip.ctx"]), f"{policy}: other ids")
+        check(list(have["ids"]) == list(want["kvzip.prefix"]) + list(want["kvzip.ctx"]), f"{policy}: other ids")
         far = t.distance(have["scores"], want[name])
-        t.check(far < 1e-4, f"{policy}: scores differ by {far}")
+        check(far < 1e-4, f"{policy}: scores differ by {far}")
         for percent in (30, 10) if policy == "kvzip" else ():
             mask = want[f"mask.pair_exact.r{percent}"]
             kept = keep_best(have["scores"], percent / 100)
             same = sum(mask[i] for i in kept) / len(kept)
-            t.check(same > 0.999, f"only {same:.4%} of the pairs kept at {percent}% are the reference's")
+            check(same > 0.999, f"only {same:.4%} of the pairs kept at {percent}% are the reference's")
 
 
 def main():
@@ -77,8 +78,7 @@ def main():
         check_tokens(sys.argv[1])
         check_chats(sys.argv[1], want, folder)
         check_kvzip(sys.argv[1], want, folder)
-    print(f"real: {t.passed} passed, {t.failed} failed")
-    sys.exit(t.failed > 0)
+    sys.exit(end("real"))
 
 
 if __name__ == "__main__":
