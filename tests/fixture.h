@@ -27,7 +27,7 @@ static inline bool fixture_open(Fixture *f, const char *name, const char *weight
     snprintf(path, sizeof path, "tests/fixtures/%s/expected.safetensors", name);
     ok = ok && tensors_open(&f->want, path, err) == 0;
     ok = ok && (f->tok = tokenizer_open(&f->model.file, err)) != NULL;
-    f->pool = pool_open(threads);
+    f->pool = pool_open(getenv("QUICK") ? 1 : threads);  // valgrind runs threads in turn, slowly
     KVShape shape = model_kv_shape(&f->model);
     ok = ok && state_open(&f->state, &f->model, f->pool, MAX_ROWS, 96, err) == 0;
     ok = ok && kvcache_open(&f->kv, &shape, kvcache_both(type), f->pool, err) == 0;
@@ -95,8 +95,10 @@ static inline int fixture_calibrate(Fixture *f, const char *to, bool into, Calib
 }
 
 // Gives the fixture a profile, through a file that is removed again: it stays mapped.
-static inline void fixture_profile(Fixture *f, const char *path) {
+static inline void fixture_profile(Fixture *f) {
+    char path[64];
     CalibrateResult r;
+    test_path(path, "fixture.kvp");
     CHECK(fixture_calibrate(f, path, false, &r) == 0);
     CHECK(profile_open(&f->profile, &f->model, path, err) == 0);
     remove(path);

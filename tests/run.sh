@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the C tests named as arguments, then the Python ones, and adds up their "N passed, N failed" lines.
 # A program that dies without such a line counts as one failure. C_ONLY=1 leaves the Python tests out; WRAP is a
-# command to run each C test under. The exporter's tests need the local virtual environment; where pip reaches
+# command to run each C test under, ISA the instruction set they are to use. The exporter's tests need the local virtual environment; where pip reaches
 # nothing they are skipped, and named.
 cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build} PYTHON=${PYTHON:-python3}
@@ -20,7 +20,7 @@ add() { # exit status of the program whose output is in $out, its name
 }
 
 for t in "$@"; do
-    ${WRAP:-} "$BUILD/$t" >"$out" 2>&1
+    ${WRAP:-} "$BUILD/$t" ${ISA:-} >"$out" 2>&1
     status=$?
     cat "$out"
     add $status "$t"

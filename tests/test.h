@@ -34,6 +34,12 @@ static inline bool test_str(const char *a, const char *b, const char *file, int 
 #define CHECK_NEAR(a, b, tol) test_near((a), (b), (tol), __FILE__, __LINE__)
 #define CHECK_STR(a, b) test_str((a), (b), __FILE__, __LINE__)
 
+// Names a file in the build folder, so that several builds can be tested at once.
+static inline void test_path(char path[64], const char *name) {
+    const char *build = getenv("BUILD");
+    snprintf(path, 64, "%.30s/%.30s", build ? build : "build", name);
+}
+
 static inline int test_end(const char *name) {
     printf("%s: %d passed, %d failed\n", name, test_passed, test_failed);
     return test_failed > 0;

@@ -811,7 +811,7 @@ static void test_types(void) {
 
 // ---- files ----
 
-static const char file[] = "test_kvcache.tmp.kvc";
+static char file[64];
 
 static void write_file(const char *bytes, long n) {
     FILE *f = fopen(file, "wb");
@@ -910,7 +910,8 @@ static void test_files(KVTypes types) {
 
 // Classes that are unknown, or that only a full page can have, are refused.
 static void test_page_classes(void) {
-    const char *path = "test_kvcache.class.kvc";
+    char path[64];
+    test_path(path, "test-class.kvc");
     KVCache kv, back;
     KVShape shape = shape_with(no_window);
     CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_Q8), NULL, err) == 0);
@@ -954,10 +955,11 @@ static void test_refusals(void) {
     CHECK(kvcache_open(&kv, &wide, kvcache_both(KV_F16), NULL, err) == -1);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     bool quick = getenv("QUICK") != NULL;  // under valgrind: one case of each kind
     const char *const types[] = {"q8/q4", "f16", "f32", "q8", "q4", "q2", "f16/q8", "q4/f32"};
-    kernels_init(NULL);
+    kernels_init(argc > 1 ? argv[1] : NULL);
+    test_path(file, "test.kvc");
     test_types();
     for (int i = 0; i < (quick ? 1 : 8); i++) {
         KVTypes t = types_of(types[i]);

@@ -279,13 +279,13 @@ int main(int argc, char **argv) {
         }
         test_scores(&f);
         test_prefix(&f);
-        for (int percent = 30; percent <= 60; percent += 30) {
+        for (int percent = 30; percent <= (quick ? 30 : 60); percent += 30) {
             test_streaming(&f, percent);
             test_adakv(&f, percent);
             test_pyramid(&f, percent);
         }
         if (i == 0) {
-            fixture_profile(&f, "build/test-policies.kvp");
+            fixture_profile(&f);
             test_tables(&f), test_protected(&f), test_random(&f);
         }
         fixture_close(&f);

@@ -7,7 +7,7 @@
 
 #include <unistd.h>
 
-static const char path[] = "build/test.kvp", into[] = "build/test-into.kvz";
+static char path[64], into[64], bad[64];
 static const double LAMBDA = 1e-3;
 
 // ---- budgets ----
@@ -302,7 +302,7 @@ static void test_nonsense(const Fixture *f) {
     CHECK(tensors_open(&file, path, err) == 0);
     for (int i = 0; i < 4; i++) {
         const Tensor *t = tensors_find(&file, names[i]);
-        FILE *in = fopen(path, "rb"), *out = fopen("build/bad.kvp", "wb");
+        FILE *in = fopen(path, "rb"), *out = fopen(bad, "wb");
         long at = (long)((const uint8_t *)t->data - file.map);
         for (long j = 0; j < (long)file.map_bytes; j++) {
             int c = fgetc(in);
@@ -310,21 +310,22 @@ static void test_nonsense(const Fixture *f) {
         }
         fclose(in), fclose(out);
         Profile p;
-        CHECK(profile_open(&p, &f->model, "build/bad.kvp", err) == -1);
+        CHECK(profile_open(&p, &f->model, bad, err) == -1);
         CHECK(strstr(err, names[i]) != NULL);
     }
     tensors_close(&file);
-    CHECK(truncate("build/bad.kvp", 3000) == 0);
+    CHECK(truncate(bad, 3000) == 0);
     Profile p;
-    CHECK(profile_open(&p, &f->model, "build/bad.kvp", err) == -1);
-    remove("build/bad.kvp");
+    CHECK(profile_open(&p, &f->model, bad, err) == -1);
+    remove(bad);
 }
 
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "qwen3", "gemma3"};
-    bool quick = getenv("QUICK") != NULL;
+    bool quick = getenv("QUICK") != NULL;  // under valgrind: one family
     setvbuf(stdout, NULL, _IONBF, 0);
     kernels_init(argc > 1 ? argv[1] : NULL);
+    test_path(path, "test.kvp"), test_path(into, "test-into.kvz"), test_path(bad, "test-bad.kvp");
     for (int i = 0; i < (quick ? 1 : 3); i++) {
         Fixture f, other;
         char weights[64];
@@ -334,7 +335,7 @@ int main(int argc, char **argv) {
         if (!fixture_open(&other, "llama", "llama.kvz", KV_F32, 1)) continue;
         test_shares(&f);
         test_regression(&f);
-        test_threads(&f);
+        if (!quick) test_threads(&f);
         CHECK(fixture_calibrate(&f, path, false, &r) == 0);
         Profile p;
         CHECK(profile_open(&p, &f.model, path, err) == 0);
@@ -345,7 +346,7 @@ int main(int argc, char **argv) {
         test_refused(&f, &other);
         test_nonsense(&f);
         remove(path);
-        fixture_profile(&f, path);
+        fixture_profile(&f);
         test_mixed(&f);
         fixture_close(&f), fixture_close(&other);
     }
