@@ -486,7 +486,7 @@ void eval_tasks_close(EvalTasks *t) {
 // ---- rows of logits, judged where they stand ----
 
 typedef struct {
-    int best;       // the likeliest token
+    int best, full;  // the likeliest token, here and in the full cache, computed alike
     float nll, kl;  // of the token wanted here; KL(full || here)
 } Step;
 
@@ -554,6 +554,7 @@ static void judge_row(void *ctx, int i) {
     if (!it->logits) return;
     float *full = it->logits + (size_t)at * vocab;
     if (b->keep) {
+        s->full = s->best;
         memcpy(full, x, (size_t)vocab * sizeof *x);
     } else {
         float max = full[argmax(full, vocab)];
@@ -1281,7 +1282,7 @@ static int read_context(Run *r, char *err) {
 static int answer_items(Run *r, int seq, Item *items, int n, char *err) {
     for (Item *it = items; it < items + n; it++) {
         int same = 0;
-        while (same < it->full.n && it->step[same].best == it->full.id[same]) same++;
+        while (same < it->full.n && it->step[same].best == it->step[same].full) same++;
         it->answer.n = 0, it->n_text = 0, it->done = same == it->full.n;
         if (it->done) continue;
         for (int i = 0; i < same; i++)
@@ -1312,7 +1313,7 @@ static int ask_group(Run *r, KVCache *kv, int seq, EvalCell *c, char *err) {
         bool same = true;
         double kl = 0, nll = 0;
         for (int t = 0; t < it->full.n; t++) {
-            same = same && it->step[t].best == it->full.id[t];
+            same = same && it->step[t].best == it->step[t].full;
             kl += it->step[t].kl, nll += it->step[t].nll;
         }
         c->same[r->group + i] = same;

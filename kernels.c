@@ -1784,6 +1784,7 @@ BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t l
     Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add};
     int i = 0;
     for (; i + 6 <= n; i += 6) bf16_rows(&g, i, 6);
+    for (; i + 3 <= n; i += 3) bf16_rows(&g, i, 3);
     for (; i < n; i++) bf16_rows(&g, i, 1);
 }
 
