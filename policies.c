@@ -343,7 +343,8 @@ static void put_block(const Head *h, int b, const float *x) {
 // out[j] = sum over i of x[i][j] y[i][j]
 static void dot_columns(float *out, const float *x, const float *y, int d) {
     for (int j = 0; j < PAGE; j++) out[j] = 0.0f;
-    for (int i = 0; i < d * PAGE; i++) out[i % PAGE] += x[i] * y[i];
+    for (int i = 0; i < d; i++, x += PAGE, y += PAGE)
+        for (int j = 0; j < PAGE; j++) out[j] += x[j] * y[j];
 }
 
 static void knorm_head(const Head *h) {
@@ -531,6 +532,15 @@ static void mean_rotation(const Context *c, int future, float *rope) {
     }
 }
 
+// |x| of x [d], in sixteen sums at a time.
+static float length_of(const float *x, int d) {
+    float sum[16] = {0};
+    for (int i = 0; i < d; i += 16)
+        for (int j = 0; j < min_int(d - i, 16); j++) sum[j] += x[i + j] * x[i + j];
+    for (int j = 1; j < 16; j++) sum[0] += sum[j];
+    return sqrtf(sum[0]);
+}
+
 // z [group][n] and |v| [n] of the 64 pairs from 64 b on.
 static void expect_block(const Head *h, int b, float *z, float *v_norm, int n) {
     Expected *e = h->arg;
@@ -543,15 +553,12 @@ static void expect_block(const Head *h, int b, float *z, float *v_norm, int n) {
         const float *mean = of_head(e->mean, e, h->layer, q, d);
         kern.gemm_f32(ck, PAGE, of_head(e->cov, e, h->layer, q, d * d), (size_t)d, k, d, d, PAGE,
                       false);
-        for (int j = 0; j < d * PAGE; j++) ck[j] += mean[j / PAGE];
+        for (int x = 0; x < d; x++)
+            for (int j = 0; j < PAGE; j++) ck[x * PAGE + j] += mean[x];
         dot_columns(dots, ck, k, d);
         memcpy(z + (size_t)i * n + b * PAGE, dots, (size_t)pairs * sizeof *z);
     }
-    for (int j = 0; j < pairs; j++) {
-        float sum = 0.0f;
-        for (int x = 0; x < d; x++) sum += v[j * d + x] * v[j * d + x];
-        v_norm[b * PAGE + j] = sqrtf(sum);
-    }
+    for (int j = 0; j < pairs; j++) v_norm[b * PAGE + j] = length_of(v + j * d, d);
 }
 
 // Turns z [n] into weights, over the pairs from sink on.
