@@ -557,7 +557,7 @@ static void judge_row(void *ctx, int i) {
         s->full = s->best;
         memcpy(full, x, (size_t)vocab * sizeof *x);
     } else {
-        float max = full[argmax(full, vocab)];
+        float max = full[s->full];
         double diff = 0, sum = exp_sum(full, max, x, vocab, &diff);
         s->kl = (float)fmax(diff / sum + log_sum - max - log(sum), 0);
     }

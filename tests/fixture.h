@@ -27,7 +27,7 @@ static inline bool fixture_open(Fixture *f, const char *name, const char *weight
     snprintf(path, sizeof path, "tests/fixtures/%s/expected.safetensors", name);
     ok = ok && tensors_open(&f->want, path, err) == 0;
     ok = ok && (f->tok = tokenizer_open(&f->model.file, err)) != NULL;
-    f->pool = pool_open(getenv("QUICK") ? 1 : threads);  // valgrind runs threads in turn, slowly
+    f->pool = pool_open(threads);
     KVShape shape = model_kv_shape(&f->model);
     ok = ok && state_open(&f->state, &f->model, f->pool, MAX_ROWS, 96, err) == 0;
     ok = ok && kvcache_open(&f->kv, &shape, kvcache_both(type), f->pool, err) == 0;

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Runs the C tests named as arguments, then the Python ones, and adds up their "N passed, N failed" lines.
 # A program that dies without such a line counts as one failure. C_ONLY=1 leaves the Python tests out; WRAP is a
-# command to run each C test under, ISA the instruction set they are to use. The exporter's tests need the local virtual environment; where pip reaches
-# nothing they are skipped, and named.
+# command to run each C test under, ISA the instruction set they are to use. The exporter's tests need the local
+# virtual environment; where pip reaches nothing they are skipped, and named.
 cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build} PYTHON=${PYTHON:-python3}
 passed=0 failed=0 skipped=0

@@ -279,7 +279,7 @@ int main(int argc, char **argv) {
         }
         test_scores(&f);
         test_prefix(&f);
-        for (int percent = 30; percent <= (quick ? 30 : 60); percent += 30) {
+        for (int percent = 30; percent <= 60; percent += 30) {
             test_streaming(&f, percent);
             test_adakv(&f, percent);
             test_pyramid(&f, percent);

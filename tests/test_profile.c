@@ -322,7 +322,7 @@ static void test_nonsense(const Fixture *f) {
 
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "qwen3", "gemma3"};
-    bool quick = getenv("QUICK") != NULL;  // under valgrind: one family
+    bool quick = getenv("QUICK") != NULL;
     setvbuf(stdout, NULL, _IONBF, 0);
     kernels_init(argc > 1 ? argv[1] : NULL);
     test_path(path, "test.kvp"), test_path(into, "test-into.kvz"), test_path(bad, "test-bad.kvp");
@@ -335,7 +335,7 @@ int main(int argc, char **argv) {
         if (!fixture_open(&other, "llama", "llama.kvz", KV_F32, 1)) continue;
         test_shares(&f);
         test_regression(&f);
-        if (!quick) test_threads(&f);
+        test_threads(&f);
         CHECK(fixture_calibrate(&f, path, false, &r) == 0);
         Profile p;
         CHECK(profile_open(&p, &f.model, path, err) == 0);

@@ -164,7 +164,7 @@ static void test_refused(Fixture *f) {
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "qwen3", "gemma3"};
     static const char *const by[] = {"pair", "layer", "uniform", "profile"};
-    bool quick = getenv("QUICK") != NULL;  // under valgrind: one family, policy and level
+    bool quick = getenv("QUICK") != NULL;
     kernels_init(argc > 1 ? argv[1] : NULL);
     for (int i = 0; i < (quick ? 1 : 3); i++) {
         Fixture f;
@@ -174,13 +174,13 @@ int main(int argc, char **argv) {
         fixture_profile(&f);
         for (const Policy *p = policies; p->name; p++) {
             if (!p->live || (quick && strcmp(p->name, "expected") != 0)) continue;
-            for (int l = quick ? 3 : 0; l < 4; l++) {
+            for (int l = 0; l < 4; l++) {
                 test_one_call(&f, p, NULL, by[l], 0.3);
                 test_bounds(&f, p, NULL, by[l], 40);
             }
             test_bits(&f, p);
         }
-        for (int l = quick ? 3 : 0; l < 4; l++) {
+        for (int l = 0; l < 4; l++) {
             test_one_call(&f, policy_find("kvzap"), "expected=1", by[l], 0.3);
             test_bounds(&f, policy_find("kvzap"), "expected=0.5", by[l], 40);
         }
