@@ -19,6 +19,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "stream.h"
+
 static const size_t LOGITS_BYTES = (size_t)256 << 20;  // of the full cache, held at a time
 enum { RESAMPLES = 1000, EVAL_LINES = 24 };
 
@@ -1360,23 +1362,43 @@ typedef struct {
     int kv;
 } Cell;
 
+// Evicts from the context as it was read, or demotes. Returns the pairs that stay, or -1.
+static long shrink_context(Run *r, const Context *c, const Cell *cell, char *err) {
+    long kept = context_select(c, r->score, cell->c.ratio, r->keep, err);
+    if (kept < 0) return -1;
+    int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
+        r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_compact;
+    return evict(c->kv, c->seq, c->n_prefix, c->n_ctx, r->keep, err) == 0 ? kept : -1;
+}
+
+// Reads the context and evicts meanwhile. Returns the pairs that stay, or -1.
+static long stream_context(Run *r, Context *c, double ratio, char *err) {
+    Stream s;
+    if (stream_open(&s, c, ratio, 0, r->e->window, err) != 0) return -1;
+    c->after = stream_after, c->after_arg = &s;
+    c->kv->settling = true;
+    long kept = context_read(c, err) == 0 ? stream_finish(&s, err) : -1;
+    c->kv->settling = false;
+    stream_close(&s);
+    return kept;
+}
+
 // The cell's cache: a fork of the full one from which all but the best pairs are gone, or demoted,
-// and whose pages have settled; or -1.
+// or one that was evicted while it grew; and whose pages have settled; or -1.
 static int evicted(Run *r, Cell *cell, char *err) {
     KVCache *kv = &r->kv[cell->kv];
-    int seq = kvcache_fork(kv, r->full[cell->kv], err);
-    Context c = context_of(r, cell->kv, seq);
-    cell->c.kept = 1;
+    Context c = context_of(r, cell->kv, 0);
+    size_t n_pairs = context_scores(&c);
+    bool evicts = cell->c.ratio < 1 && n_pairs > 0, streams = evicts && r->e->stream;
+    int seq = c.seq = streams ? kvcache_new(kv, err) : kvcache_fork(kv, r->full[cell->kv], err);
     if (seq < 0) return -1;
-    if (cell->c.ratio < 1 && context_scores(&c) > 0) {
+    cell->c.kept = 1;
+    if (evicts) {
         if (set_method(r->e, &c, cell->policy, cell->level, err) != 0) return -1;
-        long kept = context_select(&c, r->score, cell->c.ratio, r->keep, err);
-        bool demote = r->e->kv[cell->kv].demote;
-        int rc = kept < 0 ? -1
-                 : demote ? kvcache_demote(kv, seq, c.n_prefix, c.n_ctx, r->keep, err)
-                          : kvcache_compact(kv, seq, c.n_prefix, c.n_ctx, r->keep, err);
-        if (rc != 0) return -1;
-        cell->c.kept = (double)kept / (double)context_scores(&c);
+        long kept = streams ? stream_context(r, &c, cell->c.ratio, err)
+                            : shrink_context(r, &c, cell, err);
+        if (kept < 0) return -1;
+        cell->c.kept = (double)kept / (double)n_pairs;
     }
     return kvcache_settle(kv, seq, err) == 0 ? seq : -1;
 }
@@ -1455,7 +1477,7 @@ static int plan_cells(Run *r, const Policy *p, Cell *plan, int *n, char *err) {
 static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char *err) {
     bool needed = false;
     for (int i = 0; i < n; i++) needed = needed || plan[i].c.ratio < 1;
-    if (!p || !needed) return 0;
+    if (!p || !needed || r->e->stream) return 0;
     int seq = kvcache_new(&r->kv[0], err);
     if (seq < 0) return -1;
     Context c = context_of(r, 0, seq);
@@ -1515,6 +1537,7 @@ static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, 
     h = hash_bytes(hash_bytes(h, c->postfix, strlen(c->postfix)), e->kv[0].name,
                    strlen(e->kv[0].name));
     h = hash_bytes(h, e->set ? e->set : "", e->set ? strlen(e->set) : 0);
+    if (e->stream) h = hash_bytes(h, &e->window, sizeof e->window);
     if (c->profile) h = profile_hash(c->profile, &e->state->model->config, h);
     snprintf(text, sizeof text, "%s %s, tasks %016" PRIx64 ", settings %016" PRIx64,
              e->state->model->name, e->state->model->fingerprint, tasks->hash, h);

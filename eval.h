@@ -140,6 +140,8 @@ typedef struct {
     double ratio[EVAL_LIST];
     EvalKV kv[EVAL_LIST];  // the full cache of the first one is the yardstick
     int n_policies, n_levels, n_ratios, n_kvs;
+    bool stream;          // a cell's pairs are evicted while its context is read
+    int window;           // with stream: newest pairs of each head, which stay meanwhile
     int max_tokens;       // of an answer, where the task does not say
     const char *stop;     // an answer ends after this text, where the task does not say; or NULL
     int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
@@ -157,8 +159,9 @@ typedef struct {
 int eval_check_set(const Eval *e, char *err);
 
 // Every question of every context, for each policy, level, ratio and page type that r does not have
-// yet. A policy scores a context once; its scores serve all ratios, levels and page types. Pages
-// settle once pairs have been evicted, as in compressing. Answers are greedy and leave no trace.
+// yet. A policy scores a context once; its scores serve all ratios, levels and page types. With
+// stream every cell reads the context for itself. Pages settle once pairs have been evicted, as in
+// compressing. Answers are greedy and leave no trace.
 // Returns 0, or -1 with err.
 int eval_run(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err);
 #endif

@@ -284,9 +284,9 @@ static const Flag flags[] = {
      "evict as tokens come: share of the pairs that stays (default: all)"},
     {"--budget", "N", COUNT, AT(budget), 1, INT_MAX, NULL, STREAMS, 0,
      "evict as tokens come: pairs that stay, per head on average, however many tokens there are"},
-    {"--stream", NULL, SWITCH, AT(stream), 0, 0, NULL, COMPRESS, 0,
+    {"--stream", NULL, SWITCH, AT(stream), 0, 0, NULL, COMPRESS | EVAL, 0,
      "evict to --ratio while reading: the whole cache is never in memory"},
-    {"--window", "N", COUNT, AT(window), 0, INT_MAX, NULL, STREAMS, 0,
+    {"--window", "N", COUNT, AT(window), 0, INT_MAX, NULL, STREAMS | EVAL, 0,
      "newest pairs of each head, which are not evicted as tokens come (default 128)"},
     {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH | STREAMS, SCORE,
      "which pairs compete for a place (default: profile where there is one, else pair):"},
@@ -1407,8 +1407,6 @@ static void check_interrupted(const Options *o) {
     die_interrupted();
 }
 
-static int stream_after(void *stream, char *err) { return stream_step(stream, err); }
-
 // Prefill, and scores [context_scores(c)] if wanted. The result is malloc'ed, or NULL.
 static float *read_context(Context *c, bool scored, const Progress *progress) {
     char err[ERR_LEN];
@@ -2244,6 +2242,13 @@ static void eval_lists(const Session *s, Eval *e) {
     for (; e->n_ratios < o->shares.n; e->n_ratios++)
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
     if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
+    for (int i = 0; e->stream && i < e->n_policies; i++)
+        if (!e->policy[i]->live)
+            die_usage(o->command, "--stream: policy %s looks back at the whole context",
+                      e->policy[i]->name);
+    for (int i = 0; e->stream && i < e->n_kvs; i++)
+        if (e->kv[i].demote)
+            die_usage(o->command, "--kv %s keeps what --stream evicts: choose one", e->kv[i].name);
     if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
     e->n_shards = 1;
     char end;
@@ -2276,6 +2281,8 @@ static int cmd_eval(const Options *o) {
     Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n,
               .stop = o->stop,
               .set = o->set,
+              .stream = o->stream,
+              .window = (int)o->window,
               .settings = o->raw};
     if (o->out) check_output(o);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);

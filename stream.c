@@ -165,6 +165,8 @@ int stream_step(Stream *s, char *err) {
     return step(s, s->window, err) == 0 ? make_room(s, err) : -1;
 }
 
+int stream_after(void *stream, char *err) { return stream_step(stream, err); }
+
 long stream_finish(Stream *s, char *err) {
     long left = 0;
     if (step(s, 0, err) != 0) return -1;

@@ -27,6 +27,7 @@ void stream_close(Stream *s);  // safe on a zeroed struct, and twice
 // Evicts what is too much, if 64 tokens or more came since the last look: then no head holds more
 // than its budget and the window.
 int stream_step(Stream *s, char *err);
+int stream_after(void *stream, char *err);  // the same, for a context's `after`
 // The context is complete: the window competes as well. Returns the pairs after the prefix that are
 // left in all heads, or -1 with err.
 long stream_finish(Stream *s, char *err);

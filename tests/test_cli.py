@@ -601,6 +601,20 @@ def test_eval(m, d):
         fails(1, words, "eval", m.path, write(d + "/bad", text))
 
 
+def test_eval_stream(m, d):
+    long = dict(TASKS[2], context=TASKS[2]["context"] * 20)  # several blocks, so that early pairs go early
+    args = ["eval", m.path, write(d + "/long.jsonl", json.dumps(long)), "--policy", "knorm", "--level", "uniform",
+            "--ratio", "0.3", "-n", "4", "--kv", "f32", "--json"]
+    once = works(*args).rows()
+    check(works(*args, "--stream", "--window", "100000").rows() == once, "eval --stream: all in the window")
+    early = works(*args, "--stream", "--window", "0").rows()
+    of = lambda rows, metric: [r["value"] for r in rows if r["metric"] == metric and r["ratio"] < 1]
+    check(of(early, "kl") != of(once, "kl"), "eval --stream evicts while it reads")
+    check([r["kept"] for r in early] == [r["kept"] for r in once], "eval --stream: the share kept")
+    fails(2, "looks back at the whole context", *args, "--stream", "--policy", "knorm,snapkv")
+    fails(2, "choose one", *args, "--stream", "--kv", "f16+q2")
+
+
 def test_files(m, other, d):
     cache = d + "/good.kvc"
     works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
@@ -706,6 +720,7 @@ def main():
         test_bench(smol)
         test_perplexity(smol, d)
         test_eval(smol, d)
+        test_eval_stream(smol, d)
         test_files(smol, llama, d)
         test_streams(smol)
         test_interrupt(smol, d)
