@@ -8,7 +8,7 @@ ALL_CFLAGS = -std=c11 -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(if $(BLAS
 LDLIBS = $(if $(BLAS),-lopenblas) -lm -lpthread
 
 PARTS = tensors kernels tokenizer kvcache model profile policies stream calibrate eval
-PROGRAM = $(PARTS) bench run
+PROGRAM = $(PARTS) bench chart run
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build$(if $(BLAS),/blas)
 VENV = .venv/bin/python

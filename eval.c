@@ -22,7 +22,7 @@
 #include "stream.h"
 
 static const size_t LOGITS_BYTES = (size_t)256 << 20;  // of the full cache, held at a time
-enum { RESAMPLES = 1000, EVAL_LINES = 24 };
+enum { RESAMPLES = 1000 };
 
 // ---- JSON ----
 
@@ -489,7 +489,7 @@ void eval_tasks_close(EvalTasks *t) {
 
 typedef struct {
     int best, full;  // the likeliest token, here and in the full cache, computed alike
-    float nll, kl;  // of the token wanted here; KL(full || here)
+    float nll, kl;   // of the token wanted here; KL(full || here)
 } Step;
 
 // A question, or a window of text, on its way through a cache.
@@ -811,11 +811,13 @@ static int put_settings(FILE *f, const char *settings, char *err) {
 }
 
 int eval_results_save(const EvalResults *r, const char *path, char *err) {
-    FILE *f = fopen(path, "wb");
-    if (!f) return fail(err, "cannot be written: %s", strerror(errno));
-    int rc = r->settings ? put_settings(f, r->settings, err) : 0;
-    for (int i = 0; i < r->n && rc == 0; i++) rc = put_cell(f, &r->cell[i], err);
-    return fclose(f) == 0 || rc != 0 ? rc : fail(err, "cannot be written: %s", strerror(errno));
+    NewFile out;
+    if (file_begin(&out, path, err) != 0) return -1;
+    int rc = r->settings ? put_settings(out.file, r->settings, err) : 0;
+    for (int i = 0; i < r->n && rc == 0; i++) rc = put_cell(out.file, &r->cell[i], err);
+    if (rc == 0) return file_commit(&out, err);
+    file_abort(&out);
+    return -1;
 }
 
 void eval_results_close(EvalResults *r) {
@@ -911,158 +913,6 @@ int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err) {
     free(done);
     free(v);
     return ok ? 0 : fail(err, "out of memory");
-}
-
-// ---- chart ----
-
-typedef struct {
-    FILE *f;
-    const EvalRow *rows;  // [n]
-    int n;
-    int line[EVAL_LINES];  // a row of each line: policy, level and page type
-    int n_lines;
-} Chart;
-
-enum {
-    PANEL_W = 300,
-    PANEL_H = 200,
-    PANEL_LEFT = 60,
-    PANEL_TOP = 50,
-    PANEL_X = 380,
-    PANEL_Y = 280
-};
-static const char *const colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
-                                      "#e69f00", "#56b4e9", "#000000", "#999933"};
-static const double KL_LEAST = 1e-4, KL_MOST = 10;
-
-static bool same_line(const EvalRow *a, const EvalRow *b) {
-    return strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
-           strcmp(a->kv, b->kv) == 0;
-}
-
-static bool same_panel(const EvalRow *a, const EvalRow *b) {
-    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0;
-}
-
-// Whether row i is the first one of a panel.
-static bool begins_panel(const Chart *c, int i) {
-    if (strcmp(c->rows[i].metric, "nll") == 0) return false;
-    for (int j = 0; j < i; j++)
-        if (same_panel(&c->rows[i], &c->rows[j])) return false;
-    return true;
-}
-
-// 0 at the bottom of a panel to 1 at its top: shares as they are, KL by its logarithm.
-static double height_of(const EvalRow *row, double v) {
-    if (strcmp(row->metric, "kl") != 0) return v;
-    return log(fmin(fmax(v, KL_LEAST), KL_MOST) / KL_LEAST) / log(KL_MOST / KL_LEAST);
-}
-
-static void put_xml(FILE *f, const char *s) {
-    for (; *s; s++) {
-        if (*s == '<')
-            fputs("&lt;", f);
-        else if (*s == '&')
-            fputs("&amp;", f);
-        else
-            fputc(*s, f);
-    }
-}
-
-static void chart_axes(const Chart *c, const EvalRow *row) {
-    bool kl = strcmp(row->metric, "kl") == 0;
-    fprintf(c->f, "<rect width='%d' height='%d' class='box'/><text y='-12' class='title'>", PANEL_W,
-            PANEL_H);
-    put_xml(c->f, row->task);
-    fprintf(c->f, ": %s%s</text>\n", row->metric, kl ? ", nat per token" : "");
-    for (int i = 0; i <= 5; i++) {
-        double at = i / 5.0, value = kl ? KL_LEAST * pow(KL_MOST / KL_LEAST, at) : at;
-        double x = at * PANEL_W, y = (1 - at) * PANEL_H;
-        fprintf(c->f, "<path d='M0 %g h%d M%g 0 v%d' class='grid'/>", y, PANEL_W, x, PANEL_H);
-        fprintf(c->f, "<text x='-6' y='%g' class='y'>%g</text>", y + 4, value);
-        fprintf(c->f, "<text x='%g' y='%d' class='x'>%g</text>\n", x, PANEL_H + 16, at);
-    }
-    fprintf(c->f, "<text x='%d' y='%d' class='x'>share of pairs kept</text>\n", PANEL_W / 2,
-            PANEL_H + 34);
-}
-
-// Of line k in a panel the row with the next larger share than `kept`, or NULL.
-static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, double kept) {
-    const EvalRow *next = NULL;
-    for (const EvalRow *row = c->rows; row < c->rows + c->n; row++)
-        if (same_panel(row, panel) && same_line(row, &c->rows[c->line[k]]) && row->kept > kept &&
-            (!next || row->kept < next->kept))
-            next = row;
-    return next;
-}
-
-static void chart_line(const Chart *c, const EvalRow *panel, int k) {
-    const EvalRow *row = next_point(c, panel, k, -1);
-    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8],
-            k < 8    ? "none"
-            : k < 16 ? "5 3"
-                     : "2 2");
-    for (double px = 0, py = -1, x, y; row;
-         row = next_point(c, panel, k, row->kept), px = x, py = y) {
-        x = row->kept * PANEL_W, y = (1 - height_of(row, row->value)) * PANEL_H;
-        if (py >= 0) fprintf(c->f, "<path d='M%.1f %.1f L%.1f %.1f' class='line'/>", px, py, x, y);
-        fprintf(c->f, "<path d='M%.1f %.1f V%.1f' class='line'/>", x,
-                (1 - height_of(row, row->low)) * PANEL_H,
-                (1 - height_of(row, row->high)) * PANEL_H);
-        fprintf(c->f, "<circle cx='%.1f' cy='%.1f' r='2.5' fill='%s'/>\n", x, y, colours[k % 8]);
-    }
-    fputs("</g>\n", c->f);
-}
-
-static void chart_legend(const Chart *c, int top) {
-    for (int k = 0; k < c->n_lines; k++) {
-        const EvalRow *row = &c->rows[c->line[k]];
-        int x = PANEL_LEFT + k % 5 * 220, y = top + k / 5 * 20;
-        fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4,
-                colours[k % 8],
-                k < 8    ? "none"
-                : k < 16 ? "5 3"
-                         : "2 2");
-        fprintf(c->f, "<text x='%d' y='%d'>%s %s, %s</text>\n", x + 30, y, row->policy, row->level,
-                row->kv);
-    }
-}
-
-// Finds lines and panels, then draws these: a row of panels per task, a column per metric.
-static void chart_draw(Chart *c) {
-    int n_panels = 0, at = 0;
-    for (int i = 0; i < c->n; i++) {
-        int k = 0;
-        while (k < c->n_lines && !same_line(&c->rows[i], &c->rows[c->line[k]])) k++;
-        if (k == c->n_lines && k < EVAL_LINES) c->line[c->n_lines++] = i;
-        n_panels += begins_panel(c, i);
-    }
-    int bottom = PANEL_TOP + (n_panels + 2) / 3 * PANEL_Y;
-    fprintf(c->f,
-            "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' font-family='sans-serif' "
-            "font-size='12'>\n<style>.box,.line{fill:none}.box{stroke:#444}.grid{stroke:#ddd}"
-            ".title{font-weight:bold}.x{text-anchor:middle}.y{text-anchor:end}</style>\n"
-            "<rect width='100%%' height='100%%' fill='#fff'/>\n",
-            3 * PANEL_X, bottom + (c->n_lines + 4) / 5 * 20 + 20);
-    for (int i = 0; i < c->n; i++) {
-        if (!begins_panel(c, i)) continue;
-        int x = PANEL_LEFT + at % 3 * PANEL_X, y = PANEL_TOP + at++ / 3 * PANEL_Y;
-        fprintf(c->f, "<g transform='translate(%d %d)'>\n", x, y);
-        chart_axes(c, &c->rows[i]);
-        for (int k = 0; k < c->n_lines; k++) chart_line(c, &c->rows[i], k);
-        fputs("</g>\n", c->f);
-    }
-    chart_legend(c, bottom + 10);
-    fputs("</svg>\n", c->f);
-}
-
-int eval_chart(const EvalRow *rows, int n, const char *path, char *err) {
-    Chart c = {.f = fopen(path, "w"), .rows = rows, .n = n};
-    if (!c.f) return fail(err, "%s: %s", path, strerror(errno));
-    chart_draw(&c);
-    bool bad = ferror(c.f);
-    return fclose(c.f) == 0 && !bad ? 0
-                                    : fail(err, "%s: cannot be written: %s", path, strerror(errno));
 }
 
 // ---- policies and ratios ----
@@ -1395,8 +1245,8 @@ static int evicted(Run *r, Cell *cell, char *err) {
     cell->c.kept = 1;
     if (evicts) {
         if (set_method(r->e, &c, cell->policy, cell->level, err) != 0) return -1;
-        long kept = streams ? stream_context(r, &c, cell->c.ratio, err)
-                            : shrink_context(r, &c, cell, err);
+        long kept =
+            streams ? stream_context(r, &c, cell->c.ratio, err) : shrink_context(r, &c, cell, err);
         if (kept < 0) return -1;
         cell->c.kept = (double)kept / (double)n_pairs;
     }

@@ -117,10 +117,6 @@ typedef struct {
 // rows is malloc'ed. In the order in which tasks and cells were done. Returns 0, or -1 with err.
 int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err);
 
-// One self-contained SVG: a panel per task and metric, a line per policy, share of pairs kept from
-// left to right. Returns 0, or -1 with err.
-int eval_chart(const EvalRow *rows, int n, const char *path, char *err);
-
 // ---- policies and ratios ----
 
 // What becomes of a compressed cache's pairs: pages settle, and evicted pairs may be demoted.

@@ -22,6 +22,7 @@
 
 #include "bench.h"
 #include "calibrate.h"
+#include "chart.h"
 #include "eval.h"
 #include "model.h"
 #include "policies.h"
@@ -207,9 +208,10 @@ enum {
     BENCH = 256,
     EVAL = 512,
     CALIBRATE = 1024,
-    ALL = 2047,
+    MAP = 2048,
+    ALL = 4095,
     ANSWERS = GENERATE | CHAT | ASK,
-    CONTEXT = COMPRESS | SCORE,
+    CONTEXT = COMPRESS | SCORE | MAP,
     STREAMS = GENERATE | CHAT | COMPRESS,  // may evict while tokens come
     RUNS = ALL & ~(TOKENIZE | INFO)
 };
@@ -278,7 +280,7 @@ static const Flag flags[] = {
      "continue after a saved context"},
     {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH | STREAMS, 0,
      "who scores (default: expected where there is a profile, else kvzip):"},
-    {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS, SCORE,
+    {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS | MAP, SCORE,
      "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
     {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, GENERATE | CHAT, 0,
      "evict as tokens come: share of the pairs that stays (default: all)"},
@@ -288,9 +290,9 @@ static const Flag flags[] = {
      "evict to --ratio while reading: the whole cache is never in memory"},
     {"--window", "N", COUNT, AT(window), 0, INT_MAX, NULL, STREAMS | EVAL, 0,
      "newest pairs of each head, which are not evicted as tokens come (default 128)"},
-    {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | BENCH | STREAMS, SCORE,
+    {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | MAP | BENCH | STREAMS, SCORE,
      "which pairs compete for a place (default: profile where there is one, else pair):"},
-    {"--demote", "TYPE", CHOICE, AT(demote), 0, 0, "q2", COMPRESS, SCORE,
+    {"--demote", "TYPE", CHOICE, AT(demote), 0, 0, "q2", COMPRESS, SCORE | MAP,
      "keep what would be evicted at 2 bits"},
     {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL | STREAMS, 0,
      "parameters of the policy and the level, as listed there"},
@@ -321,7 +323,7 @@ static const Flag flags[] = {
      "ridge of the regression, as a share of each feature's own square (default 0.001)"},
     {"--into", NULL, SWITCH, AT(into), 0, 0, NULL, CALIBRATE, 0,
      "-o is a copy of the model that carries the profile; it may be MODEL itself"},
-    {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS, SCORE,
+    {"--ref-ties", NULL, SWITCH, AT(ref_ties), 0, 0, NULL, COMPRESS | MAP, SCORE,
      "the authors' threshold rule, which drops ties, instead of the exact count"},
     {"--chunk", "N", COUNT, AT(chunk), 1, INT_MAX, NULL, CONTEXT | BENCH | EVAL | CALIBRATE, 0,
      "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
@@ -1617,6 +1619,51 @@ static int cmd_compress(const Options *o) {
     return 0;
 }
 
+static int cmd_map(const Options *o) {
+    Session s;
+    Ids ids = {0};
+    Progress progress;
+    char err[ERR_LEN];
+    check_output(o);
+    Buffer text = read_text(o, NULL);
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    Context c = chosen_method(&s);
+    open_context(&c, &s, &text, &ids, &progress);
+    size_t n_pairs = context_scores(&c);
+    if (n_pairs == 0) die("nothing of this context is ever evicted: there is nothing to show");
+    float *score = read_context(&c, true, &progress);
+    uint8_t *keep = allocate(n_pairs, 1);
+    long kept = context_select(&c, score, o->ratio, keep, err);
+    if (kept < 0) die("%s", err);
+    int *layers = allocate(s.model.config.n_layers, sizeof *layers);
+    ChartMap map = {.model = s.model.name,
+                    .policy = c.policy->name,
+                    .level = c.level->name,
+                    .tok = s.tok,
+                    .ids = c.ids + c.n_prefix,
+                    .layer = layers,
+                    .keep = keep,
+                    .n_ctx = c.n_ctx,
+                    .n_layers = kvcache_scored_layers(&s.kv.shape, layers),
+                    .n_kv_heads = s.kv.shape.n_kv_heads,
+                    .n_kept = kept,
+                    .n_pairs = n_pairs};
+    if (chart_map(&map, o->out, err) != 0) die("%s: %s", o->out, err);
+    check_interrupted(o);
+    if (o->json)
+        json("{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n", c.n_ctx,
+             (double)kept / n_pairs, kept, n_pairs, o->out);
+    if (!o->quiet) fprintf(stderr, "[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
+    free(layers);
+    free(keep);
+    free(score);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return 0;
+}
+
 // ---- logits and tokenize ----
 
 // Declares the file and fills it block by block: memory does not grow with the number of tokens.
@@ -2189,7 +2236,7 @@ static void print_rows(const Options *o, const EvalResults *results) {
         }
     }
     flush();
-    if (o->chart && eval_chart(rows, n, o->chart, err) != 0) die("%s", err);
+    if (o->chart && chart_curves(rows, n, o->chart, err) != 0) die("%s: %s", o->chart, err);
     free(rows);
 }
 
@@ -2391,6 +2438,9 @@ static const Command commands[] = {
     {"score", SCORE, "MODEL -f FILE -o OUT", 1, 1, cmd_score,
      "how much each pair matters, as safetensors: scores f32 [L][Hkv][n_ctx], ids, layers",
      "  run score smollm2.kvz -f town.txt -o scores.safetensors\n"},
+    {"map", MAP, "MODEL -f FILE -o OUT.html", 1, 1, cmd_map,
+     "which pairs survive, per layer and head, over the text: a page for the browser",
+     "  run map smollm2.kvz -f town.txt -o town.html --ratio 0.2\n"},
     {"logits", LOGITS, "MODEL [-p TEXT | -f FILE] [-c CACHE] -o OUT", 1, 1, cmd_logits,
      "logits f32 [n][vocab] of the given tokens, after a saved context if one is given",
      "  run logits smollm2.kvz -p 'Hello there' -o logits.safetensors --kv f32\n"},

@@ -483,6 +483,56 @@ int tensors_meta_float(const TensorFile *f, const char *key, double lo, double h
     return 0;
 }
 
+// ---- files that are old or new ----
+
+static int file_fail(NewFile *f, char *err, const char *what) {
+    fail(err, "%s: %s", what, strerror(errno));
+    file_abort(f);
+    return -1;
+}
+
+int file_begin(NewFile *f, const char *path, char *err) {
+    struct stat st;
+    *f = (NewFile){0};
+    if (strlen(path) >= sizeof f->path)
+        return fail(err, "cannot create: %s", strerror(ENAMETOOLONG));
+    // A rename would replace a device or a pipe, not write to it.
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(err, "cannot create: not a regular file");
+    strcpy(f->path, path);
+    snprintf(f->tmp, sizeof f->tmp, "%s.%ld.tmp", path, (long)getpid());
+    f->file = fopen(f->tmp, "wb");
+    return f->file == NULL ? file_fail(f, err, "cannot create") : 0;
+}
+
+// Makes a rename durable. Some file systems cannot sync a directory; the file is whole either way.
+static void sync_directory_of(char *path) {
+    char *slash = strrchr(path, '/');
+    if (slash != NULL) slash[slash == path] = 0;  // keeps the root's own slash
+    int fd = open(slash == NULL ? "." : path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
+
+int file_commit(NewFile *f, char *err) {
+    if (ferror(f->file) || fflush(f->file) != 0 || fsync(fileno(f->file)) != 0)
+        return file_fail(f, err, "cannot write");
+    int closed = fclose(f->file);
+    f->file = NULL;
+    if (closed != 0) return file_fail(f, err, "cannot write");
+    if (rename(f->tmp, f->path) != 0) return file_fail(f, err, "cannot rename");
+    sync_directory_of(f->path);
+    *f = (NewFile){0};
+    return 0;
+}
+
+void file_abort(NewFile *f) {
+    if (f->file != NULL) fclose(f->file);
+    if (f->tmp[0] != 0) unlink(f->tmp);
+    *f = (NewFile){0};
+}
+
 // ---- writing ----
 
 static int write_fail(TensorWriter *w, char *err, const char *what) {
@@ -504,21 +554,13 @@ static char *copy_text(const char *s) {
 }
 
 int tensors_write_begin(TensorWriter *w, const char *path, char *err) {
-    struct stat st;
     *w = (TensorWriter){.at = -1};
-    if (strlen(path) >= sizeof w->path)
-        return fail(err, "cannot create: %s", strerror(ENAMETOOLONG));
-    // A rename would replace a device or a pipe, not write to it.
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
-        return fail(err, "cannot create: not a regular file");
-    strcpy(w->path, path);
-    snprintf(w->tmp, sizeof w->tmp, "%s.%ld.tmp", path, (long)getpid());
-    w->file = fopen(w->tmp, "wb");
-    return w->file == NULL ? write_fail(w, err, "cannot create") : 0;
+    return file_begin(&w->out, path, err);
 }
 
 int tensors_write_meta(TensorWriter *w, const char *key, const char *value, char *err) {
-    if (w->file == NULL || w->at >= 0) return write_misuse(w, err, "too late for metadata ", key);
+    if (w->out.file == NULL || w->at >= 0)
+        return write_misuse(w, err, "too late for metadata ", key);
     Meta *grown = grow(w->meta, w->n_meta, &w->meta_cap, sizeof *grown);
     if (grown == NULL) return write_misuse(w, err, "out of memory", "");
     w->meta = grown;
@@ -552,7 +594,8 @@ static bool is_filler(const Tensor *t) { return strncmp(t->name, "pad.", 4) == 0
 
 int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_dims,
                           const size_t *shape, char *err) {
-    if (w->file == NULL || w->at >= 0) return write_misuse(w, err, "too late for tensor ", name);
+    if (w->out.file == NULL || w->at >= 0)
+        return write_misuse(w, err, "too late for tensor ", name);
     Tensor t = {.name = name, .dtype = dtype, .n_dims = n_dims};
     if (is_filler(&t)) return write_misuse(w, err, "the name of a filler: tensor ", name);
     if (n_dims < 0 || n_dims > TENSOR_MAX_DIMS)
@@ -586,45 +629,46 @@ static void put_json_string(FILE *file, const char *s) {
 static void put_header_json(const TensorWriter *w) {
     const char *comma = "";
     size_t at = 0;
-    fputc('{', w->file);
+    fputc('{', w->out.file);
     if (w->n_meta > 0) {
-        fputs("\"__metadata__\":{", w->file);
+        fputs("\"__metadata__\":{", w->out.file);
         for (int i = 0; i < w->n_meta; i++) {
-            if (i > 0) fputc(',', w->file);
-            put_json_string(w->file, w->meta[i].key);
-            fputc(':', w->file);
-            put_json_string(w->file, w->meta[i].value);
+            if (i > 0) fputc(',', w->out.file);
+            put_json_string(w->out.file, w->meta[i].key);
+            fputc(':', w->out.file);
+            put_json_string(w->out.file, w->meta[i].value);
         }
-        fputc('}', w->file);
+        fputc('}', w->out.file);
         comma = ",";
     }
     for (int i = 0; i < w->n_tensors; i++, comma = ",") {
         const Tensor *t = &w->tensors[i];
-        fputs(comma, w->file);
-        put_json_string(w->file, t->name);
-        fprintf(w->file, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
-        for (int k = 0; k < t->n_dims; k++) fprintf(w->file, k > 0 ? ",%zu" : "%zu", t->shape[k]);
-        fprintf(w->file, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
+        fputs(comma, w->out.file);
+        put_json_string(w->out.file, t->name);
+        fprintf(w->out.file, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
+        for (int k = 0; k < t->n_dims; k++)
+            fprintf(w->out.file, k > 0 ? ",%zu" : "%zu", t->shape[k]);
+        fprintf(w->out.file, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
         at += t->bytes;
     }
-    fputc('}', w->file);
+    fputc('}', w->out.file);
 }
 
 // The header's length is known only once it is written: its eight bytes are filled in afterwards.
 static int put_header(TensorWriter *w, char *err) {
     static const char no_length[LENGTH_BYTES] = {0};
     unsigned char length[LENGTH_BYTES];
-    fwrite(no_length, 1, sizeof no_length, w->file);
+    fwrite(no_length, 1, sizeof no_length, w->out.file);
     put_header_json(w);
-    long end = ftell(w->file);
+    long end = ftell(w->out.file);
     if (end < 0) return write_fail(w, err, "cannot write");
-    for (; end % TENSOR_ALIGN != 0; end++) fputc(' ', w->file);
+    for (; end % TENSOR_ALIGN != 0; end++) fputc(' ', w->out.file);
     if (end - LENGTH_BYTES > MAX_HEADER) return write_misuse(w, err, "the header is too large", "");
     for (int i = 0; i < LENGTH_BYTES; i++)
         length[i] = (unsigned char)((uint64_t)(end - LENGTH_BYTES) >> 8 * i);
-    if (fseek(w->file, 0, SEEK_SET) != 0 ||
-        fwrite(length, 1, sizeof length, w->file) != sizeof length ||
-        fseek(w->file, end, SEEK_SET) != 0 || ferror(w->file))
+    if (fseek(w->out.file, 0, SEEK_SET) != 0 ||
+        fwrite(length, 1, sizeof length, w->out.file) != sizeof length ||
+        fseek(w->out.file, end, SEEK_SET) != 0 || ferror(w->out.file))
         return write_fail(w, err, "cannot write");
     w->at = 0;
     return 0;
@@ -636,7 +680,7 @@ static int advance(TensorWriter *w, char *err) {
     for (; w->at < w->n_tensors; w->at++, w->at_bytes = 0) {
         const Tensor *t = &w->tensors[w->at];
         if (is_filler(t)) {
-            if (fwrite(zeros, 1, t->bytes, w->file) != t->bytes)
+            if (fwrite(zeros, 1, t->bytes, w->out.file) != t->bytes)
                 return write_fail(w, err, "cannot write");
         } else if (w->at_bytes < t->bytes) {
             break;
@@ -647,14 +691,14 @@ static int advance(TensorWriter *w, char *err) {
 
 int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err) {
     const char *p = data;
-    if (w->file == NULL) return write_misuse(w, err, "nothing is being written", "");
+    if (w->out.file == NULL) return write_misuse(w, err, "nothing is being written", "");
     if (w->at < 0 && put_header(w, err) != 0) return -1;
     while (bytes > 0) {
         if (advance(w, err) != 0) return -1;
         if (w->at == w->n_tensors) return write_misuse(w, err, "more data than declared", "");
         size_t n = w->tensors[w->at].bytes - w->at_bytes;
         if (n > bytes) n = bytes;
-        if (fwrite(p, 1, n, w->file) != n) return write_fail(w, err, "cannot write");
+        if (fwrite(p, 1, n, w->out.file) != n) return write_fail(w, err, "cannot write");
         p += n;
         bytes -= n;
         w->at_bytes += n;
@@ -662,37 +706,19 @@ int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err
     return 0;
 }
 
-// Makes a rename durable. Some file systems cannot sync a directory; the file is whole either way.
-static void sync_directory_of(char *path) {
-    char *slash = strrchr(path, '/');
-    if (slash != NULL) slash[slash == path] = 0;  // keeps the root's own slash
-    int fd = open(slash == NULL ? "." : path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    fsync(fd);
-    close(fd);
-}
-
 int tensors_write_commit(TensorWriter *w, char *err) {
-    if (w->file == NULL) return write_misuse(w, err, "nothing is being written", "");
+    if (w->out.file == NULL) return write_misuse(w, err, "nothing is being written", "");
     if (w->at < 0 && put_header(w, err) != 0) return -1;
     if (advance(w, err) != 0) return -1;
     if (w->at < w->n_tensors)
         return write_misuse(w, err, "data is missing: tensor ", w->tensors[w->at].name);
-    if (fflush(w->file) != 0 || fsync(fileno(w->file)) != 0)
-        return write_fail(w, err, "cannot write");
-    int closed = fclose(w->file);
-    w->file = NULL;
-    if (closed != 0) return write_fail(w, err, "cannot write");
-    if (rename(w->tmp, w->path) != 0) return write_fail(w, err, "cannot rename");
-    w->tmp[0] = 0;
-    sync_directory_of(w->path);
+    int status = file_commit(&w->out, err);
     tensors_write_abort(w);
-    return 0;
+    return status;
 }
 
 void tensors_write_abort(TensorWriter *w) {
-    if (w->file != NULL) fclose(w->file);
-    if (w->tmp[0] != 0) unlink(w->tmp);
+    file_abort(&w->out);
     for (int i = 0; i < w->n_tensors; i++) free((void *)w->tensors[i].name);
     for (int i = 0; i < w->n_meta; i++) {
         free((void *)w->meta[i].key);

@@ -67,15 +67,25 @@ int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *
 int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out,
                        char *err);
 
-// ---- writing ----
-// Tensors are declared first, so that the header comes first; then their data is put in the same
-// order, in pieces of any size; then the file is synced and renamed over path. Until the rename the
-// bytes lie in "path.PID.tmp", which tensors_write_abort removes: path itself is old or new, never
-// half. Fillers ("pad.N") keep every tensor on a 64-byte boundary without holes in the file.
-// A call that fails has already aborted; aborting again does no harm.
+// ---- files that are old or new ----
+// What is written goes to "path.PID.tmp", which is synced and renamed over path at the end: path
+// itself is old or new, never half. A call that fails has already aborted; aborting again does no
+// harm.
 typedef struct {
     char path[1024], tmp[1088];
-    FILE *file;
+    FILE *file;  // to write to
+} NewFile;
+
+int file_begin(NewFile *f, const char *path, char *err);
+int file_commit(NewFile *f, char *err);  // fails as well if any write before it did
+void file_abort(NewFile *f);             // safe after a commit, and on a zeroed struct
+
+// ---- writing ----
+// Tensors are declared first, so that the header comes first; then their data is put in the same
+// order, in pieces of any size; then the file takes its place. Fillers ("pad.N") keep every tensor
+// on a 64-byte boundary without holes in the file. A call that fails has already aborted.
+typedef struct {
+    NewFile out;
     Tensor *tensors;  // declared ones, fillers included; data unused
     int n_tensors, cap;
     Meta *meta;

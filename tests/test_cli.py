@@ -615,6 +615,23 @@ def test_eval_stream(m, d):
     fails(2, "choose one", *args, "--stream", "--kv", "f16+q2")
 
 
+def test_map(m, d):
+    page, text = d + "/page.html", ["-p", "Ada <b>keeps</b> 40 goats & Über 日本. " * 6, "--ratio", "0.4", "--json"]
+    row = works("map", m.path, *text, "-o", page).rows()[0]
+    html = open(page, encoding="utf-8").read()
+    same = works("compress", m.path, *text, "-o", d + "/page.kvc").rows()[0]
+    check(row["n_kept"] == same["n_kept"] and row["n_pairs"] == same["n_pairs"], "map keeps what compress keeps")
+    bits = re.findall("data-kept='([0-9a-f]+)'", html)
+    check(sum(bin(int(b, 16)).count("1") for b in bits) == row["n_kept"], "map: the bits are not the pairs kept")
+    check(html.count("<i>") == row["n_ctx"] and all(len(b) == -(-row["n_ctx"] // 4) for b in bits), "map: tokens")
+    shown = re.sub("</?i>|·", "", html[html.index("<p><i>"):html.index("<script>")])
+    check("Ada &lt;b>keeps&lt;/b> 40 goats &amp; Über 日本." in shown, "map: the text")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    fails(1, "page.html: cannot write", "map", m.path, *text, "-o", page, preexec_fn=limit)
+    check(open(page, encoding="utf-8").read() == html, "map: a full disk leaves the old page")
+    check(not [f for f in os.listdir(d) if f.endswith(".tmp")], "map: a full disk leaves nothing else")
+
+
 def test_files(m, other, d):
     cache = d + "/good.kvc"
     works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
@@ -721,6 +738,7 @@ def main():
         test_perplexity(smol, d)
         test_eval(smol, d)
         test_eval_stream(smol, d)
+        test_map(smol, d)
         test_files(smol, llama, d)
         test_streams(smol)
         test_interrupt(smol, d)

@@ -1,0 +1,253 @@
+// chart.c: pictures of results, each one self-contained file: the curves of `run eval` as SVG, and
+// the pairs of a context that survive as an HTML page with the text itself.
+#include "chart.h"
+
+#include <math.h>
+#include <string.h>
+
+static void put_xml(FILE *f, const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (s[i] == '<')
+            fputs("&lt;", f);
+        else if (s[i] == '&')
+            fputs("&amp;", f);
+        else
+            fputc(s[i], f);
+    }
+}
+
+// ---- curves ----
+
+enum { MAX_LINES = 24 };
+
+typedef struct {
+    FILE *f;
+    const EvalRow *rows;  // [n]
+    int n;
+    int line[MAX_LINES];  // a row of each line: policy, level and page type
+    int n_lines;
+} Chart;
+
+enum {
+    PANEL_W = 300,
+    PANEL_H = 200,
+    PANEL_LEFT = 60,
+    PANEL_TOP = 50,
+    PANEL_X = 380,
+    PANEL_Y = 280
+};
+static const char *const colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
+                                      "#e69f00", "#56b4e9", "#000000", "#999933"};
+static const double KL_LEAST = 1e-4, KL_MOST = 10;
+
+static bool same_line(const EvalRow *a, const EvalRow *b) {
+    return strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
+           strcmp(a->kv, b->kv) == 0;
+}
+
+static bool same_panel(const EvalRow *a, const EvalRow *b) {
+    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0;
+}
+
+// Whether row i is the first one of a panel.
+static bool begins_panel(const Chart *c, int i) {
+    if (strcmp(c->rows[i].metric, "nll") == 0) return false;
+    for (int j = 0; j < i; j++)
+        if (same_panel(&c->rows[i], &c->rows[j])) return false;
+    return true;
+}
+
+// 0 at the bottom of a panel to 1 at its top: shares as they are, KL by its logarithm.
+static double height_of(const EvalRow *row, double v) {
+    if (strcmp(row->metric, "kl") != 0) return v;
+    return log(fmin(fmax(v, KL_LEAST), KL_MOST) / KL_LEAST) / log(KL_MOST / KL_LEAST);
+}
+
+static void chart_axes(const Chart *c, const EvalRow *row) {
+    bool kl = strcmp(row->metric, "kl") == 0;
+    fprintf(c->f, "<rect width='%d' height='%d' class='box'/><text y='-12' class='title'>", PANEL_W,
+            PANEL_H);
+    put_xml(c->f, row->task, strlen(row->task));
+    fprintf(c->f, ": %s%s</text>\n", row->metric, kl ? ", nat per token" : "");
+    for (int i = 0; i <= 5; i++) {
+        double at = i / 5.0, value = kl ? KL_LEAST * pow(KL_MOST / KL_LEAST, at) : at;
+        double x = at * PANEL_W, y = (1 - at) * PANEL_H;
+        fprintf(c->f, "<path d='M0 %g h%d M%g 0 v%d' class='grid'/>", y, PANEL_W, x, PANEL_H);
+        fprintf(c->f, "<text x='-6' y='%g' class='y'>%g</text>", y + 4, value);
+        fprintf(c->f, "<text x='%g' y='%d' class='x'>%g</text>\n", x, PANEL_H + 16, at);
+    }
+    fprintf(c->f, "<text x='%d' y='%d' class='x'>share of pairs kept</text>\n", PANEL_W / 2,
+            PANEL_H + 34);
+}
+
+// Of line k in a panel the row with the next larger share than `kept`, or NULL.
+static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, double kept) {
+    const EvalRow *next = NULL;
+    for (const EvalRow *row = c->rows; row < c->rows + c->n; row++)
+        if (same_panel(row, panel) && same_line(row, &c->rows[c->line[k]]) && row->kept > kept &&
+            (!next || row->kept < next->kept))
+            next = row;
+    return next;
+}
+
+static void chart_line(const Chart *c, const EvalRow *panel, int k) {
+    const EvalRow *row = next_point(c, panel, k, -1);
+    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8],
+            k < 8    ? "none"
+            : k < 16 ? "5 3"
+                     : "2 2");
+    for (double px = 0, py = -1, x, y; row;
+         row = next_point(c, panel, k, row->kept), px = x, py = y) {
+        x = row->kept * PANEL_W, y = (1 - height_of(row, row->value)) * PANEL_H;
+        if (py >= 0) fprintf(c->f, "<path d='M%.1f %.1f L%.1f %.1f' class='line'/>", px, py, x, y);
+        fprintf(c->f, "<path d='M%.1f %.1f V%.1f' class='line'/>", x,
+                (1 - height_of(row, row->low)) * PANEL_H,
+                (1 - height_of(row, row->high)) * PANEL_H);
+        fprintf(c->f, "<circle cx='%.1f' cy='%.1f' r='2.5' fill='%s'/>\n", x, y, colours[k % 8]);
+    }
+    fputs("</g>\n", c->f);
+}
+
+static void chart_legend(const Chart *c, int top) {
+    for (int k = 0; k < c->n_lines; k++) {
+        const EvalRow *row = &c->rows[c->line[k]];
+        int x = PANEL_LEFT + k % 5 * 220, y = top + k / 5 * 20;
+        fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4,
+                colours[k % 8],
+                k < 8    ? "none"
+                : k < 16 ? "5 3"
+                         : "2 2");
+        fprintf(c->f, "<text x='%d' y='%d'>%s %s, %s</text>\n", x + 30, y, row->policy, row->level,
+                row->kv);
+    }
+}
+
+// Finds lines and panels, then draws these: a row of panels per task, a column per metric.
+static void chart_draw(Chart *c) {
+    int n_panels = 0, at = 0;
+    for (int i = 0; i < c->n; i++) {
+        int k = 0;
+        while (k < c->n_lines && !same_line(&c->rows[i], &c->rows[c->line[k]])) k++;
+        if (k == c->n_lines && k < MAX_LINES) c->line[c->n_lines++] = i;
+        n_panels += begins_panel(c, i);
+    }
+    int bottom = PANEL_TOP + (n_panels + 2) / 3 * PANEL_Y;
+    fprintf(c->f,
+            "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' font-family='sans-serif' "
+            "font-size='12'>\n<style>.box,.line{fill:none}.box{stroke:#444}.grid{stroke:#ddd}"
+            ".title{font-weight:bold}.x{text-anchor:middle}.y{text-anchor:end}</style>\n"
+            "<rect width='100%%' height='100%%' fill='#fff'/>\n",
+            3 * PANEL_X, bottom + (c->n_lines + 4) / 5 * 20 + 20);
+    for (int i = 0; i < c->n; i++) {
+        if (!begins_panel(c, i)) continue;
+        int x = PANEL_LEFT + at % 3 * PANEL_X, y = PANEL_TOP + at++ / 3 * PANEL_Y;
+        fprintf(c->f, "<g transform='translate(%d %d)'>\n", x, y);
+        chart_axes(c, &c->rows[i]);
+        for (int k = 0; k < c->n_lines; k++) chart_line(c, &c->rows[i], k);
+        fputs("</g>\n", c->f);
+    }
+    chart_legend(c, bottom + 10);
+    fputs("</svg>\n", c->f);
+}
+
+int chart_curves(const EvalRow *rows, int n, const char *path, char *err) {
+    NewFile out;
+    if (file_begin(&out, path, err) != 0) return -1;
+    chart_draw(&(Chart){.f = out.file, .rows = rows, .n = n});
+    return file_commit(&out, err);
+}
+
+// ---- survivors ----
+
+// The page is readable without its script, which colours the text by the heads that were chosen.
+static const char map_head[] =
+    "<style>body{font:15px/1.6 sans-serif;max-width:64em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse;font-size:10px;cursor:pointer}"
+    "th,td{min-width:2em;text-align:center;font-weight:normal;border:2px solid #fff}"
+    ".on{border-color:#d55e00}i{font-style:normal;white-space:pre-wrap}</style>\n";
+
+static const char map_script[] =
+    "<script>\n"
+    "const all = [...document.querySelectorAll('td')], tokens = document.querySelectorAll('i');\n"
+    "const bit = (td, i) => parseInt(td.dataset.kept[i >> 2], 16) >> (i & 3) & 1;\n"
+    "function show(heads) {\n"
+    "  all.forEach(td => td.classList.toggle('on', heads !== all && heads.includes(td)));\n"
+    "  tokens.forEach((t, i) => {\n"
+    "    const n = heads.reduce((sum, td) => sum + bit(td, i), 0);\n"
+    "    t.style.background = `rgba(0,114,178,${n / heads.length * 0.7})`;\n"
+    "    t.style.color = n ? '' : '#aaa';\n"
+    "    t.title = `token ${i}: kept by ${n} of ${heads.length}`;\n"
+    "  });\n"
+    "}\n"
+    "document.querySelector('table').onclick = e => {\n"
+    "  const cell = e.target.closest('td,th');\n"
+    "  if (!cell) return;\n"
+    "  const layer = cell.dataset.layer, heads = cell.matches('td') ? [cell]\n"
+    "    : layer ? all.filter(td => td.dataset.layer === layer)\n"
+    "    : [...cell.parentNode.querySelectorAll('td')];\n"
+    "  show(cell.matches('.on') || heads.length === 0 ? all : heads);\n"
+    "};\n"
+    "show(all);\n"
+    "</script>\n";
+
+// keep [n] as hexadecimal digits, four tokens each, the first one in the lowest bit.
+static void put_bits(FILE *f, const uint8_t *keep, int n) {
+    for (int i = 0; i < n; i += 4) {
+        int digit = 0;
+        for (int j = 0; j < 4 && i + j < n; j++) digit |= (keep[i + j] != 0) << j;
+        fprintf(f, "%x", digit);
+    }
+}
+
+// A column per layer, a row per kv head, in each cell the share that stays in percent.
+static void map_table(FILE *f, const ChartMap *m) {
+    fputs("<table><tr><th>all</th>", f);
+    for (int l = 0; l < m->n_layers; l++)
+        fprintf(f, "<th data-layer='%d'>%d</th>", m->layer[l], m->layer[l]);
+    for (int g = 0; g < m->n_kv_heads; g++) {
+        fprintf(f, "</tr>\n<tr><th>head %d</th>", g);
+        for (int l = 0; l < m->n_layers; l++) {
+            const uint8_t *keep = m->keep + ((size_t)l * m->n_kv_heads + g) * m->n_ctx;
+            int kept = 0;
+            for (int i = 0; i < m->n_ctx; i++) kept += keep[i] != 0;
+            double share = (double)kept / m->n_ctx;
+            fprintf(f, "<td data-layer='%d' style='background:rgba(0,114,178,%.2f)' data-kept='",
+                    m->layer[l], share * 0.7);
+            put_bits(f, keep, m->n_ctx);
+            fprintf(f, "'>%.0f</td>", share * 100);
+        }
+    }
+    fputs("</tr></table>\n", f);
+}
+
+// An element per token; one that only begins a character shows as a dot.
+static void map_text(FILE *f, const ChartMap *m) {
+    TokStream stream = {0};
+    char text[TOK_STREAM_MAX];
+    fputs("<p>", f);
+    for (int i = 0; i < m->n_ctx; i++) {
+        int n = tokenizer_stream(m->tok, &stream, m->ids[i], text);
+        fputs("<i>", f);
+        put_xml(f, n > 0 ? text : "·", n > 0 ? (size_t)n : strlen("·"));
+        fputs("</i>", f);
+    }
+    fputs("</p>\n", f);
+}
+
+int chart_map(const ChartMap *m, const char *path, char *err) {
+    NewFile out;
+    if (file_begin(&out, path, err) != 0) return -1;
+    FILE *f = out.file;
+    fputs("<!doctype html><html lang='en'><meta charset='utf-8'><title>What stays</title>\n", f);
+    fprintf(f, "%s<h2>What stays of %d tokens</h2>\n<p>", map_head, m->n_ctx);
+    put_xml(f, m->model, strlen(m->model));
+    fprintf(f,
+            ", policy %s, level %s: %ld of %zu pairs, %.1f%%. Darker: kept by more heads. Click a "
+            "number, a layer (top row), a head (left) or <em>all</em>.</p>\n",
+            m->policy, m->level, m->n_kept, m->n_pairs, 100.0 * m->n_kept / m->n_pairs);
+    map_table(f, m);
+    map_text(f, m);
+    fputs(map_script, f);
+    fputs("</html>\n", f);
+    return file_commit(&out, err);
+}

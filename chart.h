@@ -1,0 +1,25 @@
+// chart.h: pictures of results, one self-contained file each.
+#ifndef CHART_H
+#define CHART_H
+#include "eval.h"
+
+// SVG: a panel per task and metric, a line per policy, level and page type, the share of pairs kept
+// from left to right. Returns 0, or -1 with err.
+int chart_curves(const EvalRow *rows, int n, const char *path, char *err);
+
+// Which pairs of a context stay, by layer and head.
+typedef struct {
+    const char *model, *policy, *level;
+    const Tokenizer *tok;
+    const int *ids;       // [n_ctx] of the context, without the prefix
+    const int *layer;     // [n_layers] those that evict
+    const uint8_t *keep;  // [n_layers][n_kv_heads][n_ctx]
+    int n_ctx, n_layers, n_kv_heads;
+    long n_kept;
+    size_t n_pairs;
+} ChartMap;
+
+// HTML: the text, each token the darker the more heads keep it, and a table of the heads to choose
+// from. Returns 0, or -1 with err.
+int chart_map(const ChartMap *m, const char *path, char *err);
+#endif
