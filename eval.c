@@ -1233,15 +1233,16 @@ static long stream_context(Run *r, Context *c, double ratio, char *err) {
     return kept;
 }
 
-// The cell's cache: a fork of the full one from which all but the best pairs are gone, or demoted,
-// or one that was evicted while it grew; and whose pages have settled; or -1.
+// The cell's cache, settled; or -1. A fork of the full one from which all but the best pairs are
+// gone, or demoted; with stream, a sequence that was evicted while it grew.
 static int evicted(Run *r, Cell *cell, char *err) {
     KVCache *kv = &r->kv[cell->kv];
-    Context c = context_of(r, cell->kv, 0);
+    Context c = context_of(r, cell->kv, -1);
     size_t n_pairs = context_scores(&c);
-    bool evicts = cell->c.ratio < 1 && n_pairs > 0, streams = evicts && r->e->stream;
-    int seq = c.seq = streams ? kvcache_new(kv, err) : kvcache_fork(kv, r->full[cell->kv], err);
-    if (seq < 0) return -1;
+    bool evicts = cell->c.ratio < 1 && n_pairs > 0;
+    bool streams = evicts && r->e->stream;
+    c.seq = streams ? kvcache_new(kv, err) : kvcache_fork(kv, r->full[cell->kv], err);
+    if (c.seq < 0) return -1;
     cell->c.kept = 1;
     if (evicts) {
         if (set_method(r->e, &c, cell->policy, cell->level, err) != 0) return -1;
@@ -1250,7 +1251,7 @@ static int evicted(Run *r, Cell *cell, char *err) {
         if (kept < 0) return -1;
         cell->c.kept = (double)kept / (double)n_pairs;
     }
-    return kvcache_settle(kv, seq, err) == 0 ? seq : -1;
+    return kvcache_settle(kv, c.seq, err) == 0 ? c.seq : -1;
 }
 
 // Hands a cell to the results, which own its numbers from then on.

@@ -279,15 +279,17 @@ static const Flag flags[] = {
     {"-c", "CACHE", TEXT, AT(cache), 0, 0, NULL, CHAT | LOGITS, 0,
      "continue after a saved context"},
     {"--policy", "NAME", TEXT, AT(policy), 0, 0, NULL, CONTEXT | BENCH | STREAMS, 0,
-     "who scores (default: expected where there is a profile, else kvzip):"},
+     "who scores (default: expected with a profile or while tokens come, else kvzip):"},
     {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, COMPRESS | MAP, SCORE,
      "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
     {"--ratio", "R", REAL, AT(ratio), RATIO_MIN, 1, NULL, GENERATE | CHAT, 0,
      "evict as tokens come: share of the pairs that stays (default: all)"},
     {"--budget", "N", COUNT, AT(budget), 1, INT_MAX, NULL, STREAMS, 0,
      "evict as tokens come: pairs that stay, per head on average, however many tokens there are"},
-    {"--stream", NULL, SWITCH, AT(stream), 0, 0, NULL, COMPRESS | EVAL, 0,
+    {"--stream", NULL, SWITCH, AT(stream), 0, 0, NULL, COMPRESS, 0,
      "evict to --ratio while reading: the whole cache is never in memory"},
+    {"--stream", NULL, SWITCH, AT(stream), 0, 0, NULL, EVAL, 0,
+     "evict while a context is read, not once it is there"},
     {"--window", "N", COUNT, AT(window), 0, INT_MAX, NULL, STREAMS | EVAL, 0,
      "newest pairs of each head, which are not evicted as tokens come (default 128)"},
     {"--level", "NAME", TEXT, AT(level), 0, 0, NULL, COMPRESS | MAP | BENCH | STREAMS, SCORE,
@@ -297,7 +299,7 @@ static const Flag flags[] = {
     {"--set", "K=V,..", TEXT, AT(set), 0, 0, NULL, CONTEXT | BENCH | EVAL | STREAMS, 0,
      "parameters of the policy and the level, as listed there"},
     {"--policy", "NAME,..", TEXT, AT(policy), 0, 0, NULL, EVAL, 0,
-     "who scores (default: expected where there is a profile, else kvzip):"},
+     "who scores (default: expected with a profile or --stream, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), 0, 0, NULL, EVAL, 0,
      "which pairs compete for a place (default: profile where there is one, else pair):"},
     {"--ratio", "R,..", LIST, AT(shares), RATIO_MIN, 1, NULL, EVAL, 0,
@@ -618,27 +620,31 @@ static bool same_file(const char *path, const struct stat *other) {
     return path && stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
 }
 
-// Before any work: -o is given, its directory takes files, and it is none of the files read.
-static void check_output(const Options *o) {
+// Before any work: the directory of path takes files, and path is none of the files read.
+static void check_writable(const Options *o, const char *path) {
     struct stat st;
-    if (!o->out) die_usage(o->command, "needs -o OUT");
-    const char *slash = strrchr(o->out, '/');
+    const char *slash = strrchr(path, '/');
     Buffer dir = {0};
-    buffer_add(&dir, slash ? o->out : ".", slash ? (size_t)(slash - o->out) + 1 : 1);
+    buffer_add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
     if (stat(dir.s, &st) != 0 || access(dir.s, W_OK | X_OK) != 0)
-        die("%s: cannot be written: %s", o->out, strerror(errno));
+        die("%s: cannot be written: %s", path, strerror(errno));
     free(dir.s);
-    if (stat(o->out, &st) != 0) {
-        if (errno != ENOENT) die("%s: cannot be written: %s", o->out, strerror(errno));
+    if (stat(path, &st) != 0) {
+        if (errno != ENOENT) die("%s: cannot be written: %s", path, strerror(errno));
         return;
     }
-    if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", o->out);
+    if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", path);
     const char *model = o->into ? NULL : o->args[0];  // into itself: the old file stays mapped
     const char *const inputs[] = {model, o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids,
                                   o->cache};
     for (int i = 0; i < 5; i++)
         if (same_file(inputs[i], &st))
-            die("%s: is read by this command, so it cannot be -o", o->out);
+            die("%s: is read by this command: it cannot be written", path);
+}
+
+static void check_output(const Options *o) {
+    if (!o->out) die_usage(o->command, "needs -o OUT");
+    check_writable(o, o->out);
 }
 
 // ---- a session: everything that is open while a subcommand runs ----
@@ -1343,7 +1349,7 @@ static int cmd_chat(const Options *o) {
     return exit_code();
 }
 
-// ---- contexts: compress and score ----
+// ---- contexts: compress, score and map ----
 
 // What stands before the context: the chat's beginning and the task. Our own task text is part of
 // the template and tokenized with it, as the authors do; a user's text never becomes a special
@@ -1631,10 +1637,12 @@ static int cmd_map(const Options *o) {
     Context c = chosen_method(&s);
     open_context(&c, &s, &text, &ids, &progress);
     size_t n_pairs = context_scores(&c);
-    if (n_pairs == 0) die("nothing of this context is ever evicted: there is nothing to show");
-    float *score = read_context(&c, true, &progress);
+    if (c.n_ctx == 0) die("the context is empty: there is nothing to show");
+    if (n_pairs == 0) die("this model evicts from no layer: there is nothing to show");
+    float *score = read_context(&c, o->ratio < 1, &progress);
     uint8_t *keep = allocate(n_pairs, 1);
-    long kept = context_select(&c, score, o->ratio, keep, err);
+    memset(keep, 1, n_pairs);
+    long kept = score ? context_select(&c, score, o->ratio, keep, err) : (long)n_pairs;
     if (kept < 0) die("%s", err);
     int *layers = allocate(s.model.config.n_layers, sizeof *layers);
     ChartMap map = {.model = s.model.name,
@@ -1649,6 +1657,7 @@ static int cmd_map(const Options *o) {
                     .n_kv_heads = s.kv.shape.n_kv_heads,
                     .n_kept = kept,
                     .n_pairs = n_pairs};
+    if (interrupted) die_interrupted();
     if (chart_map(&map, o->out, err) != 0) die("%s: %s", o->out, err);
     check_interrupted(o);
     if (o->json)
@@ -2247,6 +2256,7 @@ static int eval_merge(const Options *o) {
         if (eval_results_open(&results, o->args[i], false, err) != 0)
             die("%s: %s", o->args[i], err);
     if (o->out) check_output(o);
+    if (o->chart) check_writable(o, o->chart);
     if (o->out && eval_results_save(&results, o->out, err) != 0) die("%s: %s", o->out, err);
     print_rows(o, &results);
     eval_results_close(&results);
@@ -2293,6 +2303,9 @@ static void eval_lists(const Session *s, Eval *e) {
         if (!e->policy[i]->live)
             die_usage(o->command, "--stream: policy %s looks back at the whole context",
                       e->policy[i]->name);
+    for (int i = 0; e->stream && i < e->n_levels; i++)
+        if (e->level[i]->pool == LEVEL_HEAD)
+            die_usage(o->command, "--stream: level %s keeps whole heads", e->level[i]->name);
     for (int i = 0; e->stream && i < e->n_kvs; i++)
         if (e->kv[i].demote)
             die_usage(o->command, "--kv %s keeps what --stream evicts: choose one", e->kv[i].name);
@@ -2332,6 +2345,7 @@ static int cmd_eval(const Options *o) {
               .window = (int)o->window,
               .settings = o->raw};
     if (o->out) check_output(o);
+    if (o->chart) check_writable(o, o->chart);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
     if (o->out && eval_results_open(&results, o->out, true, err) != 0) die("%s: %s", o->out, err);
     catch_signals();

@@ -1,4 +1,5 @@
-// tensors.h: the safetensors container. Models, caches and scores are all files of this kind.
+// tensors.h: the safetensors container. Models, caches and scores are all files of this kind. And
+// how any file is written so that it is never half there.
 //
 // A file is an 8-byte little-endian header length, a JSON header, and the data. The header gives
 // each tensor's dtype, shape and byte range, and strings under "__metadata__". Our own files start
@@ -69,14 +70,14 @@ int tensors_meta_float(const TensorFile *f, const char *key, double lo, double h
 
 // ---- files that are old or new ----
 // What is written goes to "path.PID.tmp", which is synced and renamed over path at the end: path
-// itself is old or new, never half. A call that fails has already aborted; aborting again does no
-// harm.
+// itself is old or new, never half. Return 0, or -1 with err; a call that fails has already
+// aborted, and aborting again does no harm.
 typedef struct {
     char path[1024], tmp[1088];
     FILE *file;  // to write to
 } NewFile;
 
-int file_begin(NewFile *f, const char *path, char *err);
+int file_begin(NewFile *f, const char *path, char *err);  // refuses what is not a regular file
 int file_commit(NewFile *f, char *err);  // fails as well if any write before it did
 void file_abort(NewFile *f);             // safe after a commit, and on a zeroed struct
 

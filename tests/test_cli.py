@@ -122,7 +122,8 @@ class Model:
 
 # ---- usage ----
 
-COMMANDS = ["generate", "chat", "compress", "ask", "score", "logits", "tokenize", "bench", "calibrate", "info"]
+COMMANDS = ["generate", "chat", "compress", "ask", "score", "map", "logits", "tokenize", "bench", "eval",
+            "calibrate", "info"]
 
 
 def test_usage(m):
@@ -593,7 +594,21 @@ def test_eval(m, d):
     key = lambda r: json.dumps([r[k] for k in ("task", "policy", "ratio", "metric", "n")] + ["%.6f" % r["value"]])
     joined = works("eval", "--merge", d + "/shard1", d + "/shard2", "--json", "--chart", d + "/c.svg").rows()
     check(sorted(map(key, joined)) == sorted(map(key, whole)), "eval: merged shards differ from the whole")
-    check(open(d + "/c.svg").read().startswith("<svg"), "eval: the chart is not an SVG")
+    chart = open(d + "/c.svg").read()
+    check(chart.startswith("<svg") and chart.endswith("</svg>\n"), "eval: the chart is not an SVG")
+    merge = ["eval", "--merge", d + "/shard1", d + "/shard2"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    r = run(*merge, "--chart", d + "/c.svg", preexec_fn=limit)
+    check(r.code == 1 and "c.svg: cannot write" in r.err and r.out, "eval: the table comes without its chart: %s" % r.err)
+    check(open(d + "/c.svg").read() == chart, "eval: a full disk leaves the old chart")
+    before = open(d + "/shard1", "rb").read()
+    fails(1, "shard1: ", "eval", "--merge", d + "/shard1", d + "/shard2", "-o", d + "/shard1")
+    works(*merge, "-o", d + "/both")
+    joined = open(d + "/both", "rb").read()
+    fails(1, "both: ", *merge, "-o", d + "/both", preexec_fn=limit)
+    check(open(d + "/both", "rb").read() == joined and len(joined) > 1024, "eval: a full disk leaves the old results")
+    check(open(d + "/shard1", "rb").read() == before, "eval: --merge changes no input")
+    fails(1, "not a regular file", *args, "--chart", "/dev/null")
     fails(1, "settings", *args[:-1], "--stop", "x", "-o", d + "/whole")
     bad = {"line 2": json.dumps(TASKS[0]) + "\n{", "\"questions\" is missing": '{"context": "a", "metric": "f1"}',
            "metric": json.dumps(dict(TASKS[0], metric="bleu"))}
@@ -611,8 +626,28 @@ def test_eval_stream(m, d):
     of = lambda rows, metric: [r["value"] for r in rows if r["metric"] == metric and r["ratio"] < 1]
     check(of(early, "kl") != of(once, "kl"), "eval --stream evicts while it reads")
     check([r["kept"] for r in early] == [r["kept"] for r in once], "eval --stream: the share kept")
+    check(works(*args, "--stream", "--window", "0", "-o", d + "/early").rows() == early, "eval --stream -o")
+    check(works(*args, "--stream", "--window", "0", "-o", d + "/early").rows() == early, "eval --stream: nothing to do")
+    fails(1, "settings", *args, "--stream", "--window", "64", "-o", d + "/early")
+    fails(1, "settings", *args, "-o", d + "/early")
+    settled = works(*args[:-3], "--kv", "f16,q8", "--stream", "--json").rows()
+    check(len({r["value"] for r in settled if r["metric"] == "kl" and r["ratio"] < 1}) == 2, "eval --stream: q8 pages")
+    many = dict(long, questions=long["questions"] * 20)  # more than decode together
+    more = works(*args[:2], write(d + "/many.jsonl", json.dumps(many)), *args[3:], "--stream", "--window", "0").rows()
+    check(all(abs(a - b) < 1e-6 for a, b in zip(of(more, "kl"), of(early, "kl"))), "eval --stream: many questions")
     fails(2, "looks back at the whole context", *args, "--stream", "--policy", "knorm,snapkv")
+    fails(2, "keeps whole heads", *args, "--stream", "--level", "uniform,head")
     fails(2, "choose one", *args, "--stream", "--kv", "f16+q2")
+
+
+def kept_pairs(cache, n_prefix):
+    """{(layer, head): positions in the context} of a saved cache."""
+    pairs, page, n = {}, 0, cache.shape["len"][1]
+    for i, (length, dropped) in enumerate(zip(cache["len"], cache["dropped"])):
+        pages = -(-(length - dropped) // 64)
+        pairs[i // n, i % n] = {p - n_prefix for p in cache["pos"][page * 64:(page + pages) * 64] if p >= n_prefix}
+        page += pages
+    return pairs
 
 
 def test_map(m, d):
@@ -621,11 +656,21 @@ def test_map(m, d):
     html = open(page, encoding="utf-8").read()
     same = works("compress", m.path, *text, "-o", d + "/page.kvc").rows()[0]
     check(row["n_kept"] == same["n_kept"] and row["n_pairs"] == same["n_pairs"], "map keeps what compress keeps")
-    bits = re.findall("data-kept='([0-9a-f]+)'", html)
-    check(sum(bin(int(b, 16)).count("1") for b in bits) == row["n_kept"], "map: the bits are not the pairs kept")
-    check(html.count("<i>") == row["n_ctx"] and all(len(b) == -(-row["n_ctx"] // 4) for b in bits), "map: tokens")
+    cache = Tensors(d + "/page.kvc")
+    layers = [l for l, window in enumerate(cache["window"]) if window == 0]
+    stays = kept_pairs(cache, same["n_prefix"])
+    cells = [re.findall("data-layer='([0-9]+)'.*?data-kept='([0-9a-f]+)'", h) for h in re.findall("<tr><th>head.*", html)]
+    for g, head in enumerate(cells):
+        check([int(l) for l, _ in head] == layers, "map: columns are the layers that evict")
+        for l, digits in head:
+            shown = {4 * i + b for i, x in enumerate(digits) for b in range(4) if int(x, 16) >> b & 1}
+            check(shown == stays[int(l), g], "map: layer %s, head %d: not what compress keeps" % (l, g))
+    check(html.count("<i>") == row["n_ctx"], "map: an element per token")
     shown = re.sub("</?i>|·", "", html[html.index("<p><i>"):html.index("<script>")])
     check("Ada &lt;b>keeps&lt;/b> 40 goats &amp; Über 日本." in shown, "map: the text")
+    whole = works("map", m.path, *text[:2], "--ratio", "1", "--json", "-o", d + "/whole.html").rows()[0]
+    check(whole["n_kept"] == whole["n_pairs"], "map --ratio 1: all stay")
+    fails(1, "the context is empty", "map", m.path, "-p", "", "-o", page)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
     fails(1, "page.html: cannot write", "map", m.path, *text, "-o", page, preexec_fn=limit)
     check(open(page, encoding="utf-8").read() == html, "map: a full disk leaves the old page")
@@ -680,7 +725,7 @@ def test_streams(m):
 
 def test_interrupt(m, d):
     ids = write_ids(d + "/many.ids", [7] * 60000)
-    for command in ["compress", "score", "logits"]:
+    for command in ["compress", "score", "map", "logits"]:
         for sig in [signal.SIGINT, signal.SIGTERM]:
             before = sorted(os.listdir(d))
             p = subprocess.Popen([RUN, command, m.path, "--ids", ids, "-o", d + "/stopped"],
@@ -739,6 +784,7 @@ def main():
         test_eval(smol, d)
         test_eval_stream(smol, d)
         test_map(smol, d)
+        test_map(Model("gemma3"), d)
         test_files(smol, llama, d)
         test_streams(smol)
         test_interrupt(smol, d)

@@ -20,8 +20,6 @@ static Context long_context(Fixture *f, int *ids, int n, const char *policy, con
     return c;
 }
 
-static int after(void *stream, char *e) { return stream_step(stream, e); }
-
 static int n_heads(const Fixture *f) {
     return kvcache_scored_layers(&f->kv.shape, NULL) * f->kv.shape.n_kv_heads;
 }
@@ -116,7 +114,7 @@ static void read_logits(Fixture *f, const Policy *p, double ratio, bool streams,
     Stream s = {0};
     if (streams) {
         CHECK(stream_open(&s, &c, ratio, 0, 16, err) == 0);
-        c.after = after, c.after_arg = &s;
+        c.after = stream_after, c.after_arg = &s;
     }
     CHECK(context_read(&c, err) == 0);
     Row last = {c.seq, ids[3], true};
