@@ -63,9 +63,9 @@ class Race(NamedTuple):
     calls: list
 
 
-def output(args, errors=False):
+def output(args, errors=False, cwd=None):
     """-> what it prints; errors: to stderr as well."""
-    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd)
     if done.returncode:
         raise RuntimeError(f"{' '.join(args)}\n{done.stderr.decode(errors='replace')[-2000:]}")
     return (done.stdout + (done.stderr if errors else b"")).decode(errors="replace")
@@ -89,8 +89,8 @@ class Bench:
         repeats = 1 if work.prompt >= LONG or len(work.batches) > 1 else 3
         room = work.prompt + work.n * max(work.batches) + 512
         threads = str(self.a.threads)
-        args = [os.path.join(self.a.bin, "llama-batched-bench"),
-                "-m", os.path.join(self.a.models, s.weights + ".gguf"), "-t", threads, "-tb", threads,
+        args = [os.path.join(os.path.abspath(self.a.bin), "llama-batched-bench"),
+                "-m", s.weights + ".gguf", "-t", threads, "-tb", threads,
                 "-c", str(room), "-pps", "-npp", ",".join([str(work.prompt)] * repeats), "-ntg", str(work.n),
                 "-npl", ",".join(map(str, work.batches)), "-fa", "on" if s.flash else "off",
                 "-ctk", s.cache, "-ctv", s.cache]
@@ -98,7 +98,8 @@ class Bench:
             args += ["-rtr"] if s.repack else []
         else:
             args += ["-kvu"] + ([] if s.repack else ["--no-repack"])
-        lines = output(args, errors=True).splitlines()  # the fork prints its table to stderr
+        # The fork prints its table to stderr, and writes a log where it is started.
+        lines = output(args, errors=True, cwd=self.a.models).splitlines()
         cells = [line.split("|") for line in lines if re.match(r"\|\s*\d+ \|", line)]
         figures = {"prefill": statistics.median(float(c[6]) for c in cells)}
         for b in work.batches:
