@@ -151,7 +151,7 @@ class Bench:
 
 def pick(rows, fields):
     """The last row that has these values."""
-    return [r for r in rows if all(r[k] == v for k, v in fields.items())][-1]
+    return [r for r in rows if all(r.get(k) == v for k, v in fields.items())][-1]
 
 
 def spread(ratios):
