@@ -38,6 +38,7 @@ enum {
 };
 static const char *const colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
                                       "#e69f00", "#56b4e9", "#000000", "#999933"};
+static const char *const dashes[MAX_LINES / 8] = {"none", "5 3", "2 2"};
 static const double KL_LEAST = 1e-4, KL_MOST = 10;
 
 static bool same_line(const EvalRow *a, const EvalRow *b) {
@@ -92,10 +93,7 @@ static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, do
 
 static void chart_line(const Chart *c, const EvalRow *panel, int k) {
     const EvalRow *row = next_point(c, panel, k, -1);
-    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8],
-            k < 8    ? "none"
-            : k < 16 ? "5 3"
-                     : "2 2");
+    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8], dashes[k / 8]);
     for (double px = 0, py = -1, x, y; row;
          row = next_point(c, panel, k, row->kept), px = x, py = y) {
         x = row->kept * PANEL_W, y = (1 - height_of(row, row->value)) * PANEL_H;
@@ -113,10 +111,7 @@ static void chart_legend(const Chart *c, int top) {
         const EvalRow *row = &c->rows[c->line[k]];
         int x = PANEL_LEFT + k % 5 * 220, y = top + k / 5 * 20;
         fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4,
-                colours[k % 8],
-                k < 8    ? "none"
-                : k < 16 ? "5 3"
-                         : "2 2");
+                colours[k % 8], dashes[k / 8]);
         fprintf(c->f, "<text x='%d' y='%d'>%s %s, %s</text>\n", x + 30, y, row->policy, row->level,
                 row->kv);
     }
@@ -238,13 +233,14 @@ int chart_map(const ChartMap *m, const char *path, char *err) {
     NewFile out;
     if (file_begin(&out, path, err) != 0) return -1;
     FILE *f = out.file;
+    size_t n_pairs = (size_t)m->n_layers * m->n_kv_heads * m->n_ctx;
     fputs("<!doctype html><html lang='en'><meta charset='utf-8'><title>What stays</title>\n", f);
     fprintf(f, "%s<h2>What stays of %d tokens</h2>\n<p>", map_head, m->n_ctx);
     put_xml(f, m->model, strlen(m->model));
     fprintf(f,
             ", policy %s, level %s: %ld of %zu pairs, %.1f%%. Darker: kept by more heads. Click a "
             "number, a layer (top row), a head (left) or <em>all</em>.</p>\n",
-            m->policy, m->level, m->n_kept, m->n_pairs, 100.0 * m->n_kept / m->n_pairs);
+            m->policy, m->level, m->n_kept, n_pairs, 100.0 * m->n_kept / n_pairs);
     map_table(f, m);
     map_text(f, m);
     fputs(map_script, f);

@@ -15,8 +15,7 @@ typedef struct {
     const int *layer;     // [n_layers] those that evict
     const uint8_t *keep;  // [n_layers][n_kv_heads][n_ctx]
     int n_ctx, n_layers, n_kv_heads;
-    long n_kept;
-    size_t n_pairs;
+    long n_kept;  // ones in keep
 } ChartMap;
 
 // HTML: the text, each token the darker the more heads keep it, and a table of the heads to choose

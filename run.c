@@ -1381,25 +1381,47 @@ static const char *repeat_postfix(const Session *s) {
     return s->o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix;
 }
 
-// Prefix and context as ids, and how they are read and scored.
-static void open_context(Context *c, Session *s, const Buffer *text, Ids *ids, Progress *p) {
-    const Options *o = s->o;
+// What score, compress and map begin with: prefix and context as ids, and how they are read and
+// scored.
+typedef struct {
+    Session s;
+    Buffer text;
+    Ids ids;  // prefix and context
+    Progress progress;
+    Context c;
+} Reading;
+
+static void open_reading(Reading *r, const Options *o) {
+    Session *s = &r->s;
     int n_prefix = o->n_prefix < 0 ? 0 : (int)o->n_prefix;
+    check_output(o);
+    r->text = read_text(o, NULL);
+    r->ids = (Ids){0};
+    catch_signals();
+    open_session(s, o, NULL, 1);
+    r->c = chosen_method(s);
     if (!o->ids && o->n_prefix >= 0) die_usage(o->command, "--n-prefix goes with --ids");
     if (!o->ids) {
-        prefix_ids(s, ids);
-        n_prefix = ids->n;
+        prefix_ids(s, &r->ids);
+        n_prefix = r->ids.n;
     }
-    input_ids(s, text, 0, ids);
-    if (n_prefix > ids->n)
-        die_usage(o->command, "--n-prefix %d: %s has only %d ids", n_prefix, o->ids, ids->n);
-    if (ids->n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
-    warn_length(s, ids->n);
-    *p = progress_begin(s);
+    input_ids(s, &r->text, 0, &r->ids);
+    if (n_prefix > r->ids.n)
+        die_usage(o->command, "--n-prefix %d: %s has only %d ids", n_prefix, o->ids, r->ids.n);
+    if (r->ids.n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
+    warn_length(s, r->ids.n);
+    r->progress = progress_begin(s);
+    Context *c = &r->c;
     c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);
-    c->ids = ids->id, c->n_prefix = n_prefix, c->n_ctx = ids->n - n_prefix;
+    c->ids = r->ids.id, c->n_prefix = n_prefix, c->n_ctx = r->ids.n - n_prefix;
     c->postfix = repeat_postfix(s);
-    c->progress = progress_step, c->progress_arg = p;
+    c->progress = progress_step, c->progress_arg = &r->progress;
+}
+
+static void close_reading(Reading *r) {
+    free(r->text.s);
+    ids_free(&r->ids);
+    close_session(&r->s);
 }
 
 // The end of a command that Ctrl-C stopped, after its file is gone.
@@ -1441,43 +1463,36 @@ static void write_tensors(const char *path, const Meta *meta, int n_meta, const 
 }
 
 static int cmd_score(const Options *o) {
-    Session s;
-    Ids ids = {0};
-    Progress progress;
+    Reading in;
     char n_prefix[16];
-    check_output(o);
-    Buffer text = read_text(o, NULL);
-    catch_signals();
-    open_session(&s, o, NULL, 1);
-    Context c = chosen_method(&s);
-    open_context(&c, &s, &text, &ids, &progress);
-    if (c.n_ctx == 0) die("the context is empty: there is nothing to score");
-    float *score = read_context(&c, true, &progress);
-    int *layers = allocate(s.model.config.n_layers, sizeof *layers);
-    size_t n_scored = kvcache_scored_layers(&s.kv.shape, layers), n_heads = s.kv.shape.n_kv_heads;
-    snprintf(n_prefix, sizeof n_prefix, "%d", c.n_prefix);
+    open_reading(&in, o);
+    Session *s = &in.s;
+    Context *c = &in.c;
+    if (c->n_ctx == 0) die("the context is empty: there is nothing to score");
+    float *score = read_context(c, true, &in.progress);
+    int *layers = allocate(s->model.config.n_layers, sizeof *layers);
+    size_t n_scored = kvcache_scored_layers(&s->kv.shape, layers), n_heads = s->kv.shape.n_kv_heads;
+    snprintf(n_prefix, sizeof n_prefix, "%d", c->n_prefix);
     Meta meta[] = {{"format", "kvzip.c scores 1"},
-                   {"fingerprint", s.model.fingerprint},
-                   {"model", s.model.name},
-                   {"policy", c.policy->name},
+                   {"fingerprint", s->model.fingerprint},
+                   {"model", s->model.name},
+                   {"policy", c->policy->name},
                    {"n_prefix", n_prefix}};
-    size_t bytes = context_scores(&c) * sizeof *score;
-    Tensor tensors[] = {{"scores", T_F32, 3, {n_scored, n_heads, c.n_ctx}, score, bytes},
-                        {"ids", T_I32, 1, {ids.n}, ids.id, ids.n * sizeof(int32_t)},
+    size_t bytes = context_scores(c) * sizeof *score;
+    Tensor tensors[] = {{"scores", T_F32, 3, {n_scored, n_heads, c->n_ctx}, score, bytes},
+                        {"ids", T_I32, 1, {in.ids.n}, in.ids.id, in.ids.n * sizeof(int32_t)},
                         {"layers", T_I32, 1, {n_scored}, layers, n_scored * sizeof(int32_t)}};
     write_tensors(o->out, meta, sizeof meta / sizeof *meta, tensors, 3);
     check_interrupted(o);
     if (o->json)
         json("{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
-             c.n_prefix, c.n_ctx, c.prefill_s, c.score_s, o->out);
+             c->n_prefix, c->n_ctx, c->prefill_s, c->score_s, o->out);
     if (!o->quiet)
-        fprintf(stderr, "[%d tokens read in %.2f s, scored in %.2f s]\n", ids.n, c.prefill_s,
-                c.score_s);
+        fprintf(stderr, "[%d tokens read in %.2f s, scored in %.2f s]\n", in.ids.n, c->prefill_s,
+                c->score_s);
     free(score);
     free(layers);
-    free(text.s);
-    ids_free(&ids);
-    close_session(&s);
+    close_reading(&in);
     return 0;
 }
 
@@ -1599,77 +1614,62 @@ static void compress_figures(const Options *o, const Context *c, const Shrunk *r
 }
 
 static int cmd_compress(const Options *o) {
-    Session s;
-    Ids ids = {0};
-    Progress progress;
+    Reading in;
     if (wants_stream(o) && o->demote >= 0)
         die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
-    check_output(o);
-    Buffer text = read_text(o, NULL);
-    catch_signals();
-    open_session(&s, o, NULL, 1);
-    Context c = chosen_method(&s);
-    open_context(&c, &s, &text, &ids, &progress);
-    if (c.n_ctx == 0) warn(&s, "the context is empty: only the prefix is saved");
-    bool scored = o->ratio < 1 && c.n_ctx > 0;
+    open_reading(&in, o);
+    Session *s = &in.s;
+    Context *c = &in.c;
+    if (c->n_ctx == 0) warn(s, "the context is empty: only the prefix is saved");
+    bool scored = o->ratio < 1 && c->n_ctx > 0;
     Shrunk r;
     if (wants_stream(o))
-        r = read_and_shrink(&s, &c, &progress);
+        r = read_and_shrink(s, c, &in.progress);
     else
-        r = shrink(&s, &c, read_context(&c, scored, &progress));
-    save_context(&s, &c, r.ratio);
-    compress_figures(o, &c, &r);
-    free(text.s);
-    ids_free(&ids);
-    close_session(&s);
+        r = shrink(s, c, read_context(c, scored, &in.progress));
+    save_context(s, c, r.ratio);
+    compress_figures(o, c, &r);
+    close_reading(&in);
     return 0;
 }
 
 static int cmd_map(const Options *o) {
-    Session s;
-    Ids ids = {0};
-    Progress progress;
+    Reading in;
     char err[ERR_LEN];
-    check_output(o);
-    Buffer text = read_text(o, NULL);
-    catch_signals();
-    open_session(&s, o, NULL, 1);
-    Context c = chosen_method(&s);
-    open_context(&c, &s, &text, &ids, &progress);
-    size_t n_pairs = context_scores(&c);
-    if (c.n_ctx == 0) die("the context is empty: there is nothing to show");
+    open_reading(&in, o);
+    Session *s = &in.s;
+    Context *c = &in.c;
+    size_t n_pairs = context_scores(c);
+    if (c->n_ctx == 0) die("the context is empty: there is nothing to show");
     if (n_pairs == 0) die("this model evicts from no layer: there is nothing to show");
-    float *score = read_context(&c, o->ratio < 1, &progress);
+    float *score = read_context(c, o->ratio < 1, &in.progress);
     uint8_t *keep = allocate(n_pairs, 1);
     memset(keep, 1, n_pairs);
-    long kept = score ? context_select(&c, score, o->ratio, keep, err) : (long)n_pairs;
+    long kept = score ? context_select(c, score, o->ratio, keep, err) : (long)n_pairs;
     if (kept < 0) die("%s", err);
-    int *layers = allocate(s.model.config.n_layers, sizeof *layers);
-    ChartMap map = {.model = s.model.name,
-                    .policy = c.policy->name,
-                    .level = c.level->name,
-                    .tok = s.tok,
-                    .ids = c.ids + c.n_prefix,
+    int *layers = allocate(s->model.config.n_layers, sizeof *layers);
+    ChartMap map = {.model = s->model.name,
+                    .policy = c->policy->name,
+                    .level = c->level->name,
+                    .tok = s->tok,
+                    .ids = c->ids + c->n_prefix,
                     .layer = layers,
                     .keep = keep,
-                    .n_ctx = c.n_ctx,
-                    .n_layers = kvcache_scored_layers(&s.kv.shape, layers),
-                    .n_kv_heads = s.kv.shape.n_kv_heads,
-                    .n_kept = kept,
-                    .n_pairs = n_pairs};
+                    .n_ctx = c->n_ctx,
+                    .n_layers = kvcache_scored_layers(&s->kv.shape, layers),
+                    .n_kv_heads = s->kv.shape.n_kv_heads,
+                    .n_kept = kept};
     if (interrupted) die_interrupted();
     if (chart_map(&map, o->out, err) != 0) die("%s: %s", o->out, err);
     check_interrupted(o);
     if (o->json)
-        json("{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n", c.n_ctx,
+        json("{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n", c->n_ctx,
              (double)kept / n_pairs, kept, n_pairs, o->out);
     if (!o->quiet) fprintf(stderr, "[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
     free(layers);
     free(keep);
     free(score);
-    free(text.s);
-    ids_free(&ids);
-    close_session(&s);
+    close_reading(&in);
     return 0;
 }
 
