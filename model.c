@@ -228,6 +228,7 @@ static Acts take_acts(RunState *s, int cols) {
     a.x = take(s, n, sizeof *a.x);
     a.q = take(s, n, sizeof *a.q);
     a.q16 = take(s, n, sizeof *a.q16);
+    a.unit = take(s, (size_t)s->max_rows, sizeof *a.unit);
     a.scale = take(s, n / QGROUP, sizeof *a.scale);
     a.sum = take(s, n / QGROUP, sizeof *a.sum);
     a.shift = take(s, n / QGROUP, sizeof *a.shift);
@@ -243,7 +244,6 @@ static void take_all(RunState *s) {
     s->k = take(s, n * c->kv_dim, sizeof *s->k);
     s->v = take(s, n * c->kv_dim, sizeof *s->v);
     s->add = take(s, n * c->dim, sizeof *s->add);
-    s->hb = take(s, n * c->hidden_dim, sizeof *s->hb);
     s->xb = take_acts(s, c->dim);
     s->ab = take_acts(s, c->q_dim);
     s->fb = take_acts(s, c->hidden_dim);
@@ -281,33 +281,82 @@ typedef struct {
     int ld;
 } Product;
 
+// Rows from first on.
+static Acts acts_from(const Acts *a, int first) {
+    Acts b = *a;
+    size_t at = (size_t)first * a->stride, group = at / QGROUP;
+    b.x += at, b.q += at, b.q16 += at;
+    b.unit += first, b.scale += group, b.sum += group, b.shift += group;
+    return b;
+}
+
 typedef struct {
     const Acts *x;
     const Product *p;
-    int n_products, n_panels, n;
+    int n_products, n;
+    const Matrix
+        *up;  // of p's shape: out = act(W x, Up x), while W x is still in the cache; or NULL
+    void (*act)(float *x, const float *y, int n);
+    int unit, n_units;  // panels that are multiplied at once, and how many such units there are
 } Products;
 
 enum {
-    TOKEN_BLOCK = 128
-};  // tokens whose activations stay in the second-level cache while panels pass
+    PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
+    TOKEN_BLOCK = 264,  // tokens whose activations stay in the second-level cache while panels pass
+    RUN_MAX = 32
+};
 
-static void product_panel(void *ctx, int i) {
-    const Products *j = ctx;
-    const Product *p = j->p;
-    int t0 = i / j->n_panels * TOKEN_BLOCK, t1 = t0 + TOKEN_BLOCK < j->n ? t0 + TOKEN_BLOCK : j->n;
-    int panel = i % j->n_panels;
-    while (panel >= p->w->panels) panel -= p++->w->panels;
-    int rows = p->w->rows - panel * PANEL;
-    if (rows >= PANEL) {
-        kern.matmul[p->w->type](p->out + panel * PANEL, (size_t)p->ld, p->w, panel, j->x, t0, t1);
+#ifdef BLAS
+enum { BLAS_FROM = 32, UNIT_MAX = BLAS_PANELS };
+#else
+enum { UNIT_MAX = 2 };
+#endif
+
+static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) / unit; }
+
+// Panels from the panel on, as many as a unit has or the matrix. n tokens of x.
+static void multiply_unit(float *out, size_t ld, const Matrix *w, int panel, int unit,
+                          const Acts *x, int n) {
+#ifdef BLAS
+    if (unit == BLAS_PANELS) {
+        matmul_blas(out, ld, w, panel, x, n);
         return;
     }
-    for (int t = t0; t < t1;
-         t++) {  // the padded rows of the last panel must not reach the next output row
-        float last[PANEL], *out = p->out + (size_t)t * p->ld + panel * PANEL;
-        kern.matmul[p->w->type](last, 0, p->w, panel, j->x, t, t + 1);
-        memcpy(out, last, (size_t)rows * sizeof(float));
+#endif
+    if (unit == 2 && (panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
+        kern.matmul_pair[w->type](out, ld, w, panel, x, 0, n);
+        return;
     }
+    for (int end = panel + unit; panel < end && panel < w->panels; panel++, out += PANEL) {
+        int rows = w->rows - panel * PANEL;
+        if (rows >= PANEL) {
+            kern.matmul[w->type](out, ld, w, panel, x, 0, n);
+            continue;
+        }
+        // The padded rows of the last panel must not reach the next output row.
+        for (int t = 0; t < n; t++) {
+            float last[PANEL];
+            kern.matmul[w->type](last, 0, w, panel, x, t, t + 1);
+            memcpy(out + t * ld, last, (size_t)rows * sizeof(float));
+        }
+    }
+}
+
+static void product_unit(void *ctx, int i) {
+    const Products *j = ctx;
+    const Product *p = j->p;
+    int first = i / j->n_units * TOKEN_BLOCK, u = i % j->n_units;
+    int n = j->n - first < TOKEN_BLOCK ? j->n - first : TOKEN_BLOCK;
+    while (u >= units_of(p->w, j->unit)) u -= units_of(p++->w, j->unit);
+    int panel = u * j->unit, rows = p->w->rows - panel * PANEL;
+    if (rows > j->unit * PANEL) rows = j->unit * PANEL;
+    float *out = p->out + (size_t)first * p->ld + panel * PANEL;
+    const Acts x = acts_from(j->x, first);
+    multiply_unit(out, (size_t)p->ld, p->w, panel, j->unit, &x, n);
+    if (!j->up) return;
+    float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
+    multiply_unit(up, (size_t)rows, j->up, panel, j->unit, &x, n);
+    for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
 }
 
 typedef struct {
@@ -322,48 +371,38 @@ static void quantize_rows(void *ctx, int i) {
 
 static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
 
+static void count_ops(RunState *s, const Matrix *w, int n) {
+    s->ops[w->type] += 2.0 * n * w->rows * w->cols;
+}
+
+// Panels that are multiplied at once. With few tokens reading takes longest, and of two matrices in
+// turn the long runs are read faster: a quarter of what a thread reads, as far as product_unit has
+// room.
+static int unit_of(const RunState *s, const Products *j, bool ints) {
 #ifdef BLAS
-static int blas_groups(const Matrix *w) { return (w->panels + BLAS_PANELS - 1) / BLAS_PANELS; }
-
-static void product_blas(void *ctx, int i) {
-    const Products *j = ctx;
-    const Product *p = j->p;
-    while (i >= blas_groups(p->w)) i -= blas_groups(p++->w);
-    int panel = i * BLAS_PANELS;
-    matmul_blas(p->out + panel * PANEL, (size_t)p->ld, p->w, panel, j->x, j->n);
-}
-
-// Whether OpenBLAS has done the job: many rows and no integers. What one call of it computes does
-// not depend on the number of threads, but its sums change with the number of rows.
-static bool multiply_blas(ThreadPool *pool, const Products *j) {
-    enum { MANY_ROWS = 32 };
-    int groups = 0;
-    if (j->n < MANY_ROWS) return false;
-    for (int i = 0; i < j->n_products; i++) {
-        if (reads_ints(j->p[i].w)) return false;
-        groups += blas_groups(j->p[i].w);
-    }
-    parallel_for(pool, groups, product_blas, (void *)j);
-    return true;
-}
-#else
-static bool multiply_blas(ThreadPool *pool, const Products *j) {
-    (void)pool, (void)j;
-    return false;
-}
+    if (j->n >= BLAS_FROM && !ints) return BLAS_PANELS;
 #endif
+    (void)ints;
+    if (j->n >= PAIR_FROM) return 2;
+    int run = j->up ? j->up->panels / (4 * pool_threads(s->pool)) : 1;
+    return run < 1 ? 1 : run < RUN_MAX ? run : RUN_MAX;
+}
+
+static void multiply_job(RunState *s, Products j) {
+    bool ints = j.up && reads_ints(j.up);
+    for (int i = 0; i < j.n_products; i++) ints |= reads_ints(j.p[i].w);
+    j.unit = unit_of(s, &j, ints);
+    for (int i = 0; i < j.n_products; i++) {
+        j.n_units += units_of(j.p[i].w, j.unit);
+        count_ops(s, j.p[i].w, j.n);
+    }
+    if (j.up) count_ops(s, j.up, j.n);
+    if (ints) parallel_for(s->pool, (j.n + 15) / 16, quantize_rows, &(Quantize){j.x, j.n});
+    parallel_for(s->pool, (j.n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_units, product_unit, &j);
+}
 
 static void multiply(RunState *s, const Acts *x, int n, const Product *p, int n_products) {
-    Products j = {x, p, n_products, 0, n};
-    bool ints = false;
-    for (int i = 0; i < n_products; i++) {
-        const Matrix *w = p[i].w;
-        j.n_panels += w->panels, ints |= reads_ints(w);
-        s->ops[w->type] += 2.0 * n * w->rows * w->cols;
-    }
-    if (multiply_blas(s->pool, &j)) return;
-    if (ints) parallel_for(s->pool, (n + 15) / 16, quantize_rows, &(Quantize){x, n});
-    parallel_for(s->pool, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_panels, product_panel, &j);
+    multiply_job(s, (Products){.x = x, .p = p, .n_products = n_products, .n = n});
 }
 
 // One entry of a matrix: for embeddings, and for what policies look up.
@@ -512,21 +551,16 @@ static void x_norm_row(void *ctx, int i) {
     s->x_norm[i] = (float)sqrt(sum);
 }
 
-static void gate_row(void *ctx, int i) {
-    RunState *s = ctx;
-    const Config *c = &s->model->config;
-    float *gate = s->fb.x + (size_t)i * s->fb.stride;
-    (c->act_gelu ? kern.gelu_mul : kern.silu_mul)(gate, s->hb + (size_t)i * c->hidden_dim,
-                                                  c->hidden_dim);
-}
-
 // add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
 static void ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    multiply(s, &s->xb, n,
-             (Product[]){{&w->w1, s->fb.x, s->fb.stride}, {&w->w3, s->hb, c->hidden_dim}}, 2);
-    each_row(s, n, gate_row, s);
+    multiply_job(s, (Products){.x = &s->xb,
+                               .p = &(Product){&w->w1, s->fb.x, s->fb.stride},
+                               .n_products = 1,
+                               .n = n,
+                               .up = &w->w3,
+                               .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
     multiply(s, &s->fb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
 }
 
