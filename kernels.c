@@ -189,6 +189,18 @@ static void pack_f32_scalar(void *packed, const float *b, int inner, int cols) {
     memcpy(packed, b, (size_t)inner * cols * sizeof *b);
 }
 
+static size_t packed_bytes_f32(int inner, int cols) { return (size_t)inner * cols * sizeof(float); }
+
+static const void *rows_as_they_are(uint16_t *room, const float *a, int n, int inner, int cols) {
+    (void)room, (void)n, (void)inner, (void)cols;
+    return a;
+}
+
+static void gemm_packed_scalar(float *c, size_t ldc, const void *rows, const void *packed, int n,
+                               int inner, int cols, bool add) {
+    gemm_f32_scalar(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
+}
+
 // ---- scalar: codes ----
 
 static inline size_t code_block(const Codes *b) { return (size_t)CODE_LINE >> b->type; }
@@ -380,7 +392,9 @@ static const Kernels scalar_kernels = {
     .gemm_f32 = gemm_f32_scalar,
     .gemm_f16 = gemm_f16_scalar,
     .pack_f16 = pack_f16_scalar,
-    .gemm_packed = gemm_f32_scalar,
+    .packed_bytes = packed_bytes_f32,
+    .pack_rows = rows_as_they_are,
+    .gemm_packed = gemm_packed_scalar,
     .peak = {&f32_scalar, &f32_scalar, &f32_scalar, &int_scalar, &int_scalar},
     .peak_packed = &f32_scalar,
     .pack_f32 = pack_f32_scalar,
@@ -1230,6 +1244,11 @@ static const Peak f32_avx2 = {2 * 8 * CHAINS, peak_f32_avx2};
 static const Peak q8_avx2 = {2 * 16 * CHAINS, peak_q8_avx2};
 static const Peak q4_avx2 = {2 * 32 * CHAINS, peak_maddubs};
 
+AVX2 static void gemm_packed_avx2(float *c, size_t ldc, const void *rows, const void *packed, int n,
+                                  int inner, int cols, bool add) {
+    gemm_f32_avx2(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
+}
+
 static const Kernels avx2_kernels = {
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2,
                matmul_q4_avx2},
@@ -1237,7 +1256,9 @@ static const Kernels avx2_kernels = {
     .gemm_f32 = gemm_f32_avx2,
     .gemm_f16 = gemm_f16_avx2,
     .pack_f16 = pack_f16_avx2,
-    .gemm_packed = gemm_f32_avx2,
+    .packed_bytes = packed_bytes_f32,
+    .pack_rows = rows_as_they_are,
+    .gemm_packed = gemm_packed_avx2,
     .peak = {&f32_avx2, &f32_avx2, &f32_avx2, &q8_avx2, &q4_avx2},
     .peak_packed = &f32_avx2,
     .pack_f32 = pack_f32_scalar,
@@ -1835,6 +1856,11 @@ AVX512 static float peak_int_avx512(int rounds) {
 static const Peak f32_avx512 = {2 * 16 * CHAINS, peak_f32_avx512};
 static const Peak int_avx512 = {2 * 64 * CHAINS, peak_int_avx512};
 
+AVX512 static void gemm_packed_avx512(float *c, size_t ldc, const void *rows, const void *packed,
+                                      int n, int inner, int cols, bool add) {
+    gemm_f32_avx512(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
+}
+
 static const Kernels avx512_kernels = {
     .matmul = {matmul_float_avx512, matmul_float_avx512, matmul_float_avx512, matmul_q8_avx512,
                matmul_q4_avx512},
@@ -1843,7 +1869,9 @@ static const Kernels avx512_kernels = {
     .gemm_f32 = gemm_f32_avx512,
     .gemm_f16 = gemm_f16_avx512,
     .pack_f16 = pack_f16_avx2,
-    .gemm_packed = gemm_f32_avx512,
+    .packed_bytes = packed_bytes_f32,
+    .pack_rows = rows_as_they_are,
+    .gemm_packed = gemm_packed_avx512,
     .peak = {&f32_avx512, &f32_avx512, &f32_avx512, &int_avx512, &int_avx512},
     .peak_packed = &f32_avx512,
     .pack_f32 = pack_f32_scalar,
@@ -1870,6 +1898,10 @@ static const Kernels avx512_kernels = {
 // Shapes that the tiles below cover; all others stay in f32.
 static bool fits_bf16(int inner, int cols) {
     return inner % 2 == 0 && cols % 16 == 0 && inner <= 256;
+}
+
+static size_t packed_bytes_bf16(int inner, int cols) {
+    return packed_bytes_f32(inner, cols) / (fits_bf16(inner, cols) ? 2 : 1);
 }
 
 // Sixteen numbers of a row and sixteen of the next one, to pairs.
@@ -1946,25 +1978,30 @@ BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const
     }
 }
 
-BF16_INLINE void bf16_rows(const Gemm *g, int i, const int R) {
-    uint16_t a[6 * 256];
+BF16_INLINE void bf16_rows(const Gemm *g, const uint16_t *a, int i, const int R) {
     int j = 0;
-    rows_to_bf16(a, g->a + (size_t)i * g->lda, g->lda, g->inner, R);
+    a += (size_t)i * g->inner;
     for (; j + 64 <= g->cols; j += 64) bf16_tile(g, a, i, j, R, 4);
     for (; j < g->cols; j += 16) bf16_tile(g, a, i, j, R, 1);
 }
 
-BF16 static void gemm_packed_bf16(float *c, size_t ldc, const float *a, size_t lda,
-                                  const void *packed, int n, int inner, int cols, bool add) {
+BF16 static const void *pack_rows_bf16(uint16_t *room, const float *a, int n, int inner, int cols) {
+    if (!fits_bf16(inner, cols)) return a;
+    rows_to_bf16(room, a, (size_t)inner, inner, n);
+    return room;
+}
+
+BF16 static void gemm_packed_bf16(float *c, size_t ldc, const void *rows, const void *packed, int n,
+                                  int inner, int cols, bool add) {
     if (!fits_bf16(inner, cols)) {
-        gemm_f32_avx512(c, ldc, a, lda, packed, n, inner, cols, add);
+        gemm_f32_avx512(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
         return;
     }
-    Gemm g = {c, a, packed, ldc, lda, (size_t)cols, n, inner, cols, add};
+    Gemm g = {c, NULL, packed, ldc, 0, (size_t)cols, n, inner, cols, add};
     int i = 0;
-    for (; i + 6 <= n; i += 6) bf16_rows(&g, i, 6);
-    for (; i + 3 <= n; i += 3) bf16_rows(&g, i, 3);
-    for (; i < n; i++) bf16_rows(&g, i, 1);
+    for (; i + 6 <= n; i += 6) bf16_rows(&g, rows, i, 6);
+    for (; i + 3 <= n; i += 3) bf16_rows(&g, rows, i, 3);
+    for (; i < n; i++) bf16_rows(&g, rows, i, 1);
 }
 
 BF16 static float peak_bf16(int rounds) {
@@ -2047,6 +2084,8 @@ static void adapt_avx512(Kernels *k) {
     if (!__builtin_cpu_supports("avx512bf16")) return;
     k->pack_f16 = pack_f16_bf16;
     k->pack_f32 = pack_f32_bf16;
+    k->packed_bytes = packed_bytes_bf16;
+    k->pack_rows = pack_rows_bf16;
     k->gemm_packed = gemm_packed_bf16;
     k->gemm_f16 = gemm_f16_bf16;
     k->packed_error = 0x1p-8f;
@@ -2570,6 +2609,11 @@ static void unpack_codes_neon(float *out, size_t ld, const Codes *b) {
     }
 }
 
+static void gemm_packed_neon(float *c, size_t ldc, const void *rows, const void *packed, int n,
+                             int inner, int cols, bool add) {
+    gemm_f32_neon(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
+}
+
 static const Kernels neon_kernels = {
     .matmul = {matmul_float_neon, matmul_float_neon, matmul_float_neon, matmul_q8_neon,
                matmul_q4_neon},
@@ -2577,7 +2621,9 @@ static const Kernels neon_kernels = {
     .gemm_f32 = gemm_f32_neon,
     .gemm_f16 = gemm_f16_neon,
     .pack_f16 = pack_f16_neon,
-    .gemm_packed = gemm_f32_neon,
+    .packed_bytes = packed_bytes_f32,
+    .pack_rows = rows_as_they_are,
+    .gemm_packed = gemm_packed_neon,
     .peak = {&f32_neon, &f32_neon, &f32_neon, &int_neon, &int_neon},
     .peak_packed = &f32_neon,
     .pack_f32 = pack_f32_scalar,

@@ -122,13 +122,15 @@ typedef struct {
     void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                      int inner, int cols, bool add);
 
-    // The same for many rows of a: b is first packed the way this instruction set multiplies
-    // fastest (inner * cols floats of room), from half precision. bf16 where the machine multiplies
-    // that, else f32.
+    // The same for many rows of a: both factors are first packed the way this instruction set
+    // multiplies fastest: bf16 where the machine multiplies that, else f32. b comes from half
+    // precision or f32; what pack_rows returns is room, or a itself.
+    size_t (*packed_bytes)(int inner, int cols);  // of b
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
-    void (*gemm_packed)(float *c, size_t ldc, const float *a, size_t lda, const void *packed, int n,
-                        int inner, int cols, bool add);
     void (*pack_f32)(void *packed, const float *b, int inner, int cols);
+    const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
+    void (*gemm_packed)(float *c, size_t ldc, const void *rows, const void *packed, int n,
+                        int inner, int cols, bool add);
     float packed_error;  // of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, else 0
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed

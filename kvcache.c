@@ -191,7 +191,13 @@ static void page_unref(KVCache *kv, int id) {
     if (--p->refs == 0) store->free_page[store->n_free++] = id;
 }
 
+static void free_packed(KVCache *kv) {
+    if (kv->packed) munmap(kv->packed, kv->packed_room);
+    kv->packed = NULL, kv->packed_room = 0;
+}
+
 void kvcache_trim(KVCache *kv) {
+    free_packed(kv);
     size_t unit = (size_t)sysconf(_SC_PAGESIZE);
     for (const KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
         for (int i = 0; i < store->n_free; i++) {
@@ -387,6 +393,7 @@ void kvcache_close(KVCache *kv) {
     free(kv->seqs);
     free(kv->pages);
     free(kv->partial);
+    free_packed(kv);
     free(kv->lse);
     *kv = (KVCache){0};
 }
@@ -493,12 +500,43 @@ int kvcache_settle(KVCache *kv, int seq, char *err) {
     return 0;
 }
 
+// The many rows of a long run read pages that were packed once for all of them, whatever the page's
+// type. One layer's are kept at a time; f32 pages stay as they are.
+static size_t packed_bytes(const KVShape *shape, Side side) {
+    int d = shape->head_dim;
+    return side == KEYS ? kern.packed_bytes(d, PAGE) : kern.packed_bytes(PAGE, d);
+}
+
+size_t kvcache_packed_page(const KVShape *shape) {
+    return packed_bytes(shape, KEYS) + packed_bytes(shape, VALUES);
+}
+
+static bool reads_packed(const KVCache *kv, int n_tokens) {
+    return n_tokens >= MANY_TOKENS && kv->type == KV_F16;
+}
+
+// Room for the pages of one layer when seq will have n tokens more.
+static int reserve_packed(KVCache *kv, int seq, int n, char *err) {
+    int pages = 0;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        const KVHead *h = &kv->seqs[seq].head[i];
+        pages = max_int(pages, (h->len - h->dropped + n + PAGE - 1) / PAGE);
+    }
+    size_t need = kvcache_packed_page(&kv->shape) * (size_t)pages * kv->shape.n_kv_heads;
+    if (need <= kv->packed_room) return 0;
+    free_packed(kv);
+    kv->packed = slab_map(need + need / 4);
+    if (!kv->packed) return fail(err, "out of memory for %d packed pages", pages);
+    kv->packed_room = need + need / 4;
+    return 0;
+}
+
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
     if (kv->settling && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
     for (int i = 0; i < n_heads_total(kv); i++) {
         if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
     }
-    return 0;
+    return reads_packed(kv, n) ? reserve_packed(kv, seq, n, err) : 0;
 }
 
 // Pair t of a head becomes k, v [head_dim] at position pos; its page is the head's own.
@@ -586,6 +624,8 @@ typedef struct {
     int row[SPLIT_ROWS];     // of each run's first token in the batch
     int splits[SPLIT_ROWS];  // page ranges of each run
     int slot[SPLIT_ROWS];    // of a run with more than one: where its partial results begin
+    int pages[SPLIT_ROWS];   // packed for each kv head of each run; 0: it reads them as they are
+    uint8_t *packed[SPLIT_ROWS];
 } Attend;
 
 // Query rows of one kv head that pass over the pages together; row i is token i / group.
@@ -594,26 +634,38 @@ typedef struct {
     const KVHead *head;
     int n, group, window;
     int first;  // pair of the first token's own key; the token after it owns the next pair
-    bool many;  // part of a long run
+    const uint8_t *packed;  // the head's pages, packed, or NULL; the page at hand is number page
+    int page;
+    const void *q_rows;                 // q as products with packed pages read it
     float q[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim], times the attention scale
     float o[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim] sum of exp(s - max) v
     float max[TILE_ROWS], sum[TILE_ROWS];
     float s[TILE_ROWS * PAGE];
-    float page[MAX_HEAD_DIM * PAGE];  // keys or values as f32
+    uint16_t q_room[TILE_ROWS * MAX_HEAD_DIM], s_room[TILE_ROWS * PAGE];
 } Tile;
 
-// The rows of a times one side of a page whose numbers are codes or half precision, made ready once
-// for the many rows of a long run.
-static void packed_product(Tile *t, float *c, const float *a, const KVPart *p, Side side) {
-    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
+static void pack_side(const KVCache *kv, void *packed, const KVPart *p, Side side) {
+    int d = kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     float x[MAX_HEAD_DIM * PAGE];
     if (p->type == KV_F16) {
-        kern.pack_f16(t->page, (const uint16_t *)p->data, inner, cols);
+        kern.pack_f16(packed, (const uint16_t *)p->data, inner, cols);
     } else {
-        part_read(t->kv, p, side, x);
-        kern.pack_f32(t->page, x, inner, cols);
+        part_read(kv, p, side, x);
+        kern.pack_f32(packed, x, inner, cols);
     }
-    kern.gemm_packed(c, (size_t)cols, a, (size_t)inner, t->page, t->n, inner, cols, side == VALUES);
+}
+
+static const void *packed_side(const Tile *t, Side side) {
+    const KVShape *shape = &t->kv->shape;
+    const uint8_t *page = t->packed + kvcache_packed_page(shape) * (size_t)t->page;
+    return side == KEYS ? page : page + packed_bytes(shape, KEYS);
+}
+
+static void packed_product(Tile *t, float *c, const float *a, Side side) {
+    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
+    const void *rows = side == KEYS ? t->q_rows : kern.pack_rows(t->s_room, a, t->n, inner, cols);
+    kern.gemm_packed(c, (size_t)cols, rows, packed_side(t, side), t->n, inner, cols,
+                     side == VALUES);
 }
 
 // ahead: the same side of a page that will be read later, which is fetched meanwhile.
@@ -628,17 +680,17 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, co
     }
 }
 
-// Scores [n][64] = a . keys, or out [n][head_dim] += a . values. Pages are packed once for the many
-// rows of a long run, and converted on the fly for the few of a short one; f32 pages always count
-// in f32. The length of the run alone decides, so that company changes no bit.
+// Scores [n][64] = a . keys, or out [n][head_dim] += a . values. Pages are packed for the many rows
+// of a long run, and converted on the fly for the few of a short one; f32 pages always count in
+// f32. The length of the run alone decides, so that company changes no bit.
 static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, const KVPart *ahead,
                          Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     bool add = side == VALUES;
     if (p->type == KV_F32)
         kern.gemm_f32(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
-    else if (t->many && t->kv->type == KV_F16)
-        packed_product(t, c, a, p, side);
+    else if (t->packed)
+        packed_product(t, c, a, side);
     else if (p->type == KV_F16)
         kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
     else
@@ -685,6 +737,7 @@ static void attend_page(Tile *t, int page, Range r) {
     const KVPage *ahead = &t->kv->pages[list[min_int(page + PAGES_AHEAD, last)]];
     prefetch_scales(t->kv, &ahead->k, KEYS), prefetch_scales(t->kv, &ahead->v, VALUES);
     int base = t->head->dropped + page * PAGE;
+    t->page = page;
     tile_scores(t, p, ahead);
     for (int i = 0; i < t->n; i++) {
         int own = t->first + i / t->group;
@@ -725,11 +778,13 @@ static void tile_add(Tile *t, const Attend *a, int g, int r, int token, int n) {
 static void tile_load(Tile *t, const Attend *a, int g, int r, int token) {
     const KVShape *shape = &a->kv->shape;
     const KVRun *run = &a->runs[r];
-    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g),
-    t->many = run->n >= MANY_TOKENS;
+    t->kv = a->kv, t->head = kvcache_head(a->kv, run->seq, a->layer, g);
+    t->packed =
+        a->pages[r] ? a->packed[r] + kvcache_packed_page(shape) * (size_t)g * a->pages[r] : NULL;
     t->n = 0, t->group = shape->n_heads / shape->n_kv_heads, t->window = shape->window[a->layer];
     t->first = t->head->len - run->n + token;
     tile_add(t, a, g, r, token, min_int(tokens_per_tile(a->kv), run->n - token));
+    if (t->packed) t->q_rows = kern.pack_rows(t->q_room, t->q, t->n, shape->head_dim, PAGE);
 }
 
 static void tile_start(Tile *t) {
@@ -770,6 +825,33 @@ static int attend_ranges(const Attend *a, const KVRun *run, Range *r, int *n_sub
     if (s->local || !a->query->out) return 3;
     r[3] = (Range){s->n_prefix, s->t0}, r[4] = (Range){s->t1, s->own};
     return 5;
+}
+
+// Whether run r reads this page of a head.
+static bool reads_page(const Attend *a, int r, const KVHead *h, int page) {
+    const KVRun *run = &a->runs[r];
+    int window = a->kv->shape.window[a->layer], lo = h->dropped + page * PAGE, hi = lo + PAGE;
+    if (window && hi <= h->len - run->n - window + 1) return false;
+    Range range[MAX_RANGES];
+    int n_subset, n = attend_ranges(a, run, range, &n_subset);
+    for (int i = 0; i < n; i++) {
+        if (range[i].lo < hi && range[i].hi > lo) return true;
+    }
+    return false;
+}
+
+// Units as attend_unit's.
+static void pack_unit(void *ctx, int unit) {
+    const Attend *a = ctx;
+    int r = unit % a->n_runs, i = unit / a->n_runs, n_kv_heads = a->kv->shape.n_kv_heads;
+    int g = i % n_kv_heads, page = i / n_kv_heads;
+    const KVHead *h = kvcache_head(a->kv, a->runs[r].seq, a->layer, g);
+    if (page >= a->pages[r] || page >= pages_used(h) || !reads_page(a, r, h, page)) return;
+    const KVPage *p = &a->kv->pages[h->page[page]];
+    const KVShape *shape = &a->kv->shape;
+    uint8_t *packed = a->packed[r] + kvcache_packed_page(shape) * ((size_t)g * a->pages[r] + page);
+    pack_side(a->kv, packed, &p->k, KEYS);
+    pack_side(a->kv, packed + packed_bytes(shape, KEYS), &p->v, VALUES);
 }
 
 // lse [rows][n_heads]
@@ -822,6 +904,14 @@ static int split_pages(const KVHead *h) {
 static Range split_range(const KVHead *h, int split) {
     int pages = split_pages(h), lo = h->dropped + split * pages * PAGE;
     return (Range){lo, min_int(lo + pages * PAGE, h->len)};
+}
+
+// In pages.
+static int longest_head(const Attend *a, const KVRun *run) {
+    int pages = 0;
+    for (int g = 0; g < a->kv->shape.n_kv_heads; g++)
+        pages = max_int(pages, pages_used(kvcache_head(a->kv, run->seq, a->layer, g)));
+    return pages;
 }
 
 // Splits of a run: enough for its longest head.
@@ -987,6 +1077,7 @@ static void sweep_unit(void *ctx, int unit) {
     for (int i = 0; i < run->n; i += step) {
         tile_load(&t, w->a, g, w->r, i);
         const KVPage *p = &kv->pages[h->page[page]];
+        t.page = page;
         tile_scores(&t, p, p);
         const float *lse = kv->lse + (size_t)(w->a->row[w->r] + i) * kv->shape.n_heads + g * group;
         sweep_rows(&t, kv->scoring, lse, kv->shape.n_heads, base, acc);
@@ -1011,7 +1102,10 @@ int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err) {
     return 0;
 }
 
-void kvcache_score_end(KVCache *kv) { kv->scoring = NULL; }
+void kvcache_score_end(KVCache *kv) {
+    kv->scoring = NULL;
+    free_packed(kv);  // before evicting takes new pages
+}
 
 int kvcache_scored_layers(const KVShape *shape, int *layers) {
     int n = 0;
@@ -1045,11 +1139,13 @@ static double run_ops(const Attend *a, int r) {
 }
 
 static void attend_runs(Attend *a) {
-    int n_units = 0, n_heads = a->kv->shape.n_heads;
+    int n_units = 0, n_pages = 0, n_heads = a->kv->shape.n_heads;
     for (int r = 0; r < a->n_runs; r++) {
         n_units = max_int(n_units, run_units(a, r));
+        n_pages = max_int(n_pages, a->pages[r]);
         a->kv->ops += run_ops(a, r);
     }
+    parallel_for(a->kv->pool, n_pages * a->kv->shape.n_kv_heads * a->n_runs, pack_unit, a);
     parallel_for(a->kv->pool, n_units * a->n_runs, attend_unit, a);
     for (int r = 0; r < a->n_runs; r++) {
         for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++)
@@ -1062,12 +1158,18 @@ void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
     Attend a = {.kv = kv, .layer = layer, .query = query};
     for (int r = 0, row = 0; r < n_runs;) {  // as many runs at a time as there is room for
         int slots = 0;
+        size_t packed = 0;
         a.runs = runs + r;
         for (a.n_runs = 0; r < n_runs && a.n_runs < SPLIT_ROWS; row += runs[r++].n) {
             int i = a.n_runs, splits = count_splits(&a, &runs[r]);
+            int pages = reads_packed(kv, runs[r].n) ? longest_head(&a, &runs[r]) : 0;
+            size_t more = kvcache_packed_page(&kv->shape) * (size_t)pages * kv->shape.n_kv_heads;
             if (splits > 1 && slots + runs[r].n > SPLIT_ROWS) break;
+            if (packed + more > kv->packed_room) break;
             a.row[i] = row, a.splits[i] = splits, a.slot[i] = slots;
+            a.pages[i] = pages, a.packed[i] = pages ? kv->packed + packed : NULL;
             if (splits > 1) slots += runs[r].n;
+            packed += more;
             a.n_runs++;
         }
         attend_runs(&a);

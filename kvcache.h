@@ -94,6 +94,8 @@ typedef struct {
     int n_seqs;
     TensorFile file;     // a loaded cache; its pages stay in the map
     float *partial;      // decode scratch: (max, sum, out[head_dim]) of page ranges
+    uint8_t *packed;     // pages of one layer, as long runs read them: [n_kv_heads][pages]
+    size_t packed_room;  // bytes
     KVScoring *scoring;  // while switched on, else NULL
     float *lse;          // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
     double ops;          // multiplications and additions of attention and scoring so far
@@ -228,7 +230,9 @@ size_t kvcache_bytes(const KVCache *kv,
                      int seq);  // pages, positions and page tables of one sequence
 size_t kvcache_full_bytes(const KVCache *kv, int seq);  // the same, had no page settled
 const char *kvcache_type_name(KVType t);
-size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and values of one page
+size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);
+// What a page takes beside, while it is in the layer that long runs read; not for f32.
+size_t kvcache_packed_page(const KVShape *shape);  // keys and values of one page
 
 // ---- files ----
 // tensors: k [n][head_dim][64], v [n][64][head_dim], pos i32 [n_pages][64] (-1: no pair), len and

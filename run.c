@@ -1838,6 +1838,7 @@ static void info_model(const Options *o) {
     RunState state;
     char err[ERR_LEN], types[128];
     size_t part[PARTS] = {0};
+    kernels_init(NULL);  // which says how pages are packed
     open_model(&s, o);
     for (int i = 0; i < s.model.file.n_tensors; i++)
         part[part_of(s.model.file.tensors[i].name)] += s.model.file.tensors[i].bytes;
@@ -1869,6 +1870,8 @@ static void info_model(const Options *o) {
         {"cache_token_f32", NULL, token_bytes(&k, KV_F32), true},
         {"cache_token_q8", NULL, token_bytes(&k, KV_Q8), true},
         {"cache_token_q4", NULL, token_bytes(&k, KV_Q4), true},
+        {"cache_token_read", NULL,
+         (kvcache_packed_page(&k) * (size_t)k.n_kv_heads + PAGE - 1) / PAGE, true},
         {"cache_windows_f16", NULL, window_bytes(&k, KV_F16), true},
         {"cache_windows_f32", NULL, window_bytes(&k, KV_F32), true},
         {"scratch", NULL, state.bytes, true},
@@ -1876,7 +1879,8 @@ static void info_model(const Options *o) {
     print_facts(o, facts, sizeof facts / sizeof *facts);
     out(o->json ? "}\n"
                 : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
-                  "+ scratch\n");
+                  "+ scratch;\nwhile they are read into an f16, q8 or q4 cache, n x "
+                  "cache_token_read more\n");
     state_close(&state);
     close_session(&s);
 }

@@ -253,7 +253,7 @@ static void test_pack(void) {
             kern.f32_to_f16(half, wide, K * C), kern.f16_to_f32(wide, half, K * C);
             kern.pack_f16(packed[0], half, inner, cols);
             kern.pack_f32(packed[1], wide, inner, cols);
-            size_t bytes = (size_t)inner * cols * (kern.packed_error > 0 ? 2 : 4);
+            size_t bytes = kern.packed_bytes(inner, cols);
             CHECK(memcmp(packed[0], packed[1], bytes) == 0);
         }
     }
