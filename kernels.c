@@ -1732,6 +1732,10 @@ AVX512_INLINE __m512 table_product(const __m512i *table, float scale) {
     return _mm512_castsi512_ps(_mm512_add_epi32(s, _mm512_set1_epi32((int)bits(scale))));
 }
 
+// Bytes of weights that eight tokens' products fetch ahead: reading and multiplying take equally
+// long then, and each waited for the other. 1.07 times as fast.
+enum { AHEAD = 2048 };
+
 // T tokens against P panels, straight from the file. vpdpbusd multiplies unsigned by signed bytes,
 // so weights are made unsigned and each sum starts at -128 * sum(q). The same integers as
 // everywhere. For many tokens P is 2: 12 products of a quad of columns take 8 loads then instead of
@@ -1756,6 +1760,7 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
         UNROLL for (int i = 0; i < T * P; i++) acc[i / P][i % P] =
             offset ? _mm512_setzero_si512() : _mm512_set1_epi32(x->shift[at + i / P * step]);
         UNROLL for (int quad = 0; quad < QGROUP / 4; quad++) {
+            if (T == 8) __builtin_prefetch(p->line + line + 64 * quad + AHEAD, 0, 3);
             __m512i w[2];
             UNROLL for (int v = 0; v < P; v++) w[v] =
                 load_quads(p[v].line + line, quad, q4, offset);
