@@ -1760,7 +1760,7 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
         UNROLL for (int i = 0; i < T * P; i++) acc[i / P][i % P] =
             offset ? _mm512_setzero_si512() : _mm512_set1_epi32(x->shift[at + i / P * step]);
         UNROLL for (int quad = 0; quad < QGROUP / 4; quad++) {
-            if (T == 8) __builtin_prefetch(p->line + line + 64 * quad + AHEAD, 0, 3);
+            if (T == 8) __builtin_prefetch(p->line + line + (q4 ? 32 : 64) * quad + AHEAD, 0, 3);
             __m512i w[2];
             UNROLL for (int v = 0; v < P; v++) w[v] =
                 load_quads(p[v].line + line, quad, q4, offset);

@@ -122,9 +122,9 @@ typedef struct {
     void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                      int inner, int cols, bool add);
 
-    // The same for many rows of a: both factors are first packed the way this instruction set
-    // multiplies fastest: bf16 where the machine multiplies that, else f32. b comes from half
-    // precision or f32; what pack_rows returns is room, or a itself.
+    // The same for many rows of a, which lie inner apart. Both factors are first packed the way
+    // this instruction set multiplies fastest: bf16 where the machine multiplies that, else f32. b
+    // comes from half precision or f32; what pack_rows returns is room [n][inner], or a itself.
     size_t (*packed_bytes)(int inner, int cols);  // of b
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
     void (*pack_f32)(void *packed, const float *b, int inner, int cols);

@@ -29,7 +29,8 @@ enum {
     SPLITS = 32,       // ranges at most
     SPLIT_PAGES = 4,   // pages in a range at least
     MAX_RANGES = 5,
-    PAGES_AHEAD = 2,  // how far ahead codes are fetched: further than memory is late
+    PAGES_AHEAD = 2,           // how far ahead codes are fetched: further than memory is late
+    PACKED_BESIDE = 32 << 20,  // bytes of packed pages for the other runs of a batch
 };
 
 static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2"};
@@ -515,14 +516,17 @@ static bool reads_packed(const KVCache *kv, int n_tokens) {
     return n_tokens >= MANY_TOKENS && kv->type == KV_F16;
 }
 
-// Room for the pages of one layer when seq will have n tokens more.
+// Room for the pages of one layer when seq will have n tokens more; beside those of the other runs
+// reserved for the batch, so that they are worked on together, as long as that costs little.
 static int reserve_packed(KVCache *kv, int seq, int n, char *err) {
     int pages = 0;
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         pages = max_int(pages, (h->len - h->dropped + n + PAGE - 1) / PAGE);
     }
-    size_t need = kvcache_packed_page(&kv->shape) * (size_t)pages * kv->shape.n_kv_heads;
+    size_t run = kvcache_packed_page(&kv->shape) * (size_t)pages * kv->shape.n_kv_heads;
+    kv->packed_wanted += run;
+    size_t need = kv->packed_wanted < run + PACKED_BESIDE ? kv->packed_wanted : run + PACKED_BESIDE;
     if (need <= kv->packed_room) return 0;
     free_packed(kv);
     kv->packed = slab_map(need + need / 4);
@@ -598,6 +602,7 @@ static void drop_window(KVCache *kv, KVHead *h, int window) {
 }
 
 void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
+    kv->packed_wanted = 0;
     for (int r = 0; r < n_runs; r++) {
         kv->seqs[runs[r].seq].next_pos += runs[r].n;
         for (int l = 0; l < kv->shape.n_layers; l++) {
@@ -1102,10 +1107,7 @@ int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err) {
     return 0;
 }
 
-void kvcache_score_end(KVCache *kv) {
-    kv->scoring = NULL;
-    free_packed(kv);  // before evicting takes new pages
-}
+void kvcache_score_end(KVCache *kv) { kv->scoring = NULL; }
 
 int kvcache_scored_layers(const KVShape *shape, int *layers) {
     int n = 0;
@@ -1165,7 +1167,8 @@ void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
             int pages = reads_packed(kv, runs[r].n) ? longest_head(&a, &runs[r]) : 0;
             size_t more = kvcache_packed_page(&kv->shape) * (size_t)pages * kv->shape.n_kv_heads;
             if (splits > 1 && slots + runs[r].n > SPLIT_ROWS) break;
-            if (packed + more > kv->packed_room) break;
+            if (packed + more > kv->packed_room && a.n_runs > 0) break;
+            if (more > kv->packed_room) pages = 0, more = 0;  // not reserved: read as they are
             a.row[i] = row, a.splits[i] = splits, a.slot[i] = slots;
             a.pages[i] = pages, a.packed[i] = pages ? kv->packed + packed : NULL;
             if (splits > 1) slots += runs[r].n;
@@ -1436,6 +1439,7 @@ int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int 
 
 // Head by head, so that memory for one head's new pages is enough.
 static int compact_layers(KVCache *kv, int seq, Evict e, char *err) {
+    free_packed(kv);  // before new pages are taken
     for (int l = 0; l < kv->shape.n_layers; l++) {
         for (int g = 0; kv->shape.window[l] == 0 && g < kv->shape.n_kv_heads; g++) {
             if (compact_head(kv, kvcache_head(kv, seq, l, g), &e, err) != 0) return -1;

@@ -94,8 +94,9 @@ typedef struct {
     int n_seqs;
     TensorFile file;     // a loaded cache; its pages stay in the map
     float *partial;      // decode scratch: (max, sum, out[head_dim]) of page ranges
-    uint8_t *packed;     // pages of one layer, as long runs read them: [n_kv_heads][pages]
-    size_t packed_room;  // bytes
+    // Pages of one layer, as long runs read them: for each run of a batch [n_kv_heads][its pages].
+    uint8_t *packed;
+    size_t packed_room, packed_wanted;  // bytes; wanted by the runs reserved since the last batch
     KVScoring *scoring;  // while switched on, else NULL
     float *lse;          // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
     double ops;          // multiplications and additions of attention and scoring so far
@@ -212,7 +213,7 @@ int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t 
 
 // The ragged form of compact: of one head's pairs [first, first + n) those with keep [n] = 0 go,
 // or, on failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim
-// hands their memory back to the system.
+// hands their memory back to the system, and that of packed pages.
 int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
                          const uint8_t *keep, char *err);
 void kvcache_trim(KVCache *kv);

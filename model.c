@@ -298,11 +298,12 @@ typedef struct {
         *up;  // of p's shape: out = act(W x, Up x), while W x is still in the cache; or NULL
     void (*act)(float *x, const float *y, int n);
     int unit, n_units;  // panels that are multiplied at once, and how many such units there are
+    bool blas;          // by OpenBLAS
 } Products;
 
 enum {
     PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
-    TOKEN_BLOCK = 264,  // tokens whose activations stay in the second-level cache while panels pass
+    TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
     RUN_MAX = 32
 };
 
@@ -314,11 +315,12 @@ enum { UNIT_MAX = 2 };
 
 static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) / unit; }
 
-// Panels from the panel on, as many as a unit has or the matrix. n tokens of x.
-static void multiply_unit(float *out, size_t ld, const Matrix *w, int panel, int unit,
+// A unit of W, from a panel on, for n tokens of x.
+static void multiply_unit(const Products *j, float *out, size_t ld, const Matrix *w, int panel,
                           const Acts *x, int n) {
+    int unit = j->unit;
 #ifdef BLAS
-    if (unit == BLAS_PANELS) {
+    if (j->blas) {
         matmul_blas(out, ld, w, panel, x, n);
         return;
     }
@@ -352,10 +354,10 @@ static void product_unit(void *ctx, int i) {
     if (rows > j->unit * PANEL) rows = j->unit * PANEL;
     float *out = p->out + (size_t)first * p->ld + panel * PANEL;
     const Acts x = acts_from(j->x, first);
-    multiply_unit(out, (size_t)p->ld, p->w, panel, j->unit, &x, n);
+    multiply_unit(j, out, (size_t)p->ld, p->w, panel, &x, n);
     if (!j->up) return;
     float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
-    multiply_unit(up, (size_t)rows, j->up, panel, j->unit, &x, n);
+    multiply_unit(j, up, (size_t)rows, j->up, panel, &x, n);
     for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
 }
 
@@ -375,15 +377,20 @@ static void count_ops(RunState *s, const Matrix *w, int n) {
     s->ops[w->type] += 2.0 * n * w->rows * w->cols;
 }
 
+static bool asks_blas(const Products *j, bool ints) {
+#ifdef BLAS
+    return j->n >= BLAS_FROM && !ints;
+#else
+    (void)j, (void)ints;
+    return false;
+#endif
+}
+
 // Panels that are multiplied at once. With few tokens reading takes longest, and of two matrices in
 // turn the long runs are read faster: a quarter of what a thread reads, as far as product_unit has
 // room.
-static int unit_of(const RunState *s, const Products *j, bool ints) {
-#ifdef BLAS
-    if (j->n >= BLAS_FROM && !ints) return BLAS_PANELS;
-#endif
-    (void)ints;
-    if (j->n >= PAIR_FROM) return 2;
+static int unit_of(const RunState *s, const Products *j) {
+    if (j->n >= PAIR_FROM) return j->blas ? UNIT_MAX : 2;
     int run = j->up ? j->up->panels / (4 * pool_threads(s->pool)) : 1;
     return run < 1 ? 1 : run < RUN_MAX ? run : RUN_MAX;
 }
@@ -391,7 +398,8 @@ static int unit_of(const RunState *s, const Products *j, bool ints) {
 static void multiply_job(RunState *s, Products j) {
     bool ints = j.up && reads_ints(j.up);
     for (int i = 0; i < j.n_products; i++) ints |= reads_ints(j.p[i].w);
-    j.unit = unit_of(s, &j, ints);
+    j.blas = asks_blas(&j, ints);
+    j.unit = unit_of(s, &j);
     for (int i = 0; i < j.n_products; i++) {
         j.n_units += units_of(j.p[i].w, j.unit);
         count_ops(s, j.p[i].w, j.n);

@@ -58,8 +58,6 @@ typedef struct {
     int max_rows, max_logits;
     float *x;          // [max_rows][dim] the residual stream
     float *q, *k, *v;  // [max_rows][q_dim], [max_rows][kv_dim]
-    float *att;        // [max_rows][q_dim]
-    float *hb;         // [max_rows][hidden_dim] up projection
     float *add;        // [max_rows][dim] what a block adds
     Acts xb, ab, fb;   // inputs of matrix products: [max_rows] x [dim], [q_dim], [hidden_dim]
     float *rope;       // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
@@ -90,7 +88,8 @@ void state_close(RunState *s);
 
 // Computes rows [n], n <= max_rows, at most max_logits of them with logits: appends to the rows'
 // sequences and attends over them. Rows of one sequence stand together, in order, and continue at
-// its next position. Allocates nothing but cache pages. Returns 0, or -1 with err, and then no
+// its next position. Allocates nothing but cache pages and
+// room to pack them in. Returns 0, or -1 with err, and then no
 // sequence has changed.
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
 

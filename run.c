@@ -1879,8 +1879,8 @@ static void info_model(const Options *o) {
     print_facts(o, facts, sizeof facts / sizeof *facts);
     out(o->json ? "}\n"
                 : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
-                  "+ scratch;\nwhile they are read into an f16, q8 or q4 cache, n x "
-                  "cache_token_read more\n");
+                  "+ scratch;\nreading them takes n x cache_token_read more, except into an f32 "
+                  "cache\n");
     state_close(&state);
     close_session(&s);
 }

@@ -270,7 +270,10 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
     uint16_t *scale = malloc(groups * 2), *off = malloc(groups * 2);
     for (size_t i = 0; i < lines * 64; i++) data[i] = (uint8_t)(rnd() * 1000);
     for (size_t i = 0; i < groups; i++)
-        scale[i] = i % PANEL == 3 ? 0 : f32_f16(rnd() * 0.01f), off[i] = f32_f16(rnd() * 0.1f);
+        scale[i] = i % PANEL == 3   ? (uint16_t)(i / PANEL % 2 * 0x8000)
+                   : i % PANEL == 4 ? (uint16_t)(i % 7)  // subnormal
+                                    : f32_f16(rnd() * 0.01f),
+        off[i] = f32_f16(rnd() * 0.1f);
     m.data = data;
     if (unit == QGROUP) m.scale = scale;
     if (offset) m.offset = off;
@@ -362,8 +365,10 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
         for (int t = 0; t < n; t++) kern.matmul[type](one + p * 16, ld, &w, p, &x, t, t + 1);
     }
     CHECK(memcmp(out, one, ld * n * 4) == 0);  // a batch gives the bits of one token at a time
-    for (int p = 0; p + 2 <= w.panels && kern.matmul_pair[type]; p += 2)
+    for (int p = 0; p + 2 <= w.panels && kern.matmul_pair[type]; p += 2) {
+        for (int t = 0; t < n; t++) memset(out + t * ld + p * 16, 0, 32 * sizeof *out);
         kern.matmul_pair[type](out + p * 16, ld, &w, p, &x, 0, n);
+    }
     CHECK(memcmp(out, one, ld * n * 4) == 0);
     int wrong = 0;
     for (int t = 0; t < n; t++) {
@@ -387,14 +392,14 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
 
 static void test_matmuls(void) {
     const int cols[] = {1, 2, 31, 32, 33, 48, 96, 255, 256, 257, 544},
-              tokens[] = {1, 2, 3, 4, 5, 6, 7, 13, 29};
+              tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 13, 29, 29};
     for (int type = 0; type < W_TYPES; type++) {
         for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) {
             test_matmul((WType)type, 16, cols[i], 3, false);
             if (type == W_Q4) test_matmul(W_Q4, 35, cols[i], 5, true);
         }
         for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
-            test_matmul((WType)type, 40, 288, tokens[i], false);
+            test_matmul((WType)type, 40, 288, tokens[i], type == W_Q4 && i % 2);
     }
 }
 
