@@ -1791,49 +1791,48 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
     }
 }
 
-AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                               int t0, int t1, const bool q4, const bool offset) {
-    IntPanel p = int_panel(w, panel, x);
+// P panels from a panel on, in tiles of as many tokens as registers hold.
+AVX512_INLINE void vnni_panels(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                               int t0, int t1, const bool q4, const bool offset, const int P) {
+    IntPanel p[2];
     int t = t0;
-    for (; t + 8 <= t1; t += 8) vnni_tile(out, ld, &p, t, q4, offset, 8, 1);
-    for (; t + 4 <= t1; t += 4) vnni_tile(out, ld, &p, t, q4, offset, 4, 1);
-    for (; t < t1; t++) vnni_tile(out, ld, &p, t, q4, offset, 1, 1);
+    for (int v = 0; v < P; v++) p[v] = int_panel(w, panel + v, x);
+    if (P == 2) {
+        for (; t + 6 <= t1; t += 6) vnni_tile(out, ld, p, t, q4, offset, 6, P);
+        for (; t + 2 <= t1; t += 2) vnni_tile(out, ld, p, t, q4, offset, 2, P);
+    } else {
+        for (; t + 8 <= t1; t += 8) vnni_tile(out, ld, p, t, q4, offset, 8, P);
+        for (; t + 4 <= t1; t += 4) vnni_tile(out, ld, p, t, q4, offset, 4, P);
+    }
+    for (; t < t1; t++) vnni_tile(out, ld, p, t, q4, offset, 1, P);
 }
 
-AVX512_INLINE void matmul_pair_vnni(float *out, size_t ld, const Matrix *w, int panel,
-                                    const Acts *x, int t0, int t1, const bool q4,
-                                    const bool offset) {
-    IntPanel p[2] = {int_panel(w, panel, x), int_panel(w, panel + 1, x)};
-    int t = t0;
-    for (; t + 6 <= t1; t += 6) vnni_tile(out, ld, p, t, q4, offset, 6, 2);
-    for (; t + 2 <= t1; t += 2) vnni_tile(out, ld, p, t, q4, offset, 2, 2);
-    for (; t < t1; t++) vnni_tile(out, ld, p, t, q4, offset, 1, 2);
+AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                               int t0, int t1, const bool q4, const int P) {
+    if (q4 && w->offset)
+        vnni_panels(out, ld, w, panel, x, t0, t1, q4, true, P);
+    else
+        vnni_panels(out, ld, w, panel, x, t0, t1, q4, false, P);
 }
 
 AVX512 static void matmul_q8_avx512(float *out, size_t ld, const Matrix *w, int panel,
                                     const Acts *x, int t0, int t1) {
-    matmul_vnni(out, ld, w, panel, x, t0, t1, false, false);
+    matmul_vnni(out, ld, w, panel, x, t0, t1, false, 1);
 }
 
 AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int panel,
                                     const Acts *x, int t0, int t1) {
-    if (w->offset)
-        matmul_vnni(out, ld, w, panel, x, t0, t1, true, true);
-    else
-        matmul_vnni(out, ld, w, panel, x, t0, t1, true, false);
+    matmul_vnni(out, ld, w, panel, x, t0, t1, true, 1);
 }
 
 AVX512 static void matmul_pair_q8_avx512(float *out, size_t ld, const Matrix *w, int panel,
                                          const Acts *x, int t0, int t1) {
-    matmul_pair_vnni(out, ld, w, panel, x, t0, t1, false, false);
+    matmul_vnni(out, ld, w, panel, x, t0, t1, false, 2);
 }
 
 AVX512 static void matmul_pair_q4_avx512(float *out, size_t ld, const Matrix *w, int panel,
                                          const Acts *x, int t0, int t1) {
-    if (w->offset)
-        matmul_pair_vnni(out, ld, w, panel, x, t0, t1, true, true);
-    else
-        matmul_pair_vnni(out, ld, w, panel, x, t0, t1, true, false);
+    matmul_vnni(out, ld, w, panel, x, t0, t1, true, 2);
 }
 
 AVX512 static float peak_f32_avx512(int rounds) {

@@ -92,14 +92,14 @@ typedef struct {
     int n_pages, pages_cap;
     KVSeq *seqs;  // [n_seqs]
     int n_seqs;
-    TensorFile file;     // a loaded cache; its pages stay in the map
-    float *partial;      // decode scratch: (max, sum, out[head_dim]) of page ranges
+    TensorFile file;  // a loaded cache; its pages stay in the map
+    float *partial;   // decode scratch: (max, sum, out[head_dim]) of page ranges
     // Pages of one layer, as long runs read them: for each run of a batch [n_kv_heads][its pages].
     uint8_t *packed;
     size_t packed_room, packed_wanted;  // bytes; wanted by the runs reserved since the last batch
-    KVScoring *scoring;  // while switched on, else NULL
-    float *lse;          // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
-    double ops;          // multiplications and additions of attention and scoring so far
+    KVScoring *scoring;                 // while switched on, else NULL
+    float *lse;  // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
+    double ops;  // multiplications and additions of attention and scoring so far
 } KVCache;
 
 // "f16", "f32", "q8", "q4", "q2", or two of them, "q8/q4"; f16 and f32 do not mix. parse returns 0
@@ -231,9 +231,9 @@ size_t kvcache_bytes(const KVCache *kv,
                      int seq);  // pages, positions and page tables of one sequence
 size_t kvcache_full_bytes(const KVCache *kv, int seq);  // the same, had no page settled
 const char *kvcache_type_name(KVType t);
-size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);
-// What a page takes beside, while it is in the layer that long runs read; not for f32.
-size_t kvcache_packed_page(const KVShape *shape);  // keys and values of one page
+size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and values of one page
+// What a page takes beside that, while its layer is the one that long runs read; not for f32.
+size_t kvcache_packed_page(const KVShape *shape);
 
 // ---- files ----
 // tensors: k [n][head_dim][64], v [n][64][head_dim], pos i32 [n_pages][64] (-1: no pair), len and

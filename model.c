@@ -294,8 +294,7 @@ typedef struct {
     const Acts *x;
     const Product *p;
     int n_products, n;
-    const Matrix
-        *up;  // of p's shape: out = act(W x, Up x), while W x is still in the cache; or NULL
+    const Matrix *up;  // of p's shape: out = act(W x, Up x); NULL: out = W x
     void (*act)(float *x, const float *y, int n);
     int unit, n_units;  // panels that are multiplied at once, and how many such units there are
     bool blas;          // by OpenBLAS
@@ -304,7 +303,7 @@ typedef struct {
 enum {
     PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
     TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
-    RUN_MAX = 32
+    RUN_MAX = 32  // panels of a unit when tokens are few: as many as product_unit has room for
 };
 
 #ifdef BLAS
@@ -377,6 +376,8 @@ static void count_ops(RunState *s, const Matrix *w, int n) {
     s->ops[w->type] += 2.0 * n * w->rows * w->cols;
 }
 
+// What one call of OpenBLAS computes does not depend on the number of threads, but its sums change
+// with the number of rows.
 static bool asks_blas(const Products *j, bool ints) {
 #ifdef BLAS
     return j->n >= BLAS_FROM && !ints;
@@ -387,8 +388,7 @@ static bool asks_blas(const Products *j, bool ints) {
 }
 
 // Panels that are multiplied at once. With few tokens reading takes longest, and of two matrices in
-// turn the long runs are read faster: a quarter of what a thread reads, as far as product_unit has
-// room.
+// turn the long runs are read faster: a quarter of what a thread reads.
 static int unit_of(const RunState *s, const Products *j) {
     if (j->n >= PAIR_FROM) return j->blas ? UNIT_MAX : 2;
     int run = j->up ? j->up->panels / (4 * pool_threads(s->pool)) : 1;

@@ -392,7 +392,7 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
 
 static void test_matmuls(void) {
     const int cols[] = {1, 2, 31, 32, 33, 48, 96, 255, 256, 257, 544},
-              tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 13, 29, 29};
+              tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 13, 29, 29};  // q4: every other one with offsets
     for (int type = 0; type < W_TYPES; type++) {
         for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) {
             test_matmul((WType)type, 16, cols[i], 3, false);
