@@ -95,10 +95,11 @@ static void gelu_mul_scalar(float *x, const float *y, int n) {
     }
 }
 
-static float max64_scalar(const float *s) {
-    float m = s[0];
-    for (int i = 1; i < PAGE; i++) m = s[i] > m ? s[i] : m;
-    return m;
+static void max_rows_scalar(float *max, const float *s, int n) {
+    for (int i = 0; i < n; i++, s += PAGE) {
+        max[i] = s[0];
+        for (int j = 1; j < PAGE; j++) max[i] = s[j] > max[i] ? s[j] : max[i];
+    }
 }
 
 static float exp64_scalar(float *s, float m) {
@@ -405,7 +406,7 @@ static const Kernels scalar_kernels = {
     .scale = scale_scalar,
     .silu_mul = silu_mul_scalar,
     .gelu_mul = gelu_mul_scalar,
-    .max64 = max64_scalar,
+    .max_rows = max_rows_scalar,
     .exp64 = exp64_scalar,
     .max_into = max_into_scalar,
     .f16_to_f32 = f16_to_f32_scalar,
@@ -569,10 +570,12 @@ AVX2 static void gelu_mul_avx2(float *x, const float *y, int n) {
     gelu_mul_scalar(x + i, y + i, n - i);
 }
 
-AVX2 static float max64_avx2(const float *s) {
-    __m256 m = _mm256_loadu_ps(s);
-    for (int i = 8; i < PAGE; i += 8) m = _mm256_max_ps(m, _mm256_loadu_ps(s + i));
-    return hmax(m);
+AVX2 static void max_rows_avx2(float *max, const float *s, int n) {
+    for (int i = 0; i < n; i++, s += PAGE) {
+        __m256 m = _mm256_loadu_ps(s);
+        for (int j = 8; j < PAGE; j += 8) m = _mm256_max_ps(m, _mm256_loadu_ps(s + j));
+        max[i] = hmax(m);
+    }
 }
 
 AVX2 static float exp64_avx2(float *s, float m) {
@@ -1269,7 +1272,7 @@ static const Kernels avx2_kernels = {
     .scale = scale_avx2,
     .silu_mul = silu_mul_avx2,
     .gelu_mul = gelu_mul_avx2,
-    .max64 = max64_avx2,
+    .max_rows = max_rows_avx2,
     .exp64 = exp64_avx2,
     .max_into = max_into_avx2,
     .f16_to_f32 = f16_to_f32_avx2,
@@ -1389,12 +1392,6 @@ AVX512 static void gelu_mul_avx512(float *x, const float *y, int n) {
     gelu_mul_avx2(x + i, y + i, n - i);
 }
 
-AVX512 static float max64_avx512(const float *s) {
-    __m512 a = _mm512_max_ps(_mm512_loadu_ps(s), _mm512_loadu_ps(s + 16));
-    __m512 b = _mm512_max_ps(_mm512_loadu_ps(s + 32), _mm512_loadu_ps(s + 48));
-    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
-}
-
 AVX512 static float exp64_avx512(float *s, float m) {
     __m512 e[4];
     UNROLL for (int i = 0; i < 4; i++) {
@@ -1435,6 +1432,22 @@ AVX512_INLINE __m512 reduce16(__m512 *v, const bool sum) {
                        _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd), sum);
     }
     return v[0];
+}
+
+AVX512_INLINE __m512 max_columns(const float *s) {
+    __m512 a = _mm512_max_ps(_mm512_loadu_ps(s), _mm512_loadu_ps(s + 16));
+    __m512 b = _mm512_max_ps(_mm512_loadu_ps(s + 32), _mm512_loadu_ps(s + 48));
+    return _mm512_max_ps(a, b);
+}
+
+AVX512 static void max_rows_avx512(float *max, const float *s, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v[16];
+        UNROLL for (int r = 0; r < 16; r++) v[r] = max_columns(s + (i + r) * PAGE);
+        _mm512_storeu_ps(max + i, reduce16(v, false));
+    }
+    for (; i < n; i++) max[i] = _mm512_reduce_max_ps(max_columns(s + i * PAGE));
 }
 
 // group_scale of 16 groups.
@@ -1886,7 +1899,7 @@ static const Kernels avx512_kernels = {
     .scale = scale_avx2,
     .silu_mul = silu_mul_avx512,
     .gelu_mul = gelu_mul_avx512,
-    .max64 = max64_avx512,
+    .max_rows = max_rows_avx512,
     .exp64 = exp64_avx512,
     .max_into = max_into_avx512,
     .f16_to_f32 = f16_to_f32_avx2,
@@ -2008,6 +2021,42 @@ BF16 static void gemm_packed_bf16(float *c, size_t ldc, const void *rows, const 
     for (; i < n; i++) bf16_rows(&g, rows, i, 1);
 }
 
+// 2^y, relative error below 7.6e-5, a twentieth of what rounding to bf16 costs; 0 for -inf, NaN for
+// NaN. A minimax polynomial on [0, 1), two instructions for the parts of y.
+BF16_INLINE __m512 exp2_rough(__m512 y) {
+    __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF), p = _mm512_set1_ps(0.0780245938f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.226067374f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.695833285f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.999925264f));
+    return _mm512_scalef_ps(p, y);
+}
+
+// Half the time of exp64 and pack_rows: the weights do not pass through memory in between.
+BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *max, float *sum,
+                                        int n, int cols) {
+    const __m512 log2e = _mm512_set1_ps(1.44269504f);
+    const bool packed = fits_bf16(PAGE, cols);
+    for (int i = 0; i < n; i++) {
+        float m = max[i] == -INFINITY ? 0.0f : max[i];
+        if (!packed) {
+            sum[i] += exp64_avx512(s + i * PAGE, m);
+            continue;
+        }
+        __m512 shift = _mm512_set1_ps(m * 1.44269504f), e[4];
+        UNROLL for (int v = 0; v < 4; v++) {
+            __m512 y = _mm512_loadu_ps(s + i * PAGE + 16 * v);
+            e[v] = exp2_rough(_mm512_fmsub_ps(y, log2e, shift));
+        }
+        UNROLL for (int v = 0; v < 4; v += 2) {
+            _mm512_storeu_si512(room + i * PAGE + 16 * v,
+                                (__m512i)_mm512_cvtne2ps_pbh(e[v + 1], e[v]));
+        }
+        sum[i] += _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
+    }
+    return packed ? (const void *)room : s;
+}
+
 BF16 static float peak_bf16(int rounds) {
     __m512 acc[CHAINS];
     const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
@@ -2091,6 +2140,7 @@ static void adapt_avx512(Kernels *k) {
     k->packed_bytes = packed_bytes_bf16;
     k->pack_rows = pack_rows_bf16;
     k->gemm_packed = gemm_packed_bf16;
+    k->exp_packed = exp_packed_bf16;
     k->gemm_f16 = gemm_f16_bf16;
     k->packed_error = 0x1p-8f;
     k->peak_packed = &bf16_avx512;
@@ -2188,10 +2238,12 @@ static void gelu_mul_neon(float *x, const float *y, int n) {
     gelu_mul_scalar(x + i, y + i, n - i);
 }
 
-static float max64_neon(const float *s) {
-    float32x4_t m = vld1q_f32(s);
-    for (int i = 4; i < PAGE; i += 4) m = vmaxnmq_f32(m, vld1q_f32(s + i));
-    return vmaxnmvq_f32(m);
+static void max_rows_neon(float *max, const float *s, int n) {
+    for (int i = 0; i < n; i++, s += PAGE) {
+        float32x4_t m = vld1q_f32(s);
+        for (int j = 4; j < PAGE; j += 4) m = vmaxnmq_f32(m, vld1q_f32(s + j));
+        max[i] = vmaxnmvq_f32(m);
+    }
 }
 
 static float exp64_neon(float *s, float m) {
@@ -2638,7 +2690,7 @@ static const Kernels neon_kernels = {
     .scale = scale_neon,
     .silu_mul = silu_mul_neon,
     .gelu_mul = gelu_mul_neon,
-    .max64 = max64_neon,
+    .max_rows = max_rows_neon,
     .exp64 = exp64_neon,
     .max_into = max_into_neon,
     .f16_to_f32 = f16_to_f32_neon,

@@ -131,6 +131,11 @@ typedef struct {
     const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
     void (*gemm_packed)(float *c, size_t ldc, const void *rows, const void *packed, int n,
                         int inner, int cols, bool add);
+    // exp(s - max) of n rows of 64 scores, packed as rows for a product with cols columns; their sums
+    // are added to sum. A row whose max is -inf has seen nothing and gets zeros. NULL where exp64
+    // and pack_rows are as fast.
+    const void *(*exp_packed)(uint16_t *room, float *s, const float *max, float *sum, int n,
+                              int cols);
     float packed_error;  // of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, else 0
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
@@ -149,8 +154,9 @@ typedef struct {
     void (*silu_mul)(float *x, const float *y, int n);  // x = silu(x) * y
     void (*gelu_mul)(float *x, const float *y, int n);  // x = gelu_tanh(x) * y
 
-    // One row of 64 scores: its maximum; s = exp(s - m), which is 0 where s is -inf, and the sum.
-    float (*max64)(const float *s);
+    // Rows of 64 scores: the maximum of each of n; s = exp(s - m) of one, which is 0 where s is -inf,
+    // and its sum.
+    void (*max_rows)(float *max, const float *s, int n);
     float (*exp64)(float *s, float m);
     void (*max_into)(float *run, const float *s,
                      float b);  // run[j] = max(run[j], s[j] + b) for 64 scores

@@ -641,7 +641,7 @@ typedef struct {
     int first;  // pair of the first token's own key; the token after it owns the next pair
     const uint8_t *packed;  // the head's pages, packed, or NULL; the page at hand is number page
     int page;
-    const void *q_rows;                 // q as products with packed pages read it
+    const void *q_rows, *weights;       // q, and s after the softmax, as products read them
     float q[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim], times the attention scale
     float o[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim] sum of exp(s - max) v
     float max[TILE_ROWS], sum[TILE_ROWS];
@@ -666,13 +666,6 @@ static const void *packed_side(const Tile *t, Side side) {
     return side == KEYS ? page : page + packed_bytes(shape, KEYS);
 }
 
-static void packed_product(Tile *t, float *c, const float *a, Side side) {
-    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
-    const void *rows = side == KEYS ? t->q_rows : kern.pack_rows(t->s_room, a, t->n, inner, cols);
-    kern.gemm_packed(c, (size_t)cols, rows, packed_side(t, side), t->n, inner, cols,
-                     side == VALUES);
-}
-
 // ahead: the same side of a page that will be read later, which is fetched meanwhile.
 static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, const KVPart *ahead,
                           Side side) {
@@ -685,17 +678,18 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, co
     }
 }
 
-// Scores [n][64] = a . keys, or out [n][head_dim] += a . values. Pages are packed for the many rows
-// of a long run, and converted on the fly for the few of a short one; f32 pages always count in
+// Scores [n][64] = rows . keys, or out [n][head_dim] += rows . values. Pages are packed for the many
+// rows of a long run, and converted on the fly for the few of a short one; f32 pages always count in
 // f32. The length of the run alone decides, so that company changes no bit.
-static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, const KVPart *ahead,
+static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, const KVPart *ahead,
                          Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     bool add = side == VALUES;
-    if (p->type == KV_F32)
+    const float *a = rows;
+    if (t->packed)
+        kern.gemm_packed(c, (size_t)cols, rows, packed_side(t, side), t->n, inner, cols, add);
+    else if (p->type == KV_F32)
         kern.gemm_f32(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
-    else if (t->packed)
-        packed_product(t, c, a, side);
     else if (p->type == KV_F16)
         kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
     else
@@ -705,28 +699,50 @@ static void tile_product(Tile *t, float *c, const float *a, const KVPart *p, con
 // s [n][64] = q . k, scaled and capped.
 static void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
     float cap = t->kv->shape.softcap;
-    tile_product(t, t->s, t->q, &p->k, &ahead->k, KEYS);
+    tile_product(t, t->s, t->q_rows, &p->k, &ahead->k, KEYS);
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
 }
 
-// Folds one row's 64 scores into its running maximum and sum (arXiv 1805.02867), of which only
-// columns [lo, hi) are seen; s becomes the weights.
-static void online_softmax(Tile *t, int i, int lo, int hi) {
-    float *s = t->s + i * PAGE;
-    if (lo >= hi) {
-        memset(s, 0, PAGE * sizeof *s);
+// Of the page whose first pair is base, rows see the pairs in r up to their own, a window back. The
+// scores of all others become -inf.
+static void hide_unseen(Tile *t, int base, Range r) {
+    int last = t->first + (t->n - 1) / t->group;
+    bool whole = r.lo <= base && min_int(r.hi, t->first + 1) >= base + PAGE;
+    if (whole && (!t->window || last - t->window < base)) return;
+    for (int i = 0; i < t->n; i++) {
+        int own = t->first + i / t->group;
+        int lo = max_int(r.lo, t->window ? own - t->window + 1 : 0) - base;
+        int hi = max_int(min_int(r.hi, own + 1) - base, 0);
+        for (int c = 0; c < min_int(lo, PAGE); c++) t->s[i * PAGE + c] = -INFINITY;
+        for (int c = hi; c < PAGE; c++) t->s[i * PAGE + c] = -INFINITY;
+    }
+}
+
+// Raises the rows' running maxima to those of their scores.
+static void raise_max(Tile *t) {
+    int d = t->kv->shape.head_dim;
+    float max[TILE_ROWS];
+    kern.max_rows(max, t->s, t->n);
+    for (int i = 0; i < t->n; i++) {
+        if (!(max[i] > t->max[i])) continue;
+        float shrink = expf(t->max[i] - max[i]);
+        t->sum[i] *= shrink;
+        kern.scale(t->o + i * d, shrink, d);
+        t->max[i] = max[i];
+    }
+}
+
+// Scores become weights, which are added to the rows' sums. A row that has seen nothing yet gets
+// weights of zero.
+static void exp_scores(Tile *t) {
+    int d = t->kv->shape.head_dim;
+    if (t->packed && kern.exp_packed) {
+        t->weights = kern.exp_packed(t->s_room, t->s, t->max, t->sum, t->n, d);
         return;
     }
-    for (int c = 0; c < lo; c++) s[c] = -INFINITY;
-    for (int c = hi; c < PAGE; c++) s[c] = -INFINITY;
-    float m = kern.max64(s);
-    if (m > t->max[i]) {
-        float shrink = expf(t->max[i] - m);
-        t->sum[i] *= shrink;
-        kern.scale(t->o + i * t->kv->shape.head_dim, shrink, t->kv->shape.head_dim);
-        t->max[i] = m;
-    }
-    t->sum[i] += kern.exp64(s, t->max[i]);
+    for (int i = 0; i < t->n; i++)
+        t->sum[i] += kern.exp64(t->s + i * PAGE, t->max[i] == -INFINITY ? 0.0f : t->max[i]);
+    t->weights = t->packed ? kern.pack_rows(t->s_room, t->s, t->n, PAGE, d) : t->s;
 }
 
 static void prefetch_scales(const KVCache *kv, const KVPart *p, Side side) {
@@ -736,6 +752,7 @@ static void prefetch_scales(const KVCache *kv, const KVPart *p, Side side) {
         __builtin_prefetch((const uint8_t *)p->min + i);
 }
 
+// One page with the online softmax of arXiv 1805.02867.
 static void attend_page(Tile *t, int page, Range r) {
     const int *list = t->head->page, last = pages_used(t->head) - 1;
     const KVPage *p = &t->kv->pages[list[page]];
@@ -744,12 +761,10 @@ static void attend_page(Tile *t, int page, Range r) {
     int base = t->head->dropped + page * PAGE;
     t->page = page;
     tile_scores(t, p, ahead);
-    for (int i = 0; i < t->n; i++) {
-        int own = t->first + i / t->group;
-        int lo = max_int(r.lo, t->window ? own - t->window + 1 : 0), hi = min_int(r.hi, own + 1);
-        online_softmax(t, i, max_int(lo - base, 0), min_int(hi - base, PAGE));
-    }
-    tile_product(t, t->o, t->s, &p->v, &ahead->v, VALUES);
+    hide_unseen(t, base, r);
+    raise_max(t);
+    exp_scores(t);
+    tile_product(t, t->o, t->weights, &p->v, &ahead->v, VALUES);
 }
 
 static void attend_range(Tile *t, Range r) {
@@ -789,7 +804,7 @@ static void tile_load(Tile *t, const Attend *a, int g, int r, int token) {
     t->n = 0, t->group = shape->n_heads / shape->n_kv_heads, t->window = shape->window[a->layer];
     t->first = t->head->len - run->n + token;
     tile_add(t, a, g, r, token, min_int(tokens_per_tile(a->kv), run->n - token));
-    if (t->packed) t->q_rows = kern.pack_rows(t->q_room, t->q, t->n, shape->head_dim, PAGE);
+    t->q_rows = t->packed ? kern.pack_rows(t->q_room, t->q, t->n, shape->head_dim, PAGE) : t->q;
 }
 
 static void tile_start(Tile *t) {

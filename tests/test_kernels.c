@@ -99,11 +99,67 @@ static void test_exp(void) {
     }
     CHECK(worst < 2.4e-7);  // 2 ulp
     float s[PAGE] = {[7] = 2.0f}, nan[PAGE] = {[3] = NAN};
-    CHECK(kern.max64(s) == 2.0f);
     CHECK(isnan(kern.exp64(nan, 0.0f)));  // a NaN must be seen
     float run[PAGE] = {[0] = 5};
     kern.max_into(run, s, -1.0f);
     CHECK(run[0] == 5 && run[7] == 1 && run[1] == 0);
+}
+
+static void test_max_rows(void) {
+    float s[37 * PAGE], max[37], want[37];
+    for (int n = 1; n <= 37; n++) {
+        fill(s, n * PAGE);
+        for (int j = 0; j < PAGE; j++) s[(n - 1) * PAGE + j] = -INFINITY;
+        kern.max_rows(max, s, n), kernels_scalar()->max_rows(want, s, n);
+        CHECK(memcmp(max, want, (size_t)n * sizeof *max) == 0);
+    }
+}
+
+// Weights of a product's rows: exp64 and pack_rows in one, less exact. A row is the same in any
+// company.
+static void check_exp_packed(int n, int cols) {
+    float s[9 * PAGE], in[9 * PAGE], max[9], sum[9], c[9 * 80], v[PAGE * 80];
+    uint16_t room[9 * PAGE];
+    uint8_t packed[PAGE * 80 * sizeof(float)];
+    for (int i = 0; i < n * PAGE; i++) s[i] = in[i] = i % 7 == 5 ? -INFINITY : 30.0f * rnd();
+    for (int i = 0; i < n; i++) sum[i] = 0.5f;
+    kern.max_rows(max, s, n);
+    for (int j = 0; j < PAGE; j++) in[j] = s[j] = -INFINITY;
+    max[0] = -INFINITY;
+    fill(v, PAGE * cols);
+    kern.pack_f32(packed, v, PAGE, cols);
+    const void *rows = kern.exp_packed(room, s, max, sum, n, cols);
+    kern.gemm_packed(c, (size_t)cols, rows, packed, n, PAGE, cols, false);
+    for (int i = 0; i < n; i++) {
+        double want = 0.5;
+        for (int j = 0; j < PAGE && i > 0; j++) want += exp(in[i * PAGE + j] - max[i]);
+        CHECK_NEAR(sum[i], want, 8e-5 * want);
+        for (int k = 0; k < cols; k++) {
+            double o = 0.0, size = 0.0;
+            for (int j = 0; j < PAGE && i > 0; j++) {
+                double w = exp(in[i * PAGE + j] - max[i]);
+                o += w * v[j * cols + k], size += w * fabs(v[j * cols + k]);
+            }
+            CHECK_NEAR(c[i * cols + k], o, 2.1 * kern.packed_error * size + 1e-5);
+        }
+    }
+    float alone[PAGE * 80], one = 0.5f;
+    memcpy(s, in, sizeof s);
+    rows = kern.exp_packed(room, s + (n - 1) * PAGE, max + n - 1, &one, 1, cols);
+    kern.gemm_packed(alone, (size_t)cols, rows, packed, 1, PAGE, cols, false);
+    CHECK(one == sum[n - 1] && memcmp(alone, c + (n - 1) * cols, (size_t)cols * 4) == 0);
+}
+
+static void test_exp_packed(void) {
+    if (!kern.exp_packed) return;
+    for (int n = 2; n <= 9; n++) {
+        check_exp_packed(n, 64), check_exp_packed(n, 80);
+        check_exp_packed(n, 40);  // which no packing fits
+    }
+    float s[PAGE] = {[3] = NAN}, max = 0.0f, sum = 0.0f;
+    uint16_t room[PAGE];
+    kern.exp_packed(room, s, &max, &sum, 1, 64);
+    CHECK(isnan(sum));
 }
 
 // ---- products ----
@@ -471,7 +527,7 @@ int main(void) {
         printf("test_kernels: %s\n", isas[i]);
         test_half();
         test_vectors();
-        test_exp();
+        test_exp(), test_max_rows(), test_exp_packed();
         test_gemm();
         test_gemm_batch();
         test_all_codes();
