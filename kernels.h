@@ -116,11 +116,11 @@ typedef struct {
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
     // a page of transposed keys this is q . k, with a page of values it is p v. f16: b is half
-    // precision.
+    // precision, and as many bytes that will be read later are fetched from ahead, or b itself.
     void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                      int inner, int cols, bool add);
-    void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
-                     int inner, int cols, bool add);
+    void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+                     const void *ahead, int n, int inner, int cols, bool add);
 
     // The same for many rows of a, which lie inner apart. Both factors are first packed the way
     // this instruction set multiplies fastest: bf16 where the machine multiplies that, else f32. b
@@ -131,9 +131,9 @@ typedef struct {
     const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
     void (*gemm_packed)(float *c, size_t ldc, const void *rows, const void *packed, int n,
                         int inner, int cols, bool add);
-    // exp(s - max) of n rows of 64 scores, packed as rows for a product with cols columns; their sums
-    // are added to sum. A row whose max is -inf has seen nothing and gets zeros. NULL where exp64
-    // and pack_rows are as fast.
+    // exp(s - max) of n rows of 64 scores, packed as rows for a product with cols columns; their
+    // sums are added to sum. A row whose max is -inf has seen nothing and gets zeros. NULL where
+    // exp64 and pack_rows are as fast.
     const void *(*exp_packed)(uint16_t *room, float *s, const float *max, float *sum, int n,
                               int cols);
     float packed_error;  // of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, else 0
@@ -154,8 +154,8 @@ typedef struct {
     void (*silu_mul)(float *x, const float *y, int n);  // x = silu(x) * y
     void (*gelu_mul)(float *x, const float *y, int n);  // x = gelu_tanh(x) * y
 
-    // Rows of 64 scores: the maximum of each of n; s = exp(s - m) of one, which is 0 where s is -inf,
-    // and its sum.
+    // Rows of 64 scores: the maximum of each of n; s = exp(s - m) of one, which is 0 where s is
+    // -inf, and its sum.
     void (*max_rows)(float *max, const float *s, int n);
     float (*exp64)(float *s, float m);
     void (*max_into)(float *run, const float *s,

@@ -29,7 +29,7 @@ enum {
     SPLITS = 32,       // ranges at most
     SPLIT_PAGES = 4,   // pages in a range at least
     MAX_RANGES = 5,
-    PAGES_AHEAD = 2,           // how far ahead codes are fetched: further than memory is late
+    PAGES_AHEAD = 1,           // how far ahead codes are fetched: further than memory is late
     PACKED_BESIDE = 32 << 20,  // bytes of packed pages for the other runs of a batch
 };
 
@@ -678,9 +678,9 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, co
     }
 }
 
-// Scores [n][64] = rows . keys, or out [n][head_dim] += rows . values. Pages are packed for the many
-// rows of a long run, and converted on the fly for the few of a short one; f32 pages always count in
-// f32. The length of the run alone decides, so that company changes no bit.
+// Scores [n][64] = rows . keys, or out [n][head_dim] += rows . values. Pages are packed for the
+// many rows of a long run, and converted on the fly for the few of a short one; f32 pages always
+// count in f32. The length of the run alone decides, so that company changes no bit.
 static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, const KVPart *ahead,
                          Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
@@ -691,7 +691,8 @@ static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, c
     else if (p->type == KV_F32)
         kern.gemm_f32(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
     else if (p->type == KV_F16)
-        kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
+        kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data,
+                      ahead->type == KV_F16 ? ahead->data : p->data, t->n, inner, cols, add);
     else
         codes_product(t, c, a, p, ahead, side);
 }
@@ -1009,13 +1010,14 @@ static int run_units(const Attend *a, int r) {
 }
 
 // Unit i of run r stands at i * n_runs + r: what one tile does for all runs is spread over the
-// whole job.
+// whole job. The ranges of a head follow each other, so that a thread mostly goes on to the pages
+// that the range before had fetched.
 static void attend_unit(void *ctx, int unit) {
     const Attend *a = ctx;
     int r = unit % a->n_runs, i = unit / a->n_runs, n_kv_heads = a->kv->shape.n_kv_heads;
     if (i >= run_units(a, r)) return;
     if (a->splits[r] > 1)
-        attend_split(a, r, i % n_kv_heads, i / n_kv_heads);
+        attend_split(a, r, i / a->splits[r], i % a->splits[r]);
     else
         attend_block(a, r, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(a->kv));
 }

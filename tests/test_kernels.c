@@ -179,8 +179,8 @@ static void test_gemm(void) {
                 kern.gemm_f32(c1, LDC, a, K + 3, b, n, inner, cols, add);
                 ref->gemm_f32(c2, LDC, a, K + 3, b, n, inner, cols, add);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4);
-                kern.gemm_f16(c1, LDC, a, K + 3, bh, n, inner, cols, add);
-                ref->gemm_f16(c2, LDC, a, K + 3, bh, n, inner, cols, add);
+                kern.gemm_f16(c1, LDC, a, K + 3, bh, bh, n, inner, cols, add);
+                ref->gemm_f16(c2, LDC, a, K + 3, bh, bh, n, inner, cols, add);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4 + 2.0 * sqrt(inner) * kern.packed_error);
             }
         }
@@ -200,9 +200,9 @@ static void test_gemm_batch(void) {
     static uint16_t half[K * C];
     kern.f32_to_f16(half, b, K * C);
     for (int inner = K - 1; inner <= K; inner++) {
-        kern.gemm_f16(all, C, a, K, half, N, inner, C, false);
+        kern.gemm_f16(all, C, a, K, half, half, N, inner, C, false);
         for (int i = 0; i < N; i++) {
-            kern.gemm_f16(one, C, a + i * K, K, half, 1, inner, C, false);
+            kern.gemm_f16(one, C, a + i * K, K, half, half, 1, inner, C, false);
             CHECK(memcmp(one, all + i * C, sizeof one) == 0);
         }
     }
