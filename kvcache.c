@@ -563,30 +563,29 @@ static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k
 
 typedef struct {
     KVCache *kv;
-    int layer, row0;
-    KVRun run;
+    int layer;
+    const KVRun *runs;
     const float *k, *v;
 } Append;
 
-static void append_head(void *ctx, int g) {
+static void append_unit(void *ctx, int unit) {
     const Append *a = ctx;
-    KVHead *h = kvcache_head(a->kv, a->run.seq, a->layer, g);
-    int d = a->kv->shape.head_dim, next_pos = a->kv->seqs[a->run.seq].next_pos;
-    for (int i = 0; i < a->run.n; i++) {
-        size_t at = ((size_t)(a->row0 + i) * a->kv->shape.n_kv_heads + g) * d;
-        write_pair(a->kv, h, h->len + i, a->k + at, a->v + at, next_pos + i);
+    int g = unit % a->kv->shape.n_kv_heads, d = a->kv->shape.head_dim, row0 = 0;
+    const KVRun *run = &a->runs[unit / a->kv->shape.n_kv_heads];
+    KVHead *h = kvcache_head(a->kv, run->seq, a->layer, g);
+    for (const KVRun *before = a->runs; before < run; before++) row0 += before->n;
+    for (int i = 0; i < run->n; i++) {
+        size_t at = ((size_t)(row0 + i) * a->kv->shape.n_kv_heads + g) * d;
+        write_pair(a->kv, h, h->len + i, a->k + at, a->v + at, a->kv->seqs[run->seq].next_pos + i);
     }
-    h->len += a->run.n;
+    h->len += run->n;
 }
 
 void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k,
                     const float *v) {
-    Append a = {kv, layer, 0, {0, 0}, k, v};
-    for (int i = 0; i < n_runs; a.row0 += runs[i++].n) {
-        a.run = runs[i];
-        parallel_for(a.run.n > SPLIT_TOKENS ? kv->pool : NULL, kv->shape.n_kv_heads, append_head,
-                     &a);
-    }
+    Append a = {kv, layer, runs, k, v};
+    bool many = n_runs > 1 || runs[0].n > SPLIT_TOKENS;
+    parallel_for(many ? kv->pool : NULL, n_runs * kv->shape.n_kv_heads, append_unit, &a);
 }
 
 // Whole pages that the next token can no longer see are let go.
@@ -1022,9 +1021,14 @@ static void attend_unit(void *ctx, int unit) {
         attend_block(a, r, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(a->kv));
 }
 
-// out of one (token, query head) from its page ranges, in their order.
-static void merge_splits(const Attend *a, int r, int token, int h) {
+// out of one (token, query head) from its page ranges, in their order. Units as attend_unit's, and
+// a token's heads follow each other.
+static void merge_unit(void *ctx, int unit) {
+    const Attend *a = ctx;
+    int r = unit % a->n_runs, token = unit / a->n_runs / a->kv->shape.n_heads,
+        h = unit / a->n_runs % a->kv->shape.n_heads;
     int d = a->kv->shape.head_dim, splits = a->splits[r], slot = a->slot[r] + token;
+    if (splits == 1 || token >= a->runs[r].n) return;
     float max = -INFINITY, sum = 0.0f, *out = out_row(a, a->row[r] + token, h);
     for (int i = 0; i < splits; i++) max = fmaxf(max, partial_at(a, slot, h, i)[0]);
     memset(out, 0, (size_t)d * sizeof *out);
@@ -1158,17 +1162,17 @@ static double run_ops(const Attend *a, int r) {
 }
 
 static void attend_runs(Attend *a) {
-    int n_units = 0, n_pages = 0, n_heads = a->kv->shape.n_heads;
+    int n_units = 0, n_pages = 0, n_merged = 0, n_heads = a->kv->shape.n_heads;
     for (int r = 0; r < a->n_runs; r++) {
         n_units = max_int(n_units, run_units(a, r));
+        if (a->splits[r] > 1) n_merged = max_int(n_merged, a->runs[r].n);
         n_pages = max_int(n_pages, a->pages[r]);
         a->kv->ops += run_ops(a, r);
     }
     parallel_for(a->kv->pool, n_pages * a->kv->shape.n_kv_heads * a->n_runs, pack_unit, a);
     parallel_for(a->kv->pool, n_units * a->n_runs, attend_unit, a);
+    parallel_for(a->n_runs > 1 ? a->kv->pool : NULL, n_merged * n_heads * a->n_runs, merge_unit, a);
     for (int r = 0; r < a->n_runs; r++) {
-        for (int i = 0; a->splits[r] > 1 && i < a->runs[r].n * n_heads; i++)
-            merge_splits(a, r, i / n_heads, i % n_heads);
         if (scores_run(a, &a->runs[r])) sweep(a, r);
     }
 }

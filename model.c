@@ -303,7 +303,8 @@ typedef struct {
 enum {
     PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
     TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
-    RUN_MAX = 32  // panels of a unit when tokens are few: as many as product_unit has room for
+    RUN_MAX = 32,  // panels of a unit when tokens are few: as many as product_unit has room for
+    QUANTIZE_ROWS = 4,
 };
 
 #ifdef BLAS
@@ -367,7 +368,8 @@ typedef struct {
 
 static void quantize_rows(void *ctx, int i) {
     const Quantize *q = ctx;
-    kern.quantize(q->x, i * 16, i * 16 + 16 < q->n ? i * 16 + 16 : q->n);
+    int end = (i + 1) * QUANTIZE_ROWS;
+    kern.quantize(q->x, i * QUANTIZE_ROWS, end < q->n ? end : q->n);
 }
 
 static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
@@ -405,7 +407,10 @@ static void multiply_job(RunState *s, Products j) {
         count_ops(s, j.p[i].w, j.n);
     }
     if (j.up) count_ops(s, j.up, j.n);
-    if (ints) parallel_for(s->pool, (j.n + 15) / 16, quantize_rows, &(Quantize){j.x, j.n});
+    if (ints) {
+        int blocks = (j.n + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS;
+        parallel_for(s->pool, blocks, quantize_rows, &(Quantize){j.x, j.n});
+    }
     parallel_for(s->pool, (j.n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_units, product_unit, &j);
 }
 
@@ -450,7 +455,7 @@ typedef struct {
 
 // Rows of work per index of a parallel loop over rows.
 static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
-    parallel_for(n >= 16 ? s->pool : NULL, n, fn, ctx);
+    parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
 
 static void embed_row(void *ctx, int i) {
