@@ -116,7 +116,7 @@ typedef struct {
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
     // a page of transposed keys this is q . k, with a page of values it is p v. f16: b is half
-    // precision, and as many bytes that will be read later are fetched from ahead, or b itself.
+    // precision; ahead are as many bytes that will be read later and are fetched meanwhile, or b.
     void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                      int inner, int cols, bool add);
     void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b,

@@ -29,7 +29,7 @@ enum {
     SPLITS = 32,       // ranges at most
     SPLIT_PAGES = 4,   // pages in a range at least
     MAX_RANGES = 5,
-    PAGES_AHEAD = 1,           // how far ahead codes are fetched: further than memory is late
+    PAGES_AHEAD = 1,           // the page whose lines are fetched during the products of one
     PACKED_BESIDE = 32 << 20,  // bytes of packed pages for the other runs of a batch
 };
 

@@ -304,7 +304,7 @@ enum {
     PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
     TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
     RUN_MAX = 32,  // panels of a unit when tokens are few: as many as product_unit has room for
-    QUANTIZE_ROWS = 4,
+    QUANTIZE_ROWS = 4,  // rows that one thread quantizes at a time
 };
 
 #ifdef BLAS
@@ -453,7 +453,7 @@ typedef struct {
     int l;
 } Step;
 
-// Rows of work per index of a parallel loop over rows.
+// fn for each of n rows; fewer than four take less time than a word to the threads.
 static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
