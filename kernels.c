@@ -2083,10 +2083,11 @@ BF16_INLINE __m512i load_pairs(const Gemm *g, int k, int j, __m512i order) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// As bf16_tile, b in half precision as it lies: for so few rows that packing it would not pay. Pages
-// lie far apart, and the hardware fetches ahead only within 4 KB, so that each product fetches the
-// lines of the page that follows, into the second-level cache: decoding at depth 8192 is 1.36 times
-// as fast. Into the first-level cache it is slower than without, and so are all lines at once.
+// As bf16_tile, b in half precision as it lies: for so few rows that packing it would not pay.
+// Pages lie far apart, and the hardware fetches ahead only within 4 KB, so that each product
+// fetches the lines of the page that follows, into the second-level cache: decoding at depth 8192
+// is 1.36 times as fast. Into the first-level cache it is slower than without, and so are all lines
+// at once.
 BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, __m512i order,
                                const int R, const int C) {
     float *c = g->c + (size_t)i * g->ldc + j;
@@ -2841,12 +2842,13 @@ static inline void relax(int spin) {
     if (spin % 1024 == 1023) sched_yield();  // more threads than cores: let the others work
 }
 
-// Large shares first, single indices last: few meetings at the counter, and all finish together.
+// Large shares first, single indices last: few meetings at the counter, long runs of memory, and
+// all finish together.
 static void take_work(ThreadPool *p) {
     int n = p->n, threads = p->n_workers + 1;
     for (;;) {
         int left = n - atomic_load_explicit(&p->next, memory_order_relaxed);
-        int share = left / (4 * threads) + 1;
+        int share = left / (2 * threads) + 1;
         int i = atomic_fetch_add_explicit(&p->next, share, memory_order_relaxed);
         if (i >= n) return;
         for (int end = i + share < n ? i + share : n; i < end; i++) p->fn(p->ctx, i);
