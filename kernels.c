@@ -2040,18 +2040,16 @@ BF16_INLINE __m512 exp2_rough(__m512 y) {
 // Half the time of exp64 and pack_rows: the weights do not pass through memory in between.
 BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *max, float *sum,
                                         int n, int cols) {
-    const __m512 log2e = _mm512_set1_ps(1.44269504f);
-    const bool packed = fits_bf16(PAGE, cols);
+    if (!fits_bf16(PAGE, cols)) {
+        for (int i = 0; i < n; i++) sum[i] += exp64_avx512(s + i * PAGE, softmax_shift(max[i]));
+        return s;
+    }
+    const float log2e = 1.44269504f;
     for (int i = 0; i < n; i++) {
-        float m = max[i] == -INFINITY ? 0.0f : max[i];
-        if (!packed) {
-            sum[i] += exp64_avx512(s + i * PAGE, m);
-            continue;
-        }
-        __m512 shift = _mm512_set1_ps(m * 1.44269504f), e[4];
+        __m512 shift = _mm512_set1_ps(softmax_shift(max[i]) * log2e), e[4];
         UNROLL for (int v = 0; v < 4; v++) {
             __m512 y = _mm512_loadu_ps(s + i * PAGE + 16 * v);
-            e[v] = exp2_rough(_mm512_fmsub_ps(y, log2e, shift));
+            e[v] = exp2_rough(_mm512_fmsub_ps(y, _mm512_set1_ps(log2e), shift));
         }
         UNROLL for (int v = 0; v < 4; v += 2) {
             _mm512_storeu_si512(room + i * PAGE + 16 * v,
@@ -2060,7 +2058,7 @@ BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *m
         sum[i] += _mm512_reduce_add_ps(
             _mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
     }
-    return packed ? (const void *)room : s;
+    return room;
 }
 
 BF16 static float peak_bf16(int rounds) {

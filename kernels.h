@@ -9,6 +9,7 @@
 // none.
 #ifndef KERNELS_H
 #define KERNELS_H
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -131,9 +132,8 @@ typedef struct {
     const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
     void (*gemm_packed)(float *c, size_t ldc, const void *rows, const void *packed, int n,
                         int inner, int cols, bool add);
-    // exp(s - max) of n rows of 64 scores, packed as rows for a product with cols columns; their
-    // sums are added to sum. A row whose max is -inf has seen nothing and gets zeros. NULL where
-    // exp64 and pack_rows are as fast.
+    // exp(s - softmax_shift(max)) of n rows of 64 scores, packed as rows for a product with cols
+    // columns; their sums are added to sum. NULL where exp64 and pack_rows are as fast.
     const void *(*exp_packed)(uint16_t *room, float *s, const float *max, float *sum, int n,
                               int cols);
     float packed_error;  // of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, else 0
@@ -170,6 +170,10 @@ typedef struct {
 // OpenBLAS's own.
 enum { BLAS_PANELS = 8 };
 void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int n);
+
+// What is subtracted from a row's scores before exp: its maximum, or nothing when that is -inf and
+// the row has seen no score yet, so that its weights are zeros.
+static inline float softmax_shift(float max) { return max == -INFINITY ? 0.0f : max; }
 
 extern Kernels kern;  // filled once by kernels_init, before threads start
 

@@ -732,8 +732,7 @@ static void raise_max(Tile *t) {
     }
 }
 
-// Scores become weights, which are added to the rows' sums. A row that has seen nothing yet gets
-// weights of zero.
+// Scores become weights, which are added to the rows' sums.
 static void exp_scores(Tile *t) {
     int d = t->kv->shape.head_dim;
     if (t->packed && kern.exp_packed) {
@@ -741,7 +740,7 @@ static void exp_scores(Tile *t) {
         return;
     }
     for (int i = 0; i < t->n; i++)
-        t->sum[i] += kern.exp64(t->s + i * PAGE, t->max[i] == -INFINITY ? 0.0f : t->max[i]);
+        t->sum[i] += kern.exp64(t->s + i * PAGE, softmax_shift(t->max[i]));
     t->weights = t->packed ? kern.pack_rows(t->s_room, t->s, t->n, PAGE, d) : t->s;
 }
 
