@@ -169,15 +169,16 @@ static void gemm_f32_scalar(float *c, size_t ldc, const float *a, size_t lda, co
     }
 }
 
-static void gemm_f16_scalar(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+static void gemm_f16_scalar(float *c, size_t ldc, const void *rows, const void *b,
                             const void *ahead, int n, int inner, int cols, bool add) {
+    const float *a = rows;
     const uint16_t *bh = b;
     (void)ahead;
     for (int i = 0; i < n; i++) {
         for (int j = 0; j < cols; j++) {
             float sum = add ? c[i * ldc + j] : 0.0f;
             for (int k = 0; k < inner; k++)
-                sum += a[i * lda + k] * f16_f32(bh[(size_t)k * cols + j]);
+                sum += a[i * inner + k] * f16_f32(bh[(size_t)k * cols + j]);
             c[i * ldc + j] = sum;
         }
     }
@@ -693,13 +694,13 @@ AVX2 static void gemm_f32_avx2(float *c, size_t ldc, const float *a, size_t lda,
     gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, false);
 }
 
-AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+AVX2 static void gemm_f16_avx2(float *c, size_t ldc, const void *rows, const void *b,
                                const void *ahead, int n, int inner, int cols, bool add) {
-    if (cols % 8) {
-        gemm_f16_scalar(c, ldc, a, lda, b, ahead, n, inner, cols, add);
-        return;
-    }
-    gemm_avx2(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
+    size_t lda = (size_t)inner;
+    if (cols % 8)
+        gemm_f16_scalar(c, ldc, rows, b, ahead, n, inner, cols, add);
+    else
+        gemm_avx2(&(Gemm){c, rows, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
 }
 
 // Row r of f = a * scales, as 16-bit integers, each four of them in the order 0, 2, 1, 3; a . min
@@ -1571,12 +1572,13 @@ AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t 
         gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, false);
 }
 
-AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const float *a, size_t lda, const void *b,
-                                   const void *ahead, int n, int inner, int cols, bool add) {
+AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const void *rows, const void *b,
+                               const void *ahead, int n, int inner, int cols, bool add) {
+    size_t lda = (size_t)inner;
     if (cols % 16)
-        gemm_f16_avx2(c, ldc, a, lda, b, ahead, n, inner, cols, add);
+        gemm_f16_avx2(c, ldc, rows, b, ahead, n, inner, cols, add);
     else
-        gemm_avx512(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
+        gemm_avx512(&(Gemm){c, rows, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
 }
 
 // As fold_avx2, but of each eight integers the high bytes come before the low ones. No masks: what
@@ -1932,17 +1934,37 @@ static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5
                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
+// bf16 has the exponents of f32, 112 = 127 - 15 above those of half precision, and three bits less
+// after the point: the bits of a half, three to the right, are 2^-112 of it in bf16. So pages are
+// multiplied as they come out of that shift, by rows 2^112 times as large, which like halves stay
+// below 2^16. Multiplying by 2^12 and keeping the high half is the shift and rounds, ties upward;
+// the sign, which it repeats, is cut out. Halves below 2^-14 become 0.
+static const float ROWS_BY = 0x1p112f;
+
+BF16_INLINE __m512i halves_to_bf16(__m512i h) {
+    h = _mm512_mulhrs_epi16(h, _mm512_set1_epi16(1 << 12));
+    return _mm512_and_si512(h, _mm512_set1_epi16((short)0x8fff));
+}
+
+BF16_INLINE __m256i load_halves(const void *b, size_t at, const bool half) {
+    if (half) return _mm256_loadu_si256((const void *)((const uint16_t *)b + at));
+    return _mm512_cvtps_ph(_mm512_loadu_ps((const float *)b + at), _MM_FROUND_TO_NEAREST_INT);
+}
+
+// Rows 2k and 2k + 1 of b [..][ldb], columns j to j + 15, as pairs of bf16.
+BF16_INLINE __m512i load_pairs(const void *b, size_t ldb, int k, int j, const bool half) {
+    size_t at = (size_t)k * ldb + j;
+    __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load_halves(b, at, half)),
+                                      load_halves(b, at + ldb, half), 1);
+    return halves_to_bf16(_mm512_permutexvar_epi16(_mm512_loadu_si512(alternate), both));
+}
+
 // [inner/2][cols][2] bf16: rows 2k and 2k + 1 of b alternate.
 BF16_INLINE void pack_bf16(void *packed, const void *b, int inner, int cols, const bool half) {
-    const __m512i order = _mm512_loadu_si512(alternate);
     uint8_t *out = packed;
     for (int k = 0; k < inner; k += 2) {
-        for (int j = 0; j < cols; j += 16, out += 64) {
-            __m512 even = load16(b, (size_t)k * cols + j, half),
-                   odd = load16(b, (size_t)(k + 1) * cols + j, half);
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
-        }
+        for (int j = 0; j < cols; j += 16, out += 64)
+            _mm512_storeu_si512(out, load_pairs(b, (size_t)cols, k, j, half));
     }
 }
 
@@ -1958,20 +1980,6 @@ BF16 static void pack_f32_bf16(void *packed, const float *b, int inner, int cols
         pack_bf16(packed, b, inner, cols, false);
     else
         pack_f32_scalar(packed, b, inner, cols);
-}
-
-// R rows of a as bf16, [R][inner].
-BF16_INLINE void rows_to_bf16(uint16_t *out, const float *a, size_t lda, int inner, int n) {
-    for (int r = 0; r < n; r++) {
-        int k = 0;
-        for (; k + 16 <= inner; k += 16)
-            _mm256_storeu_si256((void *)(out + r * inner + k),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r * lda + k)));
-        if (k == inner) continue;
-        __mmask16 tail = (__mmask16)((1u << (inner - k)) - 1);
-        __m512 v = _mm512_maskz_loadu_ps(tail, a + r * lda + k);
-        _mm256_mask_storeu_epi16(out + r * inner + k, tail, (__m256i)_mm512_cvtneps_pbh(v));
-    }
 }
 
 // As gemm_tile512, on pairs of the inner dimension: a [R][inner] bf16, b packed.
@@ -2010,7 +2018,16 @@ BF16_INLINE void bf16_rows(const Gemm *g, const uint16_t *a, int i, const int R)
 
 BF16 static const void *pack_rows_bf16(uint16_t *room, const float *a, int n, int inner, int cols) {
     if (!fits_bf16(inner, cols)) return a;
-    rows_to_bf16(room, a, (size_t)inner, inner, n);
+    const __m512 by = _mm512_set1_ps(ROWS_BY);
+    int k = 0, all = n * inner;
+    for (; k + 16 <= all; k += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(a + k), by);
+        _mm256_storeu_si256((void *)(room + k), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+    if (k == all) return room;
+    __mmask16 tail = (__mmask16)((1 << (all - k)) - 1);
+    __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail, a + k), by);
+    _mm256_mask_storeu_epi16(room + k, tail, (__m256i)_mm512_cvtneps_pbh(v));
     return room;
 }
 
@@ -2046,7 +2063,7 @@ BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *m
     }
     const float log2e = 1.44269504f;
     for (int i = 0; i < n; i++) {
-        __m512 shift = _mm512_set1_ps(softmax_shift(max[i]) * log2e), e[4];
+        __m512 shift = _mm512_set1_ps(softmax_shift(max[i]) * log2e - 112.0f), e[4];
         UNROLL for (int v = 0; v < 4; v++) {
             __m512 y = _mm512_loadu_ps(s + i * PAGE + 16 * v);
             e[v] = exp2_rough(_mm512_fmsub_ps(y, _mm512_set1_ps(log2e), shift));
@@ -2055,8 +2072,8 @@ BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *m
             _mm512_storeu_si512(room + i * PAGE + 16 * v,
                                 (__m512i)_mm512_cvtne2ps_pbh(e[v + 1], e[v]));
         }
-        sum[i] += _mm512_reduce_add_ps(
-            _mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
+        sum[i] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]),
+                                                     _mm512_add_ps(e[2], e[3]))) / ROWS_BY;
     }
     return room;
 }
@@ -2074,20 +2091,13 @@ BF16 static float peak_bf16(int rounds) {
 
 static const Peak bf16_avx512 = {2 * 32 * CHAINS, peak_bf16};
 
-// Rows 2k and 2k + 1 of b, columns j to j + 15, as pairs of bf16.
-BF16_INLINE __m512i load_pairs(const Gemm *g, int k, int j, __m512i order) {
-    __m512 even = load16(g->b, (size_t)k * g->ldb + j, true);
-    __m512 odd = load16(g->b, (size_t)(k + 1) * g->ldb + j, true);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
 // As bf16_tile, b in half precision as it lies: for so few rows that packing it would not pay.
 // Pages lie far apart, and the hardware fetches ahead only within 4 KB, so that each product
 // fetches the lines of the page that follows, into the second-level cache: decoding at depth 8192
 // is 1.36 times as fast. Into the first-level cache it is slower than without, and so are all lines
 // at once.
-BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, __m512i order,
-                               const int R, const int C) {
+BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, const int R,
+                               const int C) {
     float *c = g->c + (size_t)i * g->ldc + j;
     __m512 acc[12][4];
     UNROLL for (int r = 0; r < R; r++) {
@@ -2101,7 +2111,7 @@ BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, _
             __builtin_prefetch(g->ahead + (k + 1) * g->ldb + j + 16 * v, 0, 1);
         }
         __m512i w[4];
-        UNROLL for (int v = 0; v < C; v++) w[v] = load_pairs(g, k, j + 16 * v, order);
+        UNROLL for (int v = 0; v < C; v++) w[v] = load_pairs(g->b, g->ldb, k, j + 16 * v, true);
         UNROLL for (int r = 0; r < R; r++) {
             int pair;
             memcpy(&pair, a + r * g->inner + k, 4);
@@ -2115,28 +2125,26 @@ BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, _
     }
 }
 
-BF16_INLINE void bf16_rows_f16(const Gemm *g, int i, __m512i order, const int R, const int C) {
-    uint16_t a[12 * 256];
+BF16_INLINE void bf16_rows_f16(const Gemm *g, const uint16_t *a, int i, const int R, const int C) {
     int j = 0;
-    rows_to_bf16(a, g->a + (size_t)i * g->lda, g->lda, g->inner, R);
-    for (; j + 16 * C <= g->cols; j += 16 * C) bf16_tile_f16(g, a, i, j, order, R, C);
-    for (; j < g->cols; j += 16) bf16_tile_f16(g, a, i, j, order, R, 1);
+    a += (size_t)i * g->inner;
+    for (; j + 16 * C <= g->cols; j += 16 * C) bf16_tile_f16(g, a, i, j, R, C);
+    for (; j < g->cols; j += 16) bf16_tile_f16(g, a, i, j, R, 1);
 }
 
 // Twelve sequences' rows, or the query heads of one, over a page: 1.5 times as fast as in f32.
-BF16 static void gemm_f16_bf16(float *c, size_t ldc, const float *a, size_t lda, const void *b,
+BF16 static void gemm_f16_bf16(float *c, size_t ldc, const void *rows, const void *b,
                                const void *ahead, int n, int inner, int cols, bool add) {
     if (!fits_bf16(inner, cols)) {
-        gemm_f16_avx512(c, ldc, a, lda, b, ahead, n, inner, cols, add);
+        gemm_f16_avx512(c, ldc, rows, b, ahead, n, inner, cols, add);
         return;
     }
-    const __m512i order = _mm512_loadu_si512(alternate);
-    Gemm g = {c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead};
+    Gemm g = {c, NULL, b, ldc, 0, (size_t)cols, n, inner, cols, add, ahead};
     int i = 0;
-    for (; i + 12 <= n; i += 12) bf16_rows_f16(&g, i, order, 12, 2);
-    for (; i + 6 <= n; i += 6) bf16_rows_f16(&g, i, order, 6, 4);
-    for (; i + 3 <= n; i += 3) bf16_rows_f16(&g, i, order, 3, 4);
-    for (; i < n; i++) bf16_rows_f16(&g, i, order, 1, 4);
+    for (; i + 12 <= n; i += 12) bf16_rows_f16(&g, rows, i, 12, 2);
+    for (; i + 6 <= n; i += 6) bf16_rows_f16(&g, rows, i, 6, 4);
+    for (; i + 3 <= n; i += 3) bf16_rows_f16(&g, rows, i, 3, 4);
+    for (; i < n; i++) bf16_rows_f16(&g, rows, i, 1, 4);
 }
 
 static bool has_avx512(void) {
@@ -2357,12 +2365,13 @@ static void gemm_f32_neon(float *c, size_t ldc, const float *a, size_t lda, cons
         gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, false);
 }
 
-static void gemm_f16_neon(float *c, size_t ldc, const float *a, size_t lda, const void *b,
-                          const void *ahead, int n, int inner, int cols, bool add) {
+static void gemm_f16_neon(float *c, size_t ldc, const void *rows, const void *b,
+                               const void *ahead, int n, int inner, int cols, bool add) {
+    size_t lda = (size_t)inner;
     if (cols % 4)
-        gemm_f16_scalar(c, ldc, a, lda, b, ahead, n, inner, cols, add);
+        gemm_f16_scalar(c, ldc, rows, b, ahead, n, inner, cols, add);
     else
-        gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
+        gemm_neon(&(Gemm){c, rows, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
 }
 
 static void pack_f16_neon(void *packed, const uint16_t *b, int inner, int cols) {

@@ -116,27 +116,31 @@ typedef struct {
     void (*quantize)(const Acts *x, int t0, int t1);
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
-    // a page of transposed keys this is q . k, with a page of values it is p v. f16: b is half
-    // precision; ahead are as many bytes that will be read later and are fetched meanwhile, or b.
+    // a page of transposed keys this is q . k, with a page of values it is p v.
     void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
                      int inner, int cols, bool add);
-    void (*gemm_f16)(float *c, size_t ldc, const float *a, size_t lda, const void *b,
-                     const void *ahead, int n, int inner, int cols, bool add);
 
-    // The same for many rows of a, which lie inner apart. Both factors are first packed the way
-    // this instruction set multiplies fastest: bf16 where the machine multiplies that, else f32. b
-    // comes from half precision or f32; what pack_rows returns is room [n][inner], or a itself.
-    size_t (*packed_bytes)(int inner, int cols);  // of b
+    // The same for pages in half precision. The rows of a, which lie inner apart, are first packed
+    // the way this instruction set multiplies fastest: bf16 where the machine multiplies that, else
+    // f32. What pack_rows returns is room [n][inner], or a itself.
+    const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
+    // b as it lies, for few rows; ahead are as many bytes that will be read later and are fetched
+    // meanwhile, or b.
+    void (*gemm_f16)(float *c, size_t ldc, const void *rows, const void *b, const void *ahead,
+                     int n, int inner, int cols, bool add);
+    // b packed as well, for many rows; it comes from half precision or f32.
+    size_t (*packed_bytes)(int inner, int cols);
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
     void (*pack_f32)(void *packed, const float *b, int inner, int cols);
-    const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
     void (*gemm_packed)(float *c, size_t ldc, const void *rows, const void *packed, int n,
                         int inner, int cols, bool add);
     // exp(s - softmax_shift(max)) of n rows of 64 scores, packed as rows for a product with cols
     // columns; their sums are added to sum. NULL where exp64 and pack_rows are as fast.
     const void *(*exp_packed)(uint16_t *room, float *s, const float *max, float *sum, int n,
                               int cols);
-    float packed_error;  // of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, else 0
+    // Of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, whose products also read
+    // halves below 2^-14 as 0, else 0.
+    float packed_error;
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
 

@@ -640,7 +640,7 @@ typedef struct {
     int first;  // pair of the first token's own key; the token after it owns the next pair
     const uint8_t *packed;  // the head's pages, packed, or NULL; the page at hand is number page
     int page;
-    const void *q_rows, *weights;       // q, and s after the softmax, as products read them
+    const void *q_packed;               // q by kern.pack_rows
     float q[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim], times the attention scale
     float o[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim] sum of exp(s - max) v
     float max[TILE_ROWS], sum[TILE_ROWS];
@@ -677,6 +677,9 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, co
     }
 }
 
+// Whether a product takes its rows packed.
+static bool packs_rows(const Tile *t, const KVPart *p) { return t->packed || p->type == KV_F16; }
+
 // Scores [n][64] = rows . keys, or out [n][head_dim] += rows . values. Pages are packed for the
 // many rows of a long run, and converted on the fly for the few of a short one; f32 pages always
 // count in f32. The length of the run alone decides, so that company changes no bit.
@@ -684,22 +687,22 @@ static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, c
                          Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
     bool add = side == VALUES;
-    const float *a = rows;
     if (t->packed)
         kern.gemm_packed(c, (size_t)cols, rows, packed_side(t, side), t->n, inner, cols, add);
     else if (p->type == KV_F32)
-        kern.gemm_f32(c, (size_t)cols, a, (size_t)inner, p->data, t->n, inner, cols, add);
+        kern.gemm_f32(c, (size_t)cols, rows, (size_t)inner, p->data, t->n, inner, cols, add);
     else if (p->type == KV_F16)
-        kern.gemm_f16(c, (size_t)cols, a, (size_t)inner, p->data,
+        kern.gemm_f16(c, (size_t)cols, rows, p->data,
                       ahead->type == KV_F16 ? ahead->data : p->data, t->n, inner, cols, add);
     else
-        codes_product(t, c, a, p, ahead, side);
+        codes_product(t, c, rows, p, ahead, side);
 }
 
 // s [n][64] = q . k, scaled and capped.
 static void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
     float cap = t->kv->shape.softcap;
-    tile_product(t, t->s, t->q_rows, &p->k, &ahead->k, KEYS);
+    const void *rows = packs_rows(t, &p->k) ? t->q_packed : t->q;
+    tile_product(t, t->s, rows, &p->k, &ahead->k, KEYS);
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
 }
 
@@ -732,16 +735,14 @@ static void raise_max(Tile *t) {
     }
 }
 
-// Scores become weights, which are added to the rows' sums.
-static void exp_scores(Tile *t) {
+// The weights of the scores, as rows for a product, and added to the rows' sums.
+static const void *exp_scores(Tile *t, bool packed) {
     int d = t->kv->shape.head_dim;
-    if (t->packed && kern.exp_packed) {
-        t->weights = kern.exp_packed(t->s_room, t->s, t->max, t->sum, t->n, d);
-        return;
-    }
+    if (packed && kern.exp_packed)
+        return kern.exp_packed(t->s_room, t->s, t->max, t->sum, t->n, d);
     for (int i = 0; i < t->n; i++)
         t->sum[i] += kern.exp64(t->s + i * PAGE, softmax_shift(t->max[i]));
-    t->weights = t->packed ? kern.pack_rows(t->s_room, t->s, t->n, PAGE, d) : t->s;
+    return packed ? kern.pack_rows(t->s_room, t->s, t->n, PAGE, d) : t->s;
 }
 
 static void prefetch_scales(const KVCache *kv, const KVPart *p, Side side) {
@@ -762,8 +763,8 @@ static void attend_page(Tile *t, int page, Range r) {
     tile_scores(t, p, ahead);
     hide_unseen(t, base, r);
     raise_max(t);
-    exp_scores(t);
-    tile_product(t, t->o, t->weights, &p->v, &ahead->v, VALUES);
+    const void *weights = exp_scores(t, packs_rows(t, &p->v));
+    tile_product(t, t->o, weights, &p->v, &ahead->v, VALUES);
 }
 
 static void attend_range(Tile *t, Range r) {
@@ -803,10 +804,14 @@ static void tile_load(Tile *t, const Attend *a, int g, int r, int token) {
     t->n = 0, t->group = shape->n_heads / shape->n_kv_heads, t->window = shape->window[a->layer];
     t->first = t->head->len - run->n + token;
     tile_add(t, a, g, r, token, min_int(tokens_per_tile(a->kv), run->n - token));
-    t->q_rows = t->packed ? kern.pack_rows(t->q_room, t->q, t->n, shape->head_dim, PAGE) : t->q;
+}
+
+static void tile_pack(Tile *t) {
+    t->q_packed = kern.pack_rows(t->q_room, t->q, t->n, t->kv->shape.head_dim, PAGE);
 }
 
 static void tile_start(Tile *t) {
+    tile_pack(t);
     memset(t->o, 0, (size_t)t->n * t->kv->shape.head_dim * sizeof(float));
     for (int i = 0; i < t->n; i++) t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
@@ -1101,6 +1106,7 @@ static void sweep_unit(void *ctx, int unit) {
     }
     for (int i = 0; i < run->n; i += step) {
         tile_load(&t, w->a, g, w->r, i);
+        tile_pack(&t);
         const KVPage *p = &kv->pages[h->page[page]];
         t.page = page;
         tile_scores(&t, p, p);

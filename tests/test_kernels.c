@@ -168,7 +168,7 @@ static void test_gemm(void) {
     const Kernels *ref = kernels_scalar();
     enum { N = 14, K = 70, C = 80, LDC = C + 5 };
     static float a[N * (K + 3)], b[K * C], c1[N * LDC], c2[N * LDC];
-    static uint16_t bh[K * C];
+    static uint16_t bh[K * C], room[N * K];
     fill(a, sizeof a / 4), fill(b, sizeof b / 4);
     kern.f32_to_f16(bh, b, K * C);
     for (int n = 1; n <= N; n++) {
@@ -179,8 +179,9 @@ static void test_gemm(void) {
                 kern.gemm_f32(c1, LDC, a, K + 3, b, n, inner, cols, add);
                 ref->gemm_f32(c2, LDC, a, K + 3, b, n, inner, cols, add);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4);
-                kern.gemm_f16(c1, LDC, a, K + 3, bh, bh, n, inner, cols, add);
-                ref->gemm_f16(c2, LDC, a, K + 3, bh, bh, n, inner, cols, add);
+                const void *rows = kern.pack_rows(room, a, n, inner, cols);
+                kern.gemm_f16(c1, LDC, rows, bh, bh, n, inner, cols, add);
+                ref->gemm_f16(c2, LDC, a, bh, bh, n, inner, cols, add);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4 + 2.0 * sqrt(inner) * kern.packed_error);
             }
         }
@@ -197,12 +198,13 @@ static void test_gemm_batch(void) {
         kern.gemm_f32(one, C, a + i * K, K, b, 1, K, C, false);
         CHECK(memcmp(one, all + i * C, sizeof one) == 0);
     }
-    static uint16_t half[K * C];
+    static uint16_t half[K * C], room[N * K];
     kern.f32_to_f16(half, b, K * C);
     for (int inner = K - 1; inner <= K; inner++) {
-        kern.gemm_f16(all, C, a, K, half, half, N, inner, C, false);
+        kern.gemm_f16(all, C, kern.pack_rows(room, a, N, inner, C), half, half, N, inner, C, false);
         for (int i = 0; i < N; i++) {
-            kern.gemm_f16(one, C, a + i * K, K, half, half, 1, inner, C, false);
+            const void *row = kern.pack_rows(room, a + i * inner, 1, inner, C);
+            kern.gemm_f16(one, C, row, half, half, 1, inner, C, false);
             CHECK(memcmp(one, all + i * C, sizeof one) == 0);
         }
     }
