@@ -627,6 +627,7 @@ typedef struct {
     const KVQuery *query;
     int row[SPLIT_ROWS];     // of each run's first token in the batch
     int splits[SPLIT_ROWS];  // page ranges of each run
+    int tile_runs;           // of runs with more than one: as many as fit one tile
     int slot[SPLIT_ROWS];    // of a run with more than one: where its partial results begin
     int pages[SPLIT_ROWS];   // packed for each kv head of each run; 0: it reads them as they are
     uint8_t *packed[SPLIT_ROWS];
@@ -757,6 +758,8 @@ static void attend_page(Tile *t, int page, Range r) {
     const int *list = t->head->page, last = pages_used(t->head) - 1;
     const KVPage *p = &t->kv->pages[list[page]];
     const KVPage *ahead = &t->kv->pages[list[min_int(page + PAGES_AHEAD, last)]];
+    const KVPage *next = &t->kv->pages[list[min_int(page + PAGES_AHEAD + 1, last)]];
+    __builtin_prefetch(&next->k), __builtin_prefetch(&next->v);
     prefetch_scales(t->kv, &ahead->k, KEYS), prefetch_scales(t->kv, &ahead->v, VALUES);
     int base = t->head->dropped + page * PAGE;
     t->page = page;
@@ -965,32 +968,22 @@ static bool shares_split(const Attend *a, int g, int split, int r) {
     return memcmp(h[0]->page + first, h[1]->page + first, (size_t)n * sizeof *h[0]->page) == 0;
 }
 
-// The runs whose rows one tile takes in this range: those from the result's lo to hi, r among them.
-static Range split_group(const Attend *a, int g, int split, int r) {
-    int group = a->kv->shape.n_heads / a->kv->shape.n_kv_heads, rows = 0;
-    Range runs = {0, 0};
-    while (runs.hi <= r || (runs.hi < a->n_runs && runs.hi > runs.lo)) {
-        int more = a->runs[runs.hi].n * group;
-        bool joins =
-            runs.hi > runs.lo && rows + more <= TILE_ROWS && shares_split(a, g, split, runs.hi);
-        if (!joins && runs.hi > r) break;
-        if (!joins) runs.lo = runs.hi, rows = 0;
-        rows += more, runs.hi++;
-    }
-    return runs;
+// Whether run r's rows go into the tile of the run before it in this range.
+static bool joins_tile(const Attend *a, int g, int split, int r) {
+    return r < a->n_runs && r % a->tile_runs > 0 && shares_split(a, g, split, r);
 }
 
 static void attend_split(const Attend *a, int r, int g, int split) {
-    Range runs = split_group(a, g, split, r);
-    if (runs.lo != r) return;
+    if (joins_tile(a, g, split, r)) return;
     Tile t;
+    int end = r + 1;
     tile_load(&t, a, g, r, 0);
     Range pairs = split_range(t.head, split);
-    for (int i = r + 1; i < runs.hi; i++) tile_add(&t, a, g, i, 0, a->runs[i].n);
-    if (runs.hi > r + 1) t.first = pairs.hi;  // before every row's own pair
+    for (; joins_tile(a, g, split, end); end++) tile_add(&t, a, g, end, 0, a->runs[end].n);
+    if (end > r + 1) t.first = pairs.hi;  // before every row's own pair
     tile_start(&t);
     attend_range(&t, pairs);
-    for (int i = r, from = 0; i < runs.hi; from += a->runs[i++].n * t.group)
+    for (int i = r, from = 0; i < end; from += a->runs[i++].n * t.group)
         store_partial(&t, a, g, i, from, split);
 }
 
@@ -1185,7 +1178,7 @@ static void attend_runs(Attend *a) {
 void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const KVQuery *query) {
     Attend a = {.kv = kv, .layer = layer, .query = query};
     for (int r = 0, row = 0; r < n_runs;) {  // as many runs at a time as there is room for
-        int slots = 0;
+        int slots = 0, most = 1;
         size_t packed = 0;
         a.runs = runs + r;
         for (a.n_runs = 0; r < n_runs && a.n_runs < SPLIT_ROWS; row += runs[r++].n) {
@@ -1197,10 +1190,11 @@ void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
             if (more > kv->packed_room) pages = 0, more = 0;  // not reserved: read as they are
             a.row[i] = row, a.splits[i] = splits, a.slot[i] = slots;
             a.pages[i] = pages, a.packed[i] = pages ? kv->packed + packed : NULL;
-            if (splits > 1) slots += runs[r].n;
+            if (splits > 1) slots += runs[r].n, most = max_int(most, runs[r].n);
             packed += more;
             a.n_runs++;
         }
+        a.tile_runs = tokens_per_tile(kv) / most;
         attend_runs(&a);
     }
 }

@@ -123,7 +123,12 @@ static int open_vector(const float **v, const TensorFile *f, const char *name, i
     return 0;
 }
 
-static int open_layer(Layer *w, const TensorFile *f, const Config *c, int l, char *err) {
+static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
+
+static int open_layer(Model *m, int l, char *err) {
+    const TensorFile *f = &m->file;
+    const Config *c = &m->config;
+    Layer *w = &m->layers[l];
     char name[64];
     const struct {
         const char *name;
@@ -156,6 +161,7 @@ static int open_layer(Layer *w, const TensorFile *f, const Config *c, int l, cha
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
         if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0)
             return -1;
+        m->ints |= reads_ints(matrices[i].m);
     }
     return 0;
 }
@@ -172,8 +178,9 @@ static int open_weights(Model *m, char *err) {
     if (tensors_find(f, "wcls") &&
         open_matrix(&m->wcls, f, "wcls", c->vocab_size, c->dim, err) != 0)
         return -1;
+    m->ints = reads_ints(&m->wcls);
     for (int l = 0; l < c->n_layers; l++) {
-        if (open_layer(&m->layers[l], f, c, l, err) != 0) return -1;
+        if (open_layer(m, l, err) != 0) return -1;
     }
     return 0;
 }
@@ -304,7 +311,6 @@ enum {
     PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
     TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
     RUN_MAX = 32,  // panels of a unit when tokens are few: as many as product_unit has room for
-    QUANTIZE_ROWS = 4,  // rows that one thread quantizes at a time
 };
 
 #ifdef BLAS
@@ -361,30 +367,19 @@ static void product_unit(void *ctx, int i) {
     for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
 }
 
-typedef struct {
-    const Acts *x;
-    int n;
-} Quantize;
-
-static void quantize_rows(void *ctx, int i) {
-    const Quantize *q = ctx;
-    int end = (i + 1) * QUANTIZE_ROWS;
-    kern.quantize(q->x, i * QUANTIZE_ROWS, end < q->n ? end : q->n);
-}
-
-static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
-
 static void count_ops(RunState *s, const Matrix *w, int n) {
     s->ops[w->type] += 2.0 * n * w->rows * w->cols;
 }
 
 // What one call of OpenBLAS computes does not depend on the number of threads, but its sums change
 // with the number of rows.
-static bool asks_blas(const Products *j, bool ints) {
+static bool asks_blas(const Products *j) {
 #ifdef BLAS
+    bool ints = j->up && reads_ints(j->up);
+    for (int i = 0; i < j->n_products; i++) ints |= reads_ints(j->p[i].w);
     return j->n >= BLAS_FROM && !ints;
 #else
-    (void)j, (void)ints;
+    (void)j;
     return false;
 #endif
 }
@@ -398,19 +393,13 @@ static int unit_of(const RunState *s, const Products *j) {
 }
 
 static void multiply_job(RunState *s, Products j) {
-    bool ints = j.up && reads_ints(j.up);
-    for (int i = 0; i < j.n_products; i++) ints |= reads_ints(j.p[i].w);
-    j.blas = asks_blas(&j, ints);
+    j.blas = asks_blas(&j);
     j.unit = unit_of(s, &j);
     for (int i = 0; i < j.n_products; i++) {
         j.n_units += units_of(j.p[i].w, j.unit);
         count_ops(s, j.p[i].w, j.n);
     }
     if (j.up) count_ops(s, j.up, j.n);
-    if (ints) {
-        int blocks = (j.n + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS;
-        parallel_for(s->pool, blocks, quantize_rows, &(Quantize){j.x, j.n});
-    }
     parallel_for(s->pool, (j.n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_units, product_unit, &j);
 }
 
@@ -456,6 +445,13 @@ typedef struct {
 // fn for each of n rows; fewer than four take less time than a word to the threads.
 static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
+}
+
+static void quantize_row(void *ctx, int i) { kern.quantize(ctx, i, i + 1); }
+
+// An input of products, before the first of them.
+static void quantize(RunState *s, Acts *x, int n) {
+    if (s->model->ints) each_row(s, n, quantize_row, x);
 }
 
 static void embed_row(void *ctx, int i) {
@@ -549,9 +545,10 @@ static void norm_row(void *ctx, int i) {
         kern.add(x, add, c->dim);
     }
     kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
+    if (s->model->ints) kern.quantize(&s->xb, i, i + 1);
 }
 
-// x += what the block before produced, then xb = rmsnorm(x).
+// x += what the block before produced, then xb = rmsnorm(x), quantized.
 static void add_norm(RunState *s, int n, bool add, const float *w_post, const float *w) {
     each_row(s, n, norm_row, &(Norm){s, w, w_post, add});
 }
@@ -574,6 +571,7 @@ static void ffn(RunState *s, int l, int n) {
                                .n = n,
                                .up = &w->w3,
                                .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
+    quantize(s, &s->fb, n);
     multiply(s, &s->fb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
 }
 
@@ -654,6 +652,7 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
             kvcache_attend(kv, l, s->runs, n_runs, &query);  // GQA, arXiv 2305.13245
         if (last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
+        quantize(s, &s->ab, n);
         multiply(s, &s->ab, n, (Product[]){{&w->wo, s->add, c->dim}}, 1);
         add_norm(s, n, true, w->rms_att_post, w->rms_ffn);
         ffn(s, l, n);

@@ -43,6 +43,7 @@ typedef struct {
     Matrix tok_embed;  // [vocab_size] x [dim]
     Matrix wcls;       // [vocab_size] x [dim]; tok_embed itself when the two are tied
     const float *rms_final;
+    bool ints;  // some matrix reads quantized inputs
     const char *fingerprint, *name;
 } Model;
 
