@@ -188,6 +188,27 @@ static void test_gemm(void) {
     }
 }
 
+// Every finite half, times one and times the largest row there may be.
+static void test_halves(void) {
+    enum { COLS = 64, FINITE = 0x7c00 };
+    uint16_t b[2 * COLS] = {0}, packed_row[2][2];
+    const float rows[2][2] = {{1.0f, 0.0f}, {65000.0f, 0.0f}};
+    float c[COLS];
+    for (int first = 0; first < 2 * FINITE; first += COLS) {
+        for (int j = 0; j < COLS; j++)
+            b[j] = (uint16_t)(first < FINITE ? first + j : 0x8000 + first - FINITE + j);
+        for (int r = 0; r < 2; r++) {
+            const void *row = kern.pack_rows(packed_row[r], rows[r], 1, 2, COLS);
+            kern.gemm_f16(c, COLS, row, b, b, 1, 2, COLS, false);
+            for (int j = 0; j < COLS; j++) {
+                double h = f16_f32(b[j]), small = kern.packed_error > 0.0f ? 0x1p-14 : 0.0;
+                double error = fabs(h) < small ? 1.0 : 2.0 * (double)kern.packed_error + 2e-7;
+                CHECK_NEAR(c[j] / rows[r][0], h, error * fabs(h));
+            }
+        }
+    }
+}
+
 // A row's bits must not depend on how many rows go with it.
 static void test_gemm_batch(void) {
     enum { N = 17, K = 37, C = 48 };
@@ -529,7 +550,7 @@ int main(void) {
         printf("test_kernels: %s\n", isas[i]);
         test_half();
         test_vectors();
-        test_exp(), test_max_rows(), test_exp_packed();
+        test_exp(), test_max_rows(), test_exp_packed(), test_halves();
         test_gemm();
         test_gemm_batch();
         test_all_codes();
