@@ -1573,7 +1573,7 @@ AVX512 static void gemm_f32_avx512(float *c, size_t ldc, const float *a, size_t 
 }
 
 AVX512 static void gemm_f16_avx512(float *c, size_t ldc, const void *rows, const void *b,
-                               const void *ahead, int n, int inner, int cols, bool add) {
+                                   const void *ahead, int n, int inner, int cols, bool add) {
     size_t lda = (size_t)inner;
     if (cols % 16)
         gemm_f16_avx2(c, ldc, rows, b, ahead, n, inner, cols, add);
@@ -2072,8 +2072,9 @@ BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *m
             _mm512_storeu_si512(room + i * PAGE + 16 * v,
                                 (__m512i)_mm512_cvtne2ps_pbh(e[v + 1], e[v]));
         }
-        sum[i] += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]),
-                                                     _mm512_add_ps(e[2], e[3]))) / ROWS_BY;
+        sum[i] += _mm512_reduce_add_ps(
+                      _mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3]))) /
+                  ROWS_BY;
     }
     return room;
 }
@@ -2365,8 +2366,8 @@ static void gemm_f32_neon(float *c, size_t ldc, const float *a, size_t lda, cons
         gemm_neon(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, false);
 }
 
-static void gemm_f16_neon(float *c, size_t ldc, const void *rows, const void *b,
-                               const void *ahead, int n, int inner, int cols, bool add) {
+static void gemm_f16_neon(float *c, size_t ldc, const void *rows, const void *b, const void *ahead,
+                          int n, int inner, int cols, bool add) {
     size_t lda = (size_t)inner;
     if (cols % 4)
         gemm_f16_scalar(c, ldc, rows, b, ahead, n, inner, cols, add);
