@@ -1938,7 +1938,8 @@ static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5
 // after the point: the bits of a half, three to the right, are 2^-112 of it in bf16. So pages are
 // multiplied as they come out of that shift, by rows 2^112 times as large, which like halves stay
 // below 2^16. Multiplying by 2^12 and keeping the high half is the shift and rounds, ties upward;
-// the sign, which it repeats, is cut out. Halves below 2^-14 become 0.
+// the sign, which it repeats, is cut out. Halves below 2^-14 become 0. A page times 3 rows takes 180
+// ns where the way by f32 took 255, times 12 rows 550 for 650.
 static const float ROWS_BY = 0x1p112f;
 
 BF16_INLINE __m512i halves_to_bf16(__m512i h) {
@@ -2054,7 +2055,8 @@ BF16_INLINE __m512 exp2_rough(__m512 y) {
     return _mm512_scalef_ps(p, y);
 }
 
-// Half the time of exp64 and pack_rows: the weights do not pass through memory in between.
+// Half the time of exp64 and pack_rows: the weights do not pass through memory in between. 2^112
+// is a term of the exponent.
 BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *max, float *sum,
                                         int n, int cols) {
     if (!fits_bf16(PAGE, cols)) {
@@ -2133,7 +2135,8 @@ BF16_INLINE void bf16_rows_f16(const Gemm *g, const uint16_t *a, int i, const in
     for (; j < g->cols; j += 16) bf16_tile_f16(g, a, i, j, R, 1);
 }
 
-// Twelve sequences' rows, or the query heads of one, over a page: 1.5 times as fast as in f32.
+// Twelve sequences' rows, or the query heads of one, over a page: 1.65 and 1.4 times as fast as in
+// f32.
 BF16 static void gemm_f16_bf16(float *c, size_t ldc, const void *rows, const void *b,
                                const void *ahead, int n, int inner, int cols, bool add) {
     if (!fits_bf16(inner, cols)) {

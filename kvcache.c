@@ -809,6 +809,7 @@ static void tile_load(Tile *t, const Attend *a, int g, int r, int token) {
     tile_add(t, a, g, r, token, min_int(tokens_per_tile(a->kv), run->n - token));
 }
 
+// Once the tile has all its rows.
 static void tile_pack(Tile *t) {
     t->q_packed = kern.pack_rows(t->q_room, t->q, t->n, t->kv->shape.head_dim, PAGE);
 }
