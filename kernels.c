@@ -1938,8 +1938,8 @@ static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5
 // after the point: the bits of a half, three to the right, are 2^-112 of it in bf16. So pages are
 // multiplied as they come out of that shift, by rows 2^112 times as large, which like halves stay
 // below 2^16. Multiplying by 2^12 and keeping the high half is the shift and rounds, ties upward;
-// the sign, which it repeats, is cut out. Halves below 2^-14 become 0. A page times 3 rows takes 180
-// ns where the way by f32 took 255, times 12 rows 550 for 650.
+// the sign, which it repeats, is cut out. Halves below 2^-14 become 0. A page times 3 rows takes
+// 180 ns where the way by f32 took 255, times 12 rows 550 for 650.
 static const float ROWS_BY = 0x1p112f;
 
 BF16_INLINE __m512i halves_to_bf16(__m512i h) {
