@@ -173,9 +173,10 @@ def kernels(a, weights):
 
 def prefill_races(a):
     for n in a.prompt:
-        row = Row(f"prefill {n}, q8", "prefill", kernels(a, ["q8_0", "q4_0", "bf16"]), {"work": "prefill", "n": n})
-        args = [a.q8, "--prompt", str(n), "--depth", "0", "--batch", "1", "-n", "1"]
-        yield Race(Work(n), [Call(args, [row])])
+        settings, ours = kernels(a, ["q8_0", "q4_0", "bf16"]), {"work": "prefill", "n": n}
+        args = ["--prompt", str(n), "--depth", "0", "--batch", "1", "-n", "1"]
+        yield Race(Work(n), [Call([os.path.join(a.models, f"{mine}.kvz"), *args],
+                                  [Row(f"prefill {n}, {mine}", "prefill", settings, ours)]) for mine in ("q8", "q4")])
 
 
 def decode_races(a):
