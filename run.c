@@ -1286,10 +1286,11 @@ static void answer(Session *s, Talk *t, const Question *q, int n, int limit) {
     }
 }
 
-// Until the questions end. Ctrl-C ends an answer, and the rest only where nobody types (`tolerant`:
-// a chat goes on even then).
-static void converse(Session *s, Talk *t, Questions *from, int batch, int limit, bool tolerant) {
+// Until the questions end; returns how many there were. Ctrl-C ends an answer, and the rest only
+// where nobody types (`tolerant`: a chat goes on even then).
+static int converse(Session *s, Talk *t, Questions *from, int batch, int limit, bool tolerant) {
     Question q[MAX_BATCH];
+    int asked = 0;
     while (!interrupted) {
         int n = 0;
         while (n < batch && next_question(from, &q[n])) {
@@ -1299,6 +1300,7 @@ static void converse(Session *s, Talk *t, Questions *from, int batch, int limit,
         }
         if (n == 0) break;
         answer(s, t, q, n, limit);
+        asked += n;
         if (interrupted == SIGINT && (from->person || tolerant)) interrupted = 0;
         for (int i = 0; i < n; i++) {
             free(q[i].text);
@@ -1307,6 +1309,7 @@ static void converse(Session *s, Talk *t, Questions *from, int batch, int limit,
     }
     free(from->line);
     ids_free(&t->pending);
+    return asked;
 }
 
 static int cmd_ask(const Options *o) {
@@ -1325,9 +1328,12 @@ static int cmd_ask(const Options *o) {
     open_session(&s, o, o->args[1], batch);
     s.temp = o->temp < 0 ? 0 : o->temp;
     Talk talk = {.on_context = true, .keep = o->keep};
-    converse(&s, &talk, &from, from.person ? 1 : batch, o->n < 0 ? 96 : (int)o->n, false);
+    int asked =
+        converse(&s, &talk, &from, from.person ? 1 : batch, o->n < 0 ? 96 : (int)o->n, false);
     if (from.file && !from_stdin) fclose(from.file);
     close_session(&s);
+    if (asked == 0 && !from.person && !interrupted)
+        die("%s: no question in it", from.file ? from.name : "arguments");
     return exit_code();
 }
 

@@ -388,6 +388,8 @@ def test_edges(m, d):
     works("ask", m.path, cache, "Is there anything?", "-n", 2)
     fails(1, "nothing to read", "compress", m.path, "--ids", write(d + "/none", " \n"), "-o", cache)
     fails(1, "the context is empty", "score", m.path, "-p", "", "-o", d + "/x")
+    fails(1, "none: no question in it", "ask", m.path, cache, "-f", d + "/none")
+    fails(1, "arguments: no question in it", "ask", m.path, cache, " ")
     fails(1, "no tokens given", "logits", m.path, "--ids", d + "/none", "-o", d + "/x")
     fails(1, "the prompt is empty", "generate", m.path, "--ids", d + "/none")
     fails(1, "the prompt is empty", "generate", m.path)
