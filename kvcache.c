@@ -693,8 +693,8 @@ static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, c
     else if (p->type == KV_F32)
         kern.gemm_f32(c, (size_t)cols, rows, (size_t)inner, p->data, t->n, inner, cols, add);
     else if (p->type == KV_F16)
-        kern.gemm_f16(c, (size_t)cols, rows, p->data,
-                      ahead->type == KV_F16 ? ahead->data : p->data, t->n, inner, cols, add);
+        kern.gemm_f16(c, (size_t)cols, rows, p->data, ahead->type == KV_F16 ? ahead->data : p->data,
+                      t->n, inner, cols, add);
     else
         codes_product(t, c, rows, p, ahead, side);
 }
@@ -739,8 +739,7 @@ static void raise_max(Tile *t) {
 // The weights of the scores, as rows for a product, and added to the rows' sums.
 static const void *exp_scores(Tile *t, bool packed) {
     int d = t->kv->shape.head_dim;
-    if (packed && kern.exp_packed)
-        return kern.exp_packed(t->s_room, t->s, t->max, t->sum, t->n, d);
+    if (packed && kern.exp_packed) return kern.exp_packed(t->s_room, t->s, t->max, t->sum, t->n, d);
     for (int i = 0; i < t->n; i++)
         t->sum[i] += kern.exp64(t->s + i * PAGE, softmax_shift(t->max[i]));
     return packed ? kern.pack_rows(t->s_room, t->s, t->n, PAGE, d) : t->s;
