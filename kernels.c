@@ -1938,8 +1938,8 @@ static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5
 // after the point: the bits of a half, three to the right, are 2^-112 of it in bf16. So pages are
 // multiplied as they come out of that shift, by rows 2^112 times as large, which like halves stay
 // below 2^16. Multiplying by 2^12 and keeping the high half is the shift and rounds, ties upward;
-// the sign, which it repeats, is cut out. Halves below 2^-14 become 0. A page times 3 rows takes
-// 180 ns where the way by f32 took 255, times 12 rows 550 for 650.
+// the sign, which it repeats, is cut out. Halves below 2^-14 become 0. Of a page the keys or
+// values times 3 rows take 180 ns where the way by f32 took 255, times 12 rows 550 for 650.
 static const float ROWS_BY = 0x1p112f;
 
 BF16_INLINE __m512i halves_to_bf16(__m512i h) {
@@ -1983,20 +1983,29 @@ BF16 static void pack_f32_bf16(void *packed, const float *b, int inner, int cols
         pack_f32_scalar(packed, b, inner, cols);
 }
 
-// As gemm_tile512, on pairs of the inner dimension: a [R][inner] bf16, b packed.
-BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const int R,
-                           const int C) {
+// As gemm_tile512, on pairs of the inner dimension: a [R][inner] bf16, b packed or, for so few rows
+// that packing it would not pay, in half precision as it lies. Such pages lie far apart, and the
+// hardware fetches ahead only within 4 KB, so that each product fetches the lines of the page that
+// follows, into the second-level cache: decoding at depth 8192 is 1.36 times as fast. Into the
+// first-level cache it is slower than without, and so are all lines at once.
+BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const int R, const int C,
+                           const bool half) {
     float *c = g->c + (size_t)i * g->ldc + j;
     const uint8_t *b = (const uint8_t *)g->b + (size_t)j * 4;
-    __m512 acc[6][4];
+    __m512 acc[12][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) {
             acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
         }
     }
     for (int k = 0; k < g->inner; k += 2, b += g->ldb * 4) {
+        for (int v = 0; half && v < C; v += 2) {
+            __builtin_prefetch(g->ahead + k * g->ldb + j + 16 * v, 0, 1);
+            __builtin_prefetch(g->ahead + (k + 1) * g->ldb + j + 16 * v, 0, 1);
+        }
         __m512i w[4];
-        UNROLL for (int v = 0; v < C; v++) w[v] = _mm512_loadu_si512(b + 64 * v);
+        UNROLL for (int v = 0; v < C; v++) w[v] =
+            half ? load_pairs(g->b, g->ldb, k, j + 16 * v, true) : _mm512_loadu_si512(b + 64 * v);
         UNROLL for (int r = 0; r < R; r++) {
             int pair;
             memcpy(&pair, a + r * g->inner + k, 4);
@@ -2010,11 +2019,21 @@ BF16_INLINE void bf16_tile(const Gemm *g, const uint16_t *a, int i, int j, const
     }
 }
 
-BF16_INLINE void bf16_rows(const Gemm *g, const uint16_t *a, int i, const int R) {
+BF16_INLINE void bf16_rows(const Gemm *g, const uint16_t *a, int i, const int R, const int C,
+                           const bool half) {
     int j = 0;
     a += (size_t)i * g->inner;
-    for (; j + 64 <= g->cols; j += 64) bf16_tile(g, a, i, j, R, 4);
-    for (; j < g->cols; j += 16) bf16_tile(g, a, i, j, R, 1);
+    for (; j + 16 * C <= g->cols; j += 16 * C) bf16_tile(g, a, i, j, R, C, half);
+    for (; j < g->cols; j += 16) bf16_tile(g, a, i, j, R, 1, half);
+}
+
+// Halves are read, and turned into bf16, once for as many rows as registers hold.
+BF16_INLINE void gemm_bf16(const Gemm *g, const uint16_t *rows, const bool half) {
+    int i = 0;
+    for (; half && i + 12 <= g->n; i += 12) bf16_rows(g, rows, i, 12, 2, half);
+    for (; i + 6 <= g->n; i += 6) bf16_rows(g, rows, i, 6, 4, half);
+    for (; i + 3 <= g->n; i += 3) bf16_rows(g, rows, i, 3, 4, half);
+    for (; i < g->n; i++) bf16_rows(g, rows, i, 1, 4, half);
 }
 
 BF16 static const void *pack_rows_bf16(uint16_t *room, const float *a, int n, int inner, int cols) {
@@ -2039,10 +2058,7 @@ BF16 static void gemm_packed_bf16(float *c, size_t ldc, const void *rows, const 
         return;
     }
     Gemm g = {c, NULL, packed, ldc, 0, (size_t)cols, n, inner, cols, add, NULL};
-    int i = 0;
-    for (; i + 6 <= n; i += 6) bf16_rows(&g, rows, i, 6);
-    for (; i + 3 <= n; i += 3) bf16_rows(&g, rows, i, 3);
-    for (; i < n; i++) bf16_rows(&g, rows, i, 1);
+    gemm_bf16(&g, rows, false);
 }
 
 // 2^y, relative error below 7.6e-5, a twentieth of what rounding to bf16 costs; 0 for -inf, NaN for
@@ -2094,47 +2110,6 @@ BF16 static float peak_bf16(int rounds) {
 
 static const Peak bf16_avx512 = {2 * 32 * CHAINS, peak_bf16};
 
-// As bf16_tile, b in half precision as it lies: for so few rows that packing it would not pay.
-// Pages lie far apart, and the hardware fetches ahead only within 4 KB, so that each product
-// fetches the lines of the page that follows, into the second-level cache: decoding at depth 8192
-// is 1.36 times as fast. Into the first-level cache it is slower than without, and so are all lines
-// at once.
-BF16_INLINE void bf16_tile_f16(const Gemm *g, const uint16_t *a, int i, int j, const int R,
-                               const int C) {
-    float *c = g->c + (size_t)i * g->ldc + j;
-    __m512 acc[12][4];
-    UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < C; v++) {
-            acc[r][v] = g->add ? _mm512_loadu_ps(c + r * g->ldc + 16 * v) : _mm512_setzero_ps();
-        }
-    }
-    for (int k = 0; k < g->inner; k += 2) {
-        for (int v = 0; v < C; v += 2) {
-            __builtin_prefetch(g->ahead + k * g->ldb + j + 16 * v, 0, 1);
-            __builtin_prefetch(g->ahead + (k + 1) * g->ldb + j + 16 * v, 0, 1);
-        }
-        __m512i w[4];
-        UNROLL for (int v = 0; v < C; v++) w[v] = load_pairs(g->b, g->ldb, k, j + 16 * v, true);
-        UNROLL for (int r = 0; r < R; r++) {
-            int pair;
-            memcpy(&pair, a + r * g->inner + k, 4);
-            __m512i ar = _mm512_set1_epi32(pair);
-            UNROLL for (int v = 0; v < C; v++) acc[r][v] =
-                _mm512_dpbf16_ps(acc[r][v], (__m512bh)ar, (__m512bh)w[v]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < C; v++) _mm512_storeu_ps(c + r * g->ldc + 16 * v, acc[r][v]);
-    }
-}
-
-BF16_INLINE void bf16_rows_f16(const Gemm *g, const uint16_t *a, int i, const int R, const int C) {
-    int j = 0;
-    a += (size_t)i * g->inner;
-    for (; j + 16 * C <= g->cols; j += 16 * C) bf16_tile_f16(g, a, i, j, R, C);
-    for (; j < g->cols; j += 16) bf16_tile_f16(g, a, i, j, R, 1);
-}
-
 // Twelve sequences' rows, or the query heads of one, over a page: 1.65 and 1.4 times as fast as in
 // f32.
 BF16 static void gemm_f16_bf16(float *c, size_t ldc, const void *rows, const void *b,
@@ -2144,11 +2119,7 @@ BF16 static void gemm_f16_bf16(float *c, size_t ldc, const void *rows, const voi
         return;
     }
     Gemm g = {c, NULL, b, ldc, 0, (size_t)cols, n, inner, cols, add, ahead};
-    int i = 0;
-    for (; i + 12 <= n; i += 12) bf16_rows_f16(&g, rows, i, 12, 2);
-    for (; i + 6 <= n; i += 6) bf16_rows_f16(&g, rows, i, 6, 4);
-    for (; i + 3 <= n; i += 3) bf16_rows_f16(&g, rows, i, 3, 4);
-    for (; i < n; i++) bf16_rows_f16(&g, rows, i, 1, 4);
+    gemm_bf16(&g, rows, true);
 }
 
 static bool has_avx512(void) {
