@@ -29,6 +29,7 @@ enum {
     SPLITS = 32,       // ranges at most
     SPLIT_PAGES = 4,   // pages in a range at least
     MAX_RANGES = 5,
+    SWEEP_PAGES = 4,           // whose scores one load of the rows raises
     PAGES_AHEAD = 1,           // the page whose lines are fetched during the products of one
     PACKED_BESIDE = 32 << 20,  // bytes of packed pages for the other runs of a batch
 };
@@ -1046,8 +1047,8 @@ static void merge_unit(void *ctx, int unit) {
 // and a maximum.
 typedef struct {
     const Attend *a;
-    int r;           // the run whose rows score
-    int first_page;  // of the scored pairs
+    int r;        // the run whose rows score
+    Range pages;  // of the scored pairs
 } Sweep;
 
 // Folds the tile's rows into acc [group][64].
@@ -1084,38 +1085,43 @@ static void raise_scores(const Attend *a, int g, int base, float (*acc)[PAGE]) {
     }
 }
 
+// Units of SWEEP_PAGES pages of one kv head: the rows are loaded once for all of them.
 static void sweep_unit(void *ctx, int unit) {
     const Sweep *w = ctx;
     const KVCache *kv = w->a->kv;
     const KVRun *run = &w->a->runs[w->r];
-    int g = unit % kv->shape.n_kv_heads, page = w->first_page + unit / kv->shape.n_kv_heads,
-        base = page * PAGE;
+    int g = unit % kv->shape.n_kv_heads,
+        lo = w->pages.lo + unit / kv->shape.n_kv_heads * SWEEP_PAGES,
+        hi = min_int(lo + SWEEP_PAGES, w->pages.hi);
+    int group = kv->shape.n_heads / kv->shape.n_kv_heads, step = tokens_per_tile(kv);
     const KVHead *h = kvcache_head(kv, run->seq, w->a->layer, g);
     Tile t;
-    float acc[TILE_ROWS][PAGE];
-    int group = kv->shape.n_heads / kv->shape.n_kv_heads, step = tokens_per_tile(kv);
-    for (int i = 0; i < group; i++) {
-        for (int c = 0; c < PAGE; c++) acc[i][c] = kv->scoring->sum ? 0.0f : -INFINITY;
+    float acc[SWEEP_PAGES][TILE_ROWS][PAGE];
+    for (int p = lo; p < hi; p++) {
+        for (int i = 0; i < group * PAGE; i++)
+            acc[p - lo][i / PAGE][i % PAGE] = kv->scoring->sum ? 0.0f : -INFINITY;
     }
     for (int i = 0; i < run->n; i += step) {
+        const float *lse = kv->lse + (size_t)(w->a->row[w->r] + i) * kv->shape.n_heads + g * group;
         tile_load(&t, w->a, g, w->r, i);
         tile_pack(&t);
-        const KVPage *p = &kv->pages[h->page[page]];
-        t.page = page;
-        tile_scores(&t, p, p);
-        const float *lse = kv->lse + (size_t)(w->a->row[w->r] + i) * kv->shape.n_heads + g * group;
-        sweep_rows(&t, kv->scoring, lse, kv->shape.n_heads, base, acc);
+        int last = t.first + (t.n - 1) / group;
+        for (t.page = lo; t.page < hi && t.page * PAGE <= last; t.page++) {
+            const KVPage *p = &kv->pages[h->page[t.page]];
+            tile_scores(&t, p, p);
+            sweep_rows(&t, kv->scoring, lse, kv->shape.n_heads, t.page * PAGE, acc[t.page - lo]);
+        }
     }
-    raise_scores(w->a, g, base, acc);
+    for (int p = lo; p < hi; p++) raise_scores(w->a, g, p * PAGE, acc[p - lo]);
 }
 
 static void sweep(const Attend *a, int r) {
     const KVScoring *s = a->kv->scoring;
     int len = kvcache_head(a->kv, a->runs[r].seq, a->layer, 0)->len, t1 = min_int(s->t1, len);
     if (s->t0 >= t1) return;
-    Sweep w = {a, r, s->t0 / PAGE};
-    int n_pages = (t1 + PAGE - 1) / PAGE - w.first_page;
-    parallel_for(a->kv->pool, n_pages * a->kv->shape.n_kv_heads, sweep_unit, &w);
+    Sweep w = {a, r, {s->t0 / PAGE, (t1 + PAGE - 1) / PAGE}};
+    int n_parts = (w.pages.hi - w.pages.lo + SWEEP_PAGES - 1) / SWEEP_PAGES;
+    parallel_for(a->kv->pool, n_parts * a->kv->shape.n_kv_heads, sweep_unit, &w);
 }
 
 int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err) {
