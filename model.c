@@ -229,13 +229,13 @@ static void *take(RunState *s, size_t n, size_t size) {
     return p;
 }
 
-static Acts take_acts(RunState *s, int cols) {
+static Acts take_acts(RunState *s, int max_rows, int cols) {
     Acts a = {.cols = cols, .stride = (cols + QGROUP - 1) / QGROUP * QGROUP};
-    size_t n = (size_t)s->max_rows * a.stride;
+    size_t n = (size_t)max_rows * a.stride;
     a.x = take(s, n, sizeof *a.x);
     a.q = take(s, n, sizeof *a.q);
     a.q16 = take(s, n, sizeof *a.q16);
-    a.unit = take(s, (size_t)s->max_rows, sizeof *a.unit);
+    a.unit = take(s, (size_t)max_rows, sizeof *a.unit);
     a.scale = take(s, n / QGROUP, sizeof *a.scale);
     a.sum = take(s, n / QGROUP, sizeof *a.sum);
     a.shift = take(s, n / QGROUP, sizeof *a.shift);
@@ -251,9 +251,10 @@ static void take_all(RunState *s) {
     s->k = take(s, n * c->kv_dim, sizeof *s->k);
     s->v = take(s, n * c->kv_dim, sizeof *s->v);
     s->add = take(s, n * c->dim, sizeof *s->add);
-    s->xb = take_acts(s, c->dim);
-    s->ab = take_acts(s, c->q_dim);
-    s->fb = take_acts(s, c->hidden_dim);
+    s->xb = take_acts(s, s->max_rows, c->dim);
+    s->ab = take_acts(s, s->max_rows, c->q_dim);
+    s->fb = take_acts(s, s->max_rows, c->hidden_dim);
+    s->rest = take_acts(s, s->max_logits, c->dim);
     s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
     s->x_norm = take(s, n, sizeof *s->x_norm);
     s->pos = take(s, n, sizeof *s->pos);
@@ -301,7 +302,8 @@ typedef struct {
     const Acts *x;
     const Product *p;
     int n_products, n;
-    const Matrix *up;  // of p's shape: out = act(W x, Up x); NULL: out = W x
+    const Matrix *up;  // of p's shape: out = act(W x, Up up_x); NULL: out = W x
+    const Acts *up_x;
     void (*act)(float *x, const float *y, int n);
     int unit, n_units;  // panels that are multiplied at once, and how many such units there are
     bool blas;          // by OpenBLAS
@@ -362,8 +364,9 @@ static void product_unit(void *ctx, int i) {
     const Acts x = acts_from(j->x, first);
     multiply_unit(j, out, (size_t)p->ld, p->w, panel, &x, n);
     if (!j->up) return;
+    const Acts up_x = acts_from(j->up_x, first);
     float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
-    multiply_unit(j, up, (size_t)rows, j->up, panel, &x, n);
+    multiply_unit(j, up, (size_t)rows, j->up, panel, &up_x, n);
     for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
 }
 
@@ -388,7 +391,7 @@ static bool asks_blas(const Products *j) {
 // turn the long runs are read faster: a quarter of what a thread reads.
 static int unit_of(const RunState *s, const Products *j) {
     if (j->n >= PAIR_FROM) return j->blas ? UNIT_MAX : 2;
-    int run = j->up ? j->up->panels / (4 * pool_threads(s->pool)) : 1;
+    int run = j->up && j->up != j->p->w ? j->up->panels / (4 * pool_threads(s->pool)) : 1;
     return run < 1 ? 1 : run < RUN_MAX ? run : RUN_MAX;
 }
 
@@ -570,6 +573,7 @@ static void ffn(RunState *s, int l, int n) {
                                .n_products = 1,
                                .n = n,
                                .up = &w->w3,
+                               .up_x = &s->xb,
                                .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
     quantize(s, &s->fb, n);
     multiply(s, &s->fb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
@@ -620,9 +624,28 @@ static int keep_logit_rows(RunState *s, const Row *rows, int n) {
     return m;
 }
 
+// What 8 bits have lost of xb, in 8 bits.
+static void rest_row(void *ctx, int i) {
+    RunState *s = ctx;
+    const Acts x = acts_from(&s->xb, i);
+    float *rest = s->rest.x + (size_t)i * s->rest.stride;
+    for (int j = 0; j < x.cols; j++)
+        rest[j] = x.x[j] - x.unit[0] * x.scale[j / QGROUP] * (float)x.q[j];
+    kern.quantize(&s->rest, i, i + 1);
+}
+
+// Logits take 16 bits of their input: its rounding to 8 alone is a third of all that rounding
+// inputs does to the distribution of the next token.
 static void classify(RunState *s, int n) {
     const Config *c = &s->model->config;
-    multiply(s, &s->xb, n, (Product[]){{&s->model->wcls, s->logits, c->vocab_size}}, 1);
+    const Matrix *w = &s->model->wcls;
+    Product p = {w, s->logits, c->vocab_size};
+    Products j = {.x = &s->xb, .p = &p, .n_products = 1, .n = n};
+    if (reads_ints(w)) {
+        each_row(s, n, rest_row, s);
+        j.up = w, j.up_x = &s->rest, j.act = kern.add;
+    }
+    multiply_job(s, j);
     for (size_t i = 0; c->final_softcap > 0.0f && i < (size_t)n * c->vocab_size; i++) {
         s->logits[i] = c->final_softcap * tanhf(s->logits[i] / c->final_softcap);
     }

@@ -61,6 +61,7 @@ typedef struct {
     float *q, *k, *v;  // [max_rows][q_dim], [max_rows][kv_dim]
     float *add;        // [max_rows][dim] what a block adds
     Acts xb, ab, fb;   // inputs of matrix products: [max_rows] x [dim], [q_dim], [hidden_dim]
+    Acts rest;         // [max_logits] x [dim]: what the rounding of xb has lost, for the logits
     float *rope;       // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
     float *x_norm;     // [max_rows] |x| of the attention input, for KVzip+
     int *pos;          // [max_rows]
