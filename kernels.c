@@ -137,11 +137,19 @@ static inline void store_group(const Acts *a, size_t group, float scale, int sum
     a->shift[group] = -128 * sum;
 }
 
+// A row of q16 has the unit row_max / WIDE: sums of 32 products with 8-bit weights fit 32 bits.
+enum { WIDE = 32767 };
+
+static inline float wide_inverse(float row_max) { return row_max > 1e-30f ? WIDE / row_max : 0.0f; }
+
 static void quantize_scalar(const Acts *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) {
         const size_t first = (size_t)t * a->stride;
         float max = 0.0f;
         for (int i = 0; i < a->stride; i++) max = fmaxf(max, fabsf(a->x[first + i]));
+        for (int i = 0; i < a->stride; i++)
+            a->q16[first + i] = (int16_t)lrintf(a->x[first + i] * wide_inverse(max));
+        a->unit16[t] = max / WIDE;
         for (size_t at = first; at < first + a->stride; at += QGROUP) {
             float group_max = 0.0f;
             for (int i = 0; i < QGROUP; i++) group_max = fmaxf(group_max, fabsf(a->x[at + i]));
@@ -335,29 +343,44 @@ static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int pane
     }
 }
 
-static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                              int t0, int t1) {
+static int dot_group(const IntBlock *b, int r, const Acts *x, size_t at, int c0, bool wide) {
+    int dot = 0;
+    for (int c = c0; c < c0 + QGROUP; c++)
+        dot += b->w[(c / 2 * PANEL + r) * 2 + c % 2] * (wide ? x->q16[at + c] : x->q[at + c]);
+    return dot;
+}
+
+static inline void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                              int t0, int t1, bool wide) {
     IntBlock b;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
         unpack_int_scalar(&b, w, panel, c0, cols);
         for (int t = t0; t < t1; t++) {
-            const int8_t *q = x->q + (size_t)t * x->stride + c0;
-            size_t group = ((size_t)t * x->stride + c0) / QGROUP;
+            size_t at = (size_t)t * x->stride + c0;
+            float unit = c0 + cols < w->cols_padded ? 1.0f : wide ? x->unit16[t] : x->unit[t];
             for (int r = 0; r < PANEL; r++) {
                 float sum = c0 > 0 ? out[t * ld + r] : 0.0f;
                 for (int g = 0; g < cols / QGROUP; g++) {
-                    int dot = 0;
-                    for (int c = g * QGROUP; c < (g + 1) * QGROUP; c++) {
-                        dot += b.w[(c / 2 * PANEL + r) * 2 + c % 2] * q[c];
-                    }
-                    sum += (float)dot * (b.scale[g * PANEL + r] * x->scale[group + g]);
-                    if (w->offset) sum += b.offset[g * PANEL + r] * x->sum[group + g];
+                    size_t group = at / QGROUP + g;
+                    float scale = b.scale[g * PANEL + r] * (wide ? 1.0f : x->scale[group]);
+                    sum += (float)dot_group(&b, r, x, at, g * QGROUP, wide) * scale;
+                    if (w->offset) sum += b.offset[g * PANEL + r] * x->sum[group];
                 }
-                out[t * ld + r] = c0 + cols < w->cols_padded ? sum : sum * x->unit[t];
+                out[t * ld + r] = sum * unit;
             }
         }
     }
+}
+
+static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+                              int t0, int t1) {
+    matmul_int(out, ld, w, panel, x, t0, t1, false);
+}
+
+void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                        int t1) {
+    matmul_int(out, ld, w, panel, x, t0, t1, true);
 }
 
 // ---- scalar: peaks ----
@@ -598,46 +621,57 @@ AVX2 static void max_into_avx2(float *run, const float *s, float b) {
     }
 }
 
-AVX2_INLINE float group_max256(const float *x) {
+// Largest |x[i]| of n, a multiple of 8.
+AVX2_INLINE float abs_max256(const float *x, int n) {
     const __m256 abs = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256 m = _mm256_setzero_ps();
-    for (int i = 0; i < QGROUP; i += 8)
-        m = _mm256_max_ps(m, _mm256_and_ps(_mm256_loadu_ps(x + i), abs));
+    for (int i = 0; i < n; i += 8) m = _mm256_max_ps(m, _mm256_and_ps(_mm256_loadu_ps(x + i), abs));
     return hmax(m);
 }
 
+// Two registers of quotients as 16-bit integers.
+AVX2_INLINE __m256i round16(const float *x, __m256 inv) {
+    __m256i lo = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inv));
+    __m256i hi = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), inv));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+}
+
+AVX2_INLINE void quantize_words(const Acts *a, int t) {
+    const float *x = a->x + (size_t)t * a->stride;
+    float max = abs_max256(x, a->stride);
+    __m256 inv = _mm256_set1_ps(wide_inverse(max));
+    int16_t *q = a->q16 + (size_t)t * a->stride;
+    for (int i = 0; i < a->stride; i += 16)
+        _mm256_storeu_si256((void *)(q + i), round16(x + i, inv));
+    a->unit16[t] = max / WIDE;
+}
+
 // The groups' maxima rest where their scales will be.
-AVX2_INLINE void quantize256(const Acts *a, int t, const bool q16) {
-    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+AVX2_INLINE void quantize_bytes(const Acts *a, int t) {
     const size_t first = (size_t)t * a->stride / QGROUP, end = first + a->stride / QGROUP;
     float max = 0.0f;
     for (size_t g = first; g < end; g++) {
-        a->scale[g] = group_max256(a->x + g * QGROUP);
+        a->scale[g] = abs_max256(a->x + g * QGROUP, QGROUP);
         max = max_of(max, a->scale[g]);
     }
     for (size_t g = first; g < end; g++) {
+        const float *x = a->x + g * QGROUP;
         float scale = group_scale(max, a->scale[g]);
         __m256 inv = _mm256_set1_ps(group_inverse(max, scale));
-        __m256i q[4];
-        for (int i = 0; i < 4; i++)
-            q[i] =
-                _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(a->x + g * QGROUP + 8 * i), inv));
-        __m256i sum = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
-        __m256i lo = _mm256_packs_epi32(q[0], q[1]), hi = _mm256_packs_epi32(q[2], q[3]);
+        __m256i lo = round16(x, inv), hi = round16(x + 16, inv);
         _mm256_storeu_si256((void *)(a->q + g * QGROUP),
-                            _mm256_permutevar8x32_epi32(_mm256_packs_epi16(lo, hi), lanes));
-        if (q16) {
-            int16_t *wide = a->q16 + g * QGROUP;
-            _mm256_storeu_si256((void *)wide, _mm256_permute4x64_epi64(lo, 0xd8));
-            _mm256_storeu_si256((void *)(wide + 16), _mm256_permute4x64_epi64(hi, 0xd8));
-        }
+                            _mm256_permute4x64_epi64(_mm256_packs_epi16(lo, hi), 0xd8));
+        __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(lo, hi), _mm256_set1_epi16(1));
         store_group(a, g, scale, (int)hsum(_mm256_cvtepi32_ps(sum)));
     }
     a->unit[t] = row_unit(max);
 }
 
 AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
-    for (int t = t0; t < t1; t++) quantize256(a, t, true);
+    for (int t = t0; t < t1; t++) {
+        if (a->for_q8) quantize_words(a, t);
+        if (a->for_q4) quantize_bytes(a, t);
+    }
 }
 
 AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
@@ -994,10 +1028,8 @@ AVX2_INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, 
             }
         }
         UNROLL for (int i = 0; i < T; i++) {
-            size_t at = ((size_t)(t + i) * x->stride + c0) / QGROUP + g;
             UNROLL for (int h = 0; h < 2; h++) {
-                __m256 s = _mm256_mul_ps(_mm256_loadu_ps(b->scale + g * PANEL + 8 * h),
-                                         _mm256_set1_ps(x->scale[at]));
+                __m256 s = _mm256_loadu_ps(b->scale + g * PANEL + 8 * h);
                 __m256 v = _mm256_loadu_ps(sum[i] + 8 * h);
                 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][h]), s, v);
                 _mm256_storeu_ps(sum[i] + 8 * h, v);
@@ -1019,7 +1051,7 @@ AVX2_INLINE void q8_tokens(float *out, size_t ld, const IntBlock *b, const Acts 
     }
     q8_tile(sum, b, x, t, c0, cols, T);
     for (int i = 0; i < T; i++) {
-        __m256 unit = _mm256_set1_ps(c0 + cols < x->stride ? 1.0f : x->unit[t + i]);
+        __m256 unit = _mm256_set1_ps(c0 + cols < x->stride ? 1.0f : x->unit16[t + i]);
         for (int h = 0; h < PANEL; h += 8) {
             __m256 v = _mm256_mul_ps(swap_rows(_mm256_loadu_ps(sum[i] + h)), unit);
             _mm256_storeu_ps(out + (t + i) * ld + h, v);
@@ -1055,7 +1087,6 @@ AVX2_INLINE void q8_row(float *out, const Matrix *w, int panel, const Acts *x, i
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int g = 0; g < groups; g++) {
         __m256i acc[4];  // four rows each
-        size_t at = (size_t)t * x->stride / QGROUP + g;
         UNROLL for (int r = 0; r < 4; r++) acc[r] = _mm256_setzero_si256();
         UNROLL for (int c = 0; c < QGROUP; c += 4, line += 64) {
             __m256i a = load_quad(q + g * QGROUP + c);
@@ -1063,12 +1094,11 @@ AVX2_INLINE void q8_row(float *out, const Matrix *w, int panel, const Acts *x, i
                 madd_quad(acc[r], _mm_loadu_si128((const void *)(line + 16 * r)), a);
         }
         UNROLL for (int h = 0; h < 2; h++) {
-            __m256 s = _mm256_mul_ps(load8(scale, (size_t)g * PANEL + 8 * h, true),
-                                     _mm256_set1_ps(x->scale[at]));
+            __m256 s = load8(scale, (size_t)g * PANEL + 8 * h, true);
             sum[h] = _mm256_fmadd_ps(join_pairs(acc[2 * h], acc[2 * h + 1]), s, sum[h]);
         }
     }
-    __m256 unit = _mm256_set1_ps(x->unit[t]);
+    __m256 unit = _mm256_set1_ps(x->unit16[t]);
     _mm256_storeu_ps(out, _mm256_mul_ps(sum[0], unit));
     _mm256_storeu_ps(out + 8, _mm256_mul_ps(sum[1], unit));
 }
@@ -1259,6 +1289,7 @@ AVX2 static void gemm_packed_avx2(float *c, size_t ldc, const void *rows, const 
 static const Kernels avx2_kernels = {
     .matmul = {matmul_float_avx2, matmul_float_avx2, matmul_float_avx2, matmul_q8_avx2,
                matmul_q4_avx2},
+    .wide = true,
     .quantize = quantize_avx2,
     .gemm_f32 = gemm_f32_avx2,
     .gemm_f16 = gemm_f16_avx2,
@@ -1292,7 +1323,7 @@ static bool has_avx2(void) {
 // ---- AVX2 with VNNI: laptops without AVX-512, from Alder Lake (2021) on ----
 
 AVX2 static void quantize_avx2vnni(const Acts *a, int t0, int t1) {
-    for (int t = t0; t < t1; t++) quantize256(a, t, false);
+    for (int t = t0; t < t1; t++) quantize_bytes(a, t);
 }
 
 AVX2 static void matmul_q8_evex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
@@ -1340,6 +1371,7 @@ static void adapt_avx2vnni(Kernels *k) {
     bool evex = has_vnni_evex();
     k->matmul[W_Q8] = evex ? matmul_q8_evex : matmul_q8_vex;
     k->matmul[W_Q4] = evex ? matmul_q4_evex : matmul_q4_vex;
+    k->wide = false;
     k->quantize = quantize_avx2vnni;
     k->peak[W_Q8] = k->peak[W_Q4] = evex ? &int_evex : &int_vex;
 }

@@ -44,22 +44,26 @@ typedef struct {
     const uint16_t *offset;   // f16, same shape, q4 only, may be NULL
 } Matrix;
 
-// The input of a matrix product, n rows. f32 and 16-bit weights read x, q8 and q4 weights read q.
-// The group of 32 with a row's largest number uses all 8 bits. The scales of the others are half of
-// its own, or 3/4 of it, or halves of these, as small as the group fits: adding such a scale's
-// exponent to a weight's costs less than a multiplication. Perplexity is that of scales in full
-// precision (+0.5% over f32, of which weights 0.2%); without the 3/4 it would be 0.1% more, with
-// one scale for a row 3% more.
+// The input of a matrix product, n rows. f32 and 16-bit weights read x, q8 and q4 weights read q,
+// or, q8 where the table says wide, q16.
+//
+// In q the group of 32 with a row's largest number uses all 8 bits. The scales of the others are
+// half of its own, or 3/4 of it, or halves of these, as small as the group fits: adding such a
+// scale's exponent to a weight's costs less than a multiplication. Perplexity is that of scales in
+// full precision (+0.5% over f32, of which weights 0.2%); without the 3/4 it would be 0.1% more,
+// with one scale for a row 3% more.
 typedef struct {
     int cols,
-        stride;    // stride: elements from row to row of x and q, a multiple of 32, zero after cols
-    float *x;      // [n][stride]
-    int8_t *q;     // [n][stride]      round(x / (unit * scale)) in -127..127
-    int16_t *q16;  // [n][stride]   the same numbers for AVX2, which multiplies q8 in 16 bits
-    float *unit;   // [n]             of a row
-    float *scale;  // [n][stride/32]  of 32 columns: 2^n or 1.5 * 2^n, 1 to 2^UNIT_STEPS
-    float *sum;    // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
+        stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
+    float *x;    // [n][stride]
+    bool for_q8, for_q4;  // the weights that will read it
+    int8_t *q;            // [n][stride]      round(x / (unit * scale)) in -127..127
+    float *unit;          // [n]             of a row
+    float *scale;         // [n][stride/32]  of 32 columns: 2^n or 1.5 * 2^n, 1 to 2^UNIT_STEPS
+    float *sum;           // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
+    int16_t *q16;   // [n][stride]  round(x / unit16) in -32767..32767
+    float *unit16;  // [n]
 } Acts;
 
 // A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8 without
@@ -111,8 +115,11 @@ typedef struct {
     // The same for panels panel and panel + 1 at once, 32 rows; NULL where nothing is gained.
     void (*matmul_pair[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
                                  int t0, int t1);
-    // q, unit, scale, sum and shift of rows [t0, t1) from x; q16 where this instruction set reads
-    // it.
+    // q8 products read q16: where bytes are widened to 16 bits before they are multiplied, as many
+    // bits of the input cost nothing, and then one unit a row is enough.
+    bool wide;
+    // Of rows [t0, t1), from x, what products of this instruction set will read: q, unit, scale,
+    // sum and shift, or q16 and unit16.
     void (*quantize)(const Acts *x, int t0, int t1);
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
@@ -184,7 +191,10 @@ extern Kernels kern;  // filled once by kernels_init, before threads start
 // isa: "scalar", "avx2", "avx2vnni", "avx512", "neon", or NULL for the best this machine has.
 // Returns 0, or -1 when the machine (or this build) does not have it.
 int kernels_init(const char *isa);
-const Kernels *kernels_scalar(void);  // the definition, for tests
+// The definition, for tests, and that of a wide product.
+const Kernels *kernels_scalar(void);
+void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
+                        int t1);
 
 float f16_f32(uint16_t h);
 uint16_t f32_f16(float f);

@@ -161,7 +161,7 @@ static int open_layer(Model *m, int l, char *err) {
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
         if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0)
             return -1;
-        m->ints |= reads_ints(matrices[i].m);
+        m->has[matrices[i].m->type] = true;
     }
     return 0;
 }
@@ -178,7 +178,7 @@ static int open_weights(Model *m, char *err) {
     if (tensors_find(f, "wcls") &&
         open_matrix(&m->wcls, f, "wcls", c->vocab_size, c->dim, err) != 0)
         return -1;
-    m->ints = reads_ints(&m->wcls);
+    m->has[m->wcls.type] = true;
     for (int l = 0; l < c->n_layers; l++) {
         if (open_layer(m, l, err) != 0) return -1;
     }
@@ -230,15 +230,19 @@ static void *take(RunState *s, size_t n, size_t size) {
 }
 
 static Acts take_acts(RunState *s, int max_rows, int cols) {
-    Acts a = {.cols = cols, .stride = (cols + QGROUP - 1) / QGROUP * QGROUP};
+    Acts a = {.cols = cols,
+              .stride = (cols + QGROUP - 1) / QGROUP * QGROUP,
+              .for_q8 = s->model->has[W_Q8],
+              .for_q4 = s->model->has[W_Q4]};
     size_t n = (size_t)max_rows * a.stride;
     a.x = take(s, n, sizeof *a.x);
     a.q = take(s, n, sizeof *a.q);
-    a.q16 = take(s, n, sizeof *a.q16);
     a.unit = take(s, (size_t)max_rows, sizeof *a.unit);
     a.scale = take(s, n / QGROUP, sizeof *a.scale);
     a.sum = take(s, n / QGROUP, sizeof *a.sum);
     a.shift = take(s, n / QGROUP, sizeof *a.shift);
+    a.q16 = take(s, n, sizeof *a.q16);
+    a.unit16 = take(s, (size_t)max_rows, sizeof *a.unit16);
     return a;
 }
 
@@ -294,7 +298,7 @@ static Acts acts_from(const Acts *a, int first) {
     Acts b = *a;
     size_t at = (size_t)first * a->stride, group = at / QGROUP;
     b.x += at, b.q += at, b.q16 += at;
-    b.unit += first, b.scale += group, b.sum += group, b.shift += group;
+    b.unit += first, b.unit16 += first, b.scale += group, b.sum += group, b.shift += group;
     return b;
 }
 
@@ -450,11 +454,13 @@ static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
 
+static bool is_rounded(const Acts *x) { return x->for_q8 || x->for_q4; }
+
 static void quantize_row(void *ctx, int i) { kern.quantize(ctx, i, i + 1); }
 
 // An input of products, before the first of them.
 static void quantize(RunState *s, Acts *x, int n) {
-    if (s->model->ints) each_row(s, n, quantize_row, x);
+    if (is_rounded(x)) each_row(s, n, quantize_row, x);
 }
 
 static void embed_row(void *ctx, int i) {
@@ -548,7 +554,7 @@ static void norm_row(void *ctx, int i) {
         kern.add(x, add, c->dim);
     }
     kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
-    if (s->model->ints) kern.quantize(&s->xb, i, i + 1);
+    if (is_rounded(&s->xb)) kern.quantize(&s->xb, i, i + 1);
 }
 
 // x += what the block before produced, then xb = rmsnorm(x), quantized.
@@ -641,7 +647,7 @@ static void classify(RunState *s, int n) {
     const Matrix *w = &s->model->wcls;
     Product p = {w, s->logits, c->vocab_size};
     Products j = {.x = &s->xb, .p = &p, .n_products = 1, .n = n};
-    if (reads_ints(w)) {
+    if (reads_ints(w) && !(kern.wide && w->type == W_Q8)) {
         each_row(s, n, rest_row, s);
         j.up = w, j.up_x = &s->rest, j.act = kern.add;
     }

@@ -43,7 +43,7 @@ typedef struct {
     Matrix tok_embed;  // [vocab_size] x [dim]
     Matrix wcls;       // [vocab_size] x [dim]; tok_embed itself when the two are tied
     const float *rms_final;
-    bool ints;  // some matrix reads quantized inputs
+    bool has[W_TYPES];  // types of the matrices that are multiplied
     const char *fingerprint, *name;
 } Model;
 
@@ -57,18 +57,18 @@ typedef struct {
     const Model *model;
     ThreadPool *pool;
     int max_rows, max_logits;
-    float *x;          // [max_rows][dim] the residual stream
-    float *q, *k, *v;  // [max_rows][q_dim], [max_rows][kv_dim]
-    float *add;        // [max_rows][dim] what a block adds
-    Acts xb, ab, fb;   // inputs of matrix products: [max_rows] x [dim], [q_dim], [hidden_dim]
-    Acts rest;         // [max_logits] x [dim]: what the rounding of xb has lost, for the logits
-    float *rope;       // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
-    float *x_norm;     // [max_rows] |x| of the attention input, for KVzip+
-    int *pos;          // [max_rows]
-    KVRun *runs;       // [max_rows]
-    float *logits;     // [max_logits][vocab_size], in the order of the rows that asked
-    int n_logits;      // of the last call
-    void *block;       // all of the above
+    float *x;             // [max_rows][dim] the residual stream
+    float *q, *k, *v;     // [max_rows][q_dim], [max_rows][kv_dim]
+    float *add;           // [max_rows][dim] what a block adds
+    Acts xb, ab, fb;      // inputs of matrix products: [max_rows] x [dim], [q_dim], [hidden_dim]
+    Acts rest;            // [max_logits] x [dim]: what the rounding of xb has lost, for the logits
+    float *rope;          // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
+    float *x_norm;        // [max_rows] |x| of the attention input, for KVzip+
+    int *pos;             // [max_rows]
+    KVRun *runs;          // [max_rows]
+    float *logits;        // [max_logits][vocab_size], in the order of the rows that asked
+    int n_logits;         // of the last call
+    void *block;          // all of the above
     double ops[W_TYPES];  // multiplications and additions of matrix products so far
     // When set, called in every layer once its n rows are ready: the layer's input in xb.x, and q,
     // k (both rotated), v and pos. For policies that learn from what passes.

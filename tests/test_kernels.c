@@ -386,11 +386,11 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
 }
 
 static Acts random_acts(int n, int cols) {
-    Acts a = {.cols = cols, .stride = (cols + 31) / 32 * 32};
+    Acts a = {.cols = cols, .stride = (cols + 31) / 32 * 32, .for_q8 = true, .for_q4 = true};
     size_t size = (size_t)n * a.stride;
     a.x = calloc(size, 4), a.q = calloc(size, 1), a.q16 = calloc(size, 2),
     a.scale = calloc(size / 32, 4), a.unit = calloc((size_t)n, 4), a.sum = calloc(size / 32, 4);
-    a.shift = calloc(size / 32, 4);
+    a.shift = calloc(size / 32, 4), a.unit16 = calloc((size_t)n, 4);
     for (int t = 0; t < n; t++) {
         float *x = a.x + (size_t)t * a.stride;
         fill(x, (size_t)cols);
@@ -413,18 +413,22 @@ static void check_rounding(const Acts *a, int n) {
         }
         coarse += most > 0 && most < 84 && a->scale[g] > 1.0f;
     }
+    for (size_t i = 0; kern.wide && i < (size_t)n * a->stride; i++) {
+        float unit = a->unit16[i / (size_t)a->stride];
+        far_off += !(fabsf(a->x[i] - unit * a->q16[i]) <= 0.505f * unit);
+    }
     CHECK(far_off == 0);
     CHECK(coarse == 0);
 }
 
 static void free_acts(Acts *a) {
     free(a->x), free(a->q), free(a->q16), free(a->unit), free(a->scale), free(a->sum),
-        free(a->shift);
+        free(a->shift), free(a->unit16);
 }
 
 static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
     const Kernels *ref = kernels_scalar();
-    bool ints = type == W_Q8 || type == W_Q4;
+    bool ints = type == W_Q8 || type == W_Q4, wide = type == W_Q8 && kern.wide;
     float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
     Matrix w = random_matrix(type, rows, cols, offset, dense);
     Acts x = random_acts(n, cols), y = random_acts(n, cols);
@@ -437,10 +441,14 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
     CHECK(memcmp(x.scale, y.scale, (size_t)n * x.stride / 32 * sizeof *x.scale) == 0);
     CHECK(memcmp(x.sum, y.sum, (size_t)n * x.stride / 32 * sizeof *x.sum) == 0);
     CHECK(memcmp(x.unit, y.unit, (size_t)n * sizeof *x.unit) == 0);
+    if (kern.wide) {
+        CHECK(memcmp(x.q16, y.q16, (size_t)n * x.stride * sizeof *x.q16) == 0);
+        CHECK(memcmp(x.unit16, y.unit16, (size_t)n * sizeof *x.unit16) == 0);
+    }
     check_rounding(&x, n);
     for (int p = 0; p < w.panels; p++) {
         kern.matmul[type](out + p * 16, ld, &w, p, &x, 0, n);
-        ref->matmul[type](slow + p * 16, ld, &w, p, &y, 0, n);
+        (wide ? matmul_wide_scalar : ref->matmul[type])(slow + p * 16, ld, &w, p, &y, 0, n);
         for (int t = 0; t < n; t++) kern.matmul[type](one + p * 16, ld, &w, p, &x, t, t + 1);
     }
     CHECK(memcmp(out, one, ld * n * 4) == 0);  // a batch gives the bits of one token at a time
@@ -456,7 +464,9 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
             for (int c = 0; c < cols; c++) {
                 size_t at = (size_t)t * x.stride + c;
                 double v = (double)dense[r * w.cols_padded + c] *
-                           (ints ? y.q[at] * y.scale[at / 32] * y.unit[t] : x.x[at]);
+                           (wide   ? y.q16[at] * y.unit16[t]
+                            : ints ? y.q[at] * y.scale[at / 32] * y.unit[t]
+                                   : x.x[at]);
                 sum += v, size += fabs(v);
             }
             wrong += !(fabs(out[t * ld + r] - sum) <= 1e-6 * size + 1e-6);
