@@ -50,7 +50,7 @@ typedef struct {
 // In q the group of 32 with a row's largest number uses all 8 bits. The scales of the others are
 // half of its own, or 3/4 of it, or halves of these, as small as the group fits: adding such a
 // scale's exponent to a weight's costs less than a multiplication. Perplexity is that of scales in
-// full precision (+0.5% over f32, of which weights 0.2%); without the 3/4 it would be 0.1% more,
+// full precision (+0.4% over f32, of which weights 0.2%); without the 3/4 it would be 0.1% more,
 // with one scale for a row 3% more.
 typedef struct {
     int cols,
@@ -116,7 +116,8 @@ typedef struct {
     void (*matmul_pair[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
                                  int t0, int t1);
     // q8 products read q16: where bytes are widened to 16 bits before they are multiplied, as many
-    // bits of the input cost nothing, and then one unit a row is enough.
+    // bits of the input cost nothing, and then one unit a row is enough. SmolLM2 in q8 is a KL of
+    // 0.0012 from f32 with 16 bits, as with f32 inputs, and 0.0036 with 8.
     bool wide;
     // Of rows [t0, t1), from x, what products of this instruction set will read: q, unit, scale,
     // sum and shift, or q16 and unit16.

@@ -640,8 +640,9 @@ static void rest_row(void *ctx, int i) {
     kern.quantize(&s->rest, i, i + 1);
 }
 
-// Logits take 16 bits of their input: its rounding to 8 alone is a third of all that rounding
-// inputs does to the distribution of the next token.
+// Logits take 16 bits of their input: rounding it to 8 was a third of all that rounding inputs did
+// to the distribution of the next token (SmolLM2 in q8: a KL of 0.0046 and 0.0055 from f32 on two
+// texts, now 0.0036). Both products read a panel while it is in the cache.
 static void classify(RunState *s, int n) {
     const Config *c = &s->model->config;
     const Matrix *w = &s->model->wcls;
