@@ -4,11 +4,12 @@
 CC ?= cc
 CFLAGS ?= -O3
 PYTHON ?= python3
-ALL_CFLAGS = -std=c11 -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(if $(BLAS),-DBLAS) $(CFLAGS)
+ALL_CFLAGS = -std=c11 -I. -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(if $(BLAS),-DBLAS) $(CFLAGS)
 LDLIBS = $(if $(BLAS),-lopenblas) -lm -lpthread
 
-PARTS = tensors kernels tokenizer kvcache model profile policies stream calibrate eval
-PROGRAM = $(PARTS) bench chart run
+# Every .c file of these rooms is part of the program; all but run.c make the library that tests link.
+ROOMS = . kernels policies cli eval bench
+SOURCES = $(filter-out run.c,$(patsubst ./%,%,$(foreach room,$(ROOMS),$(wildcard $(room)/*.c))))
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build$(if $(BLAS),/blas)
 VENV = .venv/bin/python
@@ -18,17 +19,19 @@ all: run
 run: $(BUILD)/run force  # the last build asked for, whichever it was
 	@cmp -s $< $@ || { rm -f $@ && cp $< $@; }
 
-$(BUILD)/run: $(PROGRAM:%=$(BUILD)/%.o)
+$(BUILD)/run: $(BUILD)/run.o $(BUILD)/libkvzip.a
 	$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-$(BUILD)/%.o: %.c | $(BUILD)
+$(BUILD)/libkvzip.a: $(SOURCES:%.c=$(BUILD)/%.o)
+	@rm -f $@
+	$(AR) rcs $@ $^
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) -MMD -c -o $@ $<
 
-$(BUILD)/test_%: tests/test_%.c $(PARTS:%=$(BUILD)/%.o)
-	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.o,$^) $(LDLIBS)
-
-$(BUILD):
-	mkdir -p $@
+$(BUILD)/test_%: tests/test_%.c $(BUILD)/libkvzip.a
+	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.a,$^) $(LDLIBS)
 
 # ---- tests ----
 
@@ -60,10 +63,11 @@ blas:
 
 # libFuzzer over the file header and the tokenizer; FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 30
-fuzz: | $(BUILD)
+fuzz:
+	@mkdir -p $(BUILD)
 	for t in tensors tokenizer; do \
-	    clang -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c tensors.c \
-	        tokenizer.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
+	    clang -std=c11 -I. -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c tensors.c \
+	        tokenizer.c util.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
 	done
 
 # ---- Python and models ----
@@ -105,5 +109,5 @@ help:
 	@echo "make fuzz       fuzz the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
 	@echo "make clean      remove what make built; models and .venv stay"
 
--include $(wildcard $(BUILD)/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
 .PHONY: all demo tests test asan valgrind neon blas fuzz venv clean help force

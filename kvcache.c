@@ -20,6 +20,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "util.h"
+
 enum {
     SLAB_PAGES = 64,
     TILE_ROWS = 64,    // query rows (tokens times group) that share one pass over the pages
@@ -37,8 +39,6 @@ enum {
 static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2"};
 static const KVTypes demoted_types = {KV_Q2, KV_Q2};
 
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int n_heads_total(const KVCache *kv) {
     return kv->shape.n_layers * kv->shape.n_kv_heads;
 }
@@ -1280,7 +1280,7 @@ static int keep_heads(uint8_t *keep, const float *score, size_t n_heads, size_t 
     return failed;
 }
 
-static int check_scores(const float *score, const KVSelect *s, char *err) {
+static int check_scores(const float *score, const Selection *s, char *err) {
     size_t n = (size_t)s->n_layers * s->n_kv_heads * s->n_ctx;
     for (size_t i = 0; i < n; i++) {
         if (isnan(score[i])) {
@@ -1293,7 +1293,7 @@ static int check_scores(const float *score, const KVSelect *s, char *err) {
 
 // A copy of the scores in which the best floor(safeguard * floor(n_ctx * ratio)) pairs of every
 // head cannot lose.
-static float *safeguarded(const float *score, const KVSelect *s, uint8_t *keep, size_t *hist) {
+static float *safeguarded(const float *score, const Selection *s, uint8_t *keep, size_t *hist) {
     size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
     size_t safe = (size_t)(floor((double)n_ctx * s->ratio) * s->safeguard);
     float *copy = malloc(n * sizeof *copy);
@@ -1302,7 +1302,7 @@ static float *safeguarded(const float *score, const KVSelect *s, uint8_t *keep, 
     return copy;
 }
 
-static void keep_pools(uint8_t *keep, const float *score, const KVSelect *s, size_t *hist) {
+static void keep_pools(uint8_t *keep, const float *score, const Selection *s, size_t *hist) {
     size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
     size_t pool = s->level == LEVEL_PAIR    ? n
                   : s->level == LEVEL_LAYER ? s->n_kv_heads * n_ctx
@@ -1318,7 +1318,7 @@ static void keep_pools(uint8_t *keep, const float *score, const KVSelect *s, siz
     }
 }
 
-long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *err) {
+long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *err) {
     size_t n_heads = (size_t)s->n_layers * s->n_kv_heads, n = n_heads * s->n_ctx;
     if (check_scores(score, s, err) != 0) return -1;
     if (s->ratio >= 1.0 || n == 0) {
@@ -1349,10 +1349,10 @@ typedef struct {
     KVHead *h, to;
     int *from;      // [to.len] which old pair each new one is; rising in each of the two parts
     int n_demoted;  // the first new pairs, whole pages of them
-} Compact;
+} Eviction;
 
 // Whether new page i is an old page in which nothing moves: it is listed again, not copied.
-static bool page_stays(const KVCache *kv, const Compact *c, int i) {
+static bool page_stays(const KVCache *kv, const Eviction *c, int i) {
     const int *from = c->from + i * PAGE;
     int n = min_int(c->to.len - i * PAGE, PAGE), last = from[n - 1];
     if (from[0] % PAGE != 0 || last != from[0] + n - 1) return false;
@@ -1362,8 +1362,8 @@ static bool page_stays(const KVCache *kv, const Compact *c, int i) {
 
 // Which pairs stay, and in which order. With demote, those with keep = 0 come first, after the ones
 // that were demoted before; less than a page of them stays among the others.
-static void compact_order(const KVCache *kv, Compact *c, int first, int n, const uint8_t *keep,
-                          bool demote) {
+static void order_pairs(const KVCache *kv, Eviction *c, int first, int n, const uint8_t *keep,
+                        bool demote) {
     const KVHead *h = c->h;
     int len = h->len, before = 0, gone = 0;
     while (demote && before < len && kv->pages[h->page[before / PAGE]].class == PAGE_DEMOTED)
@@ -1382,7 +1382,7 @@ static void compact_order(const KVCache *kv, Compact *c, int first, int n, const
 }
 
 // The new list of a head, its new pages still empty.
-static int compact_plan(KVCache *kv, Compact *c, char *err) {
+static int plan_pages(KVCache *kv, Eviction *c, char *err) {
     if (head_room(&c->to, pages_used(&c->to), err) != 0) return -1;
     for (int i = 0; i < pages_used(&c->to); i++) {
         bool stays = page_stays(kv, c, i);
@@ -1407,13 +1407,13 @@ static void move_pairs(float *y, int to, const float *x, const int *from, int n,
 
 typedef struct {
     const KVCache *kv;
-    const Compact *c;
-} CompactJob;
+    const Eviction *c;
+} EvictionJob;
 
 // Fills one new page. Full pages do not change a bit; what had settled is read back.
-static void compact_page(void *ctx, int page) {
-    const KVCache *kv = ((CompactJob *)ctx)->kv;
-    const Compact *c = ((CompactJob *)ctx)->c;
+static void fill_page(void *ctx, int page) {
+    const KVCache *kv = ((EvictionJob *)ctx)->kv;
+    const Eviction *c = ((EvictionJob *)ctx)->c;
     int d = kv->shape.head_dim;
     if (page_stays(kv, c, page)) return;
     KVPage *dst = &kv->pages[c->to.page[page]];
@@ -1441,15 +1441,15 @@ typedef struct {
 } Evict;
 
 // On failure the head has not changed.
-static int compact_head(KVCache *kv, KVHead *h, const Evict *e, char *err) {
+static int evict_head(KVCache *kv, KVHead *h, const Evict *e, char *err) {
     int stay = h->len;
     for (int i = 0; i < e->n && !e->demote; i++) stay -= !e->keep[i];
-    Compact c = {.h = h, .from = malloc(((size_t)stay + 1) * sizeof *c.from)};
+    Eviction c = {.h = h, .from = malloc(((size_t)stay + 1) * sizeof *c.from)};
     if (!c.from) return fail(err, "out of memory for evicting from %d pairs", h->len);
-    compact_order(kv, &c, e->first, e->n, e->keep, e->demote);
-    int status = compact_plan(kv, &c, err);
+    order_pairs(kv, &c, e->first, e->n, e->keep, e->demote);
+    int status = plan_pages(kv, &c, err);
     if (status == 0) {
-        parallel_for(kv->pool, c.to.n_pages, compact_page, &(CompactJob){kv, &c});
+        parallel_for(kv->pool, c.to.n_pages, fill_page, &(EvictionJob){kv, &c});
         KVHead old = *h;
         *h = c.to, c.to = old;
     }
@@ -1458,17 +1458,17 @@ static int compact_head(KVCache *kv, KVHead *h, const Evict *e, char *err) {
     return status;
 }
 
-int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
-                         const uint8_t *keep, char *err) {
-    return compact_head(kv, kvcache_head(kv, seq, layer, g), &(Evict){first, n, keep, false}, err);
+int kvcache_evict_head(KVCache *kv, int seq, int layer, int g, int first, int n,
+                       const uint8_t *keep, char *err) {
+    return evict_head(kv, kvcache_head(kv, seq, layer, g), &(Evict){first, n, keep, false}, err);
 }
 
 // Head by head, so that memory for one head's new pages is enough.
-static int compact_layers(KVCache *kv, int seq, Evict e, char *err) {
+static int evict_layers(KVCache *kv, int seq, Evict e, char *err) {
     free_packed(kv);  // before new pages are taken
     for (int l = 0; l < kv->shape.n_layers; l++) {
         for (int g = 0; kv->shape.window[l] == 0 && g < kv->shape.n_kv_heads; g++) {
-            if (compact_head(kv, kvcache_head(kv, seq, l, g), &e, err) != 0) return -1;
+            if (evict_head(kv, kvcache_head(kv, seq, l, g), &e, err) != 0) return -1;
             e.keep += e.n;
         }
     }
@@ -1476,12 +1476,12 @@ static int compact_layers(KVCache *kv, int seq, Evict e, char *err) {
     return 0;
 }
 
-int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
-    return compact_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, false}, err);
+int kvcache_evict(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
+    return evict_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, false}, err);
 }
 
 int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
-    return compact_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, true}, err);
+    return evict_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, true}, err);
 }
 
 // ---- looking inside ----

@@ -12,7 +12,7 @@
 // Left Behind, arXiv 2402.18096). Pages of all kinds may follow one another in a head.
 #ifndef KVCACHE_H
 #define KVCACHE_H
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "tensors.h"
 
 enum { MAX_HEAD_DIM = 256 };
@@ -182,7 +182,7 @@ int kvcache_scored_index(const KVShape *shape, int layer);  // how many of them 
 int kvcache_scored_layer(const KVShape *shape, int s);      // the s-th of them
 
 // ---- evicting ----
-typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } KVLevel;
+typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } SelectLevel;
 
 // Who competes with whom, and for how many places. Pairs compete in pools: all of them (PAIR),
 // those of a layer (LAYER), those of a head (UNIFORM, BUDGET). Of a pool of n exactly floor(n *
@@ -191,31 +191,31 @@ typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD 
 typedef struct {
     int n_layers, n_kv_heads, n_ctx;  // scored layers, heads and pairs
     double ratio;                     // share that stays, 1 = all
-    KVLevel level;
+    SelectLevel level;
     bool ref_ties;     // PAIR, LAYER, HEAD: score > sorted[floor(n * ratio) - 1], the authors' rule
     double safeguard;  // PAIR, LAYER: this share of a UNIFORM budget is sure for every head (arXiv
                        // 2407.11550)
     const int *budget;  // BUDGET: [n_layers][n_kv_heads] pairs that stay, each 0 to n_ctx
-} KVSelect;
+} Selection;
 
 // keep[i] = 1 for the pairs that stay; keep and score [n_layers][n_kv_heads][n_ctx]. Returns the
 // number kept, or -1 with err (memory, a NaN score).
-long kvcache_select(uint8_t *keep, const float *score, const KVSelect *s, char *err);
+long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *err);
 
 // Evicts for real: of the pairs [n_prefix, n_prefix + n_ctx) in the scored layers those with keep =
 // 0 go, the others slide left. All other pairs, and the position counter, stay. keep
 // [scored][n_kv_heads][n_ctx].
-int kvcache_compact(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
+int kvcache_evict(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
 // The same, but pairs with keep = 0 are demoted to 2 bits instead: they move to the front of their
 // head, in pages of 64; the last ones that do not fill a page stay as they are.
 int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
-// The ragged form of compact: of one head's pairs [first, first + n) those with keep [n] = 0 go,
+// The ragged form of evict: of one head's pairs [first, first + n) those with keep [n] = 0 go,
 // or, on failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim
 // hands their memory back to the system, and that of packed pages.
-int kvcache_compact_head(KVCache *kv, int seq, int layer, int g, int first, int n,
-                         const uint8_t *keep, char *err);
+int kvcache_evict_head(KVCache *kv, int seq, int layer, int g, int first, int n,
+                       const uint8_t *keep, char *err);
 void kvcache_trim(KVCache *kv);
 
 // ---- looking inside ----

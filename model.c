@@ -229,11 +229,11 @@ static void *take(RunState *s, size_t n, size_t size) {
     return p;
 }
 
-static Acts take_acts(RunState *s, int max_rows, int cols) {
-    Acts a = {.cols = cols,
-              .stride = (cols + QGROUP - 1) / QGROUP * QGROUP,
-              .for_q8 = s->model->has[W_Q8],
-              .for_q4 = s->model->has[W_Q4]};
+static Activations take_activations(RunState *s, int max_rows, int cols) {
+    Activations a = {.cols = cols,
+                     .stride = (cols + QGROUP - 1) / QGROUP * QGROUP,
+                     .for_q8 = s->model->has[W_Q8],
+                     .for_q4 = s->model->has[W_Q4]};
     size_t n = (size_t)max_rows * a.stride;
     a.x = take(s, n, sizeof *a.x);
     a.q = take(s, n, sizeof *a.q);
@@ -255,10 +255,10 @@ static void take_all(RunState *s) {
     s->k = take(s, n * c->kv_dim, sizeof *s->k);
     s->v = take(s, n * c->kv_dim, sizeof *s->v);
     s->add = take(s, n * c->dim, sizeof *s->add);
-    s->xb = take_acts(s, s->max_rows, c->dim);
-    s->ab = take_acts(s, s->max_rows, c->q_dim);
-    s->fb = take_acts(s, s->max_rows, c->hidden_dim);
-    s->rest = take_acts(s, s->max_logits, c->dim);
+    s->xb = take_activations(s, s->max_rows, c->dim);
+    s->att_out = take_activations(s, s->max_rows, c->q_dim);
+    s->hb = take_activations(s, s->max_rows, c->hidden_dim);
+    s->rest = take_activations(s, s->max_logits, c->dim);
     s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
     s->x_norm = take(s, n, sizeof *s->x_norm);
     s->pos = take(s, n, sizeof *s->pos);
@@ -294,8 +294,8 @@ typedef struct {
 } Product;
 
 // Rows from first on.
-static Acts acts_from(const Acts *a, int first) {
-    Acts b = *a;
+static Activations activations_from(const Activations *a, int first) {
+    Activations b = *a;
     size_t at = (size_t)first * a->stride, group = at / QGROUP;
     b.x += at, b.q += at, b.q16 += at;
     b.unit += first, b.unit16 += first, b.scale += group, b.sum += group, b.shift += group;
@@ -303,11 +303,11 @@ static Acts acts_from(const Acts *a, int first) {
 }
 
 typedef struct {
-    const Acts *x;
+    const Activations *x;
     const Product *p;
     int n_products, n;
     const Matrix *up;  // of p's shape: out = act(W x, Up up_x); NULL: out = W x
-    const Acts *up_x;
+    const Activations *up_x;
     void (*act)(float *x, const float *y, int n);
     int unit, n_units;  // panels that are multiplied at once, and how many such units there are
     bool blas;          // by OpenBLAS
@@ -329,7 +329,7 @@ static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) /
 
 // A unit of W, from a panel on, for n tokens of x.
 static void multiply_unit(const Products *j, float *out, size_t ld, const Matrix *w, int panel,
-                          const Acts *x, int n) {
+                          const Activations *x, int n) {
     int unit = j->unit;
 #ifdef BLAS
     if (j->blas) {
@@ -365,10 +365,10 @@ static void product_unit(void *ctx, int i) {
     int panel = u * j->unit, rows = p->w->rows - panel * PANEL;
     if (rows > j->unit * PANEL) rows = j->unit * PANEL;
     float *out = p->out + (size_t)first * p->ld + panel * PANEL;
-    const Acts x = acts_from(j->x, first);
+    const Activations x = activations_from(j->x, first);
     multiply_unit(j, out, (size_t)p->ld, p->w, panel, &x, n);
     if (!j->up) return;
-    const Acts up_x = acts_from(j->up_x, first);
+    const Activations up_x = activations_from(j->up_x, first);
     float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
     multiply_unit(j, up, (size_t)rows, j->up, panel, &up_x, n);
     for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
@@ -410,7 +410,7 @@ static void multiply_job(RunState *s, Products j) {
     parallel_for(s->pool, (j.n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_units, product_unit, &j);
 }
 
-static void multiply(RunState *s, const Acts *x, int n, const Product *p, int n_products) {
+static void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products) {
     multiply_job(s, (Products){.x = x, .p = p, .n_products = n_products, .n = n});
 }
 
@@ -454,12 +454,12 @@ static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
 
-static bool is_rounded(const Acts *x) { return x->for_q8 || x->for_q4; }
+static bool is_rounded(const Activations *x) { return x->for_q8 || x->for_q4; }
 
 static void quantize_row(void *ctx, int i) { kern.quantize(ctx, i, i + 1); }
 
 // An input of products, before the first of them.
-static void quantize(RunState *s, Acts *x, int n) {
+static void quantize(RunState *s, Activations *x, int n) {
     if (is_rounded(x)) each_row(s, n, quantize_row, x);
 }
 
@@ -575,14 +575,14 @@ static void ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
     multiply_job(s, (Products){.x = &s->xb,
-                               .p = &(Product){&w->w1, s->fb.x, s->fb.stride},
+                               .p = &(Product){&w->w1, s->hb.x, s->hb.stride},
                                .n_products = 1,
                                .n = n,
                                .up = &w->w3,
                                .up_x = &s->xb,
                                .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
-    quantize(s, &s->fb, n);
-    multiply(s, &s->fb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
+    quantize(s, &s->hb, n);
+    multiply(s, &s->hb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
 }
 
 // Consecutive rows of one sequence make a run; returns how many, and fills in positions.
@@ -623,8 +623,9 @@ static int keep_logit_rows(RunState *s, const Row *rows, int n) {
         if (m != i)
             memcpy(s->x + (size_t)m * dim, s->x + (size_t)i * dim, (size_t)dim * sizeof *s->x);
         if (m != i)
-            memcpy(s->ab.x + (size_t)m * s->ab.stride, s->ab.x + (size_t)i * s->ab.stride,
-                   (size_t)s->ab.stride * sizeof *s->ab.x);
+            memcpy(s->att_out.x + (size_t)m * s->att_out.stride,
+                   s->att_out.x + (size_t)i * s->att_out.stride,
+                   (size_t)s->att_out.stride * sizeof *s->att_out.x);
         m++;
     }
     return m;
@@ -633,7 +634,7 @@ static int keep_logit_rows(RunState *s, const Row *rows, int n) {
 // What 8 bits have lost of xb, in 8 bits.
 static void rest_row(void *ctx, int i) {
     RunState *s = ctx;
-    const Acts x = acts_from(&s->xb, i);
+    const Activations x = activations_from(&s->xb, i);
     float *rest = s->rest.x + (size_t)i * s->rest.stride;
     for (int j = 0; j < x.cols; j++)
         rest[j] = x.x[j] - x.unit[0] * x.scale[j / QGROUP] * (float)x.q[j];
@@ -677,13 +678,14 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
         if (s->tap) s->tap(s->tap_arg, l, n);
         if (kv->scoring) each_row(s, n, x_norm_row, s);
         kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
-        KVQuery query = {s->q, last && n_logits == 0 ? NULL : s->ab.x, s->ab.stride, s->x_norm};
+        KVQuery query = {s->q, last && n_logits == 0 ? NULL : s->att_out.x, s->att_out.stride,
+                         s->x_norm};
         if (query.out || kv->scoring)
             kvcache_attend(kv, l, s->runs, n_runs, &query);  // GQA, arXiv 2305.13245
         if (last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
-        quantize(s, &s->ab, n);
-        multiply(s, &s->ab, n, (Product[]){{&w->wo, s->add, c->dim}}, 1);
+        quantize(s, &s->att_out, n);
+        multiply(s, &s->att_out, n, (Product[]){{&w->wo, s->add, c->dim}}, 1);
         add_norm(s, n, true, w->rms_att_post, w->rms_ffn);
         ffn(s, l, n);
         add_norm(s, n, true, w->rms_ffn_post, last ? m->rms_final : m->layers[l + 1].rms_att);

@@ -3,7 +3,7 @@
 // Families differ by Config fields and by which optional weights are there, never by name.
 #ifndef MODEL_H
 #define MODEL_H
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "kvcache.h"
 #include "tensors.h"
 
@@ -57,11 +57,13 @@ typedef struct {
     const Model *model;
     ThreadPool *pool;
     int max_rows, max_logits;
-    float *x;             // [max_rows][dim] the residual stream
-    float *q, *k, *v;     // [max_rows][q_dim], [max_rows][kv_dim]
-    float *add;           // [max_rows][dim] what a block adds
-    Acts xb, ab, fb;      // inputs of matrix products: [max_rows] x [dim], [q_dim], [hidden_dim]
-    Acts rest;            // [max_logits] x [dim]: what the rounding of xb has lost, for the logits
+    float *x;          // [max_rows][dim] the residual stream
+    float *q, *k, *v;  // [max_rows][q_dim], [max_rows][kv_dim]
+    float *add;        // [max_rows][dim] what a block adds
+    Activations xb;    // [max_rows] x [dim] the normed residual stream, input of q, k, v, gate, up
+    Activations att_out;  // [max_rows] x [q_dim] what attention gives, input of wo
+    Activations hb;       // [max_rows] x [hidden_dim] act(gate) * up, input of w2
+    Activations rest;     // [max_logits] x [dim] what the rounding of xb has lost, for the logits
     float *rope;          // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
     float *x_norm;        // [max_rows] |x| of the attention input, for KVzip+
     int *pos;             // [max_rows]

@@ -2,8 +2,8 @@
 // row.
 //
 // A method only says how much each pair matters: it fills score [layer][kv head][pair], higher =
-// keep. One shared routine turns scores and a ratio into a keep set and evicts (kvcache_select,
-// kvcache_compact). KVzip (arXiv 2505.23416) asks the model to repeat the context, chunk by chunk,
+// keep. One shared routine turns scores and a ratio into a keep set and evicts (select_pairs,
+// kvcache_evict). KVzip (arXiv 2505.23416) asks the model to repeat the context, chunk by chunk,
 // with the answer forced, and takes the largest attention weight each pair receives. No question is
 // involved, so the result serves any. The others need no second pass: they watch the attention of
 // the first one, or look at keys and values. Their formulas are those of NVIDIA's kvpress, whose
@@ -14,7 +14,8 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
+#include "util.h"
 
 // The requests of the authors' code (snu-mllab/KVzip), byte for byte; the second one ends in a
 // space and is followed by the last ids of the chunk before.
@@ -22,15 +23,6 @@ static const char ASK_FIRST[] = "\n\nRepeat the previous context exactly.";
 static const char ASK_NEXT[] =
     "\n\nRepeat the part of the previous context exactly, starting with ";
 enum { TAIL = 8 };
-
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-static inline int max_int(int a, int b) { return a > b ? a : b; }
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static int report(const Context *c, const char *what, long done, long total, char *err) {
     if (c->progress && c->progress(c->progress_arg, what, done, total) != 0)
@@ -406,13 +398,8 @@ static int score_streaming(Context *c, float *score, char *err) {
     return score_heads(c, score, streaming_head, err);
 }
 
-// splitmix64 of a counter, so that neither threads nor other heads change a head's numbers.
-static uint64_t mix(uint64_t x) {
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
+// Of a counter, so that neither threads nor other heads change a head's numbers.
+static uint64_t mix(uint64_t x) { return random_next(&x); }
 
 static void random_head(const Head *h) {
     uint64_t seed =
@@ -702,7 +689,7 @@ static void tap_probes(void *arg, int layer, int n) {
     probes_apply(&z->probes, c->state, layer, scored, n);
     for (int g = 0; g < shape->n_kv_heads; g++) {
         int h = scored * shape->n_kv_heads + g, from = 0;
-        float *score = z->live ? z->live->taken[h] + kvcache_head(c->kv, c->seq, layer, g)->len
+        float *score = z->live ? z->live->noted[h] + kvcache_head(c->kv, c->seq, layer, g)->len
                                : z->score + (size_t)h * c->n_ctx - c->n_prefix + s->pos[0];
         if (!z->live) from = max_int(c->n_prefix - s->pos[0], 0);
         for (int i = from; i < n; i++) score[i] = z->probes.y[(size_t)i * z->probes.cols + g];
@@ -798,10 +785,10 @@ static int live_zap(Live *v, char *err) {
     if (z->mixed && live_expectation(v, &z->expected, err) != 0) return -1;
     for (int h = 0; h < v->n_heads; h++) {
         int first = v->c->n_prefix, n = kvcache_scored_head(v->c->kv, v->c->seq, h)->len - first;
-        float *score = v->score[h] + first, *taken = v->taken[h] + first;
+        float *score = v->score[h] + first, *noted = v->noted[h] + first;
         if (n <= 0) continue;
-        if (!z->mixed) memcpy(score, taken, (size_t)n * sizeof *score);
-        if (z->mixed && mix_ranks(v->c, score, taken, n, err) != 0) return -1;
+        if (!z->mixed) memcpy(score, noted, (size_t)n * sizeof *score);
+        if (z->mixed && mix_ranks(v->c, score, noted, n, err) != 0) return -1;
     }
     return 0;
 }
@@ -1008,12 +995,12 @@ int context_score(Context *c, const Policy *p, float *score, char *err) {
 
 long context_select(const Context *c, const float *score, double ratio, uint8_t *keep, char *err) {
     const Level *l = c->level ? c->level : levels;
-    KVSelect s = {.n_layers = kvcache_scored_layers(&c->kv->shape, NULL),
-                  .n_kv_heads = c->kv->shape.n_kv_heads,
-                  .n_ctx = c->n_ctx,
-                  .ratio = ratio,
-                  .level = l->pool,
-                  .ref_ties = c->ref_ties};
+    Selection s = {.n_layers = kvcache_scored_layers(&c->kv->shape, NULL),
+                   .n_kv_heads = c->kv->shape.n_kv_heads,
+                   .n_ctx = c->n_ctx,
+                   .ratio = ratio,
+                   .level = l->pool,
+                   .ref_ties = c->ref_ties};
     int safeguard = find_param(l->params, "safeguard", strlen("safeguard")), status = 0;
     if (safeguard >= 0) s.safeguard = c->level_param[safeguard];
     int *budget = malloc(((size_t)s.n_layers * s.n_kv_heads + 1) * sizeof *budget);
@@ -1021,7 +1008,7 @@ long context_select(const Context *c, const float *score, double ratio, uint8_t 
         return fail(err, "out of memory for the budgets of %d heads", s.n_layers * s.n_kv_heads);
     if (l->budget) status = l->budget(c, ratio, budget, err);
     s.budget = budget;
-    long kept = status == 0 ? kvcache_select(keep, score, &s, err) : -1;
+    long kept = status == 0 ? select_pairs(keep, score, &s, err) : -1;
     free(budget);
     return kept;
 }

@@ -4,7 +4,7 @@
 #define POLICIES_H
 #include "kvcache.h"
 #include "model.h"
-#include "profile.h"
+#include "policies/profile.h"
 #include "tokenizer.h"
 
 enum { MAX_PARAMS = 4 };
@@ -72,7 +72,7 @@ typedef struct {
     Context *c;
     int n_heads;    // scored layers * n_kv_heads
     float **score;  // [n_heads][at least the pairs it has, and the rows of a forward call more]
-    float **taken;  // of the same size: what a tap says of a pair as it passes, which stays with it
+    float **noted;  // of the same size: what a tap says of a pair as it passes, which stays with it
     void *own;      // of the method
 } Live;
 
@@ -97,7 +97,7 @@ struct Policy {
 // How scores and a ratio become a keep set.
 struct Level {
     const char *name;
-    KVLevel pool;
+    SelectLevel pool;
     // BUDGET: how many pairs each head keeps, budget [scored layers][n_kv_heads].
     int (*budget)(const Context *c, double ratio, int *budget, char *err);
     const char *help;

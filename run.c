@@ -20,14 +20,15 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "bench.h"
-#include "calibrate.h"
-#include "chart.h"
-#include "eval.h"
+#include "bench/bench.h"
+#include "policies/calibrate.h"
+#include "eval/chart.h"
+#include "eval/eval.h"
 #include "model.h"
 #include "policies.h"
-#include "stream.h"
+#include "policies/stream.h"
 #include "tokenizer.h"
+#include "util.h"
 
 enum { MAX_BATCH = 64, ASK_BATCH = 8 };
 static const double CHATTY = 0.7;  // temperature of generate and chat
@@ -79,12 +80,6 @@ static void *allocate(size_t n, size_t size) {
     void *p = calloc(n ? n : 1, size);
     if (!p) die_memory();
     return p;
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 // ---- what goes to stdout ----
@@ -814,12 +809,8 @@ static int argmax(const float *logits, int n) {
     return best;
 }
 
-static double next_random(uint64_t *state) {  // splitmix64, [0, 1)
-    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
-}
+// In [0, 1).
+static double random_share(uint64_t *state) { return (double)(random_next(state) >> 11) * 0x1p-53; }
 
 static int by_share(const void *a, const void *b) {
     const Choice *x = a, *y = b;
@@ -852,7 +843,7 @@ static int sample(Session *s, const float *logits) {
         sum = 0;
         for (int i = 0; i < n; i++) sum += c[i].p;
     }
-    double at = next_random(&s->random) * sum;
+    double at = random_share(&s->random) * sum;
     for (int i = 0; i < n; i++)
         if ((at -= c[i].p) < 0) return c[i].id;
     return best;
@@ -1570,7 +1561,7 @@ static Shrunk shrink(Session *s, const Context *c, float *score) {
         r.n_kept = context_select(c, score, s->o->ratio, keep, err);
         free(score);
         int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
-            s->o->demote < 0 ? kvcache_compact : kvcache_demote;
+            s->o->demote < 0 ? kvcache_evict : kvcache_demote;
         if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
             r.n_kept = -1;
         free(keep);

@@ -18,6 +18,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "util.h"
+
 enum { LENGTH_BYTES = 8, MAX_HEADER = 100 * 1000 * 1000 };  // the limit of the safetensors library
 
 static const struct {
@@ -91,17 +93,6 @@ static int parse_hex4(Parser *j, unsigned *code) {
     return 0;
 }
 
-static void put_utf8(Parser *j, unsigned c) {
-    if (c < 0x80) {
-        *j->out++ = (char)c;
-        return;
-    }
-    int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
-    static const unsigned lead[] = {0, 0xC0, 0xE0, 0xF0};
-    *j->out++ = (char)(lead[more] | c >> 6 * more);
-    while (more-- > 0) *j->out++ = (char)(0x80 | (c >> 6 * more & 0x3F));
-}
-
 // \uXXXX, after the u: one UTF-16 unit or a surrogate pair.
 static int parse_unicode(Parser *j) {
     unsigned c, low;
@@ -114,7 +105,7 @@ static int parse_unicode(Parser *j) {
     }
     if (c >= 0xD800 && c < 0xE000) return bad(j, "half a surrogate pair");
     if (c == 0) return bad(j, "a string holds a zero byte");
-    put_utf8(j, c);
+    j->out += utf8_put((uint8_t *)j->out, c);
     return 0;
 }
 

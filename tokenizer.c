@@ -23,6 +23,7 @@
 #include <string.h>
 
 #include "unicode.h"
+#include "util.h"
 
 #define NONE UINT32_MAX     // in place of a rank: these two do not merge
 #define DROPPED UINT32_MAX  // in place of an id: the vocabulary has nothing for this byte
@@ -133,30 +134,10 @@ static int bytes_add(Bytes *b, const void *p, size_t n) {
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, CARE = 8 };  // CARE: NFC must look at it
 enum { INVALID = N_CODE_POINTS };                      // stands for a byte of no character
 
-// Bytes of the character at p, which goes to *c; 0 when no valid one begins there, -1 when end cuts
-// one short. Surrogates, overlong forms and all beyond U+10FFFF are invalid.
-static int utf8_char(const uint8_t *p, const uint8_t *end, uint32_t *c) {
-    uint8_t a = p[0];
-    if (a < 0x80) return *c = a, 1;
-    if (a < 0xc2 || a > 0xf4) return 0;
-    if (end - p < 2) return -1;
-    uint8_t lo = a == 0xe0 ? 0xa0 : a == 0xf0 ? 0x90 : 0x80;
-    uint8_t hi = a == 0xed ? 0x9f : a == 0xf4 ? 0x8f : 0xbf;
-    if (p[1] < lo || p[1] > hi) return 0;
-    if (a < 0xe0) return *c = (a & 31u) << 6 | (p[1] & 63u), 2;
-    if (end - p < 3) return -1;
-    if ((p[2] & 0xc0) != 0x80) return 0;
-    if (a < 0xf0) return *c = (a & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u), 3;
-    if (end - p < 4) return -1;
-    if ((p[3] & 0xc0) != 0x80) return 0;
-    *c = (a & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
-    return 4;
-}
-
-// As utf8_char, but a byte that belongs to no character counts as one, INVALID.
+// As utf8_get, but a byte that belongs to no character counts as one, INVALID.
 static inline int next_char(const uint8_t *p, const uint8_t *end, uint32_t *c) {
     if (*p < 0x80) return *c = *p, 1;
-    int len = utf8_char(p, end, c);
+    int len = utf8_get(p, end, c);
     if (len > 0) return len;
     *c = INVALID;
     return 1;
@@ -166,16 +147,8 @@ static inline int next_char(const uint8_t *p, const uint8_t *end, uint32_t *c) {
 static const uint8_t *char_before(const uint8_t *p, const uint8_t *start) {
     uint32_t c;
     for (int len = 1; len <= 4 && p - start >= len; len++)
-        if (utf8_char(p - len, p, &c) == len) return p - len;
+        if (utf8_get(p - len, p, &c) == len) return p - len;
     return NULL;
-}
-
-static int put_utf8(uint8_t *out, uint32_t c) {
-    if (c < 0x80) return out[0] = (uint8_t)c, 1;
-    int len = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (int i = len - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 63));
-    out[0] = (uint8_t)((0xf00 >> len & 0xf0) | c);
-    return len;
 }
 
 // Skips the characters that have one of the bits in `mask`, or, with has false, none of them.
@@ -369,7 +342,7 @@ static const uint8_t *nfc_region(const Tokenizer *t, Region *r, const uint8_t *p
     if (reorder(t, r) != 0) return NULL;
     compose(t, r);
     if (bytes_room(out, 4 * r->n) != 0) return NULL;
-    for (size_t i = 0; i < r->n; i++) out->n += (size_t)put_utf8(out->p + out->n, r->c[i]);
+    for (size_t i = 0; i < r->n; i++) out->n += (size_t)utf8_put(out->p + out->n, r->c[i]);
     return p;
 }
 
@@ -1147,7 +1120,7 @@ char *tokenizer_decode(const Tokenizer *t, const int *ids, int n, size_t *bytes)
 static int unfinished(const uint8_t *p, int n) {
     uint32_t c;
     for (int len = 1; len <= 3 && len <= n; len++)
-        if (utf8_char(p + n - len, p + n, &c) < 0) return len;
+        if (utf8_get(p + n - len, p + n, &c) < 0) return len;
     return 0;
 }
 
@@ -1266,7 +1239,7 @@ static void open_symbol(Tokenizer *t, int id, const uint8_t *p, int n) {
     uint32_t c;
     if (n == 1 && t->kind[id] == (t->spm ? BYTE : NORMAL) && t->byte_id[*p] < 0)
         t->byte_id[*p] = id;
-    if (!t->spm || t->kind[id] == BYTE || utf8_char(p, p + n, &c) != n) return;
+    if (!t->spm || t->kind[id] == BYTE || utf8_get(p, p + n, &c) != n) return;
     int *known = &t->char_id[c == METASPACE ? ' ' : c];
     if (*known == 0 || (t->kind[id] == NORMAL && t->kind[*known - 1] != NORMAL)) *known = id + 1;
 }

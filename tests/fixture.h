@@ -1,8 +1,8 @@
 // fixture.h: one tiny model of tests/fixtures, converted, with the values it must produce.
 #ifndef FIXTURE_H
 #define FIXTURE_H
-#include "../calibrate.h"
-#include "../profile.h"
+#include "policies/calibrate.h"
+#include "policies/profile.h"
 #include "test.h"
 
 typedef struct {

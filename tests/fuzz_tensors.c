@@ -2,7 +2,7 @@
 // the map.
 //   clang -g -fsanitize=fuzzer,address,undefined tests/fuzz_tensors.c tensors.c && ./a.out
 #define _POSIX_C_SOURCE 200809L
-#include "../tensors.h"
+#include "tensors.h"
 
 #include <stdlib.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // Every instruction set against the scalar definition, for every tail length and odd shape.
-#include "../kernels.h"
+#include "kernels/kernels.h"
 #include "test.h"
 
 static uint32_t seed = 1;
@@ -385,8 +385,8 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
     return m;
 }
 
-static Acts random_acts(int n, int cols) {
-    Acts a = {.cols = cols, .stride = (cols + 31) / 32 * 32, .for_q8 = true, .for_q4 = true};
+static Activations random_acts(int n, int cols) {
+    Activations a = {.cols = cols, .stride = (cols + 31) / 32 * 32, .for_q8 = true, .for_q4 = true};
     size_t size = (size_t)n * a.stride;
     a.x = calloc(size, 4), a.q = calloc(size, 1), a.q16 = calloc(size, 2),
     a.scale = calloc(size / 32, 4), a.unit = calloc((size_t)n, 4), a.sum = calloc(size / 32, 4);
@@ -402,7 +402,7 @@ static Acts random_acts(int n, int cols) {
 
 // No number is further from what stands for it than half a step, and no step is larger than the
 // group needs: 2/3 of the range are used, or the scale is the smallest that there is.
-static void check_rounding(const Acts *a, int n) {
+static void check_rounding(const Activations *a, int n) {
     int far_off = 0, coarse = 0;
     for (size_t g = 0; g < (size_t)n * a->stride / QGROUP; g++) {
         float step = a->unit[g * QGROUP / a->stride] * a->scale[g];
@@ -421,7 +421,7 @@ static void check_rounding(const Acts *a, int n) {
     CHECK(coarse == 0);
 }
 
-static void free_acts(Acts *a) {
+static void free_acts(Activations *a) {
     free(a->x), free(a->q), free(a->q16), free(a->unit), free(a->scale), free(a->sum),
         free(a->shift), free(a->unit16);
 }
@@ -431,7 +431,7 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
     bool ints = type == W_Q8 || type == W_Q4, wide = type == W_Q8 && kern.wide;
     float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
     Matrix w = random_matrix(type, rows, cols, offset, dense);
-    Acts x = random_acts(n, cols), y = random_acts(n, cols);
+    Activations x = random_acts(n, cols), y = random_acts(n, cols);
     memcpy(y.x, x.x, (size_t)n * x.stride * 4);
     size_t ld = (size_t)w.panels * 16;
     float *out = calloc(ld * n, 4), *slow = calloc(ld * n, 4), *one = calloc(ld * n, 4);
@@ -497,7 +497,7 @@ static void test_matmuls(void) {
 static void test_blas(WType type, int rows, int cols, int n) {
     float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
     Matrix w = random_matrix(type, rows, cols, false, dense);
-    Acts x = random_acts(n, cols);
+    Activations x = random_acts(n, cols);
     float *out = calloc((size_t)n * rows, 4);
     for (int p = 0; p < w.panels; p += BLAS_PANELS)
         matmul_blas(out + p * PANEL, (size_t)rows, &w, p, &x, n);

@@ -1,6 +1,6 @@
 // The cache's laws, on random keys and values: attention and scores equal a brute-force softmax,
 // forks and rewinds leave no trace, evicting removes exactly what it should, files change no bit.
-#include "../kvcache.h"
+#include "kvcache.h"
 #include "test.h"
 
 enum { L = 2, HEADS = 6, KV = 2, GROUP = HEADS / KV, D = 16, MAX_N = 400 };
@@ -370,19 +370,19 @@ static void test_worked_example(void) {
 
 // ---- selecting and evicting ----
 
-static void check_select(const float *score, const KVSelect *how, const char *want) {
+static void check_select(const float *score, const Selection *how, const char *want) {
     uint8_t keep[10];
     char have[11] = "";
-    long n = 0, kept = kvcache_select(keep, score, how, err);
+    long n = 0, kept = select_pairs(keep, score, how, err);
     for (int i = 0; i < 10; i++) have[i] = keep[i] ? '1' : '0', n += keep[i];
     CHECK_STR(have, want);
     CHECK(n == kept);
 }
 
 // One layer of two heads, five pairs each.
-static void check_keep(const float *score, double ratio, KVLevel level, bool ref_ties,
+static void check_keep(const float *score, double ratio, SelectLevel level, bool ref_ties,
                        const char *want) {
-    check_select(score, &(KVSelect){1, 2, 5, ratio, level, ref_ties, 0.0, NULL}, want);
+    check_select(score, &(Selection){1, 2, 5, ratio, level, ref_ties, 0.0, NULL}, want);
 }
 
 static void test_select(void) {
@@ -401,32 +401,32 @@ static void test_select(void) {
     check_keep(s, 0.5, LEVEL_HEAD, false, "1111100000");
     check_keep(s, 0.6, LEVEL_UNIFORM, true, "1011011010");
     // Two layers of one head: a layer's pairs compete among themselves alone.
-    check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER}, "1011011010");
-    check_select(s, &(KVSelect){2, 1, 5, 0.6, .level = LEVEL_LAYER, .ref_ties = true},
+    check_select(s, &(Selection){2, 1, 5, 0.6, .level = LEVEL_LAYER}, "1011011010");
+    check_select(s, &(Selection){2, 1, 5, 0.6, .level = LEVEL_LAYER, .ref_ties = true},
                  "1000011000");
     // Ada-KV's safeguard: of 5 x 0.6 = 3 pairs the best floor(3 x 0.7) = 2 are sure, even the worst
     // head's.
     const float low[10] = {.9f, .8f, .7f, .6f, .5f, .1f, .2f, .3f, .4f, .0f};
     check_keep(low, 0.6, LEVEL_PAIR, false, "1111100010");
-    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_LAYER, .safeguard = 0.7},
+    check_select(low, &(Selection){1, 2, 5, 0.6, .level = LEVEL_LAYER, .safeguard = 0.7},
                  "1111000110");
-    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_PAIR, .safeguard = 1.0},
+    check_select(low, &(Selection){1, 2, 5, 0.6, .level = LEVEL_PAIR, .safeguard = 1.0},
                  "1110001110");
-    check_select(low, &(KVSelect){1, 2, 5, 0.6, .level = LEVEL_BUDGET, .budget = (int[]){0, 4}},
+    check_select(low, &(Selection){1, 2, 5, 0.6, .level = LEVEL_BUDGET, .budget = (int[]){0, 4}},
                  "0000011110");
     const float neg[10] = {-1, -2, -INFINITY, 0.0f, -0.0f, -3, -4, -5, -6, -7};
     check_keep(neg, 0.3, LEVEL_PAIR, false, "1001100000");
     float nan[10] = {0};
     uint8_t keep[10];
     nan[7] = NAN;
-    KVSelect how = {1, 2, 5, 0.5, LEVEL_PAIR, false, 0.0, NULL};
-    CHECK(kvcache_select(keep, nan, &how, err) == -1);
+    Selection how = {1, 2, 5, 0.5, LEVEL_PAIR, false, 0.0, NULL};
+    CHECK(select_pairs(keep, nan, &how, err) == -1);
     how.n_ctx = 0;
-    CHECK(kvcache_select(keep, nan, &how, err) == 0);
+    CHECK(select_pairs(keep, nan, &how, err) == 0);
 }
 
-// After compacting, attention equals a softmax over the kept pairs of the untouched cache.
-static void test_compact(void) {
+// After evicting, attention equals a softmax over the kept pairs of the untouched cache.
+static void test_evict(void) {
     enum { PREFIX = 5, N_CTX = 300 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
@@ -438,7 +438,7 @@ static void test_compact(void) {
     uint8_t keep[L * KV * N_CTX];
     for (int i = 0; i < L * KV * N_CTX; i++)
         keep[i] = i / N_CTX == 2 ? 0 : rnd() > 0.4f;  // one head loses all
-    CHECK(kvcache_compact(&kv, seq, PREFIX, N_CTX, keep, err) == 0);
+    CHECK(kvcache_evict(&kv, seq, PREFIX, N_CTX, keep, err) == 0);
     check_same(&kv, full, before, n);
     CHECK(kvcache_head(&kv, seq, 1, 0)->len == PREFIX);
     CHECK(kv.seqs[seq].next_pos == PREFIX + N_CTX);
@@ -484,7 +484,7 @@ static void test_compact(void) {
 
 // Heads evicted one by one, each its own range and more than once, hold the pairs that remain;
 // where nothing moves pages are shared, and threads change nothing.
-static void test_compact_head(KVTypes types, int threads) {
+static void test_evict_head(KVTypes types, int threads) {
     enum { N = 333 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
@@ -505,7 +505,7 @@ static void test_compact_head(KVTypes types, int threads) {
                 if (t - first >= m || keep[t - first]) left[kept++] = left[t];
             }
             n_left = kept;
-            CHECK(kvcache_compact_head(&kv, seq, l, g, first, m, keep, err) == 0);
+            CHECK(kvcache_evict_head(&kv, seq, l, g, first, m, keep, err) == 0);
             CHECK(h->len == n_left && h->n_pages == (n_left + PAGE - 1) / PAGE);
         }
         for (int t = 0; t < n_left; t++) {
@@ -518,9 +518,9 @@ static void test_compact_head(KVTypes types, int threads) {
         uint8_t all[N], none[N] = {0};
         memset(all, 1, N);
         int used = n_free(&kv), page = h->page[0];
-        CHECK(kvcache_compact_head(&kv, seq, l, g, 0, n_left, all, err) == 0);
+        CHECK(kvcache_evict_head(&kv, seq, l, g, 0, n_left, all, err) == 0);
         CHECK(n_free(&kv) == used && h->page[0] == page);
-        CHECK(kvcache_compact_head(&kv, seq, l, g, 0, n_left, none, err) == 0);
+        CHECK(kvcache_evict_head(&kv, seq, l, g, 0, n_left, none, err) == 0);
         CHECK(h->len == 0 && h->n_pages == 0);
         append_random(&kv, seq, 3, NULL);
         CHECK(h->len == 3 && kvcache_pair(&kv, seq, l, g, 0, NULL, NULL) == N);
@@ -666,7 +666,7 @@ static void check_attention(KVCache *kv, int seq) {
 
 // Evicting after settling, settling after evicting, and once more: survivors are what was read back
 // when they moved, nothing else moves, and attention goes over pages of all kinds.
-static void test_settle_and_compact(KVTypes types) {
+static void test_settle_and_evict(KVTypes types) {
     enum { PREFIX = 5, N_CTX = 380 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
@@ -682,7 +682,7 @@ static void test_settle_and_compact(KVTypes types) {
             for (int t = 0; t < n_ctx; t++)
                 kept[i] += keep[i * n_ctx + t] = t < 130 ? t >= 3 : t % 4 > 1 - round;
         }
-        CHECK(kvcache_compact(&kv, seq, PREFIX, n_ctx, keep, err) == 0);
+        CHECK(kvcache_evict(&kv, seq, PREFIX, n_ctx, keep, err) == 0);
         for (int i = 0; i < L * KV; i++) {
             CHECK(kvcache_head(&kv, seq, i / KV, i % KV)->len == PREFIX + kept[i]);
             for (int t = 0, to = 0; t < PREFIX + n_ctx; t++) {
@@ -888,7 +888,7 @@ static void test_files(KVTypes types) {
     uint8_t keep[L * KV * 200];
     for (int i = 0; i < L * KV * 200; i++) keep[i] = rnd() > 0;
     bool codes = types.v > KV_F32;
-    CHECK((codes ? kvcache_demote : kvcache_compact)(&kv, seq, 10, 200, keep, err) == 0);
+    CHECK((codes ? kvcache_demote : kvcache_evict)(&kv, seq, 10, 200, keep, err) == 0);
     CHECK(kvcache_settle(&kv, seq, err) == 0);
     int ids[210];
     for (int i = 0; i < 210; i++) ids[i] = i * 3;
@@ -969,7 +969,7 @@ int main(int argc, char **argv) {
         test_files(t);
         test_demote(t);
         if (codes) test_settle(t, no_window), test_settle(t, one_window);
-        if (codes) test_settle_and_compact(t), test_head_dims(t);
+        if (codes) test_settle_and_evict(t), test_head_dims(t);
     }
     test_page_classes();
     test_settle_as_it_goes();
@@ -991,8 +991,8 @@ int main(int argc, char **argv) {
         test_scores(subset, local, i & 4, (i & 8) && !(i & 4), 26);
     }
     test_select();
-    test_compact();
-    test_compact_head(types_of("f32"), 1), test_compact_head(types_of("f16"), 3);
+    test_evict();
+    test_evict_head(types_of("f32"), 1), test_evict_head(types_of("f16"), 3);
     test_refusals();
     return test_end("test_kvcache");
 }

@@ -83,14 +83,14 @@ static void test_prefill(Fixture *f) {
 }
 
 static void check_mask(const Fixture *f, const float *score, const char *level, int percent,
-                       KVLevel kv_level, bool ref_ties) {
+                       SelectLevel kv_level, bool ref_ties) {
     char name[64];
     snprintf(name, sizeof name, "mask.%s.r%d", level, percent);
     const Tensor *t = want(f, name);
     int n_layers = (int)t->shape[0], n_kv_heads = (int)t->shape[1], n_ctx = (int)t->shape[2];
     uint8_t *keep = malloc(t->bytes);
-    KVSelect how = {n_layers, n_kv_heads, n_ctx, percent / 100.0, kv_level, ref_ties, 0.0, NULL};
-    CHECK(kvcache_select(keep, score, &how, err) >= 0);
+    Selection how = {n_layers, n_kv_heads, n_ctx, percent / 100.0, kv_level, ref_ties, 0.0, NULL};
+    CHECK(select_pairs(keep, score, &how, err) >= 0);
     if (!CHECK(memcmp(keep, t->data, t->bytes) == 0)) printf("%s: %s differs\n", f->name, name);
     free(keep);
 }
@@ -113,7 +113,7 @@ static void check_evicted(Fixture *f, const Context *c, int percent) {
     snprintf(greedy, sizeof greedy, "evict.r%d.greedy", percent);
     int seq = kvcache_fork(&f->kv, c->seq, err), vocab = f->model.config.vocab_size;
     if (percent < 100)
-        CHECK(kvcache_compact(&f->kv, seq, c->n_prefix, c->n_ctx, want(f, mask)->data, err) == 0);
+        CHECK(kvcache_evict(&f->kv, seq, c->n_prefix, c->n_ctx, want(f, mask)->data, err) == 0);
     const Tensor *query = want(f, "kvzip.query"), *t = want(f, logits);
     int n = (int)query->shape[0];
     float *have = logits_of(f, seq, query->data, n, n);
@@ -213,9 +213,9 @@ static float *compress_bits(const char *weights, KVType type, int threads, doubl
     uint8_t *keep = malloc(n_score);
     CHECK(context_score(&c, policy_find("kvzip"), out, err) == 0);
     int n_layers = kvcache_scored_layers(&f.kv.shape, NULL);
-    KVSelect how = {n_layers, f.kv.shape.n_kv_heads, c.n_ctx, ratio, LEVEL_PAIR, false, 0.0, NULL};
-    CHECK(kvcache_select(keep, out, &how, err) >= 0);
-    if (ratio > 0) CHECK(kvcache_compact(&f.kv, c.seq, c.n_prefix, c.n_ctx, keep, err) == 0);
+    Selection how = {n_layers, f.kv.shape.n_kv_heads, c.n_ctx, ratio, LEVEL_PAIR, false, 0.0, NULL};
+    CHECK(select_pairs(keep, out, &how, err) >= 0);
+    if (ratio > 0) CHECK(kvcache_evict(&f.kv, c.seq, c.n_prefix, c.n_ctx, keep, err) == 0);
     feed(&f, c.seq, query->data, (int)query->shape[0], 20, out + n_score);
     free(keep);
     fixture_close(&f);

@@ -2,7 +2,7 @@
 // that fits in one call keeps exactly the pairs that the usual way keeps, no head ever holds more
 // than its budget, the window and a call's rows, a budget of everything changes no bit, and threads
 // change none.
-#include "../stream.h"
+#include "policies/stream.h"
 #include "fixture.h"
 
 enum { CTX = 300 };

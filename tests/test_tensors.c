@@ -1,6 +1,6 @@
 // test_tensors.c: the file layer takes nothing on trust, and writes all or nothing.
 #define _POSIX_C_SOURCE 200809L
-#include "../tensors.h"
+#include "tensors.h"
 
 #include <dirent.h>
 #include <sys/resource.h>

@@ -2,7 +2,7 @@
 //
 // The fixtures' ids and texts come from the libraries tokenizers and transformers. What they don't
 // reach is tried on vocabularies made up here: merges in any order, against the plain definition.
-#include "../tokenizer.h"
+#include "tokenizer.h"
 
 #include <time.h>
 

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../tokenizer.h"
+#include "tokenizer.h"
 
 enum { MAX_TOKENS = 700, MAX_MERGES = 400 };
 

@@ -136,11 +136,11 @@ typedef struct {
     double ratio[EVAL_LIST];
     EvalKV kv[EVAL_LIST];  // the full cache of the first one is the yardstick
     int n_policies, n_levels, n_ratios, n_kvs;
-    bool stream;  // evict while a context is read: policies that score live, no level of whole
-                  // heads, nothing demoted
-    int window;           // with stream: newest pairs of each head, which stay meanwhile
-    int max_tokens;       // of an answer, where the task does not say
-    const char *stop;     // an answer ends after this text, where the task does not say; or NULL
+    bool stream;       // evict while a context is read: policies that score live, no level of whole
+                       // heads, nothing demoted
+    int window;        // with stream: newest pairs of each head, which stay meanwhile
+    int max_tokens;    // of an answer, where the task does not say
+    const char *stop;  // an answer ends after this text, where the task does not say; or NULL
     int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
     uint64_t settings;    // hash of whatever else changes the answers
     // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no
@@ -157,8 +157,8 @@ int eval_check_set(const Eval *e, char *err);
 
 // Every question of every context, for each policy, level, ratio and page type that r does not have
 // yet. A policy scores a context once; its scores serve all ratios, levels and page types. With
-// stream every cell reads the context for itself, once per group of questions that decode together. Pages settle once pairs have been evicted, as in
-// compressing. Answers are greedy and leave no trace.
-// Returns 0, or -1 with err.
+// stream every cell reads the context for itself, once per group of questions that decode together.
+// Pages settle once pairs have been evicted, as in compressing. Answers are greedy and leave no
+// trace. Returns 0, or -1 with err.
 int eval_run(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err);
 #endif

@@ -64,7 +64,7 @@ typedef struct {
     int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
     int16_t *q16;   // [n][stride]  round(x / unit16) in -32767..32767
     float *unit16;  // [n]
-} Acts;
+} Activations;
 
 // A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8 without
 // minima, scale[r] * (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of
@@ -110,18 +110,18 @@ typedef struct {
     const char *name;
 
     // out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and t0 <= t < t1.
-    void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+    void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
                             int t0, int t1);
     // The same for panels panel and panel + 1 at once, 32 rows; NULL where nothing is gained.
-    void (*matmul_pair[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                 int t0, int t1);
+    void (*matmul_pair[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel,
+                                 const Activations *x, int t0, int t1);
     // q8 products read q16: where bytes are widened to 16 bits before they are multiplied, as many
     // bits of the input cost nothing, and then one unit a row is enough. SmolLM2 in q8 is a KL of
     // 0.0012 from f32 with 16 bits, as with f32 inputs, and 0.0036 with 8.
     bool wide;
     // Of rows [t0, t1), from x, what products of this instruction set will read: q, unit, scale,
     // sum and shift, or q16 and unit16.
-    void (*quantize)(const Acts *x, int t0, int t1);
+    void (*quantize)(const Activations *x, int t0, int t1);
 
     // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
     // a page of transposed keys this is q . k, with a page of values it is p v.
@@ -181,7 +181,7 @@ typedef struct {
 // BLAS_PANELS panels from `panel` on, or those that there are, and t < n. The sum's order is
 // OpenBLAS's own.
 enum { BLAS_PANELS = 8 };
-void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int n);
+void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n);
 
 // What is subtracted from a row's scores before exp: its maximum, or nothing when that is -inf and
 // the row has seen no score yet, so that its weights are zeros.
@@ -194,8 +194,8 @@ extern Kernels kern;  // filled once by kernels_init, before threads start
 int kernels_init(const char *isa);
 // The definition, for tests, and that of a wide product.
 const Kernels *kernels_scalar(void);
-void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                        int t1);
+void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                        int t0, int t1);
 
 float f16_f32(uint16_t h);
 uint16_t f32_f16(float f);

@@ -5,14 +5,13 @@
 // as the context's level has it, for the places that the tokens seen so far give; and what loses
 // goes at once. What went cannot come back when the budget grows: that is the price of never
 // holding it all.
-#include "stream.h"
+#include "policies/stream.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-static inline int max_int(int a, int b) { return a > b ? a : b; }
+#include "util.h"
 
 static KVHead *head_of(const Stream *s, int h) {
     return kvcache_scored_head(s->live.c->kv, s->live.c->seq, h);
@@ -25,9 +24,9 @@ static int make_room(Stream *s, char *err) {
         if (need <= s->room[h]) continue;
         float *score = realloc(s->live.score[h], (size_t)need * 2 * sizeof *score);
         if (score) s->live.score[h] = score;
-        float *taken = realloc(s->live.taken[h], (size_t)need * 2 * sizeof *taken);
-        if (taken) s->live.taken[h] = taken;
-        if (!score || !taken) return fail(err, "out of memory for the scores of %d pairs", need);
+        float *noted = realloc(s->live.noted[h], (size_t)need * 2 * sizeof *noted);
+        if (noted) s->live.noted[h] = noted;
+        if (!score || !noted) return fail(err, "out of memory for the scores of %d pairs", need);
         s->room[h] = need * 2;
     }
     return 0;
@@ -44,11 +43,11 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
                     c->policy->name);
     }
     s->live.score = calloc((size_t)n + 1, sizeof *s->live.score);
-    s->live.taken = calloc((size_t)n + 1, sizeof *s->live.taken);
+    s->live.noted = calloc((size_t)n + 1, sizeof *s->live.noted);
     s->room = calloc((size_t)n + 1, sizeof *s->room);
     s->pairs = calloc((size_t)n + 1, sizeof *s->pairs);
     s->checked = c->kv->seqs[c->seq].next_pos;
-    if (!s->live.score || !s->live.taken || !s->room || !s->pairs) {
+    if (!s->live.score || !s->live.noted || !s->room || !s->pairs) {
         fail(err, "out of memory for evicting from %d heads", n);
     } else if (make_room(s, err) == 0 &&
                (!c->policy->live->open || c->policy->live->open(&s->live, err) == 0)) {
@@ -62,9 +61,9 @@ void stream_close(Stream *s) {
     const Context *c = s->live.c;
     if (c && c->policy->live && c->policy->live->close) c->policy->live->close(&s->live);
     for (int h = 0; s->live.score && h < s->live.n_heads; h++) free(s->live.score[h]);
-    for (int h = 0; s->live.taken && h < s->live.n_heads; h++) free(s->live.taken[h]);
+    for (int h = 0; s->live.noted && h < s->live.n_heads; h++) free(s->live.noted[h]);
     free(s->live.score);
-    free(s->live.taken);
+    free(s->live.noted);
     free(s->room);
     free(s->pairs);
     *s = (Stream){0};
@@ -98,7 +97,7 @@ static int count_places(Stream *s, char *err) {
 
 // keep [competing pairs of the pool's heads, one head after the other].
 static int choose(const Stream *s, int h, int pool, int window, uint8_t *keep, float *score,
-                   char *err) {
+                  char *err) {
     long n = 0;
     for (int i = h; i < h + pool; i++) {
         int m = competing(s, i, window);
@@ -106,22 +105,22 @@ static int choose(const Stream *s, int h, int pool, int window, uint8_t *keep, f
         n += m;
     }
     int places = min_int(s->pairs[h], (int)n);
-    KVSelect select = {
+    Selection select = {
         .n_layers = 1, .n_kv_heads = 1, .n_ctx = (int)n, .level = LEVEL_BUDGET, .budget = &places};
-    return kvcache_select(keep, score, &select, err) < 0 ? -1 : 0;
+    return select_pairs(keep, score, &select, err) < 0 ? -1 : 0;
 }
 
-// Takes out what keep [n] lacks, of head h and of what was taken down about its pairs.
+// Takes out what keep [n] lacks, of head h and of what was noted of its pairs.
 static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
     const Context *c = s->live.c;
-    float *taken = s->live.taken[h] + c->n_prefix;
+    float *noted = s->live.noted[h] + c->n_prefix;
     int len = head_of(s, h)->len, to = 0;
     int n_kv_heads = c->kv->shape.n_kv_heads;
     int layer = kvcache_scored_layer(&c->kv->shape, h / n_kv_heads);
-    if (kvcache_compact_head(c->kv, c->seq, layer, h % n_kv_heads, c->n_prefix, n, keep, err) != 0)
+    if (kvcache_evict_head(c->kv, c->seq, layer, h % n_kv_heads, c->n_prefix, n, keep, err) != 0)
         return -1;
     for (int t = 0; t < len - c->n_prefix; t++)
-        if (t >= n || keep[t]) taken[to++] = taken[t];
+        if (t >= n || keep[t]) noted[to++] = noted[t];
     return 0;
 }
 

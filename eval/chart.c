@@ -1,6 +1,6 @@
 // chart.c: pictures of results, each one self-contained file: the curves of `run eval` as SVG, and
 // the pairs of a context that survive as an HTML page with the text itself.
-#include "chart.h"
+#include "eval/chart.h"
 
 #include <math.h>
 #include <string.h>

@@ -2,13 +2,13 @@
 //
 // All probes of a layer are one matrix over the features of all heads, so that judging the rows of
 // a forward call is a single small product: 1% of the time the model takes to compute them.
-#include "profile.h"
+#include "policies/profile.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static inline int min_int(int a, int b) { return a < b ? a : b; }
+#include "util.h"
 
 // ---- the file ----
 

@@ -9,7 +9,7 @@
 // so that a run that was interrupted goes on where it stopped and shards are joined by reading all
 // their files.
 #define _POSIX_C_SOURCE 200809L
-#include "eval.h"
+#include "eval/eval.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -19,7 +19,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "stream.h"
+#include "policies/stream.h"
+#include "util.h"
 
 static const size_t LOGITS_BYTES = (size_t)256 << 20;  // of the full cache, held at a time
 enum { RESAMPLES = 1000 };
@@ -832,13 +833,6 @@ void eval_results_close(EvalResults *r) {
 
 // ---- figures ----
 
-static uint64_t next_random(uint64_t *state) {  // splitmix64
-    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 static int by_size(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
@@ -854,7 +848,7 @@ static void summarize(EvalRow *row, const float *v, int n) {
     row->value = sum / n;
     for (int k = 0; k < RESAMPLES; k++) {
         mean[k] = 0;
-        for (int i = 0; i < n; i++) mean[k] += v[next_random(&random) % (unsigned)n];
+        for (int i = 0; i < n; i++) mean[k] += v[random_next(&random) % (unsigned)n];
         mean[k] /= n;
     }
     qsort(mean, RESAMPLES, sizeof *mean, by_size);
@@ -1217,7 +1211,7 @@ static long shrink_context(Run *r, const Context *c, const Cell *cell, char *err
     long kept = context_select(c, r->score, cell->c.ratio, r->keep, err);
     if (kept < 0) return -1;
     int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
-        r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_compact;
+        r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_evict;
     return evict(c->kv, c->seq, c->n_prefix, c->n_ctx, r->keep, err) == 0 ? kept : -1;
 }
 

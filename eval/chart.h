@@ -1,7 +1,7 @@
 // chart.h: pictures of results, one self-contained file each.
 #ifndef CHART_H
 #define CHART_H
-#include "eval.h"
+#include "eval/eval.h"
 
 // SVG: a panel per task and metric, a line per policy, level and page type, the share of pairs kept
 // from left to right. Returns 0, or -1 with err.

@@ -8,14 +8,14 @@
 // rows, those of the layer's input, serve all heads. Where the sums of all layers would take too
 // much memory, the texts are read again for each group of layers.
 #define _POSIX_C_SOURCE 200809L
-#include "calibrate.h"
+#include "policies/calibrate.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#include "profile.h"
+#include "policies/profile.h"
+#include "util.h"
 
 // Ratios at which head shares are stored.
 static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f,
@@ -54,15 +54,6 @@ typedef struct {
     int rows;           // of them in the context
     long done, total;   // tokens, for progress
 } Run;
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int min_int(int a, int b) { return a < b ? a : b; }
-static int max_int(int a, int b) { return a > b ? a : b; }
 
 static int on_context(void *arg, const char *what, long done, long total) {
     Run *r = arg;

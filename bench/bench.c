@@ -8,13 +8,14 @@
 // The model and the cache count the operations they are asked for, so a row's share of the peaks is
 // what the work needs, without what tiles and pages compute in vain.
 #define _POSIX_C_SOURCE 200809L
-#include "bench.h"
+#include "bench/bench.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "util.h"
 
 enum { REPEATS = 3 };
 static const double LONG_RUN = 4.0;  // seconds after which a figure is not repeated
@@ -34,12 +35,6 @@ typedef struct {
     uint8_t *keep;
     size_t weights;  // bytes a decode step reads
 } Run;
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static double median(double *v, int n) {
     for (int i = 1; i < n; i++)
@@ -359,7 +354,7 @@ static int evicted_fork(Run *r, int seq, int depth, double ratio, char *err) {
     Context c = context_of(r, fork, depth, false);
     if (ratio < 1 && context_scores(&c) > 0) {
         if (context_select(&c, r->score, ratio, r->keep, err) < 0) return -1;
-        if (kvcache_compact(&r->kv, fork, 0, depth, r->keep, err) != 0) return -1;
+        if (kvcache_evict(&r->kv, fork, 0, depth, r->keep, err) != 0) return -1;
     }
     return kvcache_settle(&r->kv, fork, err) == 0 ? fork : -1;
 }

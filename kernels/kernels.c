@@ -4,13 +4,13 @@
 // against each other for every tail length. Everything heavy is one of two products. Weights in
 // 16-bit and 32-bit floats are unpacked, some columns at a time, to f32 [columns][16 rows] and
 // multiplied like any small matrix; q8 and q4 are unpacked to 16-bit integers [columns/2][16
-// rows][2] and multiplied with activations that were rounded to 8 bits in groups of 32 (see Acts).
-// The unpacked block stays in the first-level cache while all tokens of the call pass over it. The
-// fact that must stay true: the sum for one output runs over the columns in order, whatever the
-// tile, so any batch and any thread count give the same bits.
+// rows][2] and multiplied with activations that were rounded to 8 bits in groups of 32 (see
+// Activations). The unpacked block stays in the first-level cache while all tokens of the call pass
+// over it. The fact that must stay true: the sum for one output runs over the columns in order,
+// whatever the tile, so any batch and any thread count give the same bits.
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -115,7 +115,7 @@ static void max_into_scalar(float *run, const float *s, float b) {
 // 2^n for n in -126..127.
 static inline float exp2_int(int n) { return from_bits((uint32_t)(n + 127) << 23); }
 
-// How x is rounded, a row's and its groups' largest numbers being known: see Acts.
+// How x is rounded, a row's and its groups' largest numbers being known: see Activations.
 static inline float row_unit(float row_max) { return row_max / 127.0f * exp2_int(-UNIT_STEPS); }
 
 static inline float group_scale(float row_max, float group_max) {
@@ -131,7 +131,7 @@ static inline float group_inverse(float row_max, float scale) {
     return row_max > 0.0f ? 127.0f / row_max * (exp2_int(UNIT_STEPS) / scale) : 0.0f;
 }
 
-static inline void store_group(const Acts *a, size_t group, float scale, int sum) {
+static inline void store_group(const Activations *a, size_t group, float scale, int sum) {
     a->scale[group] = scale;
     a->sum[group] = scale * (float)sum;
     a->shift[group] = -128 * sum;
@@ -142,7 +142,7 @@ enum { WIDE = 32767 };
 
 static inline float wide_inverse(float row_max) { return row_max > 1e-30f ? WIDE / row_max : 0.0f; }
 
-static void quantize_scalar(const Acts *a, int t0, int t1) {
+static void quantize_scalar(const Activations *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) {
         const size_t first = (size_t)t * a->stride;
         float max = 0.0f;
@@ -332,8 +332,8 @@ static void unpack_int_scalar(IntBlock *b, const Matrix *w, int panel, int c0, i
     }
 }
 
-static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                int t0, int t1) {
+static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
     float b[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
@@ -343,15 +343,15 @@ static void matmul_float_scalar(float *out, size_t ld, const Matrix *w, int pane
     }
 }
 
-static int dot_group(const IntBlock *b, int r, const Acts *x, size_t at, int c0, bool wide) {
+static int dot_group(const IntBlock *b, int r, const Activations *x, size_t at, int c0, bool wide) {
     int dot = 0;
     for (int c = c0; c < c0 + QGROUP; c++)
         dot += b->w[(c / 2 * PANEL + r) * 2 + c % 2] * (wide ? x->q16[at + c] : x->q[at + c]);
     return dot;
 }
 
-static inline void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                              int t0, int t1, bool wide) {
+static inline void matmul_int(float *out, size_t ld, const Matrix *w, int panel,
+                              const Activations *x, int t0, int t1, bool wide) {
     IntBlock b;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
@@ -373,13 +373,13 @@ static inline void matmul_int(float *out, size_t ld, const Matrix *w, int panel,
     }
 }
 
-static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                              int t0, int t1) {
+static void matmul_int_scalar(float *out, size_t ld, const Matrix *w, int panel,
+                              const Activations *x, int t0, int t1) {
     matmul_int(out, ld, w, panel, x, t0, t1, false);
 }
 
-void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                        int t1) {
+void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                        int t0, int t1) {
     matmul_int(out, ld, w, panel, x, t0, t1, true);
 }
 
@@ -636,7 +636,7 @@ AVX2_INLINE __m256i round16(const float *x, __m256 inv) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
 }
 
-AVX2_INLINE void quantize_words(const Acts *a, int t) {
+AVX2_INLINE void quantize_words(const Activations *a, int t) {
     const float *x = a->x + (size_t)t * a->stride;
     float max = abs_max256(x, a->stride);
     __m256 inv = _mm256_set1_ps(wide_inverse(max));
@@ -647,7 +647,7 @@ AVX2_INLINE void quantize_words(const Acts *a, int t) {
 }
 
 // The groups' maxima rest where their scales will be.
-AVX2_INLINE void quantize_bytes(const Acts *a, int t) {
+AVX2_INLINE void quantize_bytes(const Activations *a, int t) {
     const size_t first = (size_t)t * a->stride / QGROUP, end = first + a->stride / QGROUP;
     float max = 0.0f;
     for (size_t g = first; g < end; g++) {
@@ -667,7 +667,7 @@ AVX2_INLINE void quantize_bytes(const Acts *a, int t) {
     a->unit[t] = row_unit(max);
 }
 
-AVX2 static void quantize_avx2(const Acts *a, int t0, int t1) {
+AVX2 static void quantize_avx2(const Activations *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) {
         if (a->for_q8) quantize_words(a, t);
         if (a->for_q4) quantize_bytes(a, t);
@@ -942,7 +942,7 @@ AVX2_INLINE void half_row(float *out, const Matrix *w, int panel, const float *x
 
 // Up to two tokens of 16-bit weights, for which unpacking to memory does not pay; false for all
 // else.
-AVX2 static bool few_halves(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
+AVX2 static bool few_halves(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
                             int t0, int t1) {
     if (t1 - t0 > 2 || w->type == W_F32) return false;
     for (int t = t0; t < t1; t++) {
@@ -955,8 +955,8 @@ AVX2 static bool few_halves(float *out, size_t ld, const Matrix *w, int panel, c
     return true;
 }
 
-AVX2 static void matmul_float_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                   int t0, int t1) {
+AVX2 static void matmul_float_avx2(float *out, size_t ld, const Matrix *w, int panel,
+                                   const Activations *x, int t0, int t1) {
     if (few_halves(out, ld, w, panel, x, t0, t1)) return;
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
@@ -1009,8 +1009,8 @@ AVX2_INLINE __m256i add_in_order(__m256i a, __m256i b) {
 
 // T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns
 // in 32-bit integers, then scaled. sum [T][16] are the running results.
-AVX2_INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, int t, int c0,
-                         int cols, const int T) {
+AVX2_INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Activations *x, int t,
+                         int c0, int cols, const int T) {
     const int16_t *q = x->q16 + (size_t)t * x->stride + c0;
     for (int g = 0; g < cols / QGROUP; g++) {
         __m256i acc[4][2];
@@ -1039,8 +1039,8 @@ AVX2_INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Acts *x, 
 }
 
 // Tokens [t, t + T) of one block; sums rest in out in memory order between blocks.
-AVX2_INLINE void q8_tokens(float *out, size_t ld, const IntBlock *b, const Acts *x, int t, int c0,
-                           int cols, const int T) {
+AVX2_INLINE void q8_tokens(float *out, size_t ld, const IntBlock *b, const Activations *x, int t,
+                           int c0, int cols, const int T) {
     float sum[4][PANEL];
     for (int i = 0; i < T; i++) {
         for (int h = 0; h < PANEL; h += 8) {
@@ -1079,7 +1079,7 @@ AVX2_INLINE __m256 join_pairs(__m256i a, __m256i b) {
 }
 
 // One token, straight from the file: nothing is unpacked to memory, and the same integers come out.
-AVX2_INLINE void q8_row(float *out, const Matrix *w, int panel, const Acts *x, int t) {
+AVX2_INLINE void q8_row(float *out, const Matrix *w, int panel, const Activations *x, int t) {
     int groups = w->cols_padded / QGROUP;
     const uint8_t *line = w->data + (size_t)panel * groups * QGROUP * PANEL;
     const uint16_t *scale = w->scale + (size_t)panel * groups * PANEL;
@@ -1104,8 +1104,8 @@ AVX2_INLINE void q8_row(float *out, const Matrix *w, int panel, const Acts *x, i
 }
 
 // Unpacking a block pays from four tokens on.
-AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                int t0, int t1) {
+AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
     if (t1 - t0 < 4) {
         for (int t = t0; t < t1; t++) q8_row(out + t * ld, w, panel, x, t);
         return;
@@ -1123,11 +1123,11 @@ AVX2 static void matmul_q8_avx2(float *out, size_t ld, const Matrix *w, int pane
 typedef struct {
     const uint8_t *line;
     const uint16_t *scale, *offset;
-    const Acts *x;
+    const Activations *x;
     int groups;
 } IntPanel;
 
-static IntPanel int_panel(const Matrix *w, int panel, const Acts *x) {
+static IntPanel int_panel(const Matrix *w, int panel, const Activations *x) {
     int groups = w->cols_padded / QGROUP;
     size_t first = (size_t)panel * groups;
     return (IntPanel){w->data + first * QGROUP * PANEL / (w->type == W_Q4 ? 2 : 1),
@@ -1180,7 +1180,7 @@ AVX2_INLINE __m256i unsigned_shift(int shift, const bool q4, const bool offset) 
 // T tokens against a whole panel, straight from the file. The same integers as everywhere.
 AVX2_INLINE void byte_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4,
                            const bool offset, const ByteDot dot, const int T) {
-    const Acts *x = p->x;
+    const Activations *x = p->x;
     const int8_t *q = x->q + (size_t)t * x->stride;
     size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
     float sum[4][PANEL] = {{0}};
@@ -1235,8 +1235,8 @@ AVX2_INLINE void matmul_nibbles(float *out, size_t ld, const IntPanel *p, int t0
         matmul_bytes(out, ld, p, t0, t1, true, false, dot);
 }
 
-AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                int t0, int t1) {
+AVX2 static void matmul_q4_avx2(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
     IntPanel p = int_panel(w, panel, x);
     matmul_nibbles(out, ld, &p, t0, t1, MADDUBS);
 }
@@ -1322,30 +1322,30 @@ static bool has_avx2(void) {
 
 // ---- AVX2 with VNNI: laptops without AVX-512, from Alder Lake (2021) on ----
 
-AVX2 static void quantize_avx2vnni(const Acts *a, int t0, int t1) {
+AVX2 static void quantize_avx2vnni(const Activations *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) quantize_bytes(a, t);
 }
 
-AVX2 static void matmul_q8_evex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                int t0, int t1) {
+AVX2 static void matmul_q8_evex(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
     IntPanel p = int_panel(w, panel, x);
     matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_EVEX);
 }
 
-AVX2 static void matmul_q4_evex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                int t0, int t1) {
+AVX2 static void matmul_q4_evex(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
     IntPanel p = int_panel(w, panel, x);
     matmul_nibbles(out, ld, &p, t0, t1, VNNI_EVEX);
 }
 
-AVX2 static void matmul_q8_vex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                               int t0, int t1) {
+AVX2 static void matmul_q8_vex(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t0, int t1) {
     IntPanel p = int_panel(w, panel, x);
     matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_VEX);
 }
 
-AVX2 static void matmul_q4_vex(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                               int t0, int t1) {
+AVX2 static void matmul_q4_vex(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t0, int t1) {
     IntPanel p = int_panel(w, panel, x);
     matmul_nibbles(out, ld, &p, t0, t1, VNNI_VEX);
 }
@@ -1503,7 +1503,7 @@ AVX512_INLINE __m512 group_scales(float row_max, __m512 group_max) {
 
 // Up to 16 groups of a row. The quotients pass through memory that no mask touches: what was stored
 // under one reaches no load until it is in the cache.
-AVX512_INLINE void quantize_groups(const Acts *a, size_t group, int n, float row_max) {
+AVX512_INLINE void quantize_groups(const Activations *a, size_t group, int n, float row_max) {
     const float *x = a->x + group * QGROUP;
     int8_t *q = a->q + group * QGROUP;
     __mmask16 mask = (__mmask16)((1u << n) - 1);
@@ -1534,7 +1534,7 @@ AVX512_INLINE void quantize_groups(const Acts *a, size_t group, int n, float row
                              _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
 }
 
-AVX512 static void quantize_avx512(const Acts *a, int t0, int t1) {
+AVX512 static void quantize_avx512(const Activations *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) {
         const float *x = a->x + (size_t)t * a->stride;
         __m512 v = _mm512_setzero_ps();
@@ -1737,7 +1737,7 @@ AVX512 static void gemm_codes_avx512(float *c, size_t ldc, const float *a, size_
 }
 
 AVX512 static void matmul_float_avx512(float *out, size_t ld, const Matrix *w, int panel,
-                                       const Acts *x, int t0, int t1) {
+                                       const Activations *x, int t0, int t1) {
     if (few_halves(out, ld, w, panel, x, t0, t1)) return;
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
@@ -1795,7 +1795,7 @@ enum { AHEAD = 16384 };
 // of vpdpbusd's peak, where one panel and multiplications reach 74%.
 AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4,
                              const bool offset, const int T, const int P) {
-    const Acts *x = p->x;
+    const Activations *x = p->x;
     const int8_t *q = x->q + (size_t)t * x->stride;
     size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
     __m512 sum[8][2];
@@ -1845,8 +1845,9 @@ AVX512_INLINE void vnni_tile(float *out, size_t ld, const IntPanel *p, int t, co
 }
 
 // P panels from a panel on, in tiles of as many tokens as registers hold.
-AVX512_INLINE void vnni_panels(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                               int t0, int t1, const bool q4, const bool offset, const int P) {
+AVX512_INLINE void vnni_panels(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t0, int t1, const bool q4,
+                               const bool offset, const int P) {
     IntPanel p[2];
     int t = t0;
     for (int v = 0; v < P; v++) p[v] = int_panel(w, panel + v, x);
@@ -1860,8 +1861,8 @@ AVX512_INLINE void vnni_panels(float *out, size_t ld, const Matrix *w, int panel
     for (; t < t1; t++) vnni_tile(out, ld, p, t, q4, offset, 1, P);
 }
 
-AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                               int t0, int t1, const bool q4, const int P) {
+AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t0, int t1, const bool q4, const int P) {
     if (q4 && w->offset)
         vnni_panels(out, ld, w, panel, x, t0, t1, q4, true, P);
     else
@@ -1869,22 +1870,22 @@ AVX512_INLINE void matmul_vnni(float *out, size_t ld, const Matrix *w, int panel
 }
 
 AVX512 static void matmul_q8_avx512(float *out, size_t ld, const Matrix *w, int panel,
-                                    const Acts *x, int t0, int t1) {
+                                    const Activations *x, int t0, int t1) {
     matmul_vnni(out, ld, w, panel, x, t0, t1, false, 1);
 }
 
 AVX512 static void matmul_q4_avx512(float *out, size_t ld, const Matrix *w, int panel,
-                                    const Acts *x, int t0, int t1) {
+                                    const Activations *x, int t0, int t1) {
     matmul_vnni(out, ld, w, panel, x, t0, t1, true, 1);
 }
 
 AVX512 static void matmul_pair_q8_avx512(float *out, size_t ld, const Matrix *w, int panel,
-                                         const Acts *x, int t0, int t1) {
+                                         const Activations *x, int t0, int t1) {
     matmul_vnni(out, ld, w, panel, x, t0, t1, false, 2);
 }
 
 AVX512 static void matmul_pair_q4_avx512(float *out, size_t ld, const Matrix *w, int panel,
-                                         const Acts *x, int t0, int t1) {
+                                         const Activations *x, int t0, int t1) {
     matmul_vnni(out, ld, w, panel, x, t0, t1, true, 2);
 }
 
@@ -2296,7 +2297,7 @@ NEON_INLINE float group_max_neon(const float *x) {
     return vmaxvq_f32(m);
 }
 
-static void quantize_row_neon(const Acts *a, int t) {
+static void quantize_row_neon(const Activations *a, int t) {
     const size_t first = (size_t)t * a->stride, end = first + a->stride;
     float max = 0.0f;
     for (size_t at = first; at < end; at += QGROUP) {
@@ -2317,7 +2318,7 @@ static void quantize_row_neon(const Acts *a, int t) {
     a->unit[t] = row_unit(max);
 }
 
-static void quantize_neon(const Acts *a, int t0, int t1) {
+static void quantize_neon(const Activations *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) quantize_row_neon(a, t);
 }
 
@@ -2402,8 +2403,8 @@ static void unpack_16bit_neon(float *out, const Matrix *w, int panel, int c0, in
     }
 }
 
-static void matmul_float_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                              int t0, int t1) {
+static void matmul_float_neon(float *out, size_t ld, const Matrix *w, int panel,
+                              const Activations *x, int t0, int t1) {
     float block[BLOCK * PANEL];
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
         int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
@@ -2441,9 +2442,9 @@ NEON_INLINE int8x16_t load_rows(const uint8_t *line, int quad, int r, const bool
 }
 
 // T tokens against a whole panel, straight from the file. The same integers as everywhere.
-NEON_INLINE void int_tile_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                               int t, const bool q4, const bool offset, const bool sdot,
-                               const int T) {
+NEON_INLINE void int_tile_neon(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t, const bool q4, const bool offset,
+                               const bool sdot, const int T) {
     int groups = w->cols_padded / QGROUP;
     size_t first = (size_t)panel * groups;
     float sum[4][PANEL] = {{0}};
@@ -2485,34 +2486,34 @@ NEON_INLINE void int_tile_neon(float *out, size_t ld, const Matrix *w, int panel
     }
 }
 
-NEON_INLINE void matmul_int_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x,
-                                 int t0, int t1, const bool q4, const bool offset,
-                                 const bool sdot) {
+NEON_INLINE void matmul_int_neon(float *out, size_t ld, const Matrix *w, int panel,
+                                 const Activations *x, int t0, int t1, const bool q4,
+                                 const bool offset, const bool sdot) {
     int t = t0;
     for (; t + 4 <= t1; t += 4) int_tile_neon(out, ld, w, panel, x, t, q4, offset, sdot, 4);
     for (; t < t1; t++) int_tile_neon(out, ld, w, panel, x, t, q4, offset, sdot, 1);
 }
 
-static void matmul_q8_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                           int t1) {
+static void matmul_q8_neon(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                           int t0, int t1) {
     matmul_int_neon(out, ld, w, panel, x, t0, t1, false, false, false);
 }
 
-static void matmul_q4_neon(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                           int t1) {
+static void matmul_q4_neon(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                           int t0, int t1) {
     if (w->offset)
         matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, false);
     else
         matmul_int_neon(out, ld, w, panel, x, t0, t1, true, false, false);
 }
 
-static void matmul_q8_sdot(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                           int t1) {
+static void matmul_q8_sdot(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                           int t0, int t1) {
     matmul_int_neon(out, ld, w, panel, x, t0, t1, false, false, true);
 }
 
-static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int t0,
-                           int t1) {
+static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                           int t0, int t1) {
     if (w->offset)
         matmul_int_neon(out, ld, w, panel, x, t0, t1, true, true, true);
     else
@@ -2769,7 +2770,7 @@ static void unpack_columns(float *out, size_t ld, const Matrix *w, int panel, in
     }
 }
 
-void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Acts *x, int n) {
+void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n) {
     enum { ROWS = BLAS_PANELS * PANEL };
     float b[BLOCK * ROWS];
     int rows = w->rows - panel * PANEL < ROWS ? w->rows - panel * PANEL : ROWS;

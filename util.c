@@ -1,0 +1,44 @@
+// util.c: the clock, random numbers and UTF-8.
+#define _POSIX_C_SOURCE 200809L
+#include "util.h"
+
+#include <time.h>
+
+double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+uint64_t random_next(uint64_t *state) {
+    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+int utf8_put(uint8_t *out, uint32_t c) {
+    if (c < 0x80) return out[0] = (uint8_t)c, 1;
+    int len = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (int i = len - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 63));
+    out[0] = (uint8_t)((0xf00 >> len & 0xf0) | c);
+    return len;
+}
+
+int utf8_get(const uint8_t *p, const uint8_t *end, uint32_t *c) {
+    uint8_t a = p[0];
+    if (a < 0x80) return *c = a, 1;
+    if (a < 0xc2 || a > 0xf4) return 0;
+    if (end - p < 2) return -1;
+    uint8_t lo = a == 0xe0 ? 0xa0 : a == 0xf0 ? 0x90 : 0x80;
+    uint8_t hi = a == 0xed ? 0x9f : a == 0xf4 ? 0x8f : 0xbf;
+    if (p[1] < lo || p[1] > hi) return 0;
+    if (a < 0xe0) return *c = (a & 31u) << 6 | (p[1] & 63u), 2;
+    if (end - p < 3) return -1;
+    if ((p[2] & 0xc0) != 0x80) return 0;
+    if (a < 0xf0) return *c = (a & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u), 3;
+    if (end - p < 4) return -1;
+    if ((p[3] & 0xc0) != 0x80) return 0;
+    *c = (a & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
+    return 4;
+}

@@ -1,0 +1,22 @@
+// util.h: what every floor may need: clamping, the clock, random numbers and UTF-8.
+#ifndef UTIL_H
+#define UTIL_H
+#include <stdint.h>
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
+
+// Seconds of a clock that only goes forward.
+double now(void);
+
+// The next 64 bits of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+// generators, 2014); any state may start it.
+uint64_t random_next(uint64_t *state);
+
+// Writes code point c, at most 0x10ffff, as UTF-8; returns how many bytes, 1 to 4.
+int utf8_put(uint8_t *out, uint32_t c);
+
+// Bytes of the character at p, p < end, which goes to *c; 0 when no valid one begins there, -1 when
+// end cuts one short. Surrogates, overlong forms and all beyond U+10FFFF are invalid.
+int utf8_get(const uint8_t *p, const uint8_t *end, uint32_t *c);
+#endif
