@@ -471,6 +471,11 @@ static void embed_row(void *ctx, int i) {
         x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->rows[i].token, j);
 }
 
+// x = embed_scale * tok_embed[token]
+static void embed(RunState *s, const Row *rows, int n) {
+    each_row(s, n, embed_row, &(Step){s, rows, 0});
+}
+
 // cos and sin of a position (arXiv 2104.09864). In float32, as transformers.
 static void rope_table(const Config *c, int r, int pos, float *table) {
     int half = c->rotary_dim / 2;
@@ -483,12 +488,14 @@ static void rope_table(const Config *c, int r, int pos, float *table) {
 
 // Every row's position, one table per rope base.
 static void rope_row(void *ctx, int i) {
-    RunState *s = ((const Step *)ctx)->s;
+    RunState *s = ctx;
     const Config *c = &s->model->config;
     for (int r = 0; r < c->n_ropes; r++) {
         rope_table(c, r, s->pos[i], s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim);
     }
 }
+
+static void rope_tables(RunState *s, int n) { each_row(s, n, rope_row, s); }
 
 // The table of a row in layer l, or NULL where the layer does not rotate.
 static const float *rope_of(const RunState *s, int l, int row) {
@@ -529,18 +536,17 @@ static void qkv_row(void *ctx, int i) {
 static void project_qkv(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    multiply(
-        s, &s->xb, n,
-        (Product[]){{&w->wq, s->q, c->q_dim}, {&w->wk, s->k, c->kv_dim}, {&w->wv, s->v, c->kv_dim}},
-        3);
+    const Product qkv[] = {
+        {&w->wq, s->q, c->q_dim}, {&w->wk, s->k, c->kv_dim}, {&w->wv, s->v, c->kv_dim}};
+    multiply(s, &s->xb, n, qkv, 3);
     each_row(s, n, qkv_row, &(Step){s, NULL, l});
 }
 
 typedef struct {
     RunState *s;
-    const float *w;       // norm of the residual stream into xb
-    const float *w_post;  // first: x += norm(add) (Gemma), or x += add when NULL
-    bool add;
+    const float *w;       // [dim] of the norm from x to xb
+    bool add;             // before it, x += add,
+    const float *w_post;  // or x += norm(add) where a model has such a norm (Gemma), else NULL
 } Norm;
 
 static void norm_row(void *ctx, int i) {
@@ -557,11 +563,17 @@ static void norm_row(void *ctx, int i) {
     if (is_rounded(&s->xb)) kern.quantize(&s->xb, i, i + 1);
 }
 
-// x += what the block before produced, then xb = rmsnorm(x), quantized.
-static void add_norm(RunState *s, int n, bool add, const float *w_post, const float *w) {
-    each_row(s, n, norm_row, &(Norm){s, w, w_post, add});
+// xb = norm(x), rounded to what the products read.
+static void norm(RunState *s, int n, const float *w) {
+    each_row(s, n, norm_row, &(Norm){.s = s, .w = w});
 }
 
+// x += what the block before gave, itself normed by w_post in models that have that; xb = norm(x).
+static void add_norm(RunState *s, int n, const float *w_post, const float *w) {
+    each_row(s, n, norm_row, &(Norm){.s = s, .w = w, .w_post = w_post, .add = true});
+}
+
+// |xb|, which KVzip+ divides by.
 static void x_norm_row(void *ctx, int i) {
     RunState *s = ctx;
     const float *x = s->xb.x + (size_t)i * s->xb.stride;
@@ -570,19 +582,36 @@ static void x_norm_row(void *ctx, int i) {
     s->x_norm[i] = (float)sqrt(sum);
 }
 
+// att_out = softmax(scale q . k) v over what each row may see; with want_out false only the scores
+// that are switched on are raised.
+static void attention(RunState *s, KVCache *kv, int l, int n_runs, int n, bool want_out) {
+    if (!want_out && !kv->scoring) return;
+    if (kv->scoring && kv->scoring->pair_log) each_row(s, n, x_norm_row, s);
+    KVQuery query = {s->q, want_out ? s->att_out.x : NULL, s->att_out.stride, s->x_norm};
+    kvcache_attend(kv, l, s->runs, n_runs, &query);
+}
+
+// add = wo att_out
+static void project_att(RunState *s, int l, int n) {
+    const Product p = {&s->model->layers[l].wo, s->add, s->model->config.dim};
+    quantize(s, &s->att_out, n);
+    multiply(s, &s->att_out, n, &p, 1);
+}
+
 // add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
 static void ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
+    const Product gate = {&w->w1, s->hb.x, s->hb.stride}, down = {&w->w2, s->add, c->dim};
     multiply_job(s, (Products){.x = &s->xb,
-                               .p = &(Product){&w->w1, s->hb.x, s->hb.stride},
+                               .p = &gate,
                                .n_products = 1,
                                .n = n,
                                .up = &w->w3,
                                .up_x = &s->xb,
                                .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
     quantize(s, &s->hb, n);
-    multiply(s, &s->hb, n, (Product[]){{&w->w2, s->add, c->dim}}, 1);
+    multiply(s, &s->hb, n, &down, 1);
 }
 
 // Consecutive rows of one sequence make a run; returns how many, and fills in positions.
@@ -595,8 +624,13 @@ static int find_runs(RunState *s, const KVCache *kv, const Row *rows, int n) {
     return n_runs;
 }
 
-static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int n, char *err) {
+static int count_logits(const Row *rows, int n) {
     int n_logits = 0;
+    for (int i = 0; i < n; i++) n_logits += rows[i].logits;
+    return n_logits;
+}
+
+static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int n, char *err) {
     for (int i = 0; i < n; i++) {
         if (rows[i].token < 0 || rows[i].token >= s->model->config.vocab_size) {
             return fail(err, "token %d is not in the vocabulary of %d", rows[i].token,
@@ -604,8 +638,8 @@ static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int
         }
         if (rows[i].seq < 0 || rows[i].seq >= kv->n_seqs)
             return fail(err, "no sequence %d", rows[i].seq);
-        n_logits += rows[i].logits;
     }
+    int n_logits = count_logits(rows, n);
     if (n < 1 || n > s->max_rows)
         return fail(err, "%d rows, the state has room for 1 to %d", n, s->max_rows);
     if (n_logits > s->max_logits)
@@ -613,19 +647,15 @@ static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int
     return 0;
 }
 
-// From here on only rows that want logits matter: they move to the front of x and of the attention
-// output.
+// After the last layer's attention only rows that want logits matter: they move to the front of x
+// and of att_out. Returns how many they are.
 static int keep_logit_rows(RunState *s, const Row *rows, int n) {
+    size_t dim = (size_t)s->model->config.dim, stride = (size_t)s->att_out.stride;
     int m = 0;
-    for (int i = 0; i < n; i++) {
+    for (size_t i = 0; i < (size_t)n; i++) {
         if (!rows[i].logits) continue;
-        int dim = s->model->config.dim;
-        if (m != i)
-            memcpy(s->x + (size_t)m * dim, s->x + (size_t)i * dim, (size_t)dim * sizeof *s->x);
-        if (m != i)
-            memcpy(s->att_out.x + (size_t)m * s->att_out.stride,
-                   s->att_out.x + (size_t)i * s->att_out.stride,
-                   (size_t)s->att_out.stride * sizeof *s->att_out.x);
+        memmove(s->x + m * dim, s->x + i * dim, dim * sizeof *s->x);
+        memmove(s->att_out.x + m * stride, s->att_out.x + i * stride, stride * sizeof *s->x);
         m++;
     }
     return m;
@@ -641,9 +671,9 @@ static void rest_row(void *ctx, int i) {
     kern.quantize(&s->rest, i, i + 1);
 }
 
-// Logits take 16 bits of their input: rounding it to 8 was a third of all that rounding inputs did
-// to the distribution of the next token (SmolLM2 in q8: a KL of 0.0046 and 0.0055 from f32 on two
-// texts, now 0.0036). Both products read a panel while it is in the cache.
+// logits = wcls xb. Logits take 16 bits of their input where layers take 8, because rounding it to
+// 8 bits was the largest single error of quantized weights (docs/speed.md): as 8 bits and 8 bits of
+// the rest, whose two products read a panel while it is in the cache.
 static void classify(RunState *s, int n) {
     const Config *c = &s->model->config;
     const Matrix *w = &s->model->wcls;
@@ -654,44 +684,49 @@ static void classify(RunState *s, int n) {
         j.up = w, j.up_x = &s->rest, j.act = kern.add;
     }
     multiply_job(s, j);
-    for (size_t i = 0; c->final_softcap > 0.0f && i < (size_t)n * c->vocab_size; i++) {
+    for (size_t i = 0; c->final_softcap > 0.0f && i < (size_t)n * c->vocab_size; i++)
         s->logits[i] = c->final_softcap * tanhf(s->logits[i] / c->final_softcap);
-    }
+    s->n_logits = n;
 }
 
-int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
-    const Model *m = s->model;
-    const Config *c = &m->config;
+// Checks the rows, groups them into runs and takes the cache pages that all layers will write.
+// Returns how many runs there are, or -1 with err.
+static int begin(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
     if (check_rows(s, kv, rows, n, err) != 0) return -1;
-    int n_runs = find_runs(s, kv, rows, n), n_logits = 0;
-    for (int i = 0; i < n; i++) n_logits += rows[i].logits;
+    int n_runs = find_runs(s, kv, rows, n);
     for (int r = 0; r < n_runs; r++) {
         if (kvcache_reserve(kv, s->runs[r].seq, s->runs[r].n, err) != 0) return -1;
     }
-    each_row(s, n, embed_row, &(Step){s, rows, 0});
-    each_row(s, n, rope_row, &(Step){s, rows, 0});
-    add_norm(s, n, false, NULL, m->layers[0].rms_att);  // arXiv 1910.07467
-    for (int l = 0; l < c->n_layers; l++) {
+    return n_runs;
+}
+
+// x = x + attention(norm(x)), then x = x + ffn(norm(x)), layer by layer. Each norm stands at the
+// end of the step before it: add_norm adds what a block gave and norms the sum for the block that
+// comes next, while the row is in the first-level cache.
+int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
+    const Model *m = s->model;
+    const int last = m->config.n_layers - 1;
+    int n_runs = begin(s, kv, rows, n, err), n_logits = count_logits(rows, n);
+    if (n_runs < 0) return -1;
+    embed(s, rows, n);                 // x = tok_embed[token]
+    rope_tables(s, n);                 // arXiv 2104.09864
+    norm(s, n, m->layers[0].rms_att);  // xb = norm(x), arXiv 1910.07467
+    for (int l = 0; l <= last; l++) {
         const Layer *w = &m->layers[l];
-        bool last = l == c->n_layers - 1;
-        project_qkv(s, l, n);
+        bool scores_only = l == last && n_logits == 0;  // nothing reads what the layer gives
+        project_qkv(s, l, n);                           // q, k, v = wq xb, wk xb, wv xb, rotated
         if (s->tap) s->tap(s->tap_arg, l, n);
-        if (kv->scoring) each_row(s, n, x_norm_row, s);
         kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
-        KVQuery query = {s->q, last && n_logits == 0 ? NULL : s->att_out.x, s->att_out.stride,
-                         s->x_norm};
-        if (query.out || kv->scoring)
-            kvcache_attend(kv, l, s->runs, n_runs, &query);  // GQA, arXiv 2305.13245
-        if (last) n = keep_logit_rows(s, rows, n);
+        attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
+        if (l == last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
-        quantize(s, &s->att_out, n);
-        multiply(s, &s->att_out, n, (Product[]){{&w->wo, s->add, c->dim}}, 1);
-        add_norm(s, n, true, w->rms_att_post, w->rms_ffn);
-        ffn(s, l, n);
-        add_norm(s, n, true, w->rms_ffn_post, last ? m->rms_final : m->layers[l + 1].rms_att);
+        project_att(s, l, n);                         // add = wo att_out
+        add_norm(s, n, w->rms_att_post, w->rms_ffn);  // x += add, xb = norm(x)
+        ffn(s, l, n);                                 // add = w2 (act(w1 xb) * w3 xb)
+        add_norm(s, n, w->rms_ffn_post, l == last ? m->rms_final : m->layers[l + 1].rms_att);
     }
-    if (n > 0) classify(s, n);
-    s->n_logits = n;
+    s->n_logits = 0;
+    if (n > 0) classify(s, n);  // logits = wcls xb
     kvcache_advance(kv, s->runs, n_runs);
     return 0;
 }

@@ -7,27 +7,30 @@
 #include "kvcache.h"
 #include "tensors.h"
 
+// What the file says about the architecture; never changes after opening.
 typedef struct {
     int dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
     int seq_len;        // longest sequence seen in training
     int q_dim, kv_dim;  // n_heads * head_dim, n_kv_heads * head_dim
     int rotary_dim;     // leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
     float norm_eps;
-    float attn_scale;                   // multiplies q . k
-    float embed_scale;                  // multiplies the embedding (Gemma)
-    float attn_softcap, final_softcap;  // 0 = none (Gemma 2)
-    bool act_gelu;                      // GELU (tanh form) instead of SiLU
-    const int *window;                  // [n_layers] sliding window, 0 = whole past
-    const int *rope;  // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
+    float attn_scale;     // multiplies q . k
+    float embed_scale;    // multiplies the embedding (Gemma)
+    float attn_softcap;   // c tanh(x / c) on attention scores, 0 = none (Gemma 2)
+    float final_softcap;  // the same on logits
+    bool act_gelu;        // GELU (tanh form) instead of SiLU
+    const int *window;    // [n_layers] sliding window in tokens, 0 = whole past
+    const int *rope;      // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
     int n_ropes;
     const float *inv_freq;     // [n_ropes][rotary_dim / 2] after any scaling (llama3, linear, yarn)
     const float *rope_mscale;  // [n_ropes] factor of cos and sin (yarn), 1 otherwise
 } Config;
 
+// Weights of one layer, in the mapped file.
 typedef struct {
-    const float *rms_att, *rms_ffn;  // [dim]
-    const float *rms_att_post,
-        *rms_ffn_post;             // [dim] norms of what a block adds, NULL = none (Gemma)
+    const float *rms_att, *rms_ffn;  // [dim] before attention, before the ffn
+    // [dim] norms of what a block adds, NULL = none (Gemma)
+    const float *rms_att_post, *rms_ffn_post;
     const float *q_norm, *k_norm;  // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3)
     const float *bq, *bk, *bv;     // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
     Matrix wq, wk, wv;             // [q_dim], [kv_dim], [kv_dim] x [dim]
@@ -36,14 +39,15 @@ typedef struct {
     Matrix w2;                     // down, [dim] x [hidden_dim]
 } Layer;
 
+// An open file: read-only, shared by any number of RunStates.
 typedef struct {
     TensorFile file;
     Config config;
-    Layer *layers;     // [n_layers]
-    Matrix tok_embed;  // [vocab_size] x [dim]
-    Matrix wcls;       // [vocab_size] x [dim]; tok_embed itself when the two are tied
-    const float *rms_final;
-    bool has[W_TYPES];  // types of the matrices that are multiplied
+    Layer *layers;           // [n_layers]
+    Matrix tok_embed;        // [vocab_size] x [dim]
+    Matrix wcls;             // [vocab_size] x [dim]; tok_embed itself when the two are tied
+    const float *rms_final;  // [dim]
+    bool has[W_TYPES];       // types of the matrices that are multiplied
     const char *fingerprint, *name;
 } Model;
 
@@ -53,56 +57,63 @@ typedef struct {
     bool logits;
 } Row;
 
+// Scratch of forward(), sized when it is opened.
 typedef struct {
     const Model *model;
     ThreadPool *pool;
     int max_rows, max_logits;
-    float *x;          // [max_rows][dim] the residual stream
-    float *q, *k, *v;  // [max_rows][q_dim], [max_rows][kv_dim]
-    float *add;        // [max_rows][dim] what a block adds
-    Activations xb;    // [max_rows] x [dim] the normed residual stream, input of q, k, v, gate, up
+    float *x;             // [max_rows][dim] the residual stream
+    Activations xb;       // [max_rows] x [dim] its norm, input of wq, wk, wv, w1, w3 and wcls
+    float *q, *k, *v;     // [max_rows][q_dim], [max_rows][kv_dim]
     Activations att_out;  // [max_rows] x [q_dim] what attention gives, input of wo
     Activations hb;       // [max_rows] x [hidden_dim] act(gate) * up, input of w2
+    float *add;           // [max_rows][dim] what a block adds to x
     Activations rest;     // [max_logits] x [dim] what the rounding of xb has lost, for the logits
-    float *rope;          // [n_ropes][max_rows][rotary_dim/2][2] cos, sin
-    float *x_norm;        // [max_rows] |x| of the attention input, for KVzip+
+    float *rope;          // [n_ropes][max_rows][rotary_dim / 2][2] cos, sin
+    float *x_norm;        // [max_rows] |xb|, for KVzip+
     int *pos;             // [max_rows]
     KVRun *runs;          // [max_rows]
     float *logits;        // [max_logits][vocab_size], in the order of the rows that asked
     int n_logits;         // of the last call
-    void *block;          // all of the above
+    void *block;          // memory of all of the above
+    size_t bytes;         // of block
     double ops[W_TYPES];  // multiplications and additions of matrix products so far
-    // When set, called in every layer once its n rows are ready: the layer's input in xb.x, and q,
-    // k (both rotated), v and pos. For policies that learn from what passes.
+    // When set, called in every layer once its n rows are ready: the layer's input in xb.x, q and k
+    // (both rotated), v and pos. For policies that learn from what passes.
     void (*tap)(void *arg, int layer, int n);
     void *tap_arg;
-    size_t bytes;
 } RunState;
 
-enum { MAX_ROWS = 512, MAX_LOGITS = 16 };
+enum { MAX_ROWS = 512 };  // of one call: blocks of prefill
 
 // Maps the file and checks every tensor against the config. Returns 0, or -1 with err.
 int model_open(Model *m, const char *path, char *err);
-void model_close(Model *m);
+void model_close(Model *m);  // safe on a zeroed struct, and twice
+
+// What a cache for this model has to hold.
 KVShape model_kv_shape(const Model *m);
 
+// Scratch for at most max_rows rows a call, max_logits of them with logits. Returns 0, or -1 with
+// err: no memory.
 int state_open(RunState *s, const Model *m, ThreadPool *pool, int max_rows, int max_logits,
                char *err);
-void state_close(RunState *s);
+void state_close(RunState *s);  // safe on a zeroed struct, and twice
 
 // Computes rows [n], n <= max_rows, at most max_logits of them with logits: appends to the rows'
 // sequences and attends over them. Rows of one sequence stand together, in order, and continue at
-// its next position. Allocates nothing but cache pages and
-// room to pack them in. Returns 0, or -1 with err, and then no
-// sequence has changed.
+// its next position. Allocates nothing but cache pages and room to pack them in. Returns 0, or -1
+// with err, and then no sequence has changed.
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
 
-// Rotation (arXiv 2104.09864) of layer l to an absolute position: cos, sin [rotary_dim / 2][2], 1
-// and 0 where the layer does not rotate. model_rotate applies one to v [head_dim].
+// The rotation of layer l at an absolute position (RoPE, arXiv 2104.09864): cos and sin go to
+// rope [rotary_dim/2][2], 1 and 0 where the layer does not rotate.
 void model_rope(const Model *m, int l, int pos, float *rope);
+
+// Rotates v [head_dim] by such a rotation, in place.
 void model_rotate(const Model *m, float *v, const float *rope);
 
-// q or k [head_dim] of a row that forward is computing, as it was before its rotation. For taps.
+// Turns q or k [head_dim] of a row that forward is computing back to what it was before its
+// rotation, in place. For taps.
 void model_unrotate(const RunState *s, int l, int row, float *v);
 
 // gram [n_heads][head_dim][head_dim] = Wo_h^T Wo_h of layer l, so that |Wo_h v|^2 = v^T gram_h v.
