@@ -2301,7 +2301,7 @@ static void eval_lists(const Session *s, Eval *e) {
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
     if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
     for (int i = 0; e->stream && i < e->n_policies; i++)
-        if (!e->policy[i]->live)
+        if (!policy_is_live(e->policy[i]))
             die_usage(o->command, "--stream: policy %s looks back at the whole context",
                       e->policy[i]->name);
     for (int i = 0; e->stream && i < e->n_levels; i++)

@@ -33,10 +33,10 @@ static int make_room(Stream *s, char *err) {
 }
 
 int stream_open(Stream *s, Context *c, double ratio, long budget, int window, char *err) {
-    int n = kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads;
+    int n = context_heads(c);
     *s = (Stream){
         .live = {.c = c, .n_heads = n}, .ratio = ratio, .budget = budget, .window = window};
-    if (!c->policy->live) {
+    if (!policy_is_live(c->policy)) {
         return fail(err,
                     "policy %s looks back at the whole context: it cannot evict before all of "
                     "it is there",
@@ -49,8 +49,7 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
     s->checked = c->kv->seqs[c->seq].next_pos;
     if (!s->live.score || !s->live.noted || !s->room || !s->pairs) {
         fail(err, "out of memory for evicting from %d heads", n);
-    } else if (make_room(s, err) == 0 &&
-               (!c->policy->live->open || c->policy->live->open(&s->live, err) == 0)) {
+    } else if (make_room(s, err) == 0 && live_open(&s->live, err) == 0) {
         return 0;
     }
     stream_close(s);
@@ -58,8 +57,7 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
 }
 
 void stream_close(Stream *s) {
-    const Context *c = s->live.c;
-    if (c && c->policy->live && c->policy->live->close) c->policy->live->close(&s->live);
+    if (s->live.c) live_close(&s->live);
     for (int h = 0; s->live.score && h < s->live.n_heads; h++) free(s->live.score[h]);
     for (int h = 0; s->live.noted && h < s->live.n_heads; h++) free(s->live.noted[h]);
     free(s->live.score);
@@ -73,7 +71,7 @@ void stream_close(Stream *s) {
 
 // Pairs of head h that compete: [n_prefix, n_prefix + result).
 static int competing(const Stream *s, int h, int window) {
-    return max_int(head_of(s, h)->len - s->live.c->n_prefix - window, 0);
+    return max_int(live_pairs(&s->live, h) - window, 0);
 }
 
 // Places: of a head on its own in pairs[h]; of a pool of several in the pairs of its first one.
@@ -95,54 +93,66 @@ static int count_places(Stream *s, char *err) {
     return pool;
 }
 
-// keep [competing pairs of the pool's heads, one head after the other].
-static int choose(const Stream *s, int h, int pool, int window, uint8_t *keep, float *score,
-                  char *err) {
-    long n = 0;
-    for (int i = h; i < h + pool; i++) {
-        int m = competing(s, i, window);
-        memcpy(score + n, s->live.score[i] + s->live.c->n_prefix, (size_t)m * sizeof *score);
+// One eviction: who competes, and room for the pool at hand.
+typedef struct {
+    Stream *s;
+    int window, pool;  // newest pairs that do not compete; heads of a pool
+    uint8_t *keep;     // [competing pairs of the pool's heads, one head after the other]
+    float *score;      // as keep
+} Contest;
+
+// Fills keep for the pool whose first head is h.
+static int choose(const Contest *t, int h, char *err) {
+    const Stream *s = t->s;
+    int n = 0;
+    for (int i = h; i < h + t->pool; i++) {
+        int m = competing(s, i, t->window);
+        memcpy(t->score + n, s->live.score[i], (size_t)m * sizeof *t->score);
         n += m;
     }
-    int places = min_int(s->pairs[h], (int)n);
+    int places = min_int(s->pairs[h], n);
     Selection select = {
-        .n_layers = 1, .n_kv_heads = 1, .n_ctx = (int)n, .level = LEVEL_BUDGET, .budget = &places};
-    return select_pairs(keep, score, &select, err) < 0 ? -1 : 0;
+        .n_layers = 1, .n_kv_heads = 1, .n_ctx = n, .level = LEVEL_BUDGET, .budget = &places};
+    return select_pairs(t->keep, t->score, &select, err) < 0 ? -1 : 0;
 }
 
 // Takes out what keep [n] lacks, of head h and of what was noted of its pairs.
 static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
     const Context *c = s->live.c;
-    float *noted = s->live.noted[h] + c->n_prefix;
-    int len = head_of(s, h)->len, to = 0;
-    int n_kv_heads = c->kv->shape.n_kv_heads;
+    float *noted = s->live.noted[h];
+    int pairs = live_pairs(&s->live, h), to = 0, n_kv_heads = c->kv->shape.n_kv_heads;
     int layer = kvcache_scored_layer(&c->kv->shape, h / n_kv_heads);
     if (kvcache_evict_head(c->kv, c->seq, layer, h % n_kv_heads, c->n_prefix, n, keep, err) != 0)
         return -1;
-    for (int t = 0; t < len - c->n_prefix; t++)
+    for (int t = 0; t < pairs; t++)
         if (t >= n || keep[t]) noted[to++] = noted[t];
     return 0;
 }
 
-static int evict(Stream *s, int window, char *err) {
-    int n_heads = s->live.n_heads, pool = count_places(s, err), status = 0;
-    long most = 1;
-    if (pool < 0) return -1;
-    for (int h = 0; h < n_heads; h++) most += competing(s, h, window);
-    uint8_t *keep = malloc((size_t)most);
-    float *score = malloc((size_t)most * sizeof *score);
-    if (!keep || !score) status = fail(err, "out of memory for choosing among %ld pairs", most);
-    for (int h = 0; h < n_heads && status == 0; h += pool) {
-        long at = 0;
-        status = choose(s, h, pool, window, keep, score, err);
-        for (int i = h; i < h + pool && status == 0; i++) {
-            int n = competing(s, i, window);
-            status = evict_head(s, i, n, keep + at, err);
-            at += n;
-        }
+static int evict_pool(const Contest *t, int h, char *err) {
+    const uint8_t *keep = t->keep;
+    if (choose(t, h, err) != 0) return -1;
+    for (int i = h; i < h + t->pool; i++) {
+        int n = competing(t->s, i, t->window);
+        if (evict_head(t->s, i, n, keep, err) != 0) return -1;
+        keep += n;
     }
-    free(keep);
-    free(score);
+    return 0;
+}
+
+static int evict(Stream *s, int window, char *err) {
+    Contest t = {.s = s, .window = window, .pool = count_places(s, err)};
+    size_t most = 1;
+    int status = 0;
+    if (t.pool < 0) return -1;
+    for (int h = 0; h < s->live.n_heads; h++) most += (size_t)competing(s, h, window);
+    t.keep = malloc(most);
+    t.score = malloc(most * sizeof *t.score);
+    if (!t.keep || !t.score) status = fail(err, "out of memory for choosing among %zu pairs", most);
+    for (int h = 0; h < s->live.n_heads && status == 0; h += t.pool)
+        status = evict_pool(&t, h, err);
+    free(t.keep);
+    free(t.score);
     return status;
 }
 
@@ -154,7 +164,7 @@ static int step(Stream *s, int window, char *err) {
     s->peak = bytes > s->peak ? bytes : s->peak;
     s->checked = c->kv->seqs[c->seq].next_pos;
     if (s->live.n_heads == 0) return 0;
-    if (c->policy->live->score(&s->live, err) != 0) return -1;
+    if (live_score(&s->live, err) != 0) return -1;
     return evict(s, window, err);
 }
 

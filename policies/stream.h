@@ -2,7 +2,7 @@
 // length written, in constant memory.
 #ifndef STREAM_H
 #define STREAM_H
-#include "policies.h"
+#include "policies/live.h"
 
 // How much of a growing sequence stays: of the tokens after the prefix that it has seen, and that
 // are older than the window, `budget` pairs a head on average, or the share `ratio` where budget is

@@ -15,7 +15,7 @@ static Context whole_context(Fixture *f, int *ids, int n_prefix) {
 
 static float *scores_of(Context *c, const char *policy, const char *set) {
     float *score = malloc((context_scores(c) + 1) * sizeof *score);
-    CHECK(context_set(c, policy_find(policy), levels, set, err) == 0);
+    CHECK(context_set(c, policy_find(policy), level_find("pair"), set, err) == 0);
     if (!CHECK(context_score(c, c->policy, score, err) == 0)) printf("%s: %s\n", policy, err);
     kvcache_drop(c->kv, c->seq);
     return score;
@@ -238,7 +238,7 @@ static void test_params(void) {
     CHECK(c.policy_param[0] == 12 && c.policy_param[1] == 7);  // window, kernel
     CHECK(c.level_param[0] == 20 &&
           c.level_param[1] == 12);  // beta keeps its default, window is shared
-    CHECK(context_set(&c, policy_find("expected"), levels, "epsilon=0.02", err) == 0 &&
+    CHECK(context_set(&c, policy_find("expected"), level_find("pair"), "epsilon=0.02", err) == 0 &&
           c.policy_param[2] == 0.02);
     refuses("kvzip", "pair", "x", "needs key=value,..");
     refuses("kvzip", "pair", "=3", "needs key=value,..");
@@ -252,7 +252,8 @@ static void test_params(void) {
 
 static void test_tables(Fixture *f) {
     for (const Policy *p = policies; p->name; p++) {
-        CHECK(policy_find(p->name) == p && p->score && p->help);
+        CHECK(policy_find(p->name) == p && p->help);
+        CHECK((p->head != NULL) + (p->live != NULL) + (p->score != NULL) == 1);
         test_lengths(f, p);
         test_blocks_and_threads(f, p);
     }

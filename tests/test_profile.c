@@ -53,7 +53,7 @@ static Context calibrate_alone(Fixture *f, const char *text, Ids *ids, float **s
                  .seq = kvcache_new(&f->kv, err),
                  .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
     *score = malloc(context_scores(&c) * sizeof **score);
-    CHECK(context_score(&c, policies, *score, err) == 0);
+    CHECK(context_score(&c, policy_find("kvzip"), *score, err) == 0);
     kvcache_drop(&f->kv, c.seq);
     Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA};
     CHECK(calibrate_run(&cal, text, strlen(text), path, false, &r, err) == 0);
@@ -153,7 +153,7 @@ static void test_probes(Fixture *f) {
     c.profile = &p;
     size_t n = context_scores(&c);
     float *score = malloc(n * sizeof *score);
-    CHECK(context_set(&c, policy_find("kvzap"), levels, NULL, err) == 0);
+    CHECK(context_set(&c, policy_find("kvzap"), level_find("pair"), NULL, err) == 0);
     CHECK(context_score(&c, c.policy, score, err) == 0);
     kvcache_drop(&f->kv, c.seq);
     for (int l = 0, s = 0; l < m->n_layers; l++) {
@@ -237,7 +237,7 @@ static void test_mixed(Fixture *f) {
     for (int i = 0; i < 3; i++) {
         c = fixture_context(f, ids, 64);
         score[i] = malloc(context_scores(&c) * sizeof(float));
-        CHECK(context_set(&c, policy_find(policy[i]), levels, set[i], err) == 0);
+        CHECK(context_set(&c, policy_find(policy[i]), level_find("pair"), set[i], err) == 0);
         CHECK(context_score(&c, c.policy, score[i], err) == 0);
         kvcache_drop(&f->kv, c.seq);
     }
