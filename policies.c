@@ -126,15 +126,10 @@ static void random_head(const Head *h) {
 
 // ---- what the model's profile says ----
 
-int need_profile(const Context *c, const char *what, char *err) {
-    if (c->profile) return 0;
-    return fail(err, "%s needs the model's profile: `run calibrate` makes one", what);
-}
-
 // The largest score that calibrating saw in the pair's head: KVzip's head level without a repeat
 // pass.
 static int score_heads_profile(Context *c, float *score, char *err) {
-    if (need_profile(c, "policy heads", err) != 0 || context_read(c, err) != 0) return -1;
+    if (context_need_profile(c, "policy heads", err) != 0 || context_read(c, err) != 0) return -1;
     for (size_t i = 0; i < context_scores(c); i++)
         score[i] = c->profile->head_max[i / (size_t)c->n_ctx];
     return 0;
@@ -144,7 +139,7 @@ static int score_heads_profile(Context *c, float *score, char *err) {
 
 // As many pairs in each head as KVzip kept there in other texts.
 static int budget_profile(const Context *c, double ratio, int *budget, char *err) {
-    if (need_profile(c, "level profile", err) != 0) return -1;
+    if (context_need_profile(c, "level profile", err) != 0) return -1;
     return profile_budget(c->profile, ratio, c->n_ctx, budget, err);
 }
 
@@ -167,20 +162,20 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
 
 // ---- the tables ----
 
-#define EXPECTED_PARAMS                                                      \
-    {.name = "future",                                                       \
-     .value = 512,                                                           \
-     .lo = 1,                                                                \
-     .hi = 1e6,                                                              \
-     .help = "positions to come that queries are expected at"},              \
-        {.name = "sink",                                                     \
-         .value = 4,                                                         \
-         .hi = 1e6,                                                          \
-         .help = "first tokens: they stay, and their queries do not count"}, \
-    {                                                                        \
-        .name = "epsilon", .hi = 1, .real = true,                            \
-        .help = "added to the attention before it is multiplied by |v|"      \
-    }
+// Parameters of several rows. What a row leaves out is 0, as its default and its limits are.
+// clang-format off
+#define EXPECTED_PARAMS                                                          \
+    {.name = "future", .value = 512, .lo = 1, .hi = 1e6,                         \
+     .help = "positions to come that queries are expected at"},                  \
+    {.name = "sink", .value = 4, .hi = 1e6,                                      \
+     .help = "first tokens: they stay, and their queries do not count"},         \
+    {.name = "epsilon", .hi = 1, .real = true,                                   \
+     .help = "added to the attention before it is multiplied by |v|"}
+
+#define SAFEGUARD                                                                \
+    {.name = "safeguard", .hi = 1, .real = true,                                 \
+     .help = "share of an equal budget that is sure for every head"}
+// clang-format on
 
 const Policy policies[] = {
     {.name = "kvzip",
@@ -235,12 +230,6 @@ const Policy policies[] = {
      .params = {{.name = "seed", .value = 1, .hi = 1e9, .help = "of the numbers"}}},
     {0},
 };
-
-#define SAFEGUARD                                                      \
-    {                                                                  \
-        .name = "safeguard", .hi = 1, .real = true,                    \
-        .help = "share of an equal budget that is sure for every head" \
-    }
 
 const Level levels[] = {
     {.name = "pair",

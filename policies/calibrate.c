@@ -162,7 +162,8 @@ static int score_text(Run *r, Text *t, char *err) {
     Context c = context_of(r, t, seq);
     t->score = malloc((context_scores(&c) + 1) * sizeof *t->score);
     if (!t->score) return fail(err, "out of memory for the scores of %d tokens", t->n_ctx);
-    if (context_score(&c, policy_find("kvzip"), t->score, err) != 0 || add_shares(r, &c, t->score, err) != 0)
+    if (context_set(&c, policy_find("kvzip"), level_find("pair"), NULL, err) != 0 ||
+        context_score(&c, c.policy, t->score, err) != 0 || add_shares(r, &c, t->score, err) != 0)
         return -1;
     kvcache_drop(c.kv, seq);
     for (size_t i = 0; i < context_scores(&c); i++) {

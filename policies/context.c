@@ -42,7 +42,7 @@ int context_read(Context *c, char *err) {
     return 0;
 }
 
-// ---- sizes ----
+// ---- what there is ----
 
 int context_heads(const Context *c) {
     return kvcache_scored_layers(&c->kv->shape, NULL) * c->kv->shape.n_kv_heads;
@@ -51,6 +51,11 @@ int context_heads(const Context *c) {
 int context_group(const Context *c) { return c->kv->shape.n_heads / c->kv->shape.n_kv_heads; }
 
 size_t context_scores(const Context *c) { return (size_t)context_heads(c) * (size_t)c->n_ctx; }
+
+int context_need_profile(const Context *c, const char *what, char *err) {
+    if (c->profile) return 0;
+    return fail(err, "%s needs the model's profile: `run calibrate` makes one", what);
+}
 
 // ---- parameters ----
 

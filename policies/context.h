@@ -108,11 +108,14 @@ int context_feed(Context *c, const Feed *f, char *err);
 // Prefill alone: c->seq receives the prefix and the context. Returns 0, or -1 with err.
 int context_read(Context *c, char *err);
 
-// ---- sizes ----
+// ---- what there is ----
 
 int context_heads(const Context *c);      // kv heads of all scored layers
 int context_group(const Context *c);      // query heads that share a kv head
 size_t context_scores(const Context *c);  // floats in score: context_heads * n_ctx
+
+// 0, or -1 with err where c has no profile; `what` needs one: "policy kvzap".
+int context_need_profile(const Context *c, const char *what, char *err);
 
 // ---- parameters ----
 

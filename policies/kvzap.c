@@ -74,7 +74,7 @@ static int method_open(Live *v, char *err) {
     Zap *z = v->own = calloc(1, sizeof *z);
     if (!z) return fail(err, "out of memory for the probes");
     z->live = v;
-    if (need_profile(c, "policy kvzap", err) != 0) return -1;
+    if (context_need_profile(c, "policy kvzap", err) != 0) return -1;
     if (context_param(c, "expected") > 0 && !(z->expected = expected_open(v, err))) return -1;
     if (probes_open(&z->probes, c->profile, c->state, err) != 0) return -1;
     c->state->tap = watch_probes, c->state->tap_arg = z;

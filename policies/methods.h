@@ -32,9 +32,4 @@ Expected *expected_open(const Live *v, char *err);  // NULL with err: no memory
 void expected_watch(void *expected, int layer, int n);
 int expected_fill(Expected *e, Live *v, char *err);
 void expected_close(Expected *e);  // NULL allowed
-
-// ---- the model's profile ----
-
-// 0, or -1 with err where c has no profile; `what` needs it: "policy kvzap".
-int need_profile(const Context *c, const char *what, char *err);
 #endif

@@ -250,6 +250,20 @@ static void test_params(void) {
     refuses("expected", "pair", "epsilon=nan", "epsilon needs a number from 0 to 1");
 }
 
+// Where no level is set pairs of all heads compete, wherever that row stands.
+static void test_no_level(Fixture *f) {
+    int ids[1024];
+    Context c = whole_context(f, ids, 0);
+    float *score = scores_of(&c, "knorm", NULL);
+    size_t n = context_scores(&c);
+    uint8_t *none = malloc(n), *pair = malloc(n);
+    CHECK(context_set(&c, policy_find("knorm"), level_find("pair"), NULL, err) == 0);
+    long kept = context_select(&c, score, 0.3, pair, err);
+    c.level = NULL;
+    CHECK(context_select(&c, score, 0.3, none, err) == kept && memcmp(none, pair, n) == 0);
+    free(score), free(none), free(pair);
+}
+
 static void test_tables(Fixture *f) {
     for (const Policy *p = policies; p->name; p++) {
         CHECK(policy_find(p->name) == p && p->help);
@@ -287,7 +301,7 @@ int main(int argc, char **argv) {
         }
         if (i == 0) {
             fixture_profile(&f);
-            test_tables(&f), test_protected(&f), test_random(&f);
+            test_tables(&f), test_protected(&f), test_random(&f), test_no_level(&f);
         }
         fixture_close(&f);
     }

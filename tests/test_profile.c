@@ -40,7 +40,7 @@ static void test_budgets(const Profile *p) {
 // ---- against KVzip ----
 
 // A text alone, without a prefix, in one chunk: its KVzip scores [context_scores] in a new array,
-// and the profile that calibrating on it gives.
+// and the profile that calibrating on it gives, whatever method its context names.
 static Context calibrate_alone(Fixture *f, const char *text, Ids *ids, float **score, Profile *p) {
     CalibrateResult r;
     CHECK(tokenizer_encode(f->tok, text, strlen(text), 0, ids) == 0);
@@ -53,9 +53,11 @@ static Context calibrate_alone(Fixture *f, const char *text, Ids *ids, float **s
                  .seq = kvcache_new(&f->kv, err),
                  .postfix = tokenizer_chat(f->tok)->kvzip_postfix};
     *score = malloc(context_scores(&c) * sizeof **score);
+    CHECK(context_set(&c, policy_find("kvzip"), level_find("pair"), NULL, err) == 0);
     CHECK(context_score(&c, policy_find("kvzip"), *score, err) == 0);
     kvcache_drop(&f->kv, c.seq);
     Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA};
+    CHECK(context_set(&cal.context, policy_find("knorm"), level_find("uniform"), NULL, err) == 0);
     CHECK(calibrate_run(&cal, text, strlen(text), path, false, &r, err) == 0);
     CHECK(r.n_texts == 1 && r.n_tokens == ids->n && r.longest == ids->n);
     CHECK(r.explained > 0.05 && r.explained <= 1);

@@ -182,6 +182,7 @@ int main(int argc, char **argv) {
             test_one_call(&f, policy_find("kvzap"), "expected=1", by[l], 0.3);
             test_bounds(&f, policy_find("kvzap"), "expected=0.5", by[l], 40);
         }
+        test_bounds(&f, policy_find("expected"), "sink=5000", "layer", 40);  // more than there are
         test_refused(&f);
         fixture_close(&f);
     }
