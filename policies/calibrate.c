@@ -2,27 +2,23 @@
 // score of each head, and a linear probe per head for the log of a pair's score.
 //
 // Each text is scored by KVzip, then read once more with a tap that adds every pair's features to
-// the normal equations of ridge regression: nothing but sums is kept, however long the texts are.
-// The heads of a layer share one sum of products G = X^T X over the features of all of them; a
-// head's own equations are rows and columns of it. They are solved by a Cholesky factor whose first
-// rows, those of the layer's input, serve all heads. Where the sums of all layers would take too
-// much memory, the texts are read again for each group of layers.
-#define _POSIX_C_SOURCE 200809L
+// the normal equations of ridge regression (ridge.c): nothing but sums is kept, however long the
+// texts are. Where the sums of all layers would take too much memory, the texts are read again for
+// each group of layers.
 #include "policies/calibrate.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "policies/profile.h"
+#include "policies/ridge.h"
 #include "util.h"
 
 // Ratios at which head shares are stored.
 static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f,
                              0.4f,  0.5f,  0.6f, 0.7f,  0.8f, 0.9f,  0.95f};
-enum { N_GRID = sizeof grid / sizeof *grid, BLOCK = 64, Y_COLS = 16 };
-static const size_t SUMS_BYTES = (size_t)768 << 20;  // for the sums of a group of layers
-static const float LEAST_SCORE = 1e-7f;              // added before the log
+enum { N_GRID = sizeof grid / sizeof *grid, LEAST_TOKENS = 64 };
+static const float LEAST_SCORE = 1e-7f;  // added before the log
 
 typedef struct {
     const int *ids;  // [n_prefix + n_ctx]
@@ -40,19 +36,11 @@ typedef struct {
     float *share, *head_max;  // as in Profile
     float *probe;             // [n_heads][probe_features]
     double *explained;        // [n_heads]
-    // sums of the layers [layer0, layer0 + group)
+    double *squares, *sums;   // [n_heads] sums of squared log scores and of log scores
+    Ridge ridge;              // sums of the layers [layer0, layer0 + group)
     int layer0, group;
-    int n_features;     // row_features
-    float *products;    // [group][n_features][n_features] lower blocks
-    float *targets;     // [group][n_features][y_cols] sums of feature times log score
-    double *squares;    // [n_heads] sum of squared log scores
-    double *sums;       // [n_heads] sum of log scores
-    int y_cols;         // n_kv_heads rounded up to 16
-    const Text *now;    // being read for its features
-    float *x, *xt, *y;  // rows of a call: [rows][n_features]; transposed; log scores [rows][y_cols]
-    float *xb;          // x in blocks of 64 features, [n_features / 64][rows][64]
-    int rows;           // of them in the context
-    long done, total;   // tokens, for progress
+    const Text *now;   // being read for its features
+    long done, total;  // tokens, for progress
 } Run;
 
 static int on_context(void *arg, const char *what, long done, long total) {
@@ -120,7 +108,7 @@ static int read_texts(Run *r, const char *text, size_t n, char *err) {
             part_n[n_parts++] = parts.n - before;
         }
     }
-    if (status == 0 && parts.n < BLOCK)
+    if (status == 0 && parts.n < LEAST_TOKENS)
         status = fail(err, "%d tokens: too little text to learn from", parts.n);
     if (status == 0) status = cut_texts(r, &parts, part_n, n_parts, err);
     free(part_n);
@@ -176,61 +164,23 @@ static int score_text(Run *r, Text *t, char *err) {
     return 0;
 }
 
-// ---- the sums ----
-
-typedef struct {
-    Run *r;
-    int at;  // the layer's place in the group
-} Sums;
-
-// Row i of x to a column of xt and a row of each block.
-static void spread_row(void *ctx, int i) {
-    const Run *r = ((const Sums *)ctx)->r;
-    const float *x = r->x + (size_t)i * r->n_features;
-    for (int j = 0; j < r->n_features; j++) r->xt[(size_t)j * r->rows + i] = x[j];
-    for (int b = 0; b < r->n_features / BLOCK; b++)
-        memcpy(r->xb + ((size_t)b * r->rows + i) * BLOCK, x + b * BLOCK, BLOCK * sizeof *x);
-}
-
-// One 64 by 64 block of X^T X on or below the diagonal, or, where the column is past it, 64 rows of
-// X^T y.
-static void sum_block(void *ctx, int unit) {
-    const Sums *s = ctx;
-    const Run *r = s->r;
-    int i = 0, n = r->n_features;
-    while (unit > i + 1) unit -= ++i + 1;  // row i has i + 2 units: its blocks and its targets
-    const float *a = r->xt + (size_t)i * BLOCK * r->rows;
-    if (unit <= i) {
-        float *c = r->products + ((size_t)s->at * n + (size_t)i * BLOCK) * n + unit * BLOCK;
-        kern.gemm_f32(c, (size_t)n, a, (size_t)r->rows, r->xb + (size_t)unit * r->rows * BLOCK,
-                      BLOCK, r->rows, BLOCK, true);
-    } else {
-        float *c = r->targets + ((size_t)s->at * n + (size_t)i * BLOCK) * r->y_cols;
-        kern.gemm_f32(c, (size_t)r->y_cols, a, (size_t)r->rows, r->y, BLOCK, r->rows, r->y_cols,
-                      true);
-    }
-}
+// ---- the probes ----
 
 // The rows of the context among those that forward is computing go into the layer's sums.
 static void tap_features(void *arg, int layer, int n) {
     Run *r = arg;
     const RunState *s = r->c->context.state;
     int scored = kvcache_scored_index(&r->c->context.kv->shape, layer), at = scored - r->layer0;
-    int skip = min_int(max_int(r->c->prefix->n - s->pos[0], 0), n), blocks = r->n_features / BLOCK;
+    int skip = min_int(max_int(r->c->prefix->n - s->pos[0], 0), n), n_kv_heads = r->m->n_kv_heads;
     if (r->m->window[layer] != 0 || at < 0 || at >= r->group || skip == n) return;
-    float *x = r->x;
-    profile_rows(s, layer, n, r->x);
-    r->x += (size_t)skip * r->n_features;
-    r->rows = n - skip;
-    for (int i = 0; i < r->rows; i++) {
+    profile_rows(s, layer, n, r->ridge.x);
+    for (int i = 0; i < n - skip; i++) {
         int t = s->pos[skip + i] - r->c->prefix->n;
-        for (int g = 0; g < r->m->n_kv_heads; g++)
-            r->y[(size_t)i * r->y_cols + g] =
-                r->now->score[((size_t)scored * r->m->n_kv_heads + g) * r->now->n_ctx + t];
+        const float *score = r->now->score + (size_t)scored * n_kv_heads * r->now->n_ctx + t;
+        for (int g = 0; g < n_kv_heads; g++)
+            r->ridge.y[(size_t)i * r->ridge.y_cols + g] = score[(size_t)g * r->now->n_ctx];
     }
-    parallel_for(s->pool, r->rows, spread_row, &(Sums){r, at});
-    parallel_for(s->pool, blocks * (blocks + 3) / 2, sum_block, &(Sums){r, at});
-    r->x = x;
+    ridge_add(&r->ridge, at, skip, n - skip);
 }
 
 static int sum_text(Run *r, const Text *t, char *err) {
@@ -246,105 +196,27 @@ static int sum_text(Run *r, const Text *t, char *err) {
     return status;
 }
 
-// ---- the regression ----
-
-static double dot(const double *a, const double *b, int n) {
-    double s[4] = {0};
-    int i = 0;
-    for (; i + 4 <= n; i += 4)
-        for (int j = 0; j < 4; j++) s[j] += a[i + j] * b[i + j];
-    for (; i < n; i++) s[0] += a[i] * b[i];
-    return s[0] + s[1] + s[2] + s[3];
-}
-
-// Rows [from, n) of the Cholesky factor L, in place of those of the symmetric a; l [n][n], of which
-// the lower half is used.
-static void factor_rows(double *l, int from, int n, int ld) {
-    for (int i = from; i < n; i++) {
-        double *li = l + (size_t)i * ld;
-        for (int j = 0; j < i; j++) {
-            const double *lj = l + (size_t)j * ld;
-            li[j] = (li[j] - dot(li, lj, j)) / lj[j];
-        }
-        li[i] = sqrt(fmax(li[i] - dot(li, li, i), 1e-12));
+static int fit_group(Run *r, char *err) {
+    size_t h = (size_t)r->layer0 * r->m->n_kv_heads;
+    RidgeFit fit = {.n_layers = r->group,
+                    .squares = r->squares + h,
+                    .sums = r->sums + h,
+                    .probe = r->probe + h * probe_features(r->m),
+                    .explained = r->explained + h};
+    ridge_clear(&r->ridge);
+    for (int i = 0; i < r->n_texts; i++) {
+        if (sum_text(r, &r->text[i], err) != 0) return -1;
+        fit.count += r->text[i].n_ctx;
     }
+    return ridge_solve(&r->ridge, &fit, err);
 }
 
-// x = (L L^T)^-1 x
-static void solve_rows(const double *l, double *x, int n, int ld) {
-    for (int i = 0; i < n; i++)
-        x[i] = (x[i] - dot(l + (size_t)i * ld, x, i)) / l[(size_t)i * ld + i];
-    for (int i = n - 1; i >= 0; i--) {
-        x[i] /= l[(size_t)i * ld + i];
-        for (int j = 0; j < i; j++) x[j] -= l[(size_t)i * ld + j] * x[i];
+static int fit_probes(Run *r, char *err) {
+    for (r->layer0 = 0; r->layer0 < r->n_layers; r->layer0 += r->group) {
+        r->group = min_int(r->ridge.layers, r->n_layers - r->layer0);
+        if (fit_group(r, err) != 0) return -1;
     }
-}
-
-// Rows [from, to) of head g's own products.
-static void own_products(const Run *r, int at, int g, int from, int to, double *l) {
-    const float *p = r->products + (size_t)at * r->n_features * r->n_features;
-    int n = probe_features(r->m);
-    for (int i = from; i < to; i++) {
-        int fi = probe_feature(r->m, g, i);
-        for (int j = 0; j <= i; j++) {
-            int fj = probe_feature(r->m, g, j);
-            l[(size_t)i * n + j] = p[(size_t)max_int(fi, fj) * r->n_features + min_int(fi, fj)];
-        }
-        l[(size_t)i * n + i] *= 1 + r->c->lambda;
-    }
-}
-
-// 1 - the sum of squared errors over that about the mean; w solves (G + lambda diag G) w = b.
-static double explained(const Run *r, int at, int g, const double *w, const double *b,
-                        double count) {
-    int n = probe_features(r->m), h = (r->layer0 + at) * r->m->n_kv_heads + g;
-    const float *p = r->products + (size_t)at * r->n_features * r->n_features;
-    double about_mean = r->squares[h] - r->sums[h] * r->sums[h] / count;
-    double errors = r->squares[h] - dot(w, b, n);
-    for (int i = 0; i < n; i++) {
-        size_t f = (size_t)probe_feature(r->m, g, i);
-        errors -= r->c->lambda * p[f * r->n_features + f] * w[i] * w[i];
-    }
-    return about_mean > 0 ? fmax(1 - errors / about_mean, 0) : 1;
-}
-
-typedef struct {
-    Run *r;
-    double count;  // pairs a head has in all texts
-    bool *failed;  // [group]
-} Solve;
-
-static void solve_layer(void *ctx, int at) {
-    const Solve *s = ctx;
-    Run *r = s->r;
-    int n = probe_features(r->m), shared = 1 + r->m->dim;
-    double *l = malloc((size_t)n * n * sizeof *l), *w = malloc((size_t)n * sizeof *w);
-    double *b = malloc((size_t)n * sizeof *b);
-    s->failed[at] = !l || !w || !b;
-    for (int g = 0; g < r->m->n_kv_heads && !s->failed[at]; g++) {
-        int h = (r->layer0 + at) * r->m->n_kv_heads + g, from = g == 0 ? 0 : shared;
-        own_products(r, at, g, from, n, l);
-        factor_rows(l, from, n, n);
-        for (int i = 0; i < n; i++) {
-            size_t row = (size_t)at * r->n_features + probe_feature(r->m, g, i);
-            w[i] = b[i] = r->targets[row * r->y_cols + g];
-        }
-        solve_rows(l, w, n, n);
-        for (int i = 0; i < n; i++) r->probe[(size_t)h * n + i] = (float)w[i];
-        r->explained[h] = explained(r, at, g, w, b, s->count);
-    }
-    free(l), free(w), free(b);
-}
-
-static int solve_group(Run *r, char *err) {
-    Solve s = {.r = r, .failed = calloc((size_t)r->group, sizeof *s.failed)};
-    if (!s.failed) return fail(err, "out of memory for the regression");
-    for (int i = 0; i < r->n_texts; i++) s.count += r->text[i].n_ctx;
-    parallel_for(r->c->context.state->pool, r->group, solve_layer, &s);
-    int failed = 0;
-    for (int i = 0; i < r->group; i++) failed |= s.failed[i];
-    free(s.failed);
-    return failed ? fail(err, "out of memory for the regression") : 0;
+    return 0;
 }
 
 // ---- the file ----
@@ -416,34 +288,6 @@ static int write_profile(const Run *r, const char *path, bool into, char *err) {
 
 // ---- all of it ----
 
-static int open_sums(Run *r, char *err) {
-    size_t n = (size_t)r->n_features, rows = (size_t)r->c->context.state->max_rows;
-    size_t layer = n * (n + (size_t)r->y_cols) * sizeof(float);
-    r->group = max_int(1, min_int(r->n_layers, (int)(SUMS_BYTES / layer)));
-    r->products = malloc((size_t)r->group * n * n * sizeof(float));
-    r->targets = malloc((size_t)r->group * n * (size_t)r->y_cols * sizeof(float));
-    r->x = malloc(rows * n * sizeof(float)), r->xt = malloc(rows * n * sizeof(float));
-    r->xb = malloc(rows * n * sizeof(float));
-    r->y = calloc(rows * (size_t)r->y_cols, sizeof(float));
-    return r->products && r->targets && r->x && r->xt && r->xb && r->y
-               ? 0
-               : fail(err, "out of memory for the sums of %d layers", r->group);
-}
-
-static int fit_probes(Run *r, char *err) {
-    size_t n = (size_t)r->n_features;
-    int most = r->group;
-    for (r->layer0 = 0; r->layer0 < r->n_layers; r->layer0 += most) {
-        r->group = min_int(most, r->n_layers - r->layer0);
-        memset(r->products, 0, (size_t)r->group * n * n * sizeof(float));
-        memset(r->targets, 0, (size_t)r->group * n * (size_t)r->y_cols * sizeof(float));
-        for (int i = 0; i < r->n_texts; i++)
-            if (sum_text(r, &r->text[i], err) != 0) return -1;
-        if (solve_group(r, err) != 0) return -1;
-    }
-    return 0;
-}
-
 static int run_all(Run *r, const char *text, size_t n, char *err) {
     size_t heads = (size_t)r->n_heads;
     r->share = calloc(N_GRID * heads + 1, sizeof(float));
@@ -453,8 +297,10 @@ static int run_all(Run *r, const char *text, size_t n, char *err) {
     r->squares = calloc(heads + 1, sizeof(double)), r->sums = calloc(heads + 1, sizeof(double));
     if (!r->share || !r->head_max || !r->probe || !r->explained || !r->squares || !r->sums)
         return fail(err, "out of memory for the profile of %zu heads", heads);
-    if (read_texts(r, text, n, err) != 0 || open_sums(r, err) != 0) return -1;
-    int passes = (r->n_layers + r->group - 1) / r->group;
+    if (read_texts(r, text, n, err) != 0 ||
+        ridge_open(&r->ridge, r->c->context.state, r->n_layers, r->c->lambda, err) != 0)
+        return -1;
+    int passes = (r->n_layers + r->ridge.layers - 1) / r->ridge.layers;
     for (int i = 0; i < r->n_texts; i++) r->total += (2 + passes) * (long)r->text[i].n_ctx;
     for (int i = 0; i < r->n_texts; i++)
         if (score_text(r, &r->text[i], err) != 0) return -1;
@@ -464,8 +310,8 @@ static int run_all(Run *r, const char *text, size_t n, char *err) {
 static void close_run(Run *r) {
     for (int i = 0; i < r->n_texts; i++) free(r->text[i].score);
     free(r->text), free(r->share), free(r->head_max), free(r->probe), free(r->explained);
-    free(r->squares), free(r->sums), free(r->products), free(r->targets);
-    free(r->x), free(r->xt), free(r->xb), free(r->y);
+    free(r->squares), free(r->sums);
+    ridge_close(&r->ridge);
     ids_free(&r->ids);
 }
 
@@ -473,11 +319,7 @@ int calibrate_run(const Calibrate *c, const char *text, size_t n, const char *pa
                   CalibrateResult *result, char *err) {
     const Config *m = &c->context.state->model->config;
     double start = now();
-    Run r = {.c = c,
-             .m = m,
-             .n_layers = kvcache_scored_layers(&c->context.kv->shape, NULL),
-             .n_features = row_features(m),
-             .y_cols = (m->n_kv_heads + Y_COLS - 1) / Y_COLS * Y_COLS};
+    Run r = {.c = c, .m = m, .n_layers = kvcache_scored_layers(&c->context.kv->shape, NULL)};
     r.n_heads = r.n_layers * m->n_kv_heads;
     int status = run_all(&r, text, n, err);
     if (status == 0) status = write_profile(&r, path, into, err);
