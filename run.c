@@ -2408,9 +2408,11 @@ static int cmd_calibrate(const Options *o) {
                                .postfix = repeat_postfix(&s)},
                    .prefix = &prefix,
                    .lambda = o->lambda,
+                   .path = o->out,
+                   .into = o->into,
                    .progress = progress_step,
                    .progress_arg = &progress};
-    int rc = calibrate_run(&c, text.s, text.n, o->out, o->into, &r, err);
+    int rc = calibrate_run(&c, text.s, text.n, &r, err);
     progress_end(&progress);
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s", err);

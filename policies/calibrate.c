@@ -275,11 +275,11 @@ static int put_alone(TensorWriter *w, const Model *m, const Run *r, char *err) {
     return put_profile(w, r, err);
 }
 
-static int write_profile(const Run *r, const char *path, bool into, char *err) {
+static int write_profile(const Run *r, char *err) {
     const Model *m = r->c->context.state->model;
     TensorWriter w = {0};
-    if (tensors_write_begin(&w, path, err) != 0) return -1;
-    if ((into ? put_model(&w, m, r, err) : put_alone(&w, m, r, err)) == 0 &&
+    if (tensors_write_begin(&w, r->c->path, err) != 0) return -1;
+    if ((r->c->into ? put_model(&w, m, r, err) : put_alone(&w, m, r, err)) == 0 &&
         tensors_write_commit(&w, err) == 0)
         return 0;
     tensors_write_abort(&w);
@@ -315,14 +315,14 @@ static void close_run(Run *r) {
     ids_free(&r->ids);
 }
 
-int calibrate_run(const Calibrate *c, const char *text, size_t n, const char *path, bool into,
-                  CalibrateResult *result, char *err) {
+int calibrate_run(const Calibrate *c, const char *text, size_t n, CalibrateResult *result,
+                  char *err) {
     const Config *m = &c->context.state->model->config;
     double start = now();
     Run r = {.c = c, .m = m, .n_layers = kvcache_scored_layers(&c->context.kv->shape, NULL)};
     r.n_heads = r.n_layers * m->n_kv_heads;
     int status = run_all(&r, text, n, err);
-    if (status == 0) status = write_profile(&r, path, into, err);
+    if (status == 0) status = write_profile(&r, err);
     *result = (CalibrateResult){.n_texts = r.n_texts, .seconds = now() - start};
     for (int i = 0; i < r.n_texts; i++) {
         result->n_tokens += r.text[i].n_ctx;

@@ -7,6 +7,8 @@ typedef struct {
     Context context;    // state, kv, tok, chunk, postfix; the rest is filled in per text
     const Ids *prefix;  // protected ids before every text
     double lambda;      // of the ridge regression, as a share of each feature's own square
+    const char *path;   // where the profile goes
+    bool into;          // as part of a copy of the model, else as a file of its own
     // called as work goes on; total counts tokens; nonzero stops with an error
     int (*progress)(void *arg, const char *what, long done, long total);
     void *progress_arg;
@@ -21,8 +23,7 @@ typedef struct {
 
 // text [n]: contexts, parted by lines of at least four '='. Each is read and scored by KVzip on its
 // own, and then all of them joined, up to the length the model was trained for, so that late
-// positions are seen as well. Writes the profile to path; with `into`, a copy of the model that
-// carries it. Returns 0, or -1 with err.
-int calibrate_run(const Calibrate *c, const char *text, size_t n, const char *path, bool into,
-                  CalibrateResult *result, char *err);
+// positions are seen as well. Writes the profile. Returns 0, or -1 with err.
+int calibrate_run(const Calibrate *c, const char *text, size_t n, CalibrateResult *result,
+                  char *err);
 #endif

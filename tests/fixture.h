@@ -87,8 +87,10 @@ static inline int fixture_calibrate(Fixture *f, const char *to, bool into, Calib
                                .local = true,
                                .postfix = tokenizer_chat(f->tok)->kvzip_postfix},
                    .prefix = &prefix,
-                   .lambda = 1e-3};
-    int rc = calibrate_run(&c, fixture_sample, sizeof fixture_sample - 1, to, into, r, err);
+                   .lambda = 1e-3,
+                   .path = to,
+                   .into = into};
+    int rc = calibrate_run(&c, fixture_sample, sizeof fixture_sample - 1, r, err);
     if (rc != 0) printf("%s: %s\n", f->name, err);
     ids_free(&prefix);
     return rc;

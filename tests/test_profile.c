@@ -56,9 +56,9 @@ static Context calibrate_alone(Fixture *f, const char *text, Ids *ids, float **s
     CHECK(context_set(&c, policy_find("kvzip"), level_find("pair"), NULL, err) == 0);
     CHECK(context_score(&c, policy_find("kvzip"), *score, err) == 0);
     kvcache_drop(&f->kv, c.seq);
-    Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA};
+    Calibrate cal = {.context = c, .prefix = &(Ids){0}, .lambda = LAMBDA, .path = path};
     CHECK(context_set(&cal.context, policy_find("knorm"), level_find("uniform"), NULL, err) == 0);
-    CHECK(calibrate_run(&cal, text, strlen(text), path, false, &r, err) == 0);
+    CHECK(calibrate_run(&cal, text, strlen(text), &r, err) == 0);
     CHECK(r.n_texts == 1 && r.n_tokens == ids->n && r.longest == ids->n);
     CHECK(r.explained > 0.05 && r.explained <= 1);
     if (!CHECK(profile_open(p, &f->model, path, err) == 0)) {
