@@ -9,6 +9,8 @@ extern const Level levels[];
 
 // The row of that name, or NULL.
 const Policy *policy_find(const char *name);
+
+// The same for levels.
 const Level *level_find(const char *name);
 
 // Reads c's context and scores it: score [context_scores(c)], which is [scored

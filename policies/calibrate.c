@@ -20,12 +20,14 @@ static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f
 enum { N_GRID = sizeof grid / sizeof *grid, LEAST_TOKENS = 64 };
 static const float LEAST_SCORE = 1e-7f;  // added before the log
 
+// A context to learn from.
 typedef struct {
     const int *ids;  // [n_prefix + n_ctx]
     int n_ctx;
     float *score;  // [scored layers][n_kv_heads][n_ctx]
 } Text;
 
+// A calibration at work.
 typedef struct {
     const Calibrate *c;
     const Config *m;

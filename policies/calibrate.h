@@ -3,6 +3,7 @@
 #define CALIBRATE_H
 #include "policies.h"
 
+// What to calibrate with, and where the profile goes.
 typedef struct {
     Context context;    // state, kv, tok, chunk, postfix; the rest is filled in per text
     const Ids *prefix;  // protected ids before every text
@@ -14,6 +15,7 @@ typedef struct {
     void *progress_arg;
 } Calibrate;
 
+// What came of it.
 typedef struct {
     int n_texts, n_tokens;  // contexts scored, the joined one included, and their tokens
     int longest;            // tokens of the joined one

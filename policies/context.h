@@ -10,8 +10,8 @@
 enum { MAX_PARAMS = 4 };
 
 typedef struct Context Context;
-typedef struct Head Head;              // one kv head's pairs (policies/live.h)
-typedef struct LiveMethod LiveMethod;  // how a method watches tokens pass (policies/live.h)
+typedef struct Head Head;              // pairs of one kv head (live.h)
+typedef struct LiveMethod LiveMethod;  // how a method watches tokens pass (live.h)
 
 // A number that --set changes.
 typedef struct {
@@ -110,7 +110,7 @@ int context_read(Context *c, char *err);
 
 // ---- what there is ----
 
-int context_heads(const Context *c);      // kv heads of all scored layers
+int context_heads(const Context *c);      // scored layers (those without a window) * n_kv_heads
 int context_group(const Context *c);      // query heads that share a kv head
 size_t context_scores(const Context *c);  // floats in score: context_heads * n_ctx
 
@@ -122,8 +122,10 @@ int context_need_profile(const Context *c, const char *what, char *err);
 // Where key [n] stands among params [MAX_PARAMS], or -1: it is none of them.
 int param_find(const Param *params, const char *key, size_t n);
 
-// The value of a parameter that c's policy, or c's level, has in its row under this name.
+// The value of the parameter that the row of c's policy has under this name.
 double context_param(const Context *c, const char *name);
+
+// The same of c's level.
 double context_level_param(const Context *c, const char *name);
 
 // Gives c a policy and a level with their defaults, then what key_values says:

@@ -33,10 +33,11 @@ struct LiveMethod {
     void (*close)(Live *v);
 };
 
-// Between live_open and live_close the method of v->c->policy watches forward calls of v->c->seq;
-// live_score fills v->score by its `live` or `head`. Return 0, or -1 with err; live_close serves
-// after a failed live_open as well.
+// From here on the method of v->c->policy watches forward calls of v->c->seq. Returns 0, or -1 with
+// err, and then live_close is still due.
 int live_open(Live *v, char *err);
+
+// Fills v->score, of what is live now, by the policy's `live` or `head`. Returns 0, or -1 with err.
 int live_score(Live *v, char *err);
 void live_close(Live *v);
 
@@ -46,16 +47,20 @@ int live_whole(Context *c, float *score, char *err);
 
 // ---- for methods ----
 
-// Pairs of head h after the prefix, and calls of fn for each head that has some, over all threads.
+// Pairs of head h after the prefix.
 int live_pairs(const Live *v, int h);
+
+// Calls fn for each head that has some, over all threads; arg becomes Head.arg.
 void live_each_head(const Live *v, void (*fn)(const Head *h), void *arg);
 
-// The head's list in blocks of 64 pairs, from its very first one on: how many blocks reach to the
-// end of the head's pairs; keys k [head_dim][64], one pair a column, and values v [64][head_dim]
-// of one block (each may be NULL), with how many columns mean something; and scores x [64] of a
-// block for those of its pairs that the head is asked about.
+// How many blocks of 64 pairs, the prefix included, reach to the end of h's pairs.
 int head_blocks(const Head *h);
+
+// Keys k [head_dim][64], one pair a column, and values v [64][head_dim] of the list's block b; each
+// may be NULL. Returns how many pairs there are; the other columns mean nothing.
 int head_block(const Head *h, int b, float *k, float *v);
+
+// The scores x [64] of block b: those of h's own pairs go to h->score.
 void head_put(const Head *h, int b, const float *x);
 
 // out[j] = sum over i of x[i][j] y[i][j]; out [64], x and y [d][64].

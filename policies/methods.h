@@ -4,13 +4,13 @@
 #define METHODS_H
 #include "policies/live.h"
 
-// ---- for the tables ----
+// ---- for the tables: Policy.score and Policy.live ----
 
-int score_kvzip(Context *c, float *score, char *err);       // kvzip.c
-int score_kvzip_plus(Context *c, float *score, char *err);  // kvzip.c
-int score_observed(Context *c, float *score, char *err);    // observed.c
-extern const LiveMethod expected_method;                    // expected.c
-extern const LiveMethod kvzap_method;                       // kvzap.c
+int score_kvzip(Context *c, float *score, char *err);       // arXiv 2505.23416, kvzip.c
+int score_kvzip_plus(Context *c, float *score, char *err);  // arXiv 2601.07891, kvzip.c
+int score_observed(Context *c, float *score, char *err);    // arXiv 2306.14048, observed.c
+extern const LiveMethod expected_method;                    // arXiv 2510.00636, expected.c
+extern const LiveMethod kvzap_method;                       // arXiv 2601.07891, kvzap.c
 
 // ---- the attention of the first pass (observed.c) ----
 
@@ -25,11 +25,17 @@ void protect(const Context *c, float *score, int from, int to);
 
 // ---- expected attention (expected.c), also beside probes ----
 
-// Moments of the queries that passed so far. expected_open is for a Live that is about to grow;
-// expected_watch is a tap (RunState.tap); expected_fill scores what is live now.
+// Moments of the queries that passed so far.
 typedef struct Expected Expected;
-Expected *expected_open(const Live *v, char *err);  // NULL with err: no memory
-void expected_watch(void *expected, int layer, int n);
-int expected_fill(Expected *e, Live *v, char *err);
+
+// For a Live that is about to grow, by the parameters of its policy (EXPECTED_PARAMS in
+// policies.c). NULL with err: no memory.
+Expected *expected_open(const Live *v, char *err);
 void expected_close(Expected *e);  // NULL allowed
+
+// A tap (RunState.tap), or a part of one: adds the queries of the layer's n rows.
+void expected_watch(void *expected, int layer, int n);
+
+// Fills v->score, of what is live now. Returns 0, or -1 with err: no memory.
+int expected_fill(Expected *e, Live *v, char *err);
 #endif

@@ -1,7 +1,7 @@
 // profile.c: head budgets and probes out of a file, and what they say about a context.
 //
 // All probes of a layer are one matrix over the features of all heads, so that judging the rows of
-// a forward call is a single small product: 1% of the time the model takes to compute them.
+// a forward call is a single product, small beside those of the layer.
 #include "policies/profile.h"
 
 #include <math.h>

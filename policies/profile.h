@@ -9,6 +9,7 @@
 #define PROFILE_H
 #include "model.h"
 
+// An open profile; its numbers lie in the mapped file.
 typedef struct {
     TensorFile file;           // a profile of its own; unused where the model carries one
     int n_layers, n_kv_heads;  // layers that are scored and evicted
@@ -44,10 +45,14 @@ int profile_budget(const Profile *p, double ratio, int n_ctx, int *budget, char 
 
 // ---- features and probes, for taps of forward ----
 
-// Features of the n rows that forward is computing, of all heads together: a row is 1, the layer's
-// input [dim], keys before RoPE [kv_dim], values [kv_dim], then zeros up to row_features. x
-// [n][row_features(config)].
+// Features of a row of forward, of all heads together:
+//
+//   | 1 | layer's normed input [dim] | keys before RoPE [kv_dim] | values [kv_dim] | zeros |
+//
+// row_features is its length, a multiple of 64.
 int row_features(const Config *c);
+
+// x [n][row_features(config)]: features of the n rows that forward is computing.
 void profile_rows(const RunState *s, int layer, int n, float *x);
 
 // The probes of all heads as one matrix per layer.
@@ -58,8 +63,9 @@ typedef struct {
     float *y;            // [max_rows][cols]
 } Probes;
 
+// Room for s->max_rows rows. Returns 0, or -1 with err: no memory.
 int probes_open(Probes *b, const Profile *p, const RunState *s, char *err);
-void probes_close(Probes *b);
+void probes_close(Probes *b);  // safe on a zeroed struct, and twice
 
 // y [n][cols]: the log of the score that KVzip would give each row's pair, in every kv head. For
 // taps; `scored` counts the layers that are scored.
