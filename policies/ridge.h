@@ -15,9 +15,9 @@ typedef struct {
     float *products;  // [layers][n_features][n_features] X^T X in blocks of 64, lower ones
     float *targets;   // [layers][n_features][y_cols] X^T y
     float *x;         // [max_rows][n_features] in: the features of a call's rows
-    float *y;   // [max_rows][y_cols] in: what probes are to say of them, zeros behind the heads
-    float *xt;  // [n_features][rows] x transposed
-    float *xb;  // [n_features / 64][rows][64] x in blocks of 64 features
+    float *y;         // [max_rows][y_cols] in: their targets, zeros after the heads'
+    float *xt;        // [n_features][rows] x transposed
+    float *xb;        // [n_features / 64][rows][64] x in blocks of 64 features
 } Ridge;
 
 // What the regression of n_layers layers gives, and what it has to know beside the sums.
@@ -35,9 +35,10 @@ typedef struct {
 int ridge_open(Ridge *r, const RunState *s, int n_layers, double lambda, char *err);
 void ridge_close(Ridge *r);  // safe on a zeroed struct, and twice
 
-// Starts sums anew. Then rows [first, first + n) of x and [0, n) of y are added to those of a
-// layer, 0 <= layer < r->layers.
-void ridge_clear(Ridge *r);
+void ridge_clear(Ridge *r);  // starts all sums anew
+
+// Adds rows [first, first + n) of x, with targets [0, n) of y, to the sums of a layer, counted from
+// 0 within the group.
 void ridge_add(Ridge *r, int layer, int first, int n);
 
 // Solves (G + lambda diag G) w = X^T y for each head of the layers, G the products of its own
