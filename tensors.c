@@ -32,14 +32,6 @@ static const struct {
 };
 enum { N_DTYPES = sizeof dtypes / sizeof dtypes[0] };
 
-int fail(char *err, const char *fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(err, ERR_LEN, fmt, args);
-    va_end(args);
-    return -1;
-}
-
 size_t dtype_size(DType t) { return dtypes[t].size; }
 const char *dtype_name(DType t) { return dtypes[t].name; }
 

@@ -12,7 +12,9 @@
 #include <stdint.h>
 #include <stdio.h>
 
-enum { ERR_LEN = 512, TENSOR_MAX_DIMS = 8, TENSOR_ALIGN = 64 };
+#include "util.h"
+
+enum { TENSOR_MAX_DIMS = 8, TENSOR_ALIGN = 64 };
 
 typedef enum { T_U8, T_I8, T_F16, T_BF16, T_I32, T_U32, T_F32, T_I64, T_F64 } DType;
 
@@ -39,10 +41,6 @@ typedef struct {
     int n_meta;
     char *strings;  // names, keys and values, unescaped; everything above points in here
 } TensorFile;
-
-// Writes one sentence into err (ERR_LEN bytes) and returns -1, so that `return fail(err, ...)`
-// reads as the end of the story. Long sentences are cut, never overrun.
-int fail(char *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 size_t dtype_size(DType t);       // bytes of one element
 const char *dtype_name(DType t);  // as safetensors spells it: "F16"

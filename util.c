@@ -1,8 +1,18 @@
-// util.c: the clock, random numbers and UTF-8.
+// util.c: errors, the clock, random numbers and UTF-8.
 #define _POSIX_C_SOURCE 200809L
 #include "util.h"
 
+#include <stdarg.h>
+#include <stdio.h>
 #include <time.h>
+
+int fail(char *err, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(err, ERR_LEN, fmt, args);
+    va_end(args);
+    return -1;
+}
 
 double now(void) {
     struct timespec t;

@@ -1,7 +1,13 @@
-// util.h: what every floor may need: clamping, the clock, random numbers and UTF-8.
+// util.h: what every floor may need: errors, clamping, the clock, random numbers and UTF-8.
 #ifndef UTIL_H
 #define UTIL_H
 #include <stdint.h>
+
+enum { ERR_LEN = 512 };
+
+// Writes one sentence into err [ERR_LEN] and returns -1, so that `return fail(err, ...)` reads as
+// the end of the story. Long sentences are cut, never overrun.
+int fail(char *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
