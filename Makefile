@@ -61,13 +61,13 @@ blas:
 	@$(MAKE) --no-print-directory BLAS=1 tests
 	@BUILD=build/blas C_ONLY=1 sh tests/run.sh $(TESTS)
 
-# libFuzzer over the file header and the tokenizer; FUZZ_SECONDS each.
+# libFuzzer over JSON, the file header and the tokenizer; FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 30
 fuzz:
 	@mkdir -p $(BUILD)
-	for t in tensors tokenizer; do \
-	    clang -std=c11 -I. -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c tensors.c \
-	        tokenizer.c util.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
+	for t in json tensors tokenizer; do \
+	    clang -std=c11 -I. -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c json.c \
+	        tensors.c tokenizer.c util.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
 	done
 
 # ---- Python and models ----
@@ -106,7 +106,7 @@ help:
 	@echo "make valgrind   C tests under valgrind"
 	@echo "make neon       C tests built for AArch64, under qemu-user"
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
-	@echo "make fuzz       fuzz the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
+	@echo "make fuzz       fuzz JSON, the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
