@@ -2,9 +2,9 @@
 //
 // A file from a stranger is mapped and checked once, here, so that nobody above has to: after
 // tensors_open every tensor lies inside the map and is exactly dtype x shape long, and the tensors
-// follow each other without overlap or hole, as the safetensors library demands. The header's JSON
-// has a fixed depth, so the parser has no recursion, and no number is added or multiplied before it
-// is known to fit.
+// follow each other without overlap or hole, as the safetensors library demands. No number is added
+// or multiplied before it is known to fit. The header is copied once and read in place; names, keys
+// and values stay where they stand in the copy.
 #define _POSIX_C_SOURCE 200809L
 #include "tensors.h"
 
@@ -18,9 +18,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "util.h"
+#include "json.h"
 
-enum { LENGTH_BYTES = 8, MAX_HEADER = 100 * 1000 * 1000 };  // the limit of the safetensors library
+// Bytes of the number in front of the header, and the most it may say, as the safetensors library.
+enum { LENGTH_BYTES = 8, MAX_HEADER = 100 * 1000 * 1000 };
 
 static const struct {
     const char *name;
@@ -35,149 +36,12 @@ enum { N_DTYPES = sizeof dtypes / sizeof dtypes[0] };
 size_t dtype_size(DType t) { return dtypes[t].size; }
 const char *dtype_name(DType t) { return dtypes[t].name; }
 
-// ---- the header's JSON ----
-
 typedef struct {
-    const char *start, *p, *end;  // the header; p is the next unread byte
-    char *out;                    // where the next unescaped string goes
-    char *err;
-} Parser;
-
-static int bad(const Parser *j, const char *what) {
-    return fail(j->err, "header: byte %zu: %s", (size_t)(j->p - j->start), what);
-}
-
-static void skip_space(Parser *j) {
-    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r'))
-        j->p++;
-}
-
-static bool accept(Parser *j, char c) {
-    skip_space(j);
-    if (j->p == j->end || *j->p != c) return false;
-    j->p++;
-    return true;
-}
-
-static int expect(Parser *j, char c) {
-    if (accept(j, c)) return 0;
-    char what[] = "expected '?'";
-    what[sizeof what - 3] = c;
-    return bad(j, what);
-}
-
-// Between the members of a list: true when another one follows, false at its end or on an error.
-static bool another(Parser *j, char close, int *status) {
-    if (accept(j, ',')) return true;
-    *status = expect(j, close);
-    return false;
-}
-
-static int parse_hex4(Parser *j, unsigned *code) {
-    if (j->end - j->p < 4) return bad(j, "cut escape");
-    *code = 0;
-    for (int i = 0; i < 4; i++) {
-        unsigned c = (unsigned char)*j->p++, low = c | 0x20;
-        unsigned digit = c - '0' < 10 ? c - '0' : low - 'a' < 6 ? low - 'a' + 10 : 16;
-        if (digit == 16) return bad(j, "\\u needs four hexadecimal digits");
-        *code = *code * 16 + digit;
-    }
-    return 0;
-}
-
-// \uXXXX, after the u: one UTF-16 unit or a surrogate pair.
-static int parse_unicode(Parser *j) {
-    unsigned c, low;
-    if (parse_hex4(j, &c) != 0) return -1;
-    if (c >= 0xD800 && c < 0xDC00 && j->end - j->p >= 2 && j->p[0] == '\\' && j->p[1] == 'u') {
-        j->p += 2;
-        if (parse_hex4(j, &low) != 0) return -1;
-        if (low < 0xDC00 || low > 0xDFFF) return bad(j, "half a surrogate pair");
-        c = 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00);
-    }
-    if (c >= 0xD800 && c < 0xE000) return bad(j, "half a surrogate pair");
-    if (c == 0) return bad(j, "a string holds a zero byte");
-    j->out += utf8_put((uint8_t *)j->out, c);
-    return 0;
-}
-
-static int parse_escape(Parser *j) {
-    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    if (j->p == j->end) return bad(j, "cut escape");
-    char c = *j->p++;
-    if (c == 'u') return parse_unicode(j);
-    const char *at = c == 0 ? NULL : strchr(names, c);
-    if (at == NULL) return bad(j, "unknown escape");
-    *j->out++ = values[at - names];
-    return 0;
-}
-
-// *s is NUL-terminated in the string pool. Unescaping never lengthens, and the two quotes pay for
-// the NUL, so a pool as long as the header holds every string.
-static int parse_string(Parser *j, const char **s) {
-    if (expect(j, '"') != 0) return -1;
-    *s = j->out;
-    for (;;) {
-        if (j->p == j->end) return bad(j, "string without end");
-        unsigned char c = (unsigned char)*j->p++;
-        if (c == '"') break;
-        if (c < 0x20) return bad(j, "control character in a string");
-        if (c != '\\')
-            *j->out++ = (char)c;
-        else if (parse_escape(j) != 0)
-            return -1;
-    }
-    *j->out++ = 0;
-    return 0;
-}
-
-static int parse_size(Parser *j, size_t *n) {
-    skip_space(j);
-    const char *first = j->p;
-    *n = 0;
-    for (; j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++) {
-        size_t digit = (size_t)(*j->p - '0');
-        if (*n > (SIZE_MAX - digit) / 10) return bad(j, "number too large");
-        *n = *n * 10 + digit;
-    }
-    if (j->p == first) return bad(j, "expected a number");
-    if (*first == '0' && j->p - first > 1) return bad(j, "number with a leading zero");
-    return 0;
-}
-
-// [n, n, ...] of at most max numbers.
-static int parse_sizes(Parser *j, size_t *list, int max, int *n) {
-    int status = 0;
-    *n = 0;
-    if (expect(j, '[') != 0) return -1;
-    if (accept(j, ']')) return 0;
-    do {
-        if (*n == max) return bad(j, "too many numbers in a list");
-        if (parse_size(j, &list[(*n)++]) != 0) return -1;
-    } while (another(j, ']', &status));
-    return status;
-}
+    const uint8_t *from;  // [bytes] all that follows the header
+    size_t bytes;
+} Data;
 
 // ---- from JSON to tensors ----
-
-// Room for one more element behind n; p may move. Returns NULL when memory is out.
-static void *grow(void *p, int n, int *cap, size_t size) {
-    if (n < *cap) return p;
-    int more = *cap < 32 ? 32 : *cap * 2;
-    void *q = realloc(p, (size_t)more * size);
-    if (q != NULL) *cap = more;
-    return q;
-}
-
-static int parse_dtype(Parser *j, const char *tensor, DType *dtype) {
-    const char *name;
-    if (parse_string(j, &name) != 0) return -1;
-    for (int i = 0; i < N_DTYPES; i++) {
-        *dtype = (DType)i;
-        if (strcmp(name, dtypes[i].name) == 0) return 0;
-    }
-    return fail(j->err, "tensor %.100s: dtype %.20s is not supported", tensor, name);
-}
 
 // Bytes of dtype x shape; SIZE_MAX, which no tensor has, when that does not fit.
 static size_t tensor_bytes(const Tensor *t) {
@@ -191,87 +55,90 @@ static size_t tensor_bytes(const Tensor *t) {
     return n;
 }
 
+static int take_dtype(Tensor *t, const JsonNode *v, char *err) {
+    const char *name = v->kind == JSON_STRING ? v->text : "of no name";
+    for (int i = 0; i < N_DTYPES; i++) {
+        t->dtype = (DType)i;
+        if (strcmp(name, dtypes[i].name) == 0) return 0;
+    }
+    return fail(err, "tensor %.100s: dtype %.20s is not supported", t->name, name);
+}
+
+// [n, n, ...] of at most `most` numbers. Returns how many, or -1 with err.
+static int take_sizes(size_t *size, int most, const JsonNode *v, const Tensor *t, char *err) {
+    bool ok = v->kind == JSON_LIST && v->n <= most;
+    int n = 0;
+    for (const JsonNode *m = ok ? v->child : NULL; m && ok; m = m->next)
+        ok = json_size(m, &size[n++]) == 0;
+    return ok ? n
+              : fail(err, "tensor %.100s: %s needs a list of up to %d sizes", t->name, v->key,
+                     most);
+}
+
 enum { DTYPE = 1, SHAPE = 2, OFFSETS = 4, ALL_FIELDS = 7 };
 
 // One of "dtype": "F32", "shape": [..], "data_offsets": [from, to]; each may come once.
-static int parse_field(Parser *j, Tensor *t, size_t range[2], int *seen) {
+static int take_field(Tensor *t, size_t range[2], int *seen, const JsonNode *v, char *err) {
     static const char *const names[] = {
         [DTYPE] = "dtype", [SHAPE] = "shape", [OFFSETS] = "data_offsets"};
-    const char *key;
-    int n, field;
-    if (parse_string(j, &key) != 0 || expect(j, ':') != 0) return -1;
-    for (field = DTYPE; field < ALL_FIELDS; field *= 2)
-        if (strcmp(key, names[field]) == 0) break;
+    int field = DTYPE;
+    while (field < ALL_FIELDS && strcmp(v->key, names[field]) != 0) field *= 2;
     if (field > ALL_FIELDS || (*seen & field))
-        return fail(j->err, "tensor %.100s: %.40s is unknown or repeated", t->name, key);
+        return fail(err, "tensor %.100s: %.40s is unknown or repeated", t->name, v->key);
     *seen |= field;
-    if (field == DTYPE) return parse_dtype(j, t->name, &t->dtype);
-    if (field == SHAPE) return parse_sizes(j, t->shape, TENSOR_MAX_DIMS, &t->n_dims);
-    if (parse_sizes(j, range, 2, &n) != 0) return -1;
-    return n == 2 ? 0 : bad(j, "data_offsets needs two numbers");
+    if (field == DTYPE) return take_dtype(t, v, err);
+    if (field == SHAPE) {
+        t->n_dims = take_sizes(t->shape, TENSOR_MAX_DIMS, v, t, err);
+        return t->n_dims < 0 ? -1 : 0;
+    }
+    int n = take_sizes(range, 2, v, t, err);
+    if (n < 0) return -1;
+    return n == 2 ? 0 : fail(err, "tensor %.100s: data_offsets needs two numbers", t->name);
 }
 
-static int parse_tensor(Parser *j, Tensor *t, const uint8_t *data, size_t data_bytes) {
+static int take_tensor(Tensor *t, const JsonNode *v, const Data *data, char *err) {
     size_t range[2] = {0, 0};
-    int seen = 0, status = 0;
-    if (expect(j, '{') != 0) return -1;
-    do {
-        if (parse_field(j, t, range, &seen) != 0) return -1;
-    } while (another(j, '}', &status));
-    if (status != 0) return -1;
+    int seen = 0;
+    *t = (Tensor){.name = v->key};
+    for (const JsonNode *m = v->kind == JSON_OBJECT ? v->child : NULL; m; m = m->next)
+        if (take_field(t, range, &seen, m, err) != 0) return -1;
     if (seen != ALL_FIELDS)
-        return fail(j->err, "tensor %.100s: needs dtype, shape and data_offsets", t->name);
-    if (range[0] > range[1] || range[1] > data_bytes)
-        return fail(j->err, "tensor %.100s: bytes %zu to %zu, but the file has %zu bytes of data",
-                    t->name, range[0], range[1], data_bytes);
-    t->data = data + range[0];
+        return fail(err, "tensor %.100s: needs dtype, shape and data_offsets", t->name);
+    if (range[0] > range[1] || range[1] > data->bytes)
+        return fail(err, "tensor %.100s: bytes %zu to %zu, but the file has %zu bytes of data",
+                    t->name, range[0], range[1], data->bytes);
+    t->data = data->from + range[0];
     t->bytes = range[1] - range[0];
     if (tensor_bytes(t) != t->bytes)
-        return fail(j->err, "tensor %.100s: its shape needs %zu bytes, but it has %zu", t->name,
+        return fail(err, "tensor %.100s: its shape needs %zu bytes, but it has %zu", t->name,
                     tensor_bytes(t), t->bytes);
     return 0;
 }
 
-static int parse_metadata(Parser *j, TensorFile *f, int *cap) {
-    int status = 0;
-    if (expect(j, '{') != 0) return -1;
-    if (accept(j, '}')) return 0;
-    do {
-        Meta *grown = grow(f->meta, f->n_meta, cap, sizeof *grown), *m;
-        if (grown == NULL) return fail(j->err, "out of memory");
-        f->meta = grown;
-        m = &f->meta[f->n_meta];
-        if (parse_string(j, &m->key) != 0 || expect(j, ':') != 0 || parse_string(j, &m->value) != 0)
-            return -1;
-        f->n_meta++;
-    } while (another(j, '}', &status));
-    return status;
+static int take_metadata(TensorFile *f, const JsonNode *v, char *err) {
+    if (f->meta) return fail(err, "header: __metadata__ is there twice");
+    if (v->kind != JSON_OBJECT) return fail(err, "header: __metadata__ is not an object");
+    f->meta = calloc((size_t)v->n + 1, sizeof *f->meta);
+    if (!f->meta) return fail(err, "out of memory");
+    for (const JsonNode *m = v->child; m; m = m->next) {
+        if (m->kind != JSON_STRING)
+            return fail(err, "header: metadata %.100s is not a string", m->key);
+        f->meta[f->n_meta++] = (Meta){m->key, m->text};
+    }
+    return 0;
 }
 
-static int parse_entries(Parser *j, TensorFile *f, const uint8_t *data, size_t data_bytes) {
-    int tensors_cap = 0, meta_cap = 0, status = 0;
-    do {
-        const char *name;
-        if (parse_string(j, &name) != 0 || expect(j, ':') != 0) return -1;
-        if (strcmp(name, "__metadata__") == 0) {
-            if (f->meta != NULL) return bad(j, "__metadata__ is there twice");
-            if (parse_metadata(j, f, &meta_cap) != 0) return -1;
-            continue;
-        }
-        Tensor *grown = grow(f->tensors, f->n_tensors, &tensors_cap, sizeof *grown);
-        if (grown == NULL) return fail(j->err, "out of memory");
-        f->tensors = grown;
-        f->tensors[f->n_tensors] = (Tensor){.name = name};
-        if (parse_tensor(j, &f->tensors[f->n_tensors++], data, data_bytes) != 0) return -1;
-    } while (another(j, '}', &status));
-    return status;
-}
-
-static int parse_header(Parser *j, TensorFile *f, const uint8_t *data, size_t data_bytes) {
-    if (expect(j, '{') != 0) return -1;
-    if (!accept(j, '}') && parse_entries(j, f, data, data_bytes) != 0) return -1;
-    skip_space(j);
-    return j->p == j->end ? 0 : bad(j, "something follows the header's end");
+static int take_header(TensorFile *f, const JsonNode *top, const Data *data, char *err) {
+    if (top->kind != JSON_OBJECT) return fail(err, "header: not a JSON object");
+    f->tensors = calloc((size_t)top->n + 1, sizeof *f->tensors);
+    if (!f->tensors) return fail(err, "out of memory");
+    for (const JsonNode *m = top->child; m; m = m->next) {
+        int status = strcmp(m->key, "__metadata__") == 0
+                         ? take_metadata(f, m, err)
+                         : take_tensor(&f->tensors[f->n_tensors++], m, data, err);
+        if (status != 0) return -1;
+    }
+    return 0;
 }
 
 // ---- checks across tensors ----
@@ -346,6 +213,25 @@ static int map_file(TensorFile *f, const char *path, char *err) {
     return f->map == NULL ? -1 : 0;
 }
 
+// A tensor's object has fewer than one value in four of its bytes, metadata still fewer: no valid
+// header needs more nodes than these.
+static int parse_header(TensorFile *f, size_t length, const Data *data, char *err) {
+    size_t cap = length / 4 + 4;
+    char why[ERR_LEN];
+    JsonNode *node = malloc(cap * sizeof *node);
+    f->strings = malloc(length + 1);
+    int status = -1;
+    if (!node || !f->strings) {
+        fail(err, "out of memory");
+    } else {
+        memcpy(f->strings, f->map + LENGTH_BYTES, length);
+        const JsonNode *top = json_read(node, cap, f->strings, length, why);
+        status = top ? take_header(f, top, data, err) : fail(err, "header: %s", why);
+    }
+    free(node);
+    return status;
+}
+
 static int read_header(TensorFile *f, char *err) {
     uint64_t length = 0;
     size_t room = f->map_bytes - LENGTH_BYTES;
@@ -356,13 +242,9 @@ static int read_header(TensorFile *f, char *err) {
         return fail(err,
                     "the file is cut: its header has %" PRIu64 " bytes, but only %zu are there",
                     length, room);
-    f->strings = malloc((size_t)length + 1);
-    if (f->strings == NULL) return fail(err, "out of memory");
-    const char *header = (const char *)f->map + LENGTH_BYTES;
-    const uint8_t *data = f->map + LENGTH_BYTES + length;
-    Parser j = {header, header, header + length, f->strings, err};
-    if (parse_header(&j, f, data, room - (size_t)length) != 0) return -1;
-    if (check_places(f, data, err) != 0) return -1;
+    Data data = {f->map + LENGTH_BYTES + length, room - (size_t)length};
+    if (parse_header(f, (size_t)length, &data, err) != 0) return -1;
+    if (check_places(f, data.from, err) != 0) return -1;
     return sort_and_check_names(f, err);
 }
 
@@ -518,6 +400,15 @@ void file_abort(NewFile *f) {
 
 // ---- writing ----
 
+// Room for one more element behind n; p may move. Returns NULL when memory is out.
+static void *grow(void *p, int n, int *cap, size_t size) {
+    if (n < *cap) return p;
+    int more = *cap < 32 ? 32 : *cap * 2;
+    void *q = realloc(p, (size_t)more * size);
+    if (q != NULL) *cap = more;
+    return q;
+}
+
 static int write_fail(TensorWriter *w, char *err, const char *what) {
     fail(err, "%s: %s", what, strerror(errno));
     tensors_write_abort(w);
@@ -595,46 +486,27 @@ int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_
     return declare(w, t, err);
 }
 
-static void put_json_string(FILE *file, const char *s) {
-    fputc('"', file);
-    for (; *s; s++) {
-        unsigned char c = (unsigned char)*s;
-        if (c == '"' || c == '\\')
-            fprintf(file, "\\%c", c);
-        else if (c < 0x20)
-            fprintf(file, "\\u%04x", c);
-        else
-            fputc(c, file);
-    }
-    fputc('"', file);
-}
-
 static void put_header_json(const TensorWriter *w) {
+    FILE *f = w->out.file;
     const char *comma = "";
     size_t at = 0;
-    fputc('{', w->out.file);
+    fputc('{', f);
     if (w->n_meta > 0) {
-        fputs("\"__metadata__\":{", w->out.file);
-        for (int i = 0; i < w->n_meta; i++) {
-            if (i > 0) fputc(',', w->out.file);
-            put_json_string(w->out.file, w->meta[i].key);
-            fputc(':', w->out.file);
-            put_json_string(w->out.file, w->meta[i].value);
-        }
-        fputc('}', w->out.file);
+        json_print(f, "'__metadata__':{");
+        for (int i = 0; i < w->n_meta; i++)
+            json_print(f, i > 0 ? ",%s:%s" : "%s:%s", w->meta[i].key, w->meta[i].value);
+        fputc('}', f);
         comma = ",";
     }
     for (int i = 0; i < w->n_tensors; i++, comma = ",") {
         const Tensor *t = &w->tensors[i];
-        fputs(comma, w->out.file);
-        put_json_string(w->out.file, t->name);
-        fprintf(w->out.file, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
-        for (int k = 0; k < t->n_dims; k++)
-            fprintf(w->out.file, k > 0 ? ",%zu" : "%zu", t->shape[k]);
-        fprintf(w->out.file, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
+        fputs(comma, f);
+        json_print(f, "%s:{'dtype':%s,'shape':[", t->name, dtype_name(t->dtype));
+        for (int k = 0; k < t->n_dims; k++) json_print(f, k > 0 ? ",%zu" : "%zu", t->shape[k]);
+        json_print(f, "],'data_offsets':[%zu,%zu]}", at, at + t->bytes);
         at += t->bytes;
     }
-    fputc('}', w->out.file);
+    fputc('}', f);
 }
 
 // The header's length is known only once it is written: its eight bytes are filled in afterwards.

@@ -22,36 +22,45 @@ typedef struct {
     const char *name;
     DType dtype;
     int n_dims;
-    size_t shape[TENSOR_MAX_DIMS];
-    const void *data;  // inside the map, 64-byte aligned in our own files
-    size_t bytes;
+    size_t shape[TENSOR_MAX_DIMS];  // [n_dims] slowest first
+    const void *data;               // inside the map, 64-byte aligned in our own files
+    size_t bytes;                   // of dtype x shape
 } Tensor;
 
 typedef struct {
     const char *key, *value;
 } Meta;
 
+// A file that is open for reading.
 typedef struct {
     char path[1024];
-    const uint8_t *map;  // the whole file, read-only
+    const uint8_t *map;  // [map_bytes] the whole file, read-only
     size_t map_bytes;
     Tensor *tensors;  // [n_tensors] sorted by name
     int n_tensors;
     Meta *meta;  // [n_meta] sorted by key
     int n_meta;
-    char *strings;  // names, keys and values, unescaped; everything above points in here
+    char *strings;  // the header; names, keys and values point in here, unescaped
 } TensorFile;
 
-size_t dtype_size(DType t);       // bytes of one element
-const char *dtype_name(DType t);  // as safetensors spells it: "F16"
+// Bytes of one element.
+size_t dtype_size(DType t);
+
+// As safetensors spells it: "F16".
+const char *dtype_name(DType t);
+
+// ---- reading ----
 
 // Maps the file read-only and checks it: header inside the file, every range inside the data and
 // equal to dtype x shape, no overlap, no overflow. Returns 0, or -1 with err. The descriptor is
 // closed again.
 int tensors_open(TensorFile *f, const char *path, char *err);
-void tensors_close(TensorFile *f);  // safe on a zeroed struct, and twice
 
-const Tensor *tensors_find(const TensorFile *f, const char *name);  // NULL when absent
+// Unmaps it; all pointers into it end here. Safe on a zeroed struct, and twice.
+void tensors_close(TensorFile *f);
+
+// NULL when absent; O(log n).
+const Tensor *tensors_find(const TensorFile *f, const char *name);
 
 // As tensors_find, but absence, another dtype or another shape is an error that names all three,
 // and so is data that does not lie on a multiple of its element size. n_dims sizes follow, each an
@@ -59,46 +68,63 @@ const Tensor *tensors_find(const TensorFile *f, const char *name);  // NULL when
 const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DType dtype, int n_dims,
                           ...);
 
-const char *tensors_meta(const TensorFile *f, const char *key);  // NULL when absent
+// A string of the metadata, NULL when absent; O(log n).
+const char *tensors_meta(const TensorFile *f, const char *key);
 
-// Numbers out of the metadata: absent, malformed or out of [lo, hi] is an error. Return 0 or -1.
+// Numbers out of the metadata: absent, malformed or out of [lo, hi] is an error. Return 0, or -1
+// with err, *out untouched.
 int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *out, char *err);
 int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out,
                        char *err);
 
 // ---- files that are old or new ----
 // What is written goes to "path.PID.tmp", which is synced and renamed over path at the end: path
-// itself is old or new, never half. Return 0, or -1 with err; a call that fails has already
+// itself is old or new, never half. Calls return 0, or -1 with err; one that fails has already
 // aborted, and aborting again does no harm.
 typedef struct {
     char path[1024], tmp[1088];
-    FILE *file;  // to write to
+    FILE *file;  // to write to; NULL when nothing is being written
 } NewFile;
 
-int file_begin(NewFile *f, const char *path, char *err);  // refuses what is not a regular file
-int file_commit(NewFile *f, char *err);  // fails as well if any write before it did
-void file_abort(NewFile *f);             // safe after a commit, and on a zeroed struct
+// Opens the temporary file; a path that is there and no regular file is refused.
+int file_begin(NewFile *f, const char *path, char *err);
+
+// Syncs, closes and renames; fails as well if any write before it did.
+int file_commit(NewFile *f, char *err);
+
+// Removes the temporary file. Safe after a commit, and on a zeroed struct.
+void file_abort(NewFile *f);
 
 // ---- writing ----
 // Tensors are declared first, so that the header comes first; then their data is put in the same
 // order, in pieces of any size; then the file takes its place. Fillers ("pad.N") keep every tensor
-// on a 64-byte boundary without holes in the file. A call that fails has already aborted.
+// on a 64-byte boundary without holes in the file. Calls return 0, or -1 with err; one that fails
+// has already aborted.
 typedef struct {
     NewFile out;
-    Tensor *tensors;  // declared ones, fillers included; data unused
+    Tensor *tensors;  // [n_tensors] declared ones, fillers included; data unused
     int n_tensors, cap;
-    Meta *meta;
+    Meta *meta;  // [n_meta] copies
     int n_meta, meta_cap;
     int at;           // tensor being written, -1 before the header is
     size_t at_bytes;  // how much of it has been put
 } TensorWriter;
 
 int tensors_write_begin(TensorWriter *w, const char *path, char *err);
-int tensors_write_meta(TensorWriter *w, const char *key, const char *value,
-                       char *err);  // copies both
+
+// Adds a string to the metadata; both are copied. An error once data has been put.
+int tensors_write_meta(TensorWriter *w, const char *key, const char *value, char *err);
+
+// Announces a tensor of shape [n_dims], whose name is copied. An error once data has been put.
 int tensors_write_declare(TensorWriter *w, const char *name, DType dtype, int n_dims,
                           const size_t *shape, char *err);
+
+// Appends data [bytes] to what has been put; more than was declared is an error.
 int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err);
-int tensors_write_commit(TensorWriter *w, char *err);  // all declared bytes must have been put
-void tensors_write_abort(TensorWriter *w);  // safe after a commit, and on a zeroed struct
+
+// All declared bytes must have been put. Frees w.
+int tensors_write_commit(TensorWriter *w, char *err);
+
+// Gives up and frees w. Safe after a commit, and on a zeroed struct.
+void tensors_write_abort(TensorWriter *w);
 #endif
