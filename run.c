@@ -24,6 +24,8 @@
 #include "policies/calibrate.h"
 #include "eval/chart.h"
 #include "eval/eval.h"
+#include "answer.h"
+#include "json.h"
 #include "model.h"
 #include "policies.h"
 #include "policies/stream.h"
@@ -91,7 +93,7 @@ static void put(const void *p, size_t n) {
 }
 
 static void flush(void) {
-    if (fflush(stdout) != 0) die_stdout();
+    if (ferror(stdout) || fflush(stdout) != 0) die_stdout();
 }
 
 __attribute__((format(printf, 1, 2))) static void out(const char *fmt, ...) {
@@ -100,85 +102,6 @@ __attribute__((format(printf, 1, 2))) static void out(const char *fmt, ...) {
     int n = vprintf(fmt, ap);
     va_end(ap);
     if (n < 0) die_stdout();
-}
-
-// Bytes of the character at s [n], or, with *ok false, of the longest broken piece of one.
-static int utf8_next(const unsigned char *s, size_t n, bool *ok) {
-    unsigned char lo = 0x80, hi = 0xbf;
-    int len = s[0] < 0x80 ? 1 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
-    *ok = s[0] < 0x80 || (s[0] >= 0xc2 && s[0] < 0xf5);
-    if (!*ok) return 1;
-    if (s[0] == 0xe0) lo = 0xa0;  // overlong
-    if (s[0] == 0xed) hi = 0x9f;  // surrogates
-    if (s[0] == 0xf0) lo = 0x90;  // overlong
-    if (s[0] == 0xf4) hi = 0x8f;  // above U+10FFFF
-    for (int i = 1; i < len; i++) {
-        *ok = (size_t)i < n && s[i] >= lo && s[i] <= hi;
-        if (!*ok) return i;
-        lo = 0x80, hi = 0xbf;
-    }
-    return len;
-}
-
-static void put_json_string(const char *text, size_t n) {
-    const unsigned char *s = (const unsigned char *)text;
-    put("\"", 1);
-    for (size_t i = 0; i < n;) {
-        bool ok;
-        int len = utf8_next(s + i, n - i, &ok);
-        if (!ok)
-            put("\xef\xbf\xbd", 3);
-        else if (s[i] == '"' || s[i] == '\\')
-            out("\\%c", s[i]);
-        else if (s[i] == '\n')
-            put("\\n", 2);
-        else if (s[i] < 0x20 || s[i] == 0x7f)
-            out("\\u%04x", s[i]);
-        else
-            put(s + i, len);
-        i += len;
-    }
-    put("\"", 1);
-}
-
-static void put_json_number(double v) {
-    if (isfinite(v))
-        out("%.9g", v);
-    else
-        put("null", 4);
-}
-
-// A printf for JSON: ' stands for the double quote, %s and %.*s print escaped strings (NULL: null),
-// %g a number or null; %d, %ld and %zu as ever.
-__attribute__((format(printf, 1, 2))) static void json(const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    for (const char *p = fmt; *p; p++) {
-        if (*p != '%') {
-            put(*p == '\'' ? "\"" : p, 1);
-        } else if (*++p == 's') {
-            const char *s = va_arg(ap, const char *);
-            if (s)
-                put_json_string(s, strlen(s));
-            else
-                put("null", 4);
-        } else if (*p == '.') {
-            int n = va_arg(ap, int);
-            put_json_string(va_arg(ap, const char *), n);
-            p += 2;
-        } else if (*p == 'g') {
-            put_json_number(va_arg(ap, double));
-        } else if (*p == 'd') {
-            out("%d", va_arg(ap, int));
-        } else if (*p == 'l') {
-            out("%ld", va_arg(ap, long));
-            p++;
-        } else {
-            out("%zu", va_arg(ap, size_t));
-            p++;
-        }
-    }
-    va_end(ap);
 }
 
 static const char *size_text(char buf[32], double bytes) {
@@ -525,19 +448,8 @@ static void print_help(const Command *c) {
 
 // ---- what comes in ----
 
-typedef struct {
-    char *s;  // [n] bytes and a NUL
-    size_t n, cap;
-} Buffer;
-
-static void buffer_add(Buffer *b, const char *s, size_t n) {
-    if (b->n + n + 1 > b->cap) {
-        b->cap = 2 * (b->n + n) + 256;
-        b->s = realloc(b->s, b->cap);
-        if (!b->s) die_memory();
-    }
-    memcpy(b->s + b->n, s, n);
-    b->s[b->n += n] = '\0';
+static void add_text(Buffer *b, const char *s, size_t n) {
+    if (buffer_add(b, s, n) != 0) die_memory();
 }
 
 // The whole file, or stdin for "-".
@@ -547,8 +459,8 @@ static Buffer read_all(const char *path) {
     bool is_stdin = strcmp(path, "-") == 0;
     FILE *f = is_stdin ? stdin : fopen(path, "rb");
     if (!f) die("%s: %s", path, strerror(errno));
-    buffer_add(&b, "", 0);
-    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) buffer_add(&b, block, n);
+    add_text(&b, "", 0);
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) add_text(&b, block, n);
     if (ferror(f)) die("%s: %s", is_stdin ? "stdin" : path, strerror(errno));
     if (!is_stdin) fclose(f);
     return b;
@@ -560,7 +472,7 @@ static Buffer read_text(const Options *o, const char *fallback) {
     if ((o->prompt != NULL) + (o->file != NULL) + (o->ids != NULL) > 1)
         die_usage(o->command, "only one of -p, -f and --ids can be given");
     if (o->prompt && strcmp(o->prompt, "-") != 0) {
-        buffer_add(&b, o->prompt, strlen(o->prompt));
+        add_text(&b, o->prompt, strlen(o->prompt));
         return b;
     }
     const char *path = o->prompt ? o->prompt : o->file ? o->file : o->ids ? o->ids : fallback;
@@ -598,18 +510,6 @@ static void encode(const Tokenizer *tok, const char *text, size_t n, unsigned ho
     if (tokenizer_encode(tok, text, n, how, ids) != 0) die_memory();
 }
 
-static void encode_template(const Tokenizer *tok, const char *piece, Ids *ids) {
-    encode(tok, piece, strlen(piece), TOK_SPECIAL, ids);
-}
-
-// White space at both ends left out; the result points into s.
-static const char *stripped(const char *s, size_t n, size_t *length) {
-    while (n > 0 && isspace((unsigned char)s[n - 1])) n--;
-    while (n > 0 && isspace((unsigned char)*s)) s++, n--;
-    *length = n;
-    return s;
-}
-
 static bool same_file(const char *path, const struct stat *other) {
     struct stat st;
     return path && stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
@@ -620,7 +520,7 @@ static void check_writable(const Options *o, const char *path) {
     struct stat st;
     const char *slash = strrchr(path, '/');
     Buffer dir = {0};
-    buffer_add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+    add_text(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
     if (stat(dir.s, &st) != 0 || access(dir.s, W_OK | X_OK) != 0)
         die("%s: cannot be written: %s", path, strerror(errno));
     free(dir.s);
@@ -645,11 +545,6 @@ static void check_output(const Options *o) {
 // ---- a session: everything that is open while a subcommand runs ----
 
 typedef struct {
-    float p;
-    int id;
-} Choice;
-
-typedef struct {
     const Options *o;
     ThreadPool *pool;
     Model model;
@@ -657,11 +552,10 @@ typedef struct {
     RunState state;
     KVCache kv;
     KVInfo info;  // of a loaded cache
-    double temp;
-    uint64_t random;
-    Choice *choices;  // [vocab_size] of the sampler
-    bool warned;      // about positions that the model was not trained for
-    Profile profile;  // of --profile, or the model's own
+    Answerer answerer;
+    Sampling sampling;  // of all answers
+    bool warned;        // about positions that the model was not trained for
+    Profile profile;    // of --profile, or the model's own
     bool has_profile;
     Context context;  // what is evicted while tokens come, when `streams`
     Stream stream;
@@ -732,13 +626,10 @@ static void open_session(Session *s, const Options *o, const char *path, int max
     s->pool = open_pool(o->threads);
     if (state_open(&s->state, &s->model, s->pool, MAX_ROWS, max_logits, err) != 0) die("%s", err);
     open_cache(s, path);
-    s->random =
-        o->seed >= 0 ? (uint64_t)o->seed : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    s->choices = allocate(s->model.config.vocab_size, sizeof *s->choices);
 }
 
 static void close_session(Session *s) {
-    free(s->choices);
+    answer_close(&s->answerer);
     stream_close(&s->stream);
     profile_close(&s->profile);
     kvcache_close(&s->kv);
@@ -753,6 +644,18 @@ static int new_sequence(Session *s) {
     int seq = kvcache_new(&s->kv, err);
     if (seq < 0) die("%s", err);
     return seq;
+}
+
+// For commands that write: answers are sampled at --temp, or at `temp` where that is not given.
+static void open_answers(Session *s, double temp) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    s->sampling =
+        (Sampling){.temp = o->temp < 0 ? temp : o->temp,
+                   .top_p = o->top_p,
+                   .random = o->seed >= 0 ? (uint64_t)o->seed
+                                          : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid()};
+    if (answer_open(&s->answerer, &s->state, &s->kv, s->tok, err) != 0) die("%s", err);
 }
 
 static void warn_length(Session *s, long positions) {
@@ -800,60 +703,11 @@ static void progress_end(const Progress *p) {
     if (p->on && p->shown > 0) fputs("\r\033[K", stderr);
 }
 
-// ---- sampling ----
-
-static int argmax(const float *logits, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
-}
-
-// In [0, 1).
-static double random_share(uint64_t *state) { return (double)(random_next(state) >> 11) * 0x1p-53; }
-
-static int by_share(const void *a, const void *b) {
-    const Choice *x = a, *y = b;
-    return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->id - y->id;
-}
-
-// Keeps the likeliest choices that together reach top_p; returns how many. What is below an even
-// share of the rest cannot be among them, so that few are sorted (llama2.c).
-static int cut_tail(Choice *c, int n, double sum, double top_p) {
-    double least = n > 1 ? (1 - top_p) / (n - 1) * sum : 0, reached = 0;
-    int kept = 0, taken = 0;
-    for (int i = 0; i < n; i++)
-        if (c[i].p >= least) c[kept++] = c[i];
-    qsort(c, kept, sizeof *c, by_share);
-    while (taken < kept && (taken == 0 || reached < top_p * sum)) reached += c[taken++].p;
-    return taken;
-}
-
-static int sample(Session *s, const float *logits) {
-    int n = s->model.config.vocab_size, best = argmax(logits, n);
-    if (s->temp == 0) return best;
-    Choice *c = s->choices;
-    double sum = 0;
-    for (int i = 0; i < n; i++) {
-        c[i] = (Choice){expf((logits[i] - logits[best]) / (float)s->temp), i};
-        sum += c[i].p;
-    }
-    if (s->o->top_p < 1) {
-        n = cut_tail(c, n, sum, s->o->top_p);
-        sum = 0;
-        for (int i = 0; i < n; i++) sum += c[i].p;
-    }
-    double at = random_share(&s->random) * sum;
-    for (int i = 0; i < n; i++)
-        if ((at -= c[i].p) < 0) return c[i].id;
-    return best;
-}
-
 // ---- the method: who scores, and who competes with whom ----
 
 static void add_name(Buffer *names, const char *name) {
-    buffer_add(names, " ", 1);
-    buffer_add(names, name, strlen(name));
+    add_text(names, " ", 1);
+    add_text(names, name, strlen(name));
 }
 
 static const Policy *get_policy(const Options *o, const char *name) {
@@ -920,6 +774,7 @@ static void start_stream(Session *s, Context *c) {
     const Options *o = s->o;
     if (stream_open(&s->stream, c, o->ratio, o->budget, (int)o->window, err) != 0) die("%s", err);
     s->streams = true;
+    s->answerer.after = stream_after, s->answerer.after_arg = &s->stream;
 }
 
 // For commands that write: the first tokens stay, where models look when nothing else fits (arXiv
@@ -935,146 +790,75 @@ static void stream_sequence(Session *s, int seq) {
 
 // ---- replies ----
 
-typedef struct {
-    int seq;
-    Ids ids;          // sampled so far; stop ids are not among them
-    int n_fed;        // how many of them the cache holds
-    Buffer text;      // the answer prefix, then what the ids print; control tokens print nothing
-    size_t n_prefix;  // bytes of the answer prefix
-    size_t shown;     // bytes of text that went to stdout
-    TokStream stream;
-    bool show, strip;  // print while it grows; leave out white space at both ends
-    bool done;
-    int limit;  // ids at most
-    int n_prompt;
-    double prefill_s, decode_s;
-} Reply;
-
-static void evict_more(Session *s) {
-    char err[ERR_LEN];
-    if (s->streams && stream_step(&s->stream, err) != 0) die("%s", err);
+// A reply as the flags want it; prompt and limit are left to fill in.
+static Reply new_reply(Session *s, int seq, const Ids *prompt, int limit) {
+    return (Reply){.seq = seq,
+                   .prompt = prompt->id,
+                   .n_prompt = prompt->n,
+                   .limit = limit,
+                   .stop = s->o->stop,
+                   .ignore_stop = s->o->ignore_eos,
+                   .sampling = &s->sampling};
 }
 
-// Appends ids to seq and leaves the last one's logits in the state. Stops early when interrupted.
-static void prefill(Session *s, int seq, const int *ids, int n) {
+// One step of replies [n]; returns how many are not done yet.
+static int step(Session *s, Reply *const *r, int n) {
     char err[ERR_LEN];
-    Row rows[MAX_ROWS];
-    warn_length(s, (long)s->kv.seqs[seq].next_pos + n);
+    int left = answer_step(&s->answerer, r, n, err);
+    if (left < 0) die("%s", err);
+    return left;
+}
+
+// Reads the reply's prompt and takes the first token, unless it is interrupted.
+static void read_prompt(Session *s, Reply *r) {
     Progress p = progress_begin(s);
-    int rc = 0;
-    for (int done = 0; done < n && rc == 0;) {
-        int take = n - done < s->state.max_rows ? n - done : s->state.max_rows;
-        for (int i = 0; i < take; i++) rows[i] = (Row){seq, ids[done + i], done + i == n - 1};
-        rc = forward(&s->state, &s->kv, rows, take, err);
-        if (rc == 0) evict_more(s);
-        done += take;
-        if (progress_step(&p, "read", done, n) != 0) break;
-    }
+    warn_length(s, (long)s->kv.seqs[r->seq].next_pos + r->n_prompt);
+    do step(s, &r, 1);
+    while (progress_step(&p, "read", r->n_fed, r->n_prompt) == 0 && r->n_fed < r->n_prompt);
     progress_end(&p);
-    if (rc != 0) die("%s", err);
 }
 
-static const char *reply_text(const Reply *r, size_t *n) {
-    *n = r->text.n;
-    return r->strip ? stripped(r->text.s, r->text.n, n) : r->text.s;
+// Goes on with replies [n] together until all are done or the user stops them, and calls show after
+// every step.
+static void write_replies(Session *s, Reply *const *r, int n, void (*show)(Reply *r)) {
+    char err[ERR_LEN];
+    for (int left = 1; left > 0 && !interrupted;) {
+        for (int i = 0; i < n; i++)
+            if (!r[i]->done) warn_length(s, (long)s->kv.seqs[r[i]->seq].next_pos + 1);
+        left = step(s, r, n);
+        for (int i = 0; i < n && show; i++) show(r[i]);
+    }
+    for (int i = 0; i < n; i++) {
+        if (reply_flush(&s->answerer, r[i], err) != 0) die("%s", err);
+        if (show) show(r[i]);
+    }
 }
 
-static void reply_show(Reply *r) {
-    size_t n;
-    const char *text = reply_text(r, &n);
-    if (!r->show || n <= r->shown) return;
+// Prints what is new of text [n].
+static void show_text(Reply *r, const char *text, size_t n) {
+    if (n <= r->shown) return;
     put(text + r->shown, n - r->shown);
     flush();
     r->shown = n;
 }
 
-// Adds bytes to the answer, which ends right after the text of --stop.
-static void reply_add(Reply *r, const char *bytes, int n, const char *stop) {
-    size_t len = stop ? strlen(stop) : 0, at = r->text.n;
-    buffer_add(&r->text, bytes, n);
-    if (len == 0) return;
-    at = at >= r->n_prefix + len ? at - (len - 1) : r->n_prefix;
-    for (; at + len <= r->text.n; at++)
-        if (memcmp(r->text.s + at, stop, len) == 0) {
-            r->text.n = at + len;
-            r->stream.n_held = 0;
-            r->done = true;
-            return;
-        }
+static void show_all(Reply *r) { show_text(r, r->text.s, r->text.n); }
+
+static void show_stripped(Reply *r) {
+    size_t n;
+    const char *text = stripped(r->text.s, r->text.n, &n);
+    show_text(r, text, n);
 }
 
-static void reply_take(const Session *s, Reply *r, int id) {
-    char bytes[TOK_STREAM_MAX];
-    r->done = !s->o->ignore_eos && tokenizer_is_stop(s->tok, id);
-    if (r->done) return;
-    push_id(&r->ids, id);
-    if (!tokenizer_is_special(s->tok, id))
-        reply_add(r, bytes, tokenizer_stream(s->tok, &r->stream, id, bytes), s->o->stop);
-    if (r->ids.n >= r->limit) r->done = true;
-    reply_show(r);
+// Tokens per second of the steps that wrote; the first token came with the prompt.
+static double reply_rate(const Reply *r) {
+    return r->n_fed > r->n_prompt ? (r->n_fed - r->n_prompt) / r->write_s : 0;
 }
-
-// Reads the question's ids into r->seq and takes the first token of the answer.
-static void reply_begin(Session *s, Reply *r, const Ids *ids) {
-    double start = now();
-    r->stream.started = true;  // a continuation: its leading space belongs to it
-    r->n_prompt = ids->n;
-    r->n_prefix = r->text.n;
-    prefill(s, r->seq, ids->id, ids->n);
-    if (interrupted || r->limit == 0)
-        r->done = true;
-    else
-        reply_take(s, r, sample(s, s->state.logits));
-    r->prefill_s = now() - start;
-}
-
-static void reply_free(Reply *r) {
-    ids_free(&r->ids);
-    free(r->text.s);
-    *r = (Reply){0};
-}
-
-// One step of the replies that are not done, a row each. Returns how many those were.
-static int decode_step(Session *s, Reply *r, int n) {
-    char err[ERR_LEN];
-    Row rows[MAX_BATCH];
-    Reply *live[MAX_BATCH];
-    int n_live = 0, vocab = s->model.config.vocab_size;
-    double start = now();
-    for (int i = 0; i < n; i++) {
-        if (r[i].done) continue;
-        rows[n_live] = (Row){r[i].seq, r[i].ids.id[r[i].ids.n - 1], true};
-        live[n_live++] = &r[i];
-        warn_length(s, (long)s->kv.seqs[r[i].seq].next_pos + 1);
-    }
-    if (n_live > 0 && forward(&s->state, &s->kv, rows, n_live, err) != 0) die("%s", err);
-    if (n_live > 0) evict_more(s);
-    for (int i = 0; i < n_live; i++) {
-        live[i]->n_fed++;
-        reply_take(s, live[i], sample(s, s->state.logits + (size_t)i * vocab));
-    }
-    for (int i = 0; i < n_live; i++) live[i]->decode_s += now() - start;
-    return n_live;
-}
-
-// Goes on with n replies together until all are done or the user stops them.
-static void decode(Session *s, Reply *r, int n) {
-    char bytes[TOK_STREAM_MAX];
-    while (!interrupted && decode_step(s, r, n) > 0) continue;
-    for (int i = 0; i < n; i++) {
-        buffer_add(&r[i].text, bytes, tokenizer_stream(s->tok, &r[i].stream, -1, bytes));
-        reply_show(&r[i]);
-    }
-}
-
-// Tokens per second of the decode steps; the first token came with the prompt.
-static double reply_rate(const Reply *r) { return r->n_fed > 0 ? r->n_fed / r->decode_s : 0; }
 
 static void reply_figures(const Session *s, const Reply *r) {
     if (s->o->quiet) return;
     fprintf(stderr, "[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s]\n",
-            r->n_prompt, r->prefill_s, r->n_prompt / r->prefill_s, r->ids.n, r->decode_s,
-            reply_rate(r));
+            r->n_prompt, r->read_s, r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
 }
 
 static int exit_code(void) { return interrupted ? 128 + interrupted : 0; }
@@ -1091,23 +875,28 @@ static void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *i
 
 static int cmd_generate(const Options *o) {
     Session s;
+    char err[ERR_LEN];
+    void (*show)(Reply * r) = o->json ? NULL : show_all;
     Ids ids = {0};
     Buffer text = read_text(o, piped_input());
     catch_signals();
     open_session(&s, o, NULL, 1);
     input_ids(&s, &text, TOK_BOS, &ids);
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
-    s.temp = o->temp < 0 ? CHATTY : o->temp;
-    Reply r = {.seq = new_sequence(&s), .show = !o->json, .limit = o->n < 0 ? 256 : (int)o->n};
+    open_answers(&s, CHATTY);
+    Reply r = new_reply(&s, new_sequence(&s), &ids, o->n < 0 ? 256 : (int)o->n);
+    if (reply_begin(&r, "", err) != 0) die("%s", err);
     stream_sequence(&s, r.seq);
-    reply_begin(&s, &r, &ids);
-    decode(&s, &r, 1);
+    read_prompt(&s, &r);
+    if (show) show(&r);
+    write_replies(&s, (Reply *[]){&r}, 1, show);
     if (o->json) {
-        json("{'text': %.*s, 'ids': [", (int)r.text.n, r.text.s);
+        json_print(stdout, "{'text': %.*s, 'ids': [", (int)r.text.n, r.text.s);
         for (int i = 0; i < r.ids.n; i++) out(i ? ", %d" : "%d", r.ids.id[i]);
-        json("], 'n_prompt': %d, 'n_answer': %d, 'prefill_s': %g, ", r.n_prompt, r.ids.n,
-             r.prefill_s);
-        json("'seconds': %g, 'tokens_per_s': %g}\n", r.prefill_s + r.decode_s, reply_rate(&r));
+        json_print(stdout, "], 'n_prompt': %d, 'n_answer': %d, 'prefill_s': %g, ", r.n_prompt,
+                   r.ids.n, r.read_s);
+        json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r.read_s + r.write_s,
+                   reply_rate(&r));
     } else if (r.text.n > 0 && r.text.s[r.text.n - 1] != '\n') {
         put("\n", 1);
     }
@@ -1124,7 +913,16 @@ static int cmd_generate(const Options *o) {
 
 typedef struct {
     char *text, *prefix;  // the start of the answer, "" where there is none
+    Ids ids;              // what asks it
+    Reply reply;
 } Question;
+
+static void question_free(Question *q) {
+    free(q->text);
+    free(q->prefix);
+    ids_free(&q->ids);
+    reply_free(&q->reply);
+}
 
 // Where questions come from: arguments first, then the lines of a file.
 typedef struct {
@@ -1140,7 +938,7 @@ typedef struct {
 
 static char *copy_text(const char *s, size_t n) {
     Buffer b = {0};
-    buffer_add(&b, s, n);
+    add_text(&b, s, n);
     return b.s;
 }
 
@@ -1185,64 +983,21 @@ static bool next_question(Questions *q, Question *next) {
         }
         stripped(s, n, &length);
         if (length == 0) continue;
-        *next = (Question){copy_text(s, n), copy_text(prefix, n_prefix)};
+        *next = (Question){.text = copy_text(s, n), .prefix = copy_text(prefix, n_prefix)};
         return true;
     }
     return false;
 }
 
-// A conversation. On a saved context the first question follows it directly, as KVzip's authors
-// ask, and so does every question where the model has no chat template; later ones are turns of a
-// chat.
-typedef struct {
-    bool on_context, keep;
-    int seq, n_turns;
-    Ids pending;  // the end of the last answer, which the cache does not hold yet
-} Talk;
-
-static void question_ids(const Session *s, const Talk *t, const Question *q, Ids *ids) {
-    const ChatTemplate *chat = tokenizer_chat(s->tok);
-    bool first = t->n_turns == 0, begins = first && !t->on_context;
+static void print_reply(const Session *s, const Question *q) {
     size_t n;
-    const char *words = stripped(q->text, strlen(q->text), &n);
-    for (int i = 0; i < t->pending.n; i++) push_id(ids, t->pending.id[i]);
-    Buffer text = {0};
-    if (s->o->raw) {
-        encode(s->tok, q->text, strlen(q->text), 0, ids);
-    } else if (!chat->present || (first && t->on_context)) {
-        if (begins) encode_template(s->tok, chat->kvzip_prefix, ids);
-        buffer_add(&text, "\n\n", 2);
-        buffer_add(&text, words, n);
-        encode(s->tok, text.s, text.n, 0, ids);
-        encode_template(s->tok, chat->kvzip_postfix, ids);
-    } else {
-        const char *system = begins ? s->o->system : NULL;
-        buffer_add(&text, words, n);
-        if ((system && tokenizer_turn(s->tok, 's', system, true, false, ids) != 0) ||
-            tokenizer_turn(s->tok, 'u', text.s, begins && !system, system != NULL, ids) != 0 ||
-            tokenizer_generation(s->tok, ids) != 0)
-            die_memory();
-    }
-    encode(s->tok, q->prefix, strlen(q->prefix), 0, ids);
-    free(text.s);
-}
-
-// What the cache lacks of the last turn: tokens not fed, and the template's end of an answer.
-static void close_turn(const Session *s, Talk *t, const Reply *r) {
-    t->n_turns++;
-    t->seq = r->seq;
-    t->pending.n = 0;
-    for (int i = r->n_fed; i < r->ids.n; i++) push_id(&t->pending, r->ids.id[i]);
-    if (!s->o->raw) encode_template(s->tok, tokenizer_chat(s->tok)->assistant_suffix, &t->pending);
-}
-
-static void print_reply(const Session *s, const Question *q, const Reply *r) {
-    size_t n;
-    const char *text = reply_text(r, &n);
+    const Reply *r = &q->reply;
+    const char *text = stripped(r->text.s, r->text.n, &n);
     if (s->o->json) {
-        json("{'question': %s, 'answer': %.*s, 'n_prompt': %d, 'n_answer': %d, ", q->text, (int)n,
-             text, r->n_prompt, r->ids.n);
-        json("'seconds': %g, 'tokens_per_s': %g}\n", r->prefill_s + r->decode_s, reply_rate(r));
+        json_print(stdout, "{'question': %s, 'answer': %.*s, 'n_prompt': %d, 'n_answer': %d, ",
+                   q->text, (int)n, text, r->n_prompt, r->ids.n);
+        json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r->read_s + r->write_s,
+                   reply_rate(r));
     } else {
         put(text + r->shown, n - r->shown);
         put("\n", 1);
@@ -1251,97 +1006,127 @@ static void print_reply(const Session *s, const Question *q, const Reply *r) {
     reply_figures(s, r);
 }
 
+// Several questions and their answers, or a conversation.
+typedef struct {
+    Session *s;
+    Talk talk;
+    Questions from;
+    int batch;      // questions answered together
+    int limit;      // tokens of an answer at most
+    bool keep;      // each question sees the ones before it
+    bool tolerant;  // Ctrl-C ends an answer but not the rest, even where nobody types
+} Exchange;
+
+// Reads a question on its own fork of the context and begins the answer.
+static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
+    Session *s = x->s;
+    char err[ERR_LEN];
+    int seq = kvcache_fork(&s->kv, x->talk.seq, err);
+    if (seq < 0 || talk_ask(&x->talk, q->text, q->prefix, &q->ids, err) != 0) die("%s", err);
+    q->reply = new_reply(s, seq, &q->ids, x->limit);
+    if (reply_begin(&q->reply, q->prefix, err) != 0) die("%s", err);
+    if (s->streams) s->context.seq = seq;
+    read_prompt(s, &q->reply);
+    if (show) show(&q->reply);
+}
+
 // Answers n questions together, each on its own fork of the context. In a conversation it is one,
 // and the fork takes the context's place, unless it was stopped before the answer began.
-static void answer(Session *s, Talk *t, const Question *q, int n, int limit) {
+static void answer(Exchange *x, Question *q, int n) {
+    Session *s = x->s;
     char err[ERR_LEN];
-    Reply r[MAX_BATCH];
+    Reply *r[MAX_BATCH];
+    void (*show)(Reply * r) = n == 1 && !s->o->json ? show_stripped : NULL;
     for (int i = 0; i < n; i++) {
-        Ids ids = {0};
-        int seq = kvcache_fork(&s->kv, t->seq, err);
-        if (seq < 0) die("%s", err);
-        r[i] = (Reply){.seq = seq, .show = n == 1 && !s->o->json, .strip = true, .limit = limit};
-        if (s->streams) s->context.seq = seq;
-        buffer_add(&r[i].text, q[i].prefix, strlen(q[i].prefix));
-        question_ids(s, t, &q[i], &ids);
-        reply_begin(s, &r[i], &ids);
-        ids_free(&ids);
+        put_question(x, &q[i], show);
+        r[i] = &q[i].reply;
     }
-    decode(s, r, n);
+    write_replies(s, r, n, show);
     for (int i = 0; i < n; i++) {
-        print_reply(s, &q[i], &r[i]);
-        bool stays = t->keep && (r[i].ids.n > 0 || !interrupted || s->streams);
-        kvcache_drop(&s->kv, stays ? t->seq : r[i].seq);
-        if (stays) close_turn(s, t, &r[i]);
-        reply_free(&r[i]);
+        print_reply(s, &q[i]);
+        bool stays = x->keep && (r[i]->ids.n > 0 || !interrupted || s->streams);
+        kvcache_drop(&s->kv, stays ? x->talk.seq : r[i]->seq);
+        if (stays && talk_answered(&x->talk, r[i], err) != 0) die("%s", err);
+        question_free(&q[i]);
     }
 }
 
-// Until the questions end; returns how many there were. Ctrl-C ends an answer, and the rest only
-// where nobody types (`tolerant`: a chat goes on even then).
-static int converse(Session *s, Talk *t, Questions *from, int batch, int limit, bool tolerant) {
+// Until the questions end; returns how many there were.
+static int converse(Exchange *x) {
     Question q[MAX_BATCH];
-    int asked = 0;
+    int asked = 0, batch = x->from.person ? 1 : x->batch;
+    bool tolerant = x->from.person || x->tolerant,
+         echo = !tolerant && !x->s->o->quiet && !x->s->o->json;
     while (!interrupted) {
         int n = 0;
-        while (n < batch && next_question(from, &q[n])) {
-            if (!from->person && !tolerant && !s->o->quiet && !s->o->json)
-                fprintf(stderr, "> %s\n", q[n].text);
+        while (n < batch && next_question(&x->from, &q[n])) {
+            if (echo) fprintf(stderr, "> %s\n", q[n].text);
             n++;
         }
         if (n == 0) break;
-        answer(s, t, q, n, limit);
+        answer(x, q, n);
         asked += n;
-        if (interrupted == SIGINT && (from->person || tolerant)) interrupted = 0;
-        for (int i = 0; i < n; i++) {
-            free(q[i].text);
-            free(q[i].prefix);
-        }
+        if (interrupted == SIGINT && tolerant) interrupted = 0;
     }
-    free(from->line);
-    ids_free(&t->pending);
+    free(x->from.line);
+    talk_free(&x->talk);
     return asked;
+}
+
+// The questions of the command line: arguments, -f or stdin.
+static Questions given_questions(const Options *o) {
+    bool from_stdin = (o->n_args == 2 && !o->file) || (o->file && strcmp(o->file, "-") == 0);
+    Questions from = {.args = o->args + 2, .n_args = o->n_args - 2, .prefix = o->answer_prefix};
+    if (!o->file && !from_stdin) return from;
+    from.name = from_stdin ? "stdin" : o->file;
+    from.file = from_stdin ? stdin : fopen(o->file, "r");
+    from.person = from_stdin && isatty(STDIN_FILENO);
+    if (!from.file) die("%s: %s", o->file, strerror(errno));
+    return from;
 }
 
 static int cmd_ask(const Options *o) {
     Session s;
-    bool from_stdin = (o->n_args == 2 && !o->file) || (o->file && strcmp(o->file, "-") == 0);
-    Questions from = {.args = o->args + 2, .n_args = o->n_args - 2, .prefix = o->answer_prefix};
     if (o->keep && o->batch > 1) die_usage(o->command, "--keep and --batch do not go together");
-    int batch = o->batch ? (int)o->batch : o->keep ? 1 : ASK_BATCH;
-    if (o->file || from_stdin) {
-        from.name = from_stdin ? "stdin" : o->file;
-        from.file = from_stdin ? stdin : fopen(o->file, "r");
-        from.person = from_stdin && isatty(STDIN_FILENO);
-        if (!from.file) die("%s: %s", o->file, strerror(errno));
-    }
+    Exchange x = {.s = &s,
+                  .from = given_questions(o),
+                  .batch = o->batch  ? (int)o->batch
+                           : o->keep ? 1
+                                     : ASK_BATCH,
+                  .limit = o->n < 0 ? 96 : (int)o->n,
+                  .keep = o->keep};
     catch_signals();
-    open_session(&s, o, o->args[1], batch);
-    s.temp = o->temp < 0 ? 0 : o->temp;
-    Talk talk = {.on_context = true, .keep = o->keep};
-    int asked =
-        converse(&s, &talk, &from, from.person ? 1 : batch, o->n < 0 ? 96 : (int)o->n, false);
-    if (from.file && !from_stdin) fclose(from.file);
+    open_session(&s, o, o->args[1], x.batch);
+    open_answers(&s, 0);
+    x.talk = (Talk){.tok = s.tok, .raw = o->raw, .on_context = true};
+    int asked = converse(&x);
+    if (x.from.file && x.from.file != stdin) fclose(x.from.file);
     close_session(&s);
-    if (asked == 0 && !from.person && !interrupted)
-        die("%s: no question in it", from.file ? from.name : "arguments");
+    if (asked == 0 && !x.from.person && !interrupted)
+        die("%s: no question in it", x.from.file ? x.from.name : "arguments");
     return exit_code();
 }
 
 static int cmd_chat(const Options *o) {
     Session s;
-    Questions from = {.file = stdin, .name = "stdin", .person = isatty(STDIN_FILENO)};
+    Exchange x = {.s = &s,
+                  .from = {.file = stdin, .name = "stdin", .person = isatty(STDIN_FILENO)},
+                  .batch = 1,
+                  .limit = o->n < 0 ? 512 : (int)o->n,
+                  .keep = true,
+                  .tolerant = true};
     if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
     catch_signals();
     open_session(&s, o, o->cache, 1);
+    open_answers(&s, CHATTY);
     if (!tokenizer_chat(s.tok)->present) warn(&s, "%s has no chat template", o->args[0]);
-    s.temp = o->temp < 0 ? CHATTY : o->temp;
-    Talk talk = {.on_context = o->cache != NULL, .keep = true};
-    if (!o->cache) talk.seq = new_sequence(&s);
+    x.talk =
+        (Talk){.tok = s.tok, .system = o->system, .raw = o->raw, .on_context = o->cache != NULL};
+    if (!o->cache) x.talk.seq = new_sequence(&s);
     if (o->cache && wants_stream(o))
         die_usage(o->command, "-c: its pairs have been chosen already");
-    stream_sequence(&s, talk.seq);
-    converse(&s, &talk, &from, 1, o->n < 0 ? 512 : (int)o->n, true);
+    stream_sequence(&s, x.talk.seq);
+    converse(&x);
     close_session(&s);
     return exit_code();
 }
@@ -1363,11 +1148,11 @@ static void prefix_ids(const Session *s, Ids *ids) {
     if (o->system) {
         if (!chat->present) die("--system: %s has no chat template", o->args[0]);
         if (tokenizer_turn(s->tok, 's', o->system, true, false, ids) != 0) die_memory();
-        buffer_add(&text, chat->user_prefix_after_system, strlen(chat->user_prefix_after_system));
+        add_text(&text, chat->user_prefix_after_system, strlen(chat->user_prefix_after_system));
     } else {
-        buffer_add(&text, chat->kvzip_prefix, strlen(chat->kvzip_prefix));
+        add_text(&text, chat->kvzip_prefix, strlen(chat->kvzip_prefix));
     }
-    if (!o->task) buffer_add(&text, task, strlen(task));
+    if (!o->task) add_text(&text, task, strlen(task));
     encode(s->tok, text.s, text.n, TOK_SPECIAL, ids);
     if (o->task) encode(s->tok, task, strlen(task), 0, ids);
     free(text.s);
@@ -1482,8 +1267,9 @@ static int cmd_score(const Options *o) {
     write_tensors(o->out, meta, sizeof meta / sizeof *meta, tensors, 3);
     check_interrupted(o);
     if (o->json)
-        json("{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
-             c->n_prefix, c->n_ctx, c->prefill_s, c->score_s, o->out);
+        json_print(stdout,
+                   "{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
+                   c->n_prefix, c->n_ctx, c->prefill_s, c->score_s, o->out);
     if (!o->quiet)
         fprintf(stderr, "[%d tokens read in %.2f s, scored in %.2f s]\n", in.ids.n, c->prefill_s,
                 c->score_s);
@@ -1589,12 +1375,15 @@ static void save_context(Session *s, const Context *c, double kept) {
 static void compress_figures(const Options *o, const Context *c, const Shrunk *r) {
     char a[32], b[32];
     if (o->json) {
-        json("{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx, r->ratio,
-             r->bytes, r->full);
-        json("'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
-             c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
-        json("'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'path': %s}\n", r->peak,
-             r->memory_full, r->memory, o->out);
+        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx,
+                   r->ratio, r->bytes, r->full);
+        json_print(
+            stdout,
+            "'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
+            c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
+        json_print(stdout,
+                   "'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'path': %s}\n",
+                   r->peak, r->memory_full, r->memory, o->out);
     }
     flush();
     if (o->quiet) return;
@@ -1660,8 +1449,8 @@ static int cmd_map(const Options *o) {
     if (chart_map(&map, o->out, err) != 0) die("%s: %s", o->out, err);
     check_interrupted(o);
     if (o->json)
-        json("{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n", c->n_ctx,
-             (double)kept / n_pairs, kept, n_pairs, o->out);
+        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n",
+                   c->n_ctx, (double)kept / n_pairs, kept, n_pairs, o->out);
     if (!o->quiet) fprintf(stderr, "[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
     free(layers);
     free(keep);
@@ -1742,7 +1531,7 @@ static int cmd_tokenize(const Options *o) {
         free(bytes);
     } else {
         encode(tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0), &ids);
-        if (o->json) json("{'ids': [");
+        if (o->json) json_print(stdout, "{'ids': [");
         for (int i = 0; i < ids.n; i++) out("%s%d", i == 0 ? "" : o->json ? ", " : " ", ids.id[i]);
         put(o->json ? "]}\n" : "\n", o->json ? 3 : 1);
     }
@@ -1766,15 +1555,15 @@ static void print_facts(const Options *o, const Fact *f, int n) {
     char size[32];
     for (int i = 0; i < n; i++) {
         if (o->json)
-            json(i ? ", %s: " : "{%s: ", f[i].key);
+            json_print(stdout, i ? ", %s: " : "{%s: ", f[i].key);
         else
             out("%-18s ", f[i].key);
         if (o->json && f[i].text)
-            put_json_string(f[i].text, strlen(f[i].text));
+            json_print(stdout, "%s", f[i].text);
         else if (f[i].text)
             out("%s", f[i].text);
         else if (o->json)
-            put_json_number(f[i].number);
+            json_print(stdout, "%g", f[i].number);
         else if (f[i].bytes)
             out("%s", size_text(size, f[i].number));
         else
@@ -2008,14 +1797,15 @@ static void info_tensors(const Options *o, const TensorFile *f) {
     for (int i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
         if (o->json)
-            json(i ? ", {'name': %s, 'dtype': %s, 'shape': ["
-                   : "{'name': %s, 'dtype': %s, 'shape': [",
-                 t->name, dtype_name(t->dtype));
+            json_print(stdout,
+                       i ? ", {'name': %s, 'dtype': %s, 'shape': ["
+                         : "{'name': %s, 'dtype': %s, 'shape': [",
+                       t->name, dtype_name(t->dtype));
         else
             out("%-32s %-4s [", t->name, dtype_name(t->dtype));
         for (int d = 0; d < t->n_dims; d++) out("%s%zu", d ? ", " : "", t->shape[d]);
         if (o->json)
-            json("], 'bytes': %zu}", t->bytes);
+            json_print(stdout, "], 'bytes': %zu}", t->bytes);
         else
             out("] %s\n", size_text(size, t->bytes));
     }
@@ -2043,10 +1833,11 @@ static void print_peaks(void *arg, const BenchPeaks *p) {
     const Session *s = arg;
     const double *g = p->gflop_per_s;
     if (s->o->json) {
-        json("{'work': 'peak', 'threads': %d, 'gb_per_s': %g, ", pool_threads(s->pool),
-             p->gb_per_s);
-        json("'f32_gflop_per_s': %g, 'q8_gflop_per_s': %g, ", g[W_F32], g[W_Q8]);
-        json("'q4_gflop_per_s': %g, 'attention_gflop_per_s': %g}\n", g[W_Q4], p->attention);
+        json_print(stdout, "{'work': 'peak', 'threads': %d, 'gb_per_s': %g, ",
+                   pool_threads(s->pool), p->gb_per_s);
+        json_print(stdout, "'f32_gflop_per_s': %g, 'q8_gflop_per_s': %g, ", g[W_F32], g[W_Q8]);
+        json_print(stdout, "'q4_gflop_per_s': %g, 'attention_gflop_per_s': %g}\n", g[W_Q4],
+                   p->attention);
     } else {
         out("peaks: %.1f GB/s read; GFLOP/s: %.0f f32, %.0f q8, %.0f q4, %.0f attention\n\n",
             p->gb_per_s, g[W_F32], g[W_Q8], g[W_Q4], p->attention);
@@ -2060,12 +1851,15 @@ static void print_bench(void *arg, const BenchRow *r) {
     const Session *s = arg;
     char size[32] = "", what[32];
     if (s->o->json) {
-        json("{'work': %s, 'n': %d, 'depth': %d, 'ratio': %g, 'batch': %d, 'threads': %d, ",
-             r->work, r->n, r->depth, r->ratio, r->batch, pool_threads(s->pool));
-        json("'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'gflop_per_s': %g, ",
-             r->tokens_per_s, r->seconds, r->gb_per_s, r->gflop_per_s);
-        json("'share': %g, 'bound': %s, 'to_prefill': %g, ", r->share, r->bound, r->to_prefill);
-        json("'cache_bytes': %zu, 'score_attn': %s}\n", r->cache_bytes, r->score_attn);
+        json_print(stdout,
+                   "{'work': %s, 'n': %d, 'depth': %d, 'ratio': %g, 'batch': %d, 'threads': %d, ",
+                   r->work, r->n, r->depth, r->ratio, r->batch, pool_threads(s->pool));
+        json_print(stdout, "'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'gflop_per_s': %g, ",
+                   r->tokens_per_s, r->seconds, r->gb_per_s, r->gflop_per_s);
+        json_print(stdout, "'share': %g, 'bound': %s, 'to_prefill': %g, ", r->share, r->bound,
+                   r->to_prefill);
+        json_print(stdout, "'cache_bytes': %zu, 'score_attn': %s}\n", r->cache_bytes,
+                   r->score_attn);
     } else {
         snprintf(what, sizeof what, "%s %s", r->work, r->score_attn ? r->score_attn : "");
         if (r->cache_bytes > 0) size_text(size, r->cache_bytes);
@@ -2150,10 +1944,11 @@ static int eval_text(const Options *o) {
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s: %s", o->ppl, err);
     if (o->json) {
-        json("{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
-             o->ppl, kvcache_types_name(kv, kv_name), p.window, r.value, r.low);
-        json("'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error, r.n,
-             now() - start);
+        json_print(stdout,
+                   "{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
+                   o->ppl, kvcache_types_name(kv, kv_name), p.window, r.value, r.low);
+        json_print(stdout, "'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error,
+                   r.n, now() - start);
     } else {
         out("perplexity %.4f +- %.5f over %d tokens in windows of %d\n", r.value, r.error, r.n,
             p.window);
@@ -2237,10 +2032,12 @@ static void print_rows(const Options *o, const EvalResults *results) {
     for (int i = 0; i < n; i++) {
         const EvalRow *r = &rows[i];
         if (o->json) {
-            json("{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ",
-                 r->task, r->policy, r->level, r->ratio, r->kept, r->kv);
-            json("'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n", r->metric,
-                 r->value, r->low, r->high, r->n);
+            json_print(
+                stdout,
+                "{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ",
+                r->task, r->policy, r->level, r->ratio, r->kept, r->kv);
+            json_print(stdout, "'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n",
+                       r->metric, r->value, r->low, r->high, r->n);
         } else if (is_first(rows, i, same_table)) {
             print_table(rows, n, i, column, n_columns);
         }
@@ -2320,10 +2117,8 @@ static void eval_lists(const Session *s, Eval *e) {
 }
 
 static int ask_ids(void *arg, const EvalQuestion *q, Ids *ids) {
-    const Talk talk = {.on_context = true};
-    Question question = {(char *)q->question, (char *)q->answer_prefix};
-    question_ids(arg, &talk, &question, ids);
-    return 0;
+    char err[ERR_LEN];
+    return talk_ask(arg, q->question, q->answer_prefix, ids, err);
 }
 
 static int eval_step(void *arg, long done, long total) {
@@ -2354,9 +2149,10 @@ static int cmd_eval(const Options *o) {
     open_profile(&s);
     eval_lists(&s, &e);
     prefix_ids(&s, &prefix);
+    Talk talk = {.tok = s.tok, .raw = o->raw, .on_context = true};
     Progress progress = progress_begin(&s);
     progress.unit = "answers";
-    e.state = &s.state, e.prefix = &prefix, e.ask = ask_ids, e.ask_arg = &s;
+    e.state = &s.state, e.prefix = &prefix, e.ask = ask_ids, e.ask_arg = &talk;
     e.progress = eval_step, e.progress_arg = &progress;
     e.context = (Context){.tok = s.tok,
                           .chunk = (int)o->chunk,
@@ -2417,9 +2213,11 @@ static int cmd_calibrate(const Options *o) {
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s", err);
     if (o->json) {
-        json("{'n_texts': %d, 'n_tokens': %d, 'longest': %d, 'explained': %g, 'seconds': %g, ",
-             r.n_texts, r.n_tokens, r.longest, r.explained, r.seconds);
-        json("'path': %s}\n", o->out);
+        json_print(
+            stdout,
+            "{'n_texts': %d, 'n_tokens': %d, 'longest': %d, 'explained': %g, 'seconds': %g, ",
+            r.n_texts, r.n_tokens, r.longest, r.explained, r.seconds);
+        json_print(stdout, "'path': %s}\n", o->out);
         flush();
     }
     if (!o->quiet)

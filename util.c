@@ -1,9 +1,12 @@
-// util.c: errors, the clock, random numbers and UTF-8.
+// util.c: errors, the clock, random numbers, UTF-8 and text that grows.
 #define _POSIX_C_SOURCE 200809L
 #include "util.h"
 
+#include <ctype.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 int fail(char *err, const char *fmt, ...) {
@@ -51,4 +54,23 @@ int utf8_get(const uint8_t *p, const uint8_t *end, uint32_t *c) {
     if ((p[3] & 0xc0) != 0x80) return 0;
     *c = (a & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
     return 4;
+}
+
+int buffer_add(Buffer *b, const char *s, size_t n) {
+    if (b->n + n + 1 > b->cap) {
+        size_t cap = 2 * (b->n + n) + 256;
+        char *grown = realloc(b->s, cap);
+        if (!grown) return -1;
+        b->s = grown, b->cap = cap;
+    }
+    memcpy(b->s + b->n, s, n);
+    b->s[b->n += n] = '\0';
+    return 0;
+}
+
+const char *stripped(const char *s, size_t n, size_t *length) {
+    while (n > 0 && isspace((unsigned char)s[n - 1])) n--;
+    while (n > 0 && isspace((unsigned char)*s)) s++, n--;
+    *length = n;
+    return s;
 }

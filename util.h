@@ -1,6 +1,8 @@
-// util.h: what every floor may need: errors, clamping, the clock, random numbers and UTF-8.
+// util.h: what every floor may need: errors, clamping, the clock, random numbers, UTF-8 and text
+// that grows.
 #ifndef UTIL_H
 #define UTIL_H
+#include <stddef.h>
 #include <stdint.h>
 
 enum { ERR_LEN = 512 };
@@ -25,4 +27,16 @@ int utf8_put(uint8_t *out, uint32_t c);
 // Bytes of the character at p, p < end, which goes to *c; 0 when no valid one begins there, -1 when
 // end cuts one short. Surrogates, overlong forms and all beyond U+10FFFF are invalid.
 int utf8_get(const uint8_t *p, const uint8_t *end, uint32_t *c);
+
+// Text that grows; {0} is empty.
+typedef struct {
+    char *s;  // [n] bytes and a NUL; NULL before anything was added
+    size_t n, cap;
+} Buffer;
+
+// Appends n bytes. Returns 0, or -1 when memory is out, and then b is as it was.
+int buffer_add(Buffer *b, const char *s, size_t n);
+
+// s [n] without the white space at both ends: the first byte that stays, how many in *length.
+const char *stripped(const char *s, size_t n, size_t *length);
 #endif

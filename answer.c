@@ -1,0 +1,263 @@
+// answer.c: how text comes out of a model.
+//
+// Reading and writing are the same thing: ids go in, and after the last known one the logits say
+// what may follow. So a reply is a list of ids, prompt and answer one after the other, of which the
+// cache holds the first n_fed; a step feeds some of the others, and a reply that has no others left
+// takes one more. Rows of several replies share a forward call, which costs hardly more than one
+// row alone as long as the weights are what is waited for. A row's numbers do not depend on which
+// rows stand beside it (batch invariance), so neither do answers.
+#include "answer.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+int answer_open(Answerer *a, RunState *state, KVCache *kv, const Tokenizer *tok, char *err) {
+    int vocab = state->model->config.vocab_size;
+    *a = (Answerer){.state = state, .kv = kv, .tok = tok};
+    a->choices = calloc((size_t)vocab, sizeof *a->choices);
+    return a->choices ? 0 : fail(err, "out of memory for %d choices", vocab);
+}
+
+void answer_close(Answerer *a) {
+    free(a->choices);
+    *a = (Answerer){0};
+}
+
+// ---- sampling ----
+
+static int argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+// In [0, 1).
+static double random_share(uint64_t *state) { return (double)(random_next(state) >> 11) * 0x1p-53; }
+
+static int by_share(const void *a, const void *b) {
+    const Choice *x = a, *y = b;
+    return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->id - y->id;
+}
+
+// Keeps the likeliest choices that together reach top_p; returns how many. What is below an even
+// share of the rest cannot be among them, so that few are sorted (llama2.c).
+static int cut_tail(Choice *c, int n, double sum, double top_p) {
+    double least = n > 1 ? (1 - top_p) / (n - 1) * sum : 0, reached = 0;
+    int kept = 0, taken = 0;
+    for (int i = 0; i < n; i++)
+        if (c[i].p >= least) c[kept++] = c[i];
+    qsort(c, (size_t)kept, sizeof *c, by_share);
+    while (taken < kept && (taken == 0 || reached < top_p * sum)) reached += c[taken++].p;
+    return taken;
+}
+
+// A token drawn from logits [n], of which `best` is the likeliest; c [n] is scratch. Nucleus
+// sampling: arXiv 1904.09751.
+static int sample(Sampling *how, const float *logits, int n, int best, Choice *c) {
+    if (!how || how->temp == 0) return best;
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        c[i] = (Choice){expf((logits[i] - logits[best]) / (float)how->temp), i};
+        sum += c[i].p;
+    }
+    if (how->top_p < 1) {
+        n = cut_tail(c, n, sum, how->top_p);
+        sum = 0;
+        for (int i = 0; i < n; i++) sum += c[i].p;
+    }
+    double at = random_share(&how->random) * sum;
+    for (int i = 0; i < n; i++)
+        if ((at -= c[i].p) < 0) return c[i].id;
+    return best;
+}
+
+// ---- one reply ----
+
+int reply_begin(Reply *r, const char *prefix, char *err) {
+    r->stop_id = -1;
+    r->stream.started = true;  // a continuation: its leading space belongs to it
+    if (buffer_add(&r->text, prefix, strlen(prefix)) != 0) return fail(err, "out of memory");
+    r->n_prefix = r->text.n;
+    return 0;
+}
+
+void reply_free(Reply *r) {
+    ids_free(&r->ids);
+    free(r->text.s);
+    *r = (Reply){0};
+}
+
+int reply_flush(const Answerer *a, Reply *r, char *err) {
+    char bytes[TOK_STREAM_MAX];
+    int n = tokenizer_stream(a->tok, &r->stream, -1, bytes);
+    return buffer_add(&r->text, bytes, (size_t)n) == 0 ? 0 : fail(err, "out of memory");
+}
+
+// Ends the answer right after the stop text, if that is in it. The text may begin in bytes that
+// were there before the new ones, which start at `from`, but not in the answer prefix.
+static void cut_at_stop(Reply *r, size_t from) {
+    size_t len = r->stop ? strlen(r->stop) : 0;
+    if (len == 0) return;
+    size_t at = from >= r->n_prefix + len ? from - (len - 1) : r->n_prefix;
+    for (; at + len <= r->text.n; at++) {
+        if (memcmp(r->text.s + at, r->stop, len) != 0) continue;
+        r->text.n = at + len;
+        r->text.s[r->text.n] = '\0';
+        r->stream.n_held = 0;
+        r->done = true;
+        return;
+    }
+}
+
+int reply_take(const Answerer *a, Reply *r, int id, char *err) {
+    char bytes[TOK_STREAM_MAX];
+    if (!r->ignore_stop && tokenizer_is_stop(a->tok, id)) {
+        r->stop_id = id;
+        r->done = true;
+        return reply_flush(a, r, err);
+    }
+    if (ids_push(&r->ids, id) != 0) return fail(err, "out of memory");
+    if (!tokenizer_is_special(a->tok, id)) {
+        int n = tokenizer_stream(a->tok, &r->stream, id, bytes);
+        size_t from = r->text.n;
+        if (buffer_add(&r->text, bytes, (size_t)n) != 0) return fail(err, "out of memory");
+        cut_at_stop(r, from);
+    }
+    if (r->ids.n >= r->limit) r->done = true;
+    return r->done ? reply_flush(a, r, err) : 0;
+}
+
+// ---- many replies ----
+
+// The rows of one forward call, and whose logits it gives.
+typedef struct {
+    const Answerer *a;
+    Row row[MAX_ROWS];
+    int n_rows;
+    Reply *ready[MAX_ROWS];  // [n_ready] those that lack nothing after it, in its order
+    int best[MAX_ROWS];      // [n_ready] the likeliest token that follows
+    int n_ready;
+} Step;
+
+// How many of r's ids the cache does not hold.
+static int lacking(const Reply *r) { return r->n_prompt + r->ids.n - r->n_fed; }
+
+// Rows for the next ids of r, `most` of them or fewer; returns how many.
+static int feed(Step *s, Reply *r, int most) {
+    int n = min_int(lacking(r), most), end = r->n_fed + n;
+    bool last = n == lacking(r);
+    for (int i = r->n_fed; i < end; i++) {
+        int id = i < r->n_prompt ? r->prompt[i] : r->ids.id[i - r->n_prompt];
+        s->row[s->n_rows++] = (Row){r->seq, id, last && i == end - 1};
+    }
+    if (last) s->ready[s->n_ready++] = r;
+    return n;
+}
+
+static void find_best(void *step, int i) {
+    Step *s = step;
+    int vocab = s->a->state->model->config.vocab_size;
+    s->best[i] = argmax(s->a->state->logits + (size_t)i * vocab, vocab);
+}
+
+// Every reply that lacks nothing takes the token that its logits say, in their order.
+static int take_next(Step *s, char *err) {
+    const Answerer *a = s->a;
+    int vocab = a->state->model->config.vocab_size;
+    parallel_for(a->state->pool, s->n_ready, find_best, s);
+    for (int i = 0; i < s->n_ready; i++) {
+        Reply *r = s->ready[i];
+        const float *logits = a->state->logits + (size_t)i * vocab;
+        r->done = r->ids.n >= r->limit;  // where no token is wanted at all
+        if (r->done) continue;
+        int id = sample(r->sampling, logits, vocab, s->best[i], a->choices);
+        if (reply_take(a, r, id, err) != 0) return -1;
+    }
+    return 0;
+}
+
+int answer_step(const Answerer *a, Reply *const *r, int n, char *err) {
+    Step s = {.a = a};
+    Reply *live[MAX_ROWS];
+    int fed[MAX_ROWS], n_live = 0, left = 0;
+    bool reads[MAX_ROWS];
+    int room = min_int(a->state->max_rows, MAX_ROWS), most = min_int(room, a->state->max_logits);
+    double start = now();
+    for (int i = 0; i < n && n_live < most; i++)
+        if (!r[i]->done) live[n_live++] = r[i];
+    if (n_live == 0) return 0;
+    for (int i = 0; i < n_live; i++) {
+        if (lacking(live[i]) == 0) return fail(err, "nothing to answer: the prompt is empty");
+        reads[i] = live[i]->n_fed < live[i]->n_prompt;
+        fed[i] = feed(&s, live[i], room - s.n_rows - (n_live - 1 - i));
+    }
+    if (forward(a->state, a->kv, s.row, s.n_rows, err) != 0) return -1;
+    for (int i = 0; i < n_live; i++) live[i]->n_fed += fed[i];
+    if (a->after && a->after(a->after_arg, err) != 0) return -1;
+    if (take_next(&s, err) != 0) return -1;
+    double seconds = now() - start;
+    for (int i = 0; i < n_live; i++) *(reads[i] ? &live[i]->read_s : &live[i]->write_s) += seconds;
+    for (int i = 0; i < n; i++) left += !r[i]->done;
+    return left;
+}
+
+// ---- turns ----
+
+static int encode(const Tokenizer *tok, const char *text, unsigned how, Ids *ids) {
+    return tokenizer_encode(tok, text, strlen(text), how, ids);
+}
+
+// The question right after the context, as KVzip's authors put it.
+static int ask_context(const Talk *t, const char *words, size_t n, bool begins, Ids *ids) {
+    const ChatTemplate *chat = tokenizer_chat(t->tok);
+    Buffer text = {0};
+    bool ok = (!begins || encode(t->tok, chat->kvzip_prefix, TOK_SPECIAL, ids) == 0) &&
+              buffer_add(&text, "\n\n", 2) == 0 && buffer_add(&text, words, n) == 0 &&
+              encode(t->tok, text.s, 0, ids) == 0 &&
+              encode(t->tok, chat->kvzip_postfix, TOK_SPECIAL, ids) == 0;
+    free(text.s);
+    return ok ? 0 : -1;
+}
+
+// The question as a turn of a chat.
+static int ask_turn(const Talk *t, const char *words, size_t n, bool begins, Ids *ids) {
+    const char *system = begins ? t->system : NULL;
+    Buffer text = {0};
+    bool ok = buffer_add(&text, words, n) == 0 &&
+              (!system || tokenizer_turn(t->tok, 's', system, true, false, ids) == 0) &&
+              tokenizer_turn(t->tok, 'u', text.s, begins && !system, system != NULL, ids) == 0 &&
+              tokenizer_generation(t->tok, ids) == 0;
+    free(text.s);
+    return ok ? 0 : -1;
+}
+
+int talk_ask(const Talk *t, const char *question, const char *prefix, Ids *ids, char *err) {
+    bool first = t->n_turns == 0, begins = first && !t->on_context;
+    bool follows = !tokenizer_chat(t->tok)->present || (first && t->on_context);
+    size_t n;
+    const char *words = stripped(question, strlen(question), &n);
+    int rc = 0;
+    for (int i = 0; i < t->pending.n && rc == 0; i++) rc = ids_push(ids, t->pending.id[i]);
+    if (rc == 0 && t->raw)
+        rc = encode(t->tok, question, 0, ids);
+    else if (rc == 0)
+        rc = (follows ? ask_context : ask_turn)(t, words, n, begins, ids);
+    if (rc == 0) rc = encode(t->tok, prefix, 0, ids);
+    return rc == 0 ? 0 : fail(err, "out of memory");
+}
+
+int talk_answered(Talk *t, const Reply *r, char *err) {
+    t->n_turns++;
+    t->seq = r->seq;
+    t->pending.n = 0;
+    int rc = 0;
+    for (int i = max_int(r->n_fed - r->n_prompt, 0); i < r->ids.n && rc == 0; i++)
+        rc = ids_push(&t->pending, r->ids.id[i]);
+    if (rc == 0 && !t->raw)
+        rc = encode(t->tok, tokenizer_chat(t->tok)->assistant_suffix, TOK_SPECIAL, &t->pending);
+    return rc == 0 ? 0 : fail(err, "out of memory");
+}
+
+void talk_free(Talk *t) { ids_free(&t->pending); }
