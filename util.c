@@ -1,9 +1,11 @@
-// util.c: errors, the clock, random numbers, UTF-8 and text that grows.
+// util.c: errors, the clock, random numbers, hashes, UTF-8, text that grows and whole files.
 #define _POSIX_C_SOURCE 200809L
 #include "util.h"
 
 #include <ctype.h>
+#include <errno.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +30,12 @@ uint64_t random_next(uint64_t *state) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
+}
+
+uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
+    const unsigned char *p = data;
+    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
+    return h;
 }
 
 int utf8_put(uint8_t *out, uint32_t c) {
@@ -73,4 +81,22 @@ const char *stripped(const char *s, size_t n, size_t *length) {
     while (n > 0 && isspace((unsigned char)*s)) s++, n--;
     *length = n;
     return s;
+}
+
+char *file_read(const char *path, size_t *n, char *err) {
+    bool is_stdin = strcmp(path, "-") == 0;
+    FILE *f = is_stdin ? stdin : fopen(path, "rb");
+    Buffer text = {0};
+    char block[16384];
+    int why = f ? 0 : errno, rc = buffer_add(&text, "", 0);
+    for (size_t got; f && rc == 0 && (got = fread(block, 1, sizeof block, f)) > 0;)
+        rc = buffer_add(&text, block, got);
+    if (f && ferror(f)) why = errno;
+    if (f && !is_stdin) fclose(f);
+    if (rc != 0) why = ENOMEM;
+    if (why == 0) return *n = text.n, text.s;
+    free(text.s);
+    fail(err, "%s", strerror(why));
+    errno = why;
+    return NULL;
 }

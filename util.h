@@ -1,5 +1,5 @@
-// util.h: what every floor may need: errors, clamping, the clock, random numbers, UTF-8 and text
-// that grows.
+// util.h: what every floor may need: errors, clamping, the clock, random numbers, hashes, UTF-8,
+// text that grows and whole files.
 #ifndef UTIL_H
 #define UTIL_H
 #include <stddef.h>
@@ -21,6 +21,10 @@ double now(void);
 // generators, 2014); any state may start it.
 uint64_t random_next(uint64_t *state);
 
+// FNV-1a of data [n], going on from h (http://www.isthe.com/chongo/tech/comp/fnv/).
+#define HASH_START 0xcbf29ce484222325u
+uint64_t hash_bytes(uint64_t h, const void *data, size_t n);
+
 // Writes code point c, at most 0x10ffff, as UTF-8; returns how many bytes, 1 to 4.
 int utf8_put(uint8_t *out, uint32_t c);
 
@@ -39,4 +43,8 @@ int buffer_add(Buffer *b, const char *s, size_t n);
 
 // s [n] without the white space at both ends: the first byte that stays, how many in *length.
 const char *stripped(const char *s, size_t n, size_t *length);
+
+// The whole file, or stdin for "-", and a NUL behind its *n bytes; malloc'ed. NULL with err; then
+// errno says why.
+char *file_read(const char *path, size_t *n, char *err);
 #endif

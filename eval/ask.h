@@ -1,0 +1,51 @@
+// ask.h: the questions of one context, put to caches that hold it. The full cache answers first: by
+// its answers all others are judged. Knows nothing of policies.
+#ifndef ASK_H
+#define ASK_H
+#include "answer.h"
+#include "eval/judge.h"
+#include "eval/results.h"
+#include "eval/tasks.h"
+
+// A question at work.
+typedef struct {
+    const EvalQuestion *q;
+    Judged judged;      // its ids, and the full cache's answer
+    Reply reply;        // of the cache at hand
+    double full_value;  // of the full cache's answer, in the task's metric
+} Asked;
+
+// The first fields are the caller's to fill in, the others start as zeros.
+typedef struct {
+    const EvalTask *task;
+    RunState *state;  // max_logits: answers that decode together
+    const Tokenizer *tok;
+    KVCache *full_kv;  // the full cache, where its sequence
+    int full_seq;      // ends with the context
+    int limit;         // tokens of an answer
+    const char *stop;  // an answer ends after this text; or NULL
+    // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no
+    // memory.
+    int (*ids)(void *arg, const EvalQuestion *q, Ids *ids);
+    void *ids_arg;
+    int (*progress)(void *arg);  // after each forward call; nonzero stops
+    void *progress_arg;
+
+    Asked *asked;    // [task->n_questions]
+    int begin, end;  // the group: questions whose full logits are in memory
+    Answerer answerer;
+    Judge judge;
+} Asking;
+
+// Asks the full cache everything. Returns 0, or -1 with err; to be closed either way.
+int asking_open(Asking *a, char *err);
+void asking_close(Asking *a);  // safe on a zeroed struct, and twice
+
+// The group of questions that begins with `begin`, as many as there is memory for: computes the
+// full cache's logits. Returns 0, or -1 with err.
+int asking_group(Asking *a, int begin, char *err);
+
+// Puts the group's questions to forks of seq, which leaves no trace, and writes their numbers into
+// c. Returns 0, or -1 with err.
+int asking_put(Asking *a, KVCache *kv, int seq, EvalCell *c, char *err);
+#endif

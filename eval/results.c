@@ -1,0 +1,284 @@
+// results.c: files of results, and what they say taken together.
+//
+// A file is JSON Lines: first the settings that all cells share, then a cell a line, appended as it
+// is done. So a run that was interrupted goes on where it stopped, and shards are joined by reading
+// all their files. Numbers are written with as many digits as bring back the same bits.
+#define _POSIX_C_SOURCE 200809L
+#include "eval/results.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "json.h"
+#include "tensors.h"
+#include "util.h"
+
+enum { RESAMPLES = 1000 };
+
+// The numbers of a cell, as they are called in a file; the first one is the task's metric.
+enum { COLUMNS = 4 };
+static const char *const columns[COLUMNS] = {"value", "same", "kl", "nll"};
+
+// ---- cells ----
+
+static int take_settings(EvalResults *r, const char *settings, char *err) {
+    if (!r->settings) {
+        r->settings = malloc(strlen(settings) + 1);
+        if (!r->settings) return fail(err, "out of memory");
+        strcpy(r->settings, settings);
+    } else if (strcmp(r->settings, settings) != 0) {
+        return fail(err, "results of other tasks, another model or other settings (%s, not %s)",
+                    settings, r->settings);
+    }
+    return 0;
+}
+
+static bool same_cell(const EvalCell *a, const EvalCell *b) {
+    return a->context == b->context && a->ratio == b->ratio && strcmp(a->policy, b->policy) == 0 &&
+           strcmp(a->level, b->level) == 0 && strcmp(a->kv, b->kv) == 0;
+}
+
+const EvalCell *eval_results_find(const EvalResults *r, const EvalCell *like) {
+    for (int i = 0; i < r->n; i++)
+        if (same_cell(&r->cell[i], like)) return &r->cell[i];
+    return NULL;
+}
+
+int eval_cell_alloc(EvalCell *c, int n) {
+    c->n = n;
+    c->value = calloc((size_t)n, COLUMNS * sizeof *c->value);
+    if (!c->value) return -1;
+    c->same = c->value + n, c->kl = c->same + n, c->nll = c->kl + n;
+    return 0;
+}
+
+// Takes the cell over, numbers and all.
+static int add_cell(EvalResults *r, EvalCell c, char *err) {
+    if (r->n == r->cap) {
+        EvalCell *cell = realloc(r->cell, (size_t)(2 * r->cap + 64) * sizeof *cell);
+        if (!cell) return fail(err, "out of memory");
+        r->cell = cell, r->cap = 2 * r->cap + 64;
+    }
+    r->cell[r->n++] = c;
+    return 0;
+}
+
+// ---- writing ----
+
+static int written(FILE *f, char *err) {
+    return fflush(f) == 0 ? 0 : fail(err, "the results cannot be written: %s", strerror(errno));
+}
+
+static int put_settings(FILE *f, const char *settings, char *err) {
+    json_print(f, "{'settings': %s}\n", settings);
+    return written(f, err);
+}
+
+static int put_cell(FILE *f, const EvalCell *c, char *err) {
+    json_print(f, "{'task': %s, 'metric': %s, 'policy': %s, 'level': %s, 'kv': %s", c->task,
+               c->metric, c->policy, c->level, c->kv);
+    json_print(f, ", 'context': %d, 'ratio': %.17g, 'kept': %.17g", c->context, c->ratio, c->kept);
+    for (int m = 0; m < COLUMNS; m++) {
+        const float *v = c->value + (size_t)m * c->n;
+        json_print(f, ", %s: [", columns[m]);
+        for (int i = 0; i < c->n; i++) json_print(f, i ? ", %g" : "%g", v[i]);
+        fputc(']', f);
+    }
+    fputs("}\n", f);
+    return written(f, err);
+}
+
+int eval_results_begin(EvalResults *r, const char *settings, char *err) {
+    bool fresh = !r->settings;
+    if (take_settings(r, settings, err) != 0) return -1;
+    return fresh && r->log ? put_settings(r->log, settings, err) : 0;
+}
+
+int eval_results_add(EvalResults *r, EvalCell *c, char *err) {
+    if (r->log && put_cell(r->log, c, err) != 0) return -1;
+    if (add_cell(r, *c, err) != 0) return -1;
+    c->value = NULL;
+    return 0;
+}
+
+int eval_results_save(const EvalResults *r, const char *path, char *err) {
+    NewFile out;
+    if (file_begin(&out, path, err) != 0) return -1;
+    int rc = r->settings ? put_settings(out.file, r->settings, err) : 0;
+    for (int i = 0; i < r->n && rc == 0; i++) rc = put_cell(out.file, &r->cell[i], err);
+    if (rc == 0) return file_commit(&out, err);
+    file_abort(&out);
+    return -1;
+}
+
+// ---- reading ----
+
+// A column's numbers; one that was not finite is null.
+static int read_column(float *v, int n, JsonFields *f, const char *key) {
+    const JsonNode *list = json_need(f, key, JSON_LIST);
+    if (!list) return -1;
+    if (list->n != n) return fail(f->err, "\"%s\" has %d numbers, not %d", key, list->n, n);
+    for (const JsonNode *m = list->child; m; m = m->next) {
+        if (m->kind != JSON_NUMBER && m->kind != JSON_NULL)
+            return fail(f->err, "\"%s\" holds what is no number", key);
+        *v++ = m->kind == JSON_NUMBER ? (float)json_number(m) : NAN;
+    }
+    return 0;
+}
+
+static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
+    JsonFields f = {.object = top, .err = err};
+    EvalCell c = {.task = json_need_text(&f, "task")};
+    c.metric = json_need_text(&f, "metric");
+    c.policy = json_need_text(&f, "policy");
+    c.level = json_need_text(&f, "level");
+    c.kv = json_need_text(&f, "kv");
+    const JsonNode *context = json_need(&f, "context", JSON_NUMBER);
+    const JsonNode *ratio = json_need(&f, "ratio", JSON_NUMBER);
+    const JsonNode *kept = json_need(&f, "kept", JSON_NUMBER);
+    const JsonNode *value = json_need(&f, columns[0], JSON_LIST);
+    if (f.failed) return -1;
+    c.context = (int)json_number(context);
+    c.ratio = json_number(ratio), c.kept = json_number(kept);
+    if (eval_results_find(r, &c)) return 0;
+    if (value->n == 0) return fail(err, "a cell of no questions");
+    if (eval_cell_alloc(&c, value->n) != 0) return fail(err, "out of memory");
+    int rc = 0;
+    for (int m = 0; m < COLUMNS && rc == 0; m++)
+        rc = read_column(c.value + (size_t)m * c.n, c.n, &f, columns[m]);
+    if (rc == 0) rc = add_cell(r, c, err);
+    if (rc != 0) free(c.value);
+    return rc;
+}
+
+// The first line holds the settings, the others a cell each.
+static int read_results(EvalResults *r, JsonLines *lines, char *err) {
+    char why[ERR_LEN];
+    const JsonNode *top;
+    while (json_lines_next(lines, &top, why) == 0) {
+        if (!top) return 0;
+        JsonFields f = {.object = top, .err = why};
+        const char *settings = (lines->line == 1 ? json_need_text : json_may_text)(&f, "settings");
+        if (settings && take_settings(r, settings, err) != 0) return -1;
+        if (f.failed || (!settings && read_cell(r, top, why) != 0)) break;
+    }
+    return fail(err, "line %d: %s", lines->line, why);
+}
+
+// Takes the file's text over, to which cells will point.
+static int add_text(EvalResults *r, char *text, char *err) {
+    char **texts = realloc(r->text, (size_t)(r->n_texts + 1) * sizeof *texts);
+    if (!texts) return free(text), fail(err, "out of memory");
+    r->text = texts;
+    r->text[r->n_texts++] = text;
+    JsonLines lines = {.rest = text};
+    int rc = read_results(r, &lines, err);
+    json_lines_close(&lines);
+    return rc;
+}
+
+int eval_results_open(EvalResults *r, const char *path, bool append, char *err) {
+    size_t n = 0;
+    char *text = file_read(path, &n, err);
+    if (!text && !(append && errno == ENOENT)) return -1;
+    while (text && n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
+    if (append) {
+        r->log = fopen(path, "ab");
+        if (!r->log || ftruncate(fileno(r->log), (off_t)n) != 0) {
+            free(text);
+            return fail(err, "cannot be written: %s", strerror(errno));
+        }
+    }
+    return text ? add_text(r, text, err) : 0;
+}
+
+void eval_results_close(EvalResults *r) {
+    for (int i = 0; i < r->n; i++) free(r->cell[i].value);
+    for (int i = 0; i < r->n_texts; i++) free(r->text[i]);
+    if (r->log) fclose(r->log);
+    free(r->cell);
+    free(r->text);
+    free(r->settings);
+    *r = (EvalResults){0};
+}
+
+// ---- figures ----
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Mean of v [n] and the middle 95% of the means of as many questions drawn from it again (Efron
+// 1979).
+static void summarize(EvalRow *row, const float *v, int n) {
+    double mean[RESAMPLES], sum = 0;
+    uint64_t random = 1;
+    for (int i = 0; i < n; i++) sum += v[i];
+    row->n = n;
+    row->value = sum / n;
+    for (int k = 0; k < RESAMPLES; k++) {
+        mean[k] = 0;
+        for (int i = 0; i < n; i++) mean[k] += v[random_next(&random) % (unsigned)n];
+        mean[k] /= n;
+    }
+    qsort(mean, RESAMPLES, sizeof *mean, by_size);
+    row->low = mean[RESAMPLES / 40];
+    row->high = mean[RESAMPLES - 1 - RESAMPLES / 40];
+}
+
+// The same task under the same policy, level, ratio and page type.
+static bool same_figure(const EvalCell *a, const EvalCell *b) {
+    EvalCell c = *b;
+    c.context = a->context;
+    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0 && same_cell(a, &c);
+}
+
+// Cells [first, r->n) that belong to the figure of cell `first`, as a row for each of its columns;
+// these go together in v [COLUMNS][room].
+static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *row, float *v,
+                        int room) {
+    const EvalCell *c = &r->cell[first];
+    int n = 0;
+    double kept = 0;
+    for (int i = first; i < r->n; i++) {
+        const EvalCell *d = &r->cell[i];
+        if (done[i] || !same_figure(c, d)) continue;
+        for (int m = 0; m < COLUMNS; m++)
+            memcpy(v + (size_t)m * room + n, d->value + m * d->n, d->n * sizeof *v);
+        kept += d->kept * d->n;
+        n += d->n;
+        done[i] = true;
+    }
+    for (int m = 0; m < COLUMNS; m++) {
+        row[m] = (EvalRow){.task = c->task,
+                           .policy = c->policy,
+                           .level = c->level,
+                           .kv = c->kv,
+                           .metric = m == 0 ? c->metric : columns[m],
+                           .ratio = c->ratio,
+                           .kept = kept / n};
+        summarize(&row[m], v + (size_t)m * room, n);
+    }
+}
+
+int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err) {
+    int room = 1;
+    for (int i = 0; i < r->n; i++) room += r->cell[i].n;
+    bool *done = calloc((size_t)r->n + 1, sizeof *done);
+    float *v = malloc(COLUMNS * (size_t)room * sizeof *v);
+    *rows = malloc((COLUMNS * (size_t)r->n + 1) * sizeof **rows);
+    *n = 0;
+    bool ok = done && v && *rows;
+    for (int i = 0; ok && i < r->n; i++) {
+        if (done[i]) continue;
+        figure_rows(r, i, done, *rows + *n, v, room);
+        *n += COLUMNS;
+    }
+    free(done);
+    free(v);
+    return ok ? 0 : fail(err, "out of memory");
+}

@@ -1,0 +1,74 @@
+// results.h: files of results, and the figures that tables and charts are made of. Knows nothing of
+// models.
+#ifndef RESULTS_H
+#define RESULTS_H
+#include <stdbool.h>
+#include <stdio.h>
+
+// The questions of one context, asked of one cache. Policy "full" is the yardstick.
+typedef struct {
+    const char *task, *metric, *policy, *level, *kv;
+    int context;   // the line of the task file, from 1
+    double ratio;  // asked for
+    double kept;   // achieved: share of the context's pairs, in the layers that evict
+    int n;         // questions
+    // One block of 4 x n numbers, which begins with value.
+    float *value;     // [n] the task's metric
+    float *same;      // [n] 1: the answer is the full cache's, token for token
+    float *kl, *nll;  // [n] nat per token of the full cache's answer
+} EvalCell;
+
+typedef struct {
+    EvalCell *cell;  // [n]
+    int n, cap;
+    char *settings;  // what all cells share: model, tasks and the like; NULL: not known yet
+    FILE *log;       // where new cells are added, or NULL
+    // [n_texts] the files read: cells' strings point in here, or into tasks and tables.
+    char **text;
+    int n_texts;
+} EvalResults;
+
+// ---- files ----
+
+// Reads cells from a file of results, if there is one; `append` keeps it open, so that eval_run
+// adds each cell as it is done. A last line that was cut off is dropped. Cells that are there
+// already are left out, cells of another model or other settings refused. Returns 0, or -1 with
+// err.
+int eval_results_open(EvalResults *r, const char *path, bool append, char *err);
+
+// Writes all of them as a new file. Returns 0, or -1 with err and the old file as it was.
+int eval_results_save(const EvalResults *r, const char *path, char *err);
+
+// Frees them and closes the log. Safe on a zeroed struct, and twice.
+void eval_results_close(EvalResults *r);
+
+// ---- adding ----
+
+// Makes sure that what is there was made with these settings; a new log begins with them. Returns
+// 0, or -1 with err.
+int eval_results_begin(EvalResults *r, const char *settings, char *err);
+
+// The cell of the same context, ratio, policy, level and page type; NULL when there is none.
+const EvalCell *eval_results_find(const EvalResults *r, const EvalCell *like);
+
+// Room for the numbers of n questions, zeros; free(c->value) frees it. 0, or -1: no memory.
+int eval_cell_alloc(EvalCell *c, int n);
+
+// Adds a cell, also to the log, and takes its numbers over. Returns 0, or -1 with err.
+int eval_results_add(EvalResults *r, EvalCell *c, char *err);
+
+// ---- figures ----
+
+// A figure over all contexts of a task.
+typedef struct {
+    const char *task, *policy, *level, *kv;
+    const char *metric;  // contained, exact, f1, choice; same, kl, nll
+    double ratio, kept;
+    double value, low, high;  // mean over questions; 95% bootstrap interval, fixed seed
+    int n;                    // questions
+} EvalRow;
+
+// *rows [*n] is malloc'ed; its strings are the cells'. In the order in which tasks and cells were
+// done. Returns 0, or -1 with err.
+int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err);
+#endif

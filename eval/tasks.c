@@ -1,0 +1,229 @@
+// tasks.c: tasks from JSON Lines, and how good an answer is.
+//
+// A task is a context and questions about it, each with the answers that are right. The file's text
+// stays in memory and every string points into it. What a model wrote and what is right are
+// compared in the same normal form, so that case, punctuation and "the" decide nothing.
+#include "eval/tasks.h"
+
+#include <ctype.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "json.h"
+#include "util.h"
+
+// ---- how good an answer is ----
+
+// Lower case, no punctuation, no articles, number words as digits, single spaces (as KVzip's
+// authors and SQuAD's script compare, arXiv 1606.05250). In place: a word never gets longer.
+static void normalize(char *s) {
+    static const char *const articles[] = {"a", "an", "the"};
+    static const char *const digits[] = {"zero", "one", "two",   "three", "four",
+                                         "five", "six", "seven", "eight", "nine"};
+    char *start = s, *out = s, *word = s;
+    for (;; s++) {
+        unsigned char c = (unsigned char)*s;
+        if (c && !isspace(c)) {
+            if (!ispunct(c)) *out++ = (char)tolower(c);
+            continue;
+        }
+        *out = '\0';
+        for (int i = 0; i < 3; i++)
+            if (strcmp(word, articles[i]) == 0) out = word;
+        for (int i = 0; i < 10; i++)
+            if (strcmp(word, digits[i]) == 0) *word = (char)('0' + i), out = word + 1;
+        if (!c) break;
+        if (out > word) *out++ = ' ';
+        word = out;
+    }
+    if (out > start && out[-1] == ' ') out--;
+    *out = '\0';
+}
+
+// A number matches whole numbers only: 12 is not in 312.
+static bool contained(const char *text, const char *want) {
+    size_t n = strlen(want);
+    if (n == 0) return false;
+    for (const char *at = text; (at = strstr(at, want)) != NULL; at++) {
+        bool before =
+            at > text && isdigit((unsigned char)at[-1]) && isdigit((unsigned char)want[0]);
+        bool after = isdigit((unsigned char)want[n - 1]) && isdigit((unsigned char)at[n]);
+        if (!before && !after) return true;
+    }
+    return false;
+}
+
+// How often the word [n] stands in text before `end` (NULL: anywhere).
+static int count_word(const char *text, const char *end, const char *word, size_t n) {
+    int count = 0;
+    for (size_t len; (len = strcspn(text, " ")) > 0; text += len + (text[len] == ' ')) {
+        if (end && text >= end) break;
+        count += len == n && memcmp(text, word, n) == 0;
+    }
+    return count;
+}
+
+static int count_words(const char *s) {
+    int n = *s != '\0';
+    for (; *s; s++) n += *s == ' ';
+    return n;
+}
+
+// F1 of the words in common, counted with multiplicity.
+static double word_f1(const char *text, const char *want) {
+    int n_text = count_words(text), n_want = count_words(want), common = 0;
+    if (n_text == 0 || n_want == 0) return n_text == n_want;
+    const char *p = want;
+    for (size_t len; (len = strcspn(p, " ")) > 0; p += len + (p[len] == ' '))
+        common += count_word(want, p, p, len) < count_word(text, NULL, p, len);
+    return 2.0 * common / (n_text + n_want);
+}
+
+// The first letter that stands alone, "(b)" and "B." too, as a capital; 0 when there is none.
+static int choice_letter(const char *s) {
+    for (bool inside = false; *s; s++) {
+        unsigned char c = (unsigned char)s[0], after = (unsigned char)s[1];
+        bool ends = !isalnum(after) && after < 0x80 && after != '\'';
+        if (!inside && isalpha(c) && ends) return toupper(c);
+        inside = isalnum(c) || c >= 0x80 || c == '\'';
+    }
+    return 0;
+}
+
+static double metric_value(EvalMetric metric, const char *answer, const char *want) {
+    int letter;
+    switch (metric) {
+    case METRIC_EXACT:
+        return strcmp(answer, want) == 0;
+    case METRIC_F1:
+        return word_f1(answer, want);
+    case METRIC_CHOICE:
+        return (letter = choice_letter(answer)) && letter == choice_letter(want);
+    default:
+        return contained(answer, want);
+    }
+}
+
+double eval_answer(const EvalTask *t, const EvalQuestion *q, char *answer) {
+    double best = 0, sum = 0;
+    if (t->metric != METRIC_CHOICE) normalize(answer);
+    for (int i = 0; i < q->n_answers; i++) {
+        double v = metric_value(t->metric, answer, q->answers[i]);
+        best = fmax(best, v);
+        sum += v;
+    }
+    return t->all && t->metric == METRIC_CONTAINED ? sum / q->n_answers : best;
+}
+
+// ---- tasks ----
+
+static const char *const metric_names[METRICS] = {"contained", "exact", "f1", "choice"};
+
+const char *eval_metric_name(EvalMetric metric) { return metric_names[metric]; }
+
+static int take_question(EvalQuestion *q, const JsonNode *object, bool as_is, char *err) {
+    if (object->kind != JSON_OBJECT) return fail(err, "a question is not an object");
+    JsonFields f = {.object = object, .err = err};
+    q->question = json_need_text(&f, "question");
+    q->answer_prefix = json_may_text(&f, "answer_prefix");
+    if (!q->answer_prefix) q->answer_prefix = "";
+    const JsonNode *list = json_need(&f, "answers", JSON_LIST);
+    if (f.failed) return -1;
+    if (list->n == 0) return fail(err, "a question without answers");
+    q->answers = calloc((size_t)list->n, sizeof *q->answers);
+    if (!q->answers) return fail(err, "out of memory");
+    for (const JsonNode *m = list->child; m; m = m->next) {
+        if (m->kind != JSON_STRING) return fail(err, "an answer is not a string");
+        q->answers[q->n_answers++] = m->text;
+        if (!as_is) normalize(m->text);
+    }
+    return 0;
+}
+
+static int take_questions(EvalTask *t, const JsonNode *list, char *err) {
+    if (list->n == 0) return fail(err, "a context without questions");
+    t->questions = calloc((size_t)list->n, sizeof *t->questions);
+    if (!t->questions) return fail(err, "out of memory");
+    for (const JsonNode *m = list->child; m; m = m->next) {
+        EvalQuestion *q = &t->questions[t->n_questions++];
+        if (take_question(q, m, t->metric == METRIC_CHOICE, err) != 0) return -1;
+    }
+    return 0;
+}
+
+static int take_metric(EvalTask *t, const char *name, char *err) {
+    t->metric = METRIC_CONTAINED;
+    if (!name) return 0;
+    t->metric = 0;
+    while (t->metric < METRICS && strcmp(name, metric_names[t->metric]) != 0) t->metric++;
+    return t->metric < METRICS ? 0 : fail(err, "no metric \"%s\"", name);
+}
+
+static int take_task(EvalTask *t, const JsonNode *top, char *err) {
+    JsonFields f = {.object = top, .err = err};
+    t->context = json_need_text(&f, "context");
+    const char *metric = json_may_text(&f, "metric");
+    const char *name = json_may_text(&f, "task");
+    t->stop = json_may_text(&f, "stop");
+    const JsonNode *all = json_may(&f, "all", JSON_BOOL);
+    const JsonNode *most = json_may(&f, "max_tokens", JSON_NUMBER);
+    const JsonNode *questions = json_need(&f, "questions", JSON_LIST);
+    if (f.failed || take_metric(t, metric, err) != 0) return -1;
+    t->task = name ? name : "task";
+    t->all = all && all->n;
+    double limit = most ? json_number(most) : 1;
+    if (!(limit >= 1 && limit <= 65536)) return fail(err, "\"max_tokens\" is not from 1 to 65536");
+    t->max_tokens = most ? (int)limit : 0;
+    return take_questions(t, questions, err);
+}
+
+// Room for one more task.
+static int grow(EvalTasks *t, int *cap) {
+    if (t->n < *cap) return 0;
+    *cap = 2 * *cap + 16;
+    EvalTask *task = realloc(t->task, (size_t)*cap * sizeof *task);
+    if (task) t->task = task;
+    return task ? 0 : -1;
+}
+
+static int read_lines(EvalTasks *t, JsonLines *lines, char *err) {
+    const JsonNode *top;
+    for (int cap = 0; json_lines_next(lines, &top, err) == 0;) {
+        if (!top) return 0;
+        if (grow(t, &cap) != 0) return fail(err, "out of memory");
+        t->task[t->n] = (EvalTask){.line = lines->line};
+        if (take_task(&t->task[t->n++], top, err) != 0) return -1;
+    }
+    return -1;
+}
+
+static int read_tasks(EvalTasks *t, size_t n, char *err) {
+    JsonLines lines = {.rest = t->text};
+    char why[ERR_LEN];
+    if (memchr(t->text, 0, n)) return fail(err, "a zero byte in the file");
+    t->hash = hash_bytes(HASH_START, t->text, n);
+    int rc = read_lines(t, &lines, why);
+    if (rc != 0) fail(err, "line %d: %s", lines.line, why);
+    json_lines_close(&lines);
+    return rc == 0 && t->n == 0 ? fail(err, "no tasks in it") : rc;
+}
+
+int eval_tasks_open(EvalTasks *t, const char *path, char *err) {
+    size_t n;
+    *t = (EvalTasks){0};
+    t->text = file_read(path, &n, err);
+    int rc = t->text ? read_tasks(t, n, err) : -1;
+    if (rc != 0) eval_tasks_close(t);
+    return rc;
+}
+
+void eval_tasks_close(EvalTasks *t) {
+    for (int i = 0; i < t->n; i++) {
+        for (int q = 0; q < t->task[i].n_questions; q++) free(t->task[i].questions[q].answers);
+        free(t->task[i].questions);
+    }
+    free(t->task);
+    free(t->text);
+    *t = (EvalTasks){0};
+}

@@ -1,0 +1,52 @@
+// tasks.h: reading tasks, contexts with questions whose answers are known; and how good an answer
+// is. Knows nothing of models.
+#ifndef TASKS_H
+#define TASKS_H
+#include <stdbool.h>
+#include <stdint.h>
+
+// contained: an answer stands in the text; exact: it is the text; f1: words in common; choice: the
+// first letter that stands alone.
+typedef enum { METRIC_CONTAINED, METRIC_EXACT, METRIC_F1, METRIC_CHOICE, METRICS } EvalMetric;
+
+typedef struct {
+    const char *question, *answer_prefix;  // answer_prefix "" when there is none
+    char **answers;                        // [n_answers] at least one; normalized, but for a choice
+    int n_answers;
+} EvalQuestion;
+
+typedef struct {
+    int line;          // in the file, from 1
+    const char *task;  // its name in the results
+    const char *context;
+    const char *stop;  // an answer ends after this text; NULL: as Eval has it
+    EvalMetric metric;
+    bool all;        // contained: the share of the answers found, not whether one of them is
+    int max_tokens;  // of an answer; 0: as Eval has it
+    EvalQuestion *questions;  // [n_questions]
+    int n_questions;
+} EvalTask;
+
+typedef struct {
+    EvalTask *task;  // [n] in the order of the file
+    int n;
+    uint64_t hash;  // of the file's bytes
+    char *text;     // the file; every string above points in here, unescaped in place
+} EvalTasks;
+
+// As it is called in task files and results: "contained".
+const char *eval_metric_name(EvalMetric metric);
+
+// Reads JSON Lines, one context a line: {"context": "..", "metric": "contained|exact|f1|choice",
+// "questions": [{"question": "..", "answer_prefix": "..", "answers": [".."]}]} and, where wanted,
+// "task", "stop", "max_tokens", "all". Unknown members are left alone. The file "-" is stdin.
+// Returns 0, or -1 with err, which names the line.
+int eval_tasks_open(EvalTasks *t, const char *path, char *err);
+
+// Frees it, strings included. Safe on a zeroed struct, and twice.
+void eval_tasks_close(EvalTasks *t);
+
+// How good an answer is, 0 to 1. Texts are compared in lower case without punctuation and articles,
+// number words as digits: answer is changed in place.
+double eval_answer(const EvalTask *t, const EvalQuestion *q, char *answer);
+#endif
