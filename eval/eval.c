@@ -90,6 +90,7 @@ int eval_check_set(const Eval *e, char *err) {
 
 // ---- one context ----
 
+// The context at hand in sequence seq of cache kv, no method chosen yet.
 static Context context_of(Run *r, int kv, int seq) {
     Context c = r->e->context;
     c.state = r->e->state, c.kv = &r->kv[kv], c.seq = seq, c.ids = r->ids.id;
@@ -98,16 +99,16 @@ static Context context_of(Run *r, int kv, int seq) {
     return c;
 }
 
+// Reads prefix and context into each cache, and asks the full one.
 static int read_context(Run *r, char *err) {
     const Eval *e = r->e;
+    const EvalTask *task = r->asking.task;
     r->ids.n = 0;
     for (int i = 0; i < e->prefix->n; i++)
         if (ids_push(&r->ids, e->prefix->id[i]) != 0) return fail(err, "out of memory");
-    if (tokenizer_encode(e->context.tok, r->asking.task->context, strlen(r->asking.task->context),
-                         0, &r->ids) != 0)
+    if (tokenizer_encode(e->context.tok, task->context, strlen(task->context), 0, &r->ids) != 0)
         return fail(err, "out of memory");
-    if (r->ids.n == e->prefix->n)
-        return fail(err, "line %d: an empty context", r->asking.task->line);
+    if (r->ids.n == e->prefix->n) return fail(err, "line %d: an empty context", task->line);
     for (int k = 0; k < e->n_kvs; k++) {
         if ((r->full[k] = kvcache_new(&r->kv[k], err)) < 0) return -1;
         Context c = context_of(r, k, r->full[k]);
@@ -218,7 +219,7 @@ static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
         plan[(*n)++] = cell;
         return 0;
     }
-    memcpy(c->value, full->value, 4 * (size_t)c->n * sizeof *c->value);
+    memcpy(c->value, full->value, EVAL_COLUMNS * (size_t)c->n * sizeof *c->value);
     c->kept = 1;
     r->done += c->n;
     return eval_results_add(r->results, c, err);
@@ -263,6 +264,7 @@ static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char 
     return rc;
 }
 
+// What p, or the full caches (NULL), have yet to do in this context; *read: it has been read.
 static int run_policy(Run *r, const Policy *p, bool *read, Cell *plan, char *err) {
     int n = 0, rc = plan_cells(r, p, plan, &n, err);
     if (n > 0 && rc == 0 && !*read) {
@@ -297,32 +299,40 @@ static int run_context(Run *r, const EvalTask *task, Cell *plan, char *err) {
     return rc;
 }
 
+static uint64_t hash_text(uint64_t h, const char *s) { return hash_bytes(h, s, strlen(s)); }
+
 static uint64_t profile_hash(const Profile *p, const Config *m, uint64_t h) {
     size_t heads = (size_t)p->n_layers * p->n_kv_heads;
     h = hash_bytes(h, p->share, p->n_ratios * heads * sizeof *p->share);
     return hash_bytes(h, p->probe, heads * probe_features(m) * sizeof *p->probe);
 }
 
-// What all cells of one file of results share.
-static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err) {
+// Of all that changes answers and is neither the model, the tasks nor a cell's own.
+static uint64_t settings_hash(const Eval *e) {
     const Context *c = &e->context;
-    char text[ERR_LEN];
-    int most = e->max_tokens, local = c->local;
-    uint64_t h =
-        hash_bytes(e->settings, e->prefix->id, (size_t)e->prefix->n * sizeof *e->prefix->id);
-    h = hash_bytes(hash_bytes(h, &most, sizeof most), e->stop ? e->stop : "",
-                   e->stop ? strlen(e->stop) : 0);
-    h = hash_bytes(hash_bytes(h, &c->chunk, sizeof c->chunk), &local, sizeof local);
-    h = hash_bytes(hash_bytes(h, c->postfix, strlen(c->postfix)), e->kv[0].name,
-                   strlen(e->kv[0].name));
-    h = hash_bytes(h, e->set ? e->set : "", e->set ? strlen(e->set) : 0);
+    int local = c->local;
+    uint64_t h = e->settings;
+    h = hash_bytes(h, e->prefix->id, (size_t)e->prefix->n * sizeof *e->prefix->id);
+    h = hash_bytes(h, &e->max_tokens, sizeof e->max_tokens);
+    h = hash_text(h, e->stop ? e->stop : "");
+    h = hash_bytes(h, &c->chunk, sizeof c->chunk);
+    h = hash_bytes(h, &local, sizeof local);
+    h = hash_text(h, c->postfix);
+    h = hash_text(h, e->kv[0].name);
+    h = hash_text(h, e->set ? e->set : "");
     if (e->stream) h = hash_bytes(h, &e->window, sizeof e->window);
-    if (c->profile) h = profile_hash(c->profile, &e->state->model->config, h);
+    return c->profile ? profile_hash(c->profile, &e->state->model->config, h) : h;
+}
+
+// Says what all cells of one file of results share.
+static int begin_results(const Eval *e, const EvalTasks *tasks, EvalResults *r, char *err) {
+    char text[ERR_LEN];
     snprintf(text, sizeof text, "%s %s, tasks %016" PRIx64 ", settings %016" PRIx64,
-             e->state->model->name, e->state->model->fingerprint, tasks->hash, h);
+             e->state->model->name, e->state->model->fingerprint, tasks->hash, settings_hash(e));
     return eval_results_begin(r, text, err);
 }
 
+// Opens the caches, one of each page type, and runs the contexts of this shard.
 static int run_all(Run *r, const EvalTasks *tasks, char *err) {
     const Eval *e = r->e;
     KVShape shape = model_kv_shape(e->state->model);

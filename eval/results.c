@@ -19,8 +19,7 @@
 enum { RESAMPLES = 1000 };
 
 // The numbers of a cell, as they are called in a file; the first one is the task's metric.
-enum { COLUMNS = 4 };
-static const char *const columns[COLUMNS] = {"value", "same", "kl", "nll"};
+static const char *const columns[EVAL_COLUMNS] = {"value", "same", "kl", "nll"};
 
 // ---- cells ----
 
@@ -49,7 +48,7 @@ const EvalCell *eval_results_find(const EvalResults *r, const EvalCell *like) {
 
 int eval_cell_alloc(EvalCell *c, int n) {
     c->n = n;
-    c->value = calloc((size_t)n, COLUMNS * sizeof *c->value);
+    c->value = calloc((size_t)n, EVAL_COLUMNS * sizeof *c->value);
     if (!c->value) return -1;
     c->same = c->value + n, c->kl = c->same + n, c->nll = c->kl + n;
     return 0;
@@ -81,7 +80,7 @@ static int put_cell(FILE *f, const EvalCell *c, char *err) {
     json_print(f, "{'task': %s, 'metric': %s, 'policy': %s, 'level': %s, 'kv': %s", c->task,
                c->metric, c->policy, c->level, c->kv);
     json_print(f, ", 'context': %d, 'ratio': %.17g, 'kept': %.17g", c->context, c->ratio, c->kept);
-    for (int m = 0; m < COLUMNS; m++) {
+    for (int m = 0; m < EVAL_COLUMNS; m++) {
         const float *v = c->value + (size_t)m * c->n;
         json_print(f, ", %s: [", columns[m]);
         for (int i = 0; i < c->n; i++) json_print(f, i ? ", %g" : "%g", v[i]);
@@ -147,7 +146,7 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
     if (value->n == 0) return fail(err, "a cell of no questions");
     if (eval_cell_alloc(&c, value->n) != 0) return fail(err, "out of memory");
     int rc = 0;
-    for (int m = 0; m < COLUMNS && rc == 0; m++)
+    for (int m = 0; m < EVAL_COLUMNS && rc == 0; m++)
         rc = read_column(c.value + (size_t)m * c.n, c.n, &f, columns[m]);
     if (rc == 0) rc = add_cell(r, c, err);
     if (rc != 0) free(c.value);
@@ -238,7 +237,7 @@ static bool same_figure(const EvalCell *a, const EvalCell *b) {
 }
 
 // Cells [first, r->n) that belong to the figure of cell `first`, as a row for each of its columns;
-// these go together in v [COLUMNS][room].
+// these go together in v [EVAL_COLUMNS][room].
 static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *row, float *v,
                         int room) {
     const EvalCell *c = &r->cell[first];
@@ -247,13 +246,13 @@ static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *ro
     for (int i = first; i < r->n; i++) {
         const EvalCell *d = &r->cell[i];
         if (done[i] || !same_figure(c, d)) continue;
-        for (int m = 0; m < COLUMNS; m++)
+        for (int m = 0; m < EVAL_COLUMNS; m++)
             memcpy(v + (size_t)m * room + n, d->value + m * d->n, d->n * sizeof *v);
         kept += d->kept * d->n;
         n += d->n;
         done[i] = true;
     }
-    for (int m = 0; m < COLUMNS; m++) {
+    for (int m = 0; m < EVAL_COLUMNS; m++) {
         row[m] = (EvalRow){.task = c->task,
                            .policy = c->policy,
                            .level = c->level,
@@ -269,14 +268,14 @@ int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err) {
     int room = 1;
     for (int i = 0; i < r->n; i++) room += r->cell[i].n;
     bool *done = calloc((size_t)r->n + 1, sizeof *done);
-    float *v = malloc(COLUMNS * (size_t)room * sizeof *v);
-    *rows = malloc((COLUMNS * (size_t)r->n + 1) * sizeof **rows);
+    float *v = malloc(EVAL_COLUMNS * (size_t)room * sizeof *v);
+    *rows = malloc((EVAL_COLUMNS * (size_t)r->n + 1) * sizeof **rows);
     *n = 0;
     bool ok = done && v && *rows;
     for (int i = 0; ok && i < r->n; i++) {
         if (done[i]) continue;
         figure_rows(r, i, done, *rows + *n, v, room);
-        *n += COLUMNS;
+        *n += EVAL_COLUMNS;
     }
     free(done);
     free(v);

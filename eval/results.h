@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stdio.h>
 
+enum { EVAL_COLUMNS = 4 };  // numbers of a question: value, same, kl, nll
+
 // The questions of one context, asked of one cache. Policy "full" is the yardstick.
 typedef struct {
     const char *task, *metric, *policy, *level, *kv;
@@ -12,7 +14,7 @@ typedef struct {
     double ratio;  // asked for
     double kept;   // achieved: share of the context's pairs, in the layers that evict
     int n;         // questions
-    // One block of 4 x n numbers, which begins with value.
+    // One block of EVAL_COLUMNS x n numbers, which begins with value.
     float *value;     // [n] the task's metric
     float *same;      // [n] 1: the answer is the full cache's, token for token
     float *kl, *nll;  // [n] nat per token of the full cache's answer
