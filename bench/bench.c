@@ -64,13 +64,12 @@ size_t bench_weight_bytes(const Model *m) {
 
 // ids [n]: a fixed pseudo-random sequence without control tokens.
 static void fill_ids(int *ids, int n, const Tokenizer *tok, int vocab) {
-    int known = tokenizer_n_vocab(tok) < vocab ? tokenizer_n_vocab(tok) : vocab;
+    int known = min_int(tokenizer_n_vocab(tok), vocab);
     uint64_t x = 1;
     for (int i = 0; i < n; i++) {
         int id = 0;
         for (int tries = 0; tries < 100; tries++) {
-            x = x * 6364136223846793005u + 1442695040888963407u;
-            id = (int)((x >> 33) % (unsigned)known);
+            id = (int)(random_next(&x) % (unsigned)known);
             if (!tokenizer_is_special(tok, id)) break;
         }
         ids[i] = id;
@@ -393,9 +392,7 @@ static int run_all(Run *r, char *err) {
     const Bench *b = r->b;
     KVShape shape = model_kv_shape(r->model);
     int depth = largest(&b->depths), prompt = largest(&b->prompts);
-    int n_ids = b->n * largest(&b->batches);
-    if (depth > n_ids) n_ids = depth;
-    if (prompt > n_ids) n_ids = prompt;
+    int n_ids = max_int(b->n * largest(&b->batches), max_int(depth, prompt));
     size_t pairs = (size_t)kvcache_scored_layers(&shape, NULL) * shape.n_kv_heads * depth + 1;
     r->ids = malloc((size_t)n_ids * sizeof *r->ids);
     r->score = malloc(pairs * sizeof *r->score);

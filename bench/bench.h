@@ -6,8 +6,9 @@
 
 enum { BENCH_LIST = 16 };
 
+// Values of a flag.
 typedef struct {
-    double v[BENCH_LIST];
+    double v[BENCH_LIST];  // [n]
     int n;
 } BenchList;
 
@@ -18,6 +19,7 @@ typedef struct {
     double attention;             // GFLOP/s of attention over pages of the cache's full type
 } BenchPeaks;
 
+// A figure: the work, how long it took, and how that stands beside the peaks.
 typedef struct {
     const char *work;        // prefill, decode, score, load
     const char *score_attn;  // full or local for score, else NULL
@@ -29,12 +31,14 @@ typedef struct {
     double seconds;          // median of the repetitions
     double gb_per_s;         // decode: weights and the shared cache, read once a step; else 0
     double gflop_per_s;      // of matrices and attention together; else 0
-    double share;            // time the work takes at the peaks / time it took. Memory or compute,
-    const char *bound;       // whichever asks for more; over 1 when caches hold all. NULL for load
-    double to_prefill;       // score: seconds / seconds of the prefill it stands on; else 0
-    size_t cache_bytes;      // of one sequence when the work starts
+    // Time the work takes at the peaks / time it took; over 1 when caches hold all.
+    double share;
+    const char *bound;   // "memory" or "compute", whichever asks for more; NULL for load
+    double to_prefill;   // score: seconds / seconds of the prefill it stands on; else 0
+    size_t cache_bytes;  // of one sequence when the work starts
 } BenchRow;
 
+// What is to be measured.
 typedef struct {
     RunState *state;  // max_logits at least the largest batch
     const Tokenizer *tok;
@@ -50,6 +54,7 @@ typedef struct {
 // Bytes of weights that one decode step reads: every matrix once, the embedding only as the head.
 size_t bench_weight_bytes(const Model *m);
 
-// Runs all of it. Returns 0, or -1 with err.
+// Measures the peaks, then a prefill per prompt, then for each depth scoring and, for each ratio,
+// decoding in every batch size and loading. Returns 0, or -1 with err.
 int bench_run(const Bench *b, char *err);
 #endif
