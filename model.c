@@ -8,6 +8,8 @@
 #define _POSIX_C_SOURCE 200809L
 #include "model.h"
 
+#include "kernels/matmul.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -286,159 +288,11 @@ void state_close(RunState *s) {
 
 // ---- matrix products ----
 
-// out [n][ld] = W x; several matrices that read the same input make one job.
-typedef struct {
-    const Matrix *w;
-    float *out;
-    int ld;
-} Product;
+static void multiply_job(RunState *s, Products j) { matmul(s->pool, s->ops, &j); }
 
-// Rows from first on.
-static Activations activations_from(const Activations *a, int first) {
-    Activations b = *a;
-    size_t at = (size_t)first * a->stride, group = at / QGROUP;
-    b.x += at, b.q += at, b.q16 += at;
-    b.unit += first, b.unit16 += first, b.scale += group, b.sum += group, b.shift += group;
-    return b;
-}
-
-typedef struct {
-    const Activations *x;
-    const Product *p;
-    int n_products, n;
-    const Matrix *up;  // of p's shape: out = act(W x, Up up_x); NULL: out = W x
-    const Activations *up_x;
-    void (*act)(float *x, const float *y, int n);
-    int unit, n_units;  // panels that are multiplied at once, and how many such units there are
-    bool blas;          // by OpenBLAS
-} Products;
-
-enum {
-    PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
-    TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
-    RUN_MAX = 32,  // panels of a unit when tokens are few: as many as product_unit has room for
-};
-
-#ifdef BLAS
-enum { BLAS_FROM = 32, UNIT_MAX = BLAS_PANELS };
-#else
-enum { UNIT_MAX = 2 };
-#endif
-
-static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) / unit; }
-
-// A unit of W, from a panel on, for n tokens of x.
-static void multiply_unit(const Products *j, float *out, size_t ld, const Matrix *w, int panel,
-                          const Activations *x, int n) {
-    int unit = j->unit;
-#ifdef BLAS
-    if (j->blas) {
-        matmul_blas(out, ld, w, panel, x, n);
-        return;
-    }
-#endif
-    if (unit == 2 && (panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
-        kern.matmul_pair[w->type](out, ld, w, panel, x, 0, n);
-        return;
-    }
-    for (int end = panel + unit; panel < end && panel < w->panels; panel++, out += PANEL) {
-        int rows = w->rows - panel * PANEL;
-        if (rows >= PANEL) {
-            kern.matmul[w->type](out, ld, w, panel, x, 0, n);
-            continue;
-        }
-        // The padded rows of the last panel must not reach the next output row.
-        for (int t = 0; t < n; t++) {
-            float last[PANEL];
-            kern.matmul[w->type](last, 0, w, panel, x, t, t + 1);
-            memcpy(out + t * ld, last, (size_t)rows * sizeof(float));
-        }
-    }
-}
-
-static void product_unit(void *ctx, int i) {
-    const Products *j = ctx;
-    const Product *p = j->p;
-    int first = i / j->n_units * TOKEN_BLOCK, u = i % j->n_units;
-    int n = j->n - first < TOKEN_BLOCK ? j->n - first : TOKEN_BLOCK;
-    while (u >= units_of(p->w, j->unit)) u -= units_of(p++->w, j->unit);
-    int panel = u * j->unit, rows = p->w->rows - panel * PANEL;
-    if (rows > j->unit * PANEL) rows = j->unit * PANEL;
-    float *out = p->out + (size_t)first * p->ld + panel * PANEL;
-    const Activations x = activations_from(j->x, first);
-    multiply_unit(j, out, (size_t)p->ld, p->w, panel, &x, n);
-    if (!j->up) return;
-    const Activations up_x = activations_from(j->up_x, first);
-    float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
-    multiply_unit(j, up, (size_t)rows, j->up, panel, &up_x, n);
-    for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
-}
-
-static void count_ops(RunState *s, const Matrix *w, int n) {
-    s->ops[w->type] += 2.0 * n * w->rows * w->cols;
-}
-
-// What one call of OpenBLAS computes does not depend on the number of threads, but its sums change
-// with the number of rows.
-static bool asks_blas(const Products *j) {
-#ifdef BLAS
-    bool ints = j->up && reads_ints(j->up);
-    for (int i = 0; i < j->n_products; i++) ints |= reads_ints(j->p[i].w);
-    return j->n >= BLAS_FROM && !ints;
-#else
-    (void)j;
-    return false;
-#endif
-}
-
-// Panels that are multiplied at once. With few tokens reading takes longest, and of two matrices in
-// turn the long runs are read faster: a quarter of what a thread reads.
-static int unit_of(const RunState *s, const Products *j) {
-    if (j->n >= PAIR_FROM) return j->blas ? UNIT_MAX : 2;
-    int run = j->up && j->up != j->p->w ? j->up->panels / (4 * pool_threads(s->pool)) : 1;
-    return run < 1 ? 1 : run < RUN_MAX ? run : RUN_MAX;
-}
-
-static void multiply_job(RunState *s, Products j) {
-    j.blas = asks_blas(&j);
-    j.unit = unit_of(s, &j);
-    for (int i = 0; i < j.n_products; i++) {
-        j.n_units += units_of(j.p[i].w, j.unit);
-        count_ops(s, j.p[i].w, j.n);
-    }
-    if (j.up) count_ops(s, j.up, j.n);
-    parallel_for(s->pool, (j.n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * j.n_units, product_unit, &j);
-}
-
+// Several matrices that read the same input, of n rows.
 static void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products) {
-    multiply_job(s, (Products){.x = x, .p = p, .n_products = n_products, .n = n});
-}
-
-// One entry of a matrix: for embeddings, and for what policies look up.
-static float matrix_at(const Matrix *w, int r, int c) {
-    size_t panel = (size_t)(r / PANEL), k = (size_t)wtype_k(w->type), i = (size_t)(r % PANEL);
-    size_t line = (panel * w->cols_padded / k + c / k) * PANEL + i, j = c % k;
-    size_t group = (panel * w->cols_padded / QGROUP + c / QGROUP) * PANEL + i;
-    switch (w->type) {
-    case W_F32:
-        return ((const float *)w->data)[line];
-    case W_F16:
-        return f16_f32(((const uint16_t *)w->data)[line * 2 + j]);
-    case W_BF16: {
-        uint32_t u = (uint32_t)((const uint16_t *)w->data)[line * 2 + j] << 16;
-        float f;
-        memcpy(&f, &u, 4);
-        return f;
-    }
-    case W_Q8:
-        return f16_f32(w->scale[group]) * (float)((const int8_t *)w->data)[line * 4 + j];
-    default: {
-        int byte = w->data[line * 4 + j % 4], nibble = j < 4 ? byte & 15 : byte >> 4;
-        float scale = f16_f32(w->scale[group]);
-        return w->offset ? scale * (float)nibble + f16_f32(w->offset[group])
-                         : scale * (float)(nibble - 8);
-    }
-    }
+    multiply_job(s, (Products){.x = x, .n = n, .p = p, .n_products = n_products});
 }
 
 // ---- the steps of forward ----

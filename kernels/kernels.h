@@ -14,22 +14,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/half.h"
+#include "kernels/threads.h"
+
 enum { PANEL = 16, QGROUP = 32, UNIT_STEPS = 15, PAGE = 64 };
-
-// ---- threads ----
-
-typedef struct ThreadPool ThreadPool;
-
-// n_threads - 1 workers beside the caller. NULL when threads cannot be made.
-ThreadPool *pool_open(int n_threads);
-void pool_close(ThreadPool *p);  // NULL allowed
-int pool_threads(const ThreadPool *p);
-
-// Runs fn(ctx, i) for each i < n and returns when all are done; p may be NULL (a plain loop). Each
-// i must write only its own results, so the same bits come out for any number of threads.
-void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx);
-
-int cores_online(void);
 
 // ---- matrices ----
 
@@ -94,7 +82,11 @@ static inline size_t code_bytes(CodeType t, int rows, int cols) {
 // Rounds x, rows of it ld apart, to codes, scales and minima: each row gets the range it needs.
 void codes_round(const Codes *to, const float *x, size_t ld);
 
+// Columns of a line of a panel.
 static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
+
+// Whether a type's products are of integers and read the rounded input.
+static inline bool wtype_ints(WType t) { return t == W_Q8 || t == W_Q4; }
 
 // ---- the table ----
 
@@ -177,12 +169,6 @@ typedef struct {
     void (*f32_to_f16)(uint16_t *out, const float *in, size_t n);  // round to nearest even
 } Kernels;
 
-// make BLAS=1, float weights: out[t * ld + r] = W[16 * panel + r] . x[t] by OpenBLAS for the
-// BLAS_PANELS panels from `panel` on, or those that there are, and t < n. The sum's order is
-// OpenBLAS's own.
-enum { BLAS_PANELS = 8 };
-void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n);
-
 // What is subtracted from a row's scores before exp: its maximum, or nothing when that is -inf and
 // the row has seen no score yet, so that its weights are zeros.
 static inline float softmax_shift(float max) { return max == -INFINITY ? 0.0f : max; }
@@ -192,11 +178,8 @@ extern Kernels kern;  // filled once by kernels_init, before threads start
 // isa: "scalar", "avx2", "avx2vnni", "avx512", "neon", or NULL for the best this machine has.
 // Returns 0, or -1 when the machine (or this build) does not have it.
 int kernels_init(const char *isa);
-// The definition, for tests, and that of a wide product.
-const Kernels *kernels_scalar(void);
+// The definition, and that of a wide product, for tests.
+extern const Kernels kernels_scalar;
 void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
                         int t0, int t1);
-
-float f16_f32(uint16_t h);
-uint16_t f32_f16(float f);
 #endif

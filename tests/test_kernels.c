@@ -1,5 +1,6 @@
 // Every instruction set against the scalar definition, for every tail length and odd shape.
 #include "kernels/kernels.h"
+#include "kernels/blas.h"
 #include "test.h"
 
 static uint32_t seed = 1;
@@ -47,7 +48,7 @@ static void test_half(void) {
     for (int n = 0; n <= 37; n++) {
         fill(x, 37);
         kern.f32_to_f16(fast, x, (size_t)n);
-        kernels_scalar()->f32_to_f16(slow, x, (size_t)n);
+        kernels_scalar.f32_to_f16(slow, x, (size_t)n);
         CHECK(memcmp(fast, slow, (size_t)n * 2) == 0);
     }
 }
@@ -55,7 +56,7 @@ static void test_half(void) {
 // ---- vectors ----
 
 static void test_vectors(void) {
-    const Kernels *ref = kernels_scalar();
+    const Kernels *ref = &kernels_scalar;
     float x[70], y[70], a[70], b[70];
     for (int n = 1; n < 68; n++) {
         fill(x, 70), fill(y, 70);
@@ -110,7 +111,7 @@ static void test_max_rows(void) {
     for (int n = 1; n <= 37; n++) {
         fill(s, n * PAGE);
         for (int j = 0; j < PAGE; j++) s[(n - 1) * PAGE + j] = -INFINITY;
-        kern.max_rows(max, s, n), kernels_scalar()->max_rows(want, s, n);
+        kern.max_rows(max, s, n), kernels_scalar.max_rows(want, s, n);
         CHECK(memcmp(max, want, (size_t)n * sizeof *max) == 0);
     }
 }
@@ -165,7 +166,7 @@ static void test_exp_packed(void) {
 // ---- products ----
 
 static void test_gemm(void) {
-    const Kernels *ref = kernels_scalar();
+    const Kernels *ref = &kernels_scalar;
     enum { N = 14, K = 70, C = 80, LDC = C + 5 };
     static float a[N * (K + 3)], b[K * C], c1[N * LDC], c2[N * LDC];
     static uint16_t bh[K * C], room[N * K];
@@ -260,13 +261,13 @@ static void test_codes(CodeType type, bool min, int inner, int cols) {
     Codes b = alloc_codes(type, min, inner, cols);
     random_codes(&b), fill(a, N * LDA);
     fill(b1, CODE_ROWS * LD), memcpy(b2, b1, sizeof b1);
-    kern.unpack_codes(b1, LD, &b), kernels_scalar()->unpack_codes(b2, LD, &b);
+    kern.unpack_codes(b1, LD, &b), kernels_scalar.unpack_codes(b2, LD, &b);
     CHECK(memcmp(b1, b2, sizeof b1) == 0);
     for (int n = 1; n <= N; n += n < 7 ? 1 : 3) {
         bool add = (n + cols) % 2;
         fill(c1, N * LD), memcpy(c2, c1, sizeof c1), memcpy(c3, c1, sizeof c1);
         kern.gemm_codes(c1, LD, a, LDA, &b, n, add);
-        kernels_scalar()->gemm_codes(c2, LD, a, LDA, &b, n, add);
+        kernels_scalar.gemm_codes(c2, LD, a, LDA, &b, n, add);
         for (int i = 0; i < n; i++) kern.gemm_codes(c3 + i * LD, LD, a + i * LDA, LDA, &b, 1, add);
         CHECK(memcmp(c1, c3, sizeof c1) == 0);
         const double most[] = {255, 15, 3};  // half a step of a is at most 0.1 / 65024
@@ -427,7 +428,7 @@ static void free_acts(Activations *a) {
 }
 
 static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
-    const Kernels *ref = kernels_scalar();
+    const Kernels *ref = &kernels_scalar;
     bool ints = type == W_Q8 || type == W_Q4, wide = type == W_Q8 && kern.wide;
     float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
     Matrix w = random_matrix(type, rows, cols, offset, dense);

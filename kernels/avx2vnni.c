@@ -1,0 +1,49 @@
+// avx2vnni.c: AVX2 with VNNI: laptops without AVX-512, from Alder Lake (2021) on.
+#include "kernels/x86.h"
+
+#ifdef __x86_64__
+
+AVX2 static void quantize(const Activations *a, int t0, int t1) {
+    for (int t = t0; t < t1; t++) quantize_bytes(a, t);
+}
+
+AVX2 static void matmul_q8_evex(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_EVEX);
+}
+
+AVX2 static void matmul_q4_evex(float *out, size_t ld, const Matrix *w, int panel,
+                                const Activations *x, int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_nibbles(out, ld, &p, t0, t1, VNNI_EVEX);
+}
+
+AVX2 static void matmul_q8_vex(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_VEX);
+}
+
+AVX2 static void matmul_q4_vex(float *out, size_t ld, const Matrix *w, int panel,
+                               const Activations *x, int t0, int t1) {
+    IntPanel p = int_panel(w, panel, x);
+    matmul_nibbles(out, ld, &p, t0, t1, VNNI_VEX);
+}
+
+AVX2 static float peak_evex(int rounds) { return peak_bytes(rounds, VNNI_EVEX); }
+AVX2 static float peak_vex(int rounds) { return peak_bytes(rounds, VNNI_VEX); }
+
+static const Peak int_evex = {2 * 32 * CHAINS, peak_evex}, int_vex = {2 * 32 * CHAINS, peak_vex};
+
+// What differs from AVX2's table.
+void adapt_avx2vnni(Kernels *k, const Features *f) {
+    bool evex = f->avx512vnni;
+    k->matmul[W_Q8] = evex ? matmul_q8_evex : matmul_q8_vex;
+    k->matmul[W_Q4] = evex ? matmul_q4_evex : matmul_q4_vex;
+    k->wide = false;
+    k->quantize = quantize;
+    k->peak[W_Q8] = k->peak[W_Q4] = evex ? &int_evex : &int_vex;
+}
+
+#endif

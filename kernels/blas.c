@@ -1,0 +1,48 @@
+// blas.c: float weights by OpenBLAS, when built with BLAS=1.
+#include "kernels/blas.h"
+#include "kernels/simd.h"
+#include "util.h"
+
+#ifdef BLAS
+#include <cblas.h>
+void openblas_set_num_threads(int n);  // in OpenBLAS's own cblas.h, not in others
+
+void blas_init(void) { openblas_set_num_threads(1); }  // the pool splits the panels
+
+// Columns c0 .. c0 + cols of a panel as f32 [cols][ld], 16 of ld filled.
+static void unpack_columns(float *out, size_t ld, const Matrix *w, int panel, int c0, int cols) {
+    const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) / wtype_k(w->type) * 64;
+    for (int c = 0; c < cols; c += wtype_k(w->type), line += 64, out += wtype_k(w->type) * ld) {
+        const uint16_t *in = (const uint16_t *)line;
+        float pair[2 * PANEL];
+        if (w->type == W_F32) {
+            memcpy(out, line, PANEL * sizeof *out);
+            continue;
+        }
+        if (w->type == W_F16)
+            kern.f16_to_f32(pair, in, 2 * PANEL);
+        else
+            for (int i = 0; i < 2 * PANEL; i++) pair[i] = from_bits((uint32_t)in[i] << 16);
+        for (int r = 0; r < PANEL; r++) out[r] = pair[2 * r], out[ld + r] = pair[2 * r + 1];
+    }
+}
+
+void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n) {
+    enum { ROWS = BLAS_PANELS * PANEL };
+    float b[BLOCK * ROWS];
+    int rows = w->rows - panel * PANEL < ROWS ? w->rows - panel * PANEL : ROWS;
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        for (int r = 0; r < rows; r += PANEL)
+            unpack_columns(b + r, ROWS, w, panel + r / PANEL, c0, cols);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, rows, cols, 1.0f, x->x + c0,
+                    x->stride, b, ROWS, c0 > 0 ? 1.0f : 0.0f, out, (int)ld);
+    }
+}
+#else
+void blas_init(void) {}
+
+void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n) {
+    (void)out, (void)ld, (void)w, (void)panel, (void)x, (void)n;
+}
+#endif

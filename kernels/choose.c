@@ -1,0 +1,146 @@
+// choose.c: which instruction sets this machine has, and the table of functions that is used.
+//
+// One program runs on all machines of an architecture: every file of a set is compiled for its
+// instructions, function by function, and the best set that the processor has is chosen once, when
+// the program starts. The fact that must stay true: a set counts only when the operating system
+// saves its registers, too; else the first switch of threads would lose them.
+#include "kernels/blas.h"
+#include "kernels/simd.h"
+
+#include <string.h>
+
+#ifdef __x86_64__
+#include "kernels/x86.h"
+#include <cpuid.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
+#endif
+#if defined __aarch64__ && (defined __linux__ || defined __FreeBSD__)
+#include <sys/auxv.h>
+#endif
+
+Kernels kern;
+
+// ---- what the machine has ----
+
+#ifdef __x86_64__
+typedef enum { EAX, EBX, ECX, EDX } Register;
+
+// A bit that CPUID answers, asked directly: __builtin_cpu_supports needs a library that some
+// toolchains leave out (zig cc for musl finds no AVX2 with it).
+typedef struct {
+    unsigned leaf, subleaf;
+    Register reg;
+    int bit;
+} CpuBit;
+
+// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CPUID.
+static const CpuBit FMA = {1, 0, ECX, 12}, OSXSAVE = {1, 0, ECX, 27}, F16C = {1, 0, ECX, 29},
+                    AVX_2 = {7, 0, EBX, 5}, AVX512F = {7, 0, EBX, 16}, AVX512DQ = {7, 0, EBX, 17},
+                    AVX512BW = {7, 0, EBX, 30}, AVX512VL = {7, 0, EBX, 31},
+                    AVX512_VNNI = {7, 0, ECX, 11}, AVX_VNNI = {7, 1, EAX, 4},
+                    AVX512_BF16 = {7, 1, EAX, 5};
+
+// Registers that the system saves, bits of XCR0 (same manual, volume 1, 13.3):
+//
+//   bit    7       6       5       2     1
+//          ZMM     ZMM     k0      YMM   XMM
+//          16-31   0-15    to k7
+//                  upper
+enum { SAVES_YMM = 1 << 1 | 1 << 2, SAVES_ZMM = SAVES_YMM | 1 << 5 | 1 << 6 | 1 << 7 };
+
+static bool has(CpuBit b) {
+    unsigned r[4] = {0};
+    return __get_cpuid_count(b.leaf, b.subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) &&
+           r[b.reg] >> b.bit & 1;
+}
+
+static bool saves(unsigned registers) {
+    unsigned low, high;
+    if (!has(OSXSAVE)) return false;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & registers) == registers;
+}
+
+// macOS turns the bits for ZMM on when a thread first uses such a register, so that there the
+// kernel is asked whether it would.
+static bool saves_zmm(void) {
+#ifdef __APPLE__
+    int yes = 0;
+    size_t size = sizeof yes;
+    return sysctlbyname("hw.optional.avx512f", &yes, &size, NULL, 0) == 0 && yes;
+#else
+    return saves(SAVES_ZMM);
+#endif
+}
+
+static Features find_features(void) {
+    bool ymm = saves(SAVES_YMM), zmm = ymm && saves_zmm();
+    bool avx512 = zmm && has(AVX512F) && has(AVX512BW) && has(AVX512DQ) && has(AVX512VL);
+    return (Features){
+        .avx2 = ymm && has(AVX_2) && has(FMA) && has(F16C),
+        .avx_vnni = ymm && KNOWS_VEX && has(AVX_VNNI),
+        .avx512vnni = avx512 && has(AVX512_VNNI),
+        .avx512bf16 = avx512 && has(AVX512_BF16),
+    };
+}
+#elif defined __aarch64__ && defined __linux__
+static Features find_features(void) {
+    return (Features){.dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP};
+}
+#elif defined __aarch64__ && defined __FreeBSD__
+static Features find_features(void) {
+    unsigned long caps = 0;
+    elf_aux_info(AT_HWCAP, &caps, sizeof caps);
+    return (Features){.dotprod = caps & HWCAP_ASIMDDP};
+}
+#elif defined __aarch64__ && defined __APPLE__
+static Features find_features(void) {  // every Apple processor that runs macOS has sdot
+    return (Features){.dotprod = true};
+}
+#else
+static Features find_features(void) { return (Features){0}; }
+#endif
+
+// ---- choosing ----
+
+// A set is a table and what more features of the machine put in its place.
+typedef struct {
+    const char *name;
+    bool (*usable)(const Features *f);  // NULL: always
+    const Kernels *table;
+    void (*adapt)(Kernels *k, const Features *f);  // NULL: nothing
+} Isa;
+
+#ifdef __x86_64__
+static bool has_avx2(const Features *f) { return f->avx2; }
+static bool has_avx2vnni(const Features *f) { return f->avx2 && (f->avx512vnni || f->avx_vnni); }
+static bool has_avx512(const Features *f) { return f->avx2 && f->avx512vnni; }
+#endif
+
+static const Isa isas[] = {
+// best first
+#ifdef __x86_64__
+    {"avx512", has_avx512, &kernels_avx2, adapt_avx512},
+    {"avx2vnni", has_avx2vnni, &kernels_avx2, adapt_avx2vnni},
+    {"avx2", has_avx2, &kernels_avx2, NULL},
+#endif
+#ifdef __aarch64__
+    {"neon", NULL, &kernels_neon, adapt_neon},
+#endif
+    {"scalar", NULL, &kernels_scalar, NULL},
+};
+
+int kernels_init(const char *isa) {
+    const Features f = find_features();
+    for (const Isa *i = isas; i < isas + sizeof isas / sizeof *isas; i++) {
+        if ((isa && strcmp(isa, i->name) != 0) || (i->usable && !i->usable(&f))) continue;
+        kern = *i->table;
+        kern.name = i->name;
+        if (i->adapt) i->adapt(&kern, &f);
+        blas_init();
+        return 0;
+    }
+    return -1;
+}

@@ -1,0 +1,141 @@
+// matmul.c: how a product of matrices is cut and shared among threads.
+//
+// A job is cut twice: into blocks of tokens whose input stays in the second-level cache, and into
+// units of a few panels of weights. Units of all matrices of a job stand in one line, so that the
+// threads meet once for q, k and v. The fact that must stay true: a unit computes whole rows of its
+// panels, so that no cut passes through a sum and the bits are those of one thread and one token at
+// a time.
+#include "kernels/matmul.h"
+
+#include <string.h>
+
+#include "kernels/blas.h"
+#include "util.h"
+
+enum {
+    PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
+    TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
+    UNIT_MAX = HAS_BLAS ? BLAS_PANELS : 2,  // panels of a unit
+    RUN_MAX = 32,  // panels of a unit when tokens are few: as many as multiply_unit has room for
+};
+
+// ---- one unit ----
+
+typedef struct {
+    const Products *j;
+    int unit, n_units;  // panels that are multiplied at once, and how many such units there are
+    bool blas;          // by OpenBLAS
+} Job;
+
+Activations activations_from(const Activations *a, int first) {
+    Activations b = *a;
+    size_t at = (size_t)first * a->stride, group = at / QGROUP;
+    b.x += at, b.q += at, b.q16 += at;
+    b.unit += first, b.unit16 += first, b.scale += group, b.sum += group, b.shift += group;
+    return b;
+}
+
+static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) / unit; }
+
+// A unit of W, from a panel on, for n tokens of x.
+static void multiply_panels(const Job *job, float *out, size_t ld, const Matrix *w, int panel,
+                            const Activations *x, int n) {
+    int unit = job->unit;
+    if (job->blas) {
+        matmul_blas(out, ld, w, panel, x, n);
+        return;
+    }
+    if (unit == 2 && (panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
+        kern.matmul_pair[w->type](out, ld, w, panel, x, 0, n);
+        return;
+    }
+    for (int end = panel + unit; panel < end && panel < w->panels; panel++, out += PANEL) {
+        int rows = w->rows - panel * PANEL;
+        if (rows >= PANEL) {
+            kern.matmul[w->type](out, ld, w, panel, x, 0, n);
+            continue;
+        }
+        // The padded rows of the last panel must not reach the next output row.
+        for (int t = 0; t < n; t++) {
+            float last[PANEL];
+            kern.matmul[w->type](last, 0, w, panel, x, t, t + 1);
+            memcpy(out + t * ld, last, (size_t)rows * sizeof(float));
+        }
+    }
+}
+
+static void multiply_unit(void *ctx, int i) {
+    const Job *job = ctx;
+    const Products *j = job->j;
+    const Product *p = j->p;
+    int first = i / job->n_units * TOKEN_BLOCK, u = i % job->n_units;
+    int n = min_int(TOKEN_BLOCK, j->n - first);
+    while (u >= units_of(p->w, job->unit)) u -= units_of(p++->w, job->unit);
+    int panel = u * job->unit, rows = min_int(job->unit * PANEL, p->w->rows - panel * PANEL);
+    float *out = p->out + (size_t)first * p->ld + panel * PANEL;
+    const Activations x = activations_from(j->x, first);
+    multiply_panels(job, out, (size_t)p->ld, p->w, panel, &x, n);
+    if (!j->up) return;
+    const Activations up_x = activations_from(j->up_x, first);
+    float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
+    multiply_panels(job, up, (size_t)rows, j->up, panel, &up_x, n);
+    for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
+}
+
+// ---- a job ----
+
+// What one call of OpenBLAS computes does not depend on the number of threads, but its sums change
+// with the number of rows.
+static bool asks_blas(const Products *j) {
+    bool ints = j->up && wtype_ints(j->up->type);
+    for (int i = 0; i < j->n_products; i++) ints |= wtype_ints(j->p[i].w->type);
+    return HAS_BLAS && j->n >= BLAS_FROM && !ints;
+}
+
+// Panels that are multiplied at once. With few tokens reading takes longest, and of two matrices in
+// turn the long runs are read faster: a quarter of what a thread reads.
+static int unit_of(const ThreadPool *pool, const Products *j, bool blas) {
+    if (j->n >= PAIR_FROM) return blas ? UNIT_MAX : 2;
+    int run = j->up && j->up != j->p->w ? j->up->panels / (4 * pool_threads(pool)) : 1;
+    return max_int(1, min_int(run, RUN_MAX));
+}
+
+static void count_ops(double *ops, const Matrix *w, int n) {
+    ops[w->type] += 2.0 * n * w->rows * w->cols;
+}
+
+void matmul(ThreadPool *pool, double *ops, const Products *j) {
+    bool blas = asks_blas(j);
+    Job job = {.j = j, .unit = unit_of(pool, j, blas), .blas = blas};
+    for (int i = 0; i < j->n_products; i++) {
+        job.n_units += units_of(j->p[i].w, job.unit);
+        count_ops(ops, j->p[i].w, j->n);
+    }
+    if (j->up) count_ops(ops, j->up, j->n);
+    int blocks = (j->n + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    parallel_for(pool, blocks * job.n_units, multiply_unit, &job);
+}
+
+// ---- one entry ----
+
+float matrix_at(const Matrix *w, int r, int c) {
+    size_t panel = (size_t)(r / PANEL), k = (size_t)wtype_k(w->type), i = (size_t)(r % PANEL);
+    size_t line = (panel * w->cols_padded / k + c / k) * PANEL + i, j = c % k;
+    size_t group = (panel * w->cols_padded / QGROUP + c / QGROUP) * PANEL + i;
+    switch (w->type) {
+    case W_F32:
+        return ((const float *)w->data)[line];
+    case W_F16:
+        return f16_f32(((const uint16_t *)w->data)[line * 2 + j]);
+    case W_BF16:
+        return from_bits((uint32_t)((const uint16_t *)w->data)[line * 2 + j] << 16);
+    case W_Q8:
+        return f16_f32(w->scale[group]) * (float)((const int8_t *)w->data)[line * 4 + j];
+    default: {
+        int byte = w->data[line * 4 + j % 4], nibble = j < 4 ? byte & 15 : byte >> 4;
+        float scale = f16_f32(w->scale[group]);
+        return w->offset ? scale * (float)nibble + f16_f32(w->offset[group])
+                         : scale * (float)(nibble - 8);
+    }
+    }
+}

@@ -1,0 +1,37 @@
+// matmul.h: products of matrices with the rows of a batch, shared among threads.
+#ifndef MATMUL_H
+#define MATMUL_H
+#include "kernels/kernels.h"
+#include "kernels/threads.h"
+
+// out [n][ld] = x [n][cols] times w [rows][cols], transposed.
+typedef struct {
+    const Matrix *w;
+    float *out;
+    int ld;
+} Product;
+
+// Products of n rows of the same input make one job.
+typedef struct {
+    const Activations *x;  // rounded already (Kernels.quantize) where a type of weights wants that
+    int n;
+    const Product *p;  // [n_products]
+    int n_products;
+    // With `up`, of the shape of the only product's w: out = act(W x, Up up_x), as in a gated
+    // feed-forward (arXiv 2002.05202); NULL: out = W x.
+    const Matrix *up;
+    const Activations *up_x;
+    void (*act)(float *x, const float *y, int n);  // x = act(x, y), n numbers
+} Products;
+
+// Computes them all on the pool's threads, NULL for one, and adds how many operations they take (a
+// multiplication and an addition are two) to ops [W_TYPES], by the type of the weights. A row's
+// bits depend neither on n nor on the number of threads, except where OpenBLAS multiplies.
+void matmul(ThreadPool *pool, double *ops, const Products *j);
+
+// The same input without the rows before `first`.
+Activations activations_from(const Activations *a, int first);
+
+// One entry of a matrix as a number: for embeddings, and for what policies look up.
+float matrix_at(const Matrix *w, int r, int c);
+#endif

@@ -1,0 +1,327 @@
+// scalar.c: the definition.
+#include "kernels/simd.h"
+
+// ---- half precision ----
+
+static void f16_to_f32(float *out, const uint16_t *in, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = f16_f32(in[i]);
+}
+
+static void f32_to_f16(uint16_t *out, const float *in, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = f32_f16(in[i]);
+}
+
+// ---- vectors ----
+
+static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
+    float ss = 0.0f;
+    for (int i = 0; i < n; i++) ss += x[i] * x[i];
+    float r = 1.0f / sqrtf(ss / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = x[i] * r * w[i];
+}
+
+static void add(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] += y[i];
+}
+
+static void scale(float *x, float a, int n) {
+    for (int i = 0; i < n; i++) x[i] *= a;
+}
+
+static void silu_mul(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] = x[i] / (1.0f + expf(-x[i])) * y[i];
+}
+
+static void gelu_mul(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) {
+        float u = GELU_A * (x[i] + GELU_B * x[i] * x[i] * x[i]);
+        x[i] = x[i] / (1.0f + expf(-u)) * y[i];
+    }
+}
+
+// ---- scores ----
+
+static void max_rows(float *max, const float *s, int n) {
+    for (int i = 0; i < n; i++, s += PAGE) {
+        max[i] = s[0];
+        for (int j = 1; j < PAGE; j++) max[i] = s[j] > max[i] ? s[j] : max[i];
+    }
+}
+
+static float exp64(float *s, float m) {
+    float sum = 0.0f;
+    for (int i = 0; i < PAGE; i++) sum += s[i] = expf(s[i] - m);
+    return sum;
+}
+
+static void max_into(float *run, const float *s, float b) {
+    for (int i = 0; i < PAGE; i++) run[i] = s[i] + b > run[i] ? s[i] + b : run[i];
+}
+
+// ---- inputs in 8 and 16 bits ----
+
+static void quantize(const Activations *a, int t0, int t1) {
+    for (int t = t0; t < t1; t++) {
+        const size_t first = (size_t)t * a->stride;
+        float max = 0.0f;
+        for (int i = 0; i < a->stride; i++) max = fmaxf(max, fabsf(a->x[first + i]));
+        for (int i = 0; i < a->stride; i++)
+            a->q16[first + i] = (int16_t)lrintf(a->x[first + i] * wide_inverse(max));
+        a->unit16[t] = max / WIDE;
+        for (size_t at = first; at < first + a->stride; at += QGROUP) {
+            float group_max = 0.0f;
+            for (int i = 0; i < QGROUP; i++) group_max = fmaxf(group_max, fabsf(a->x[at + i]));
+            float scale = group_scale(max, group_max), inv = group_inverse(max, scale);
+            int sum = 0;
+            for (int i = 0; i < QGROUP; i++)
+                sum += a->q[at + i] = (int8_t)lrintf(a->x[at + i] * inv);
+            store_group(a, at / QGROUP, scale, sum);
+        }
+        a->unit[t] = row_unit(max);
+    }
+}
+
+// ---- products of floats ----
+
+static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
+                     int inner, int cols, bool add) {
+    const float *bf = b;
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = add ? c[i * ldc + j] : 0.0f;
+            for (int k = 0; k < inner; k++) sum += a[i * lda + k] * bf[(size_t)k * cols + j];
+            c[i * ldc + j] = sum;
+        }
+    }
+}
+
+static void gemm_f16(float *c, size_t ldc, const void *rows, const void *b, const void *ahead,
+                     int n, int inner, int cols, bool add) {
+    const float *a = rows;
+    const uint16_t *bh = b;
+    (void)ahead;
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = add ? c[i * ldc + j] : 0.0f;
+            for (int k = 0; k < inner; k++)
+                sum += a[i * inner + k] * f16_f32(bh[(size_t)k * cols + j]);
+            c[i * ldc + j] = sum;
+        }
+    }
+}
+
+static void pack_f16(void *packed, const uint16_t *b, int inner, int cols) {
+    f16_to_f32(packed, b, (size_t)inner * cols);
+}
+
+static void gemm_packed(float *c, size_t ldc, const void *rows, const void *packed, int n,
+                        int inner, int cols, bool add) {
+    gemm_f32(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
+}
+
+// ---- codes ----
+
+static inline int code_at(const Codes *b, int r, int c) {
+    const uint8_t *block = b->data + (r / 4 * code_blocks(b) + c / CODE_COLS) * code_block(b);
+    int run = CODE_COLS >> b->type, i = c % CODE_COLS;  // columns that lie one after another
+    return block[4 * (i % run) + r % 4] >> (i / run * (8 >> b->type)) &
+           ((256 >> (8 - (8 >> b->type))) - 1);
+}
+
+static void unpack_codes(float *out, size_t ld, const Codes *b) {
+    for (int r = 0; r < b->rows; r++) {
+        float scale = f16_f32(b->scale[r]), min = b->min ? f16_f32(b->min[r]) : 0.0f;
+        for (int c = 0; c < b->cols; c++)
+            out[r * ld + c] = scale * (float)(code_at(b, r, c) - code_center(b)) + min;
+    }
+}
+
+static void gemm_codes(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
+                       bool add) {
+    for (int i = 0; !add && i < n; i++) memset(c + i * ldc, 0, (size_t)b->cols * sizeof *c);
+    for (int k = 0; k < b->rows; k++) {
+        float scale = f16_f32(b->scale[k]), min = b->min ? f16_f32(b->min[k]) : 0.0f;
+        for (int j = 0; j < b->cols; j++) {
+            float v = scale * (float)(code_at(b, k, j) - code_center(b)) + min;
+            for (int i = 0; i < n; i++) c[i * ldc + j] += a[i * lda + k] * v;
+        }
+    }
+}
+
+// Row r becomes codes, one a byte, and its scale and minimum.
+static void round_codes(uint8_t *codes, const Codes *to, int r, const float *x) {
+    float most = to->type == C_U8 ? 255.0f : to->type == C_U4 ? 15.0f : 3.0f;
+    float low = x[0], high = x[0], least = to->min ? 0.0f : 1.0f;
+    for (int c = 1; c < to->cols; c++) low = min_of(x[c], low), high = max_of(x[c], high);
+    to->scale[r] = f32_f16(to->min ? (high - low) / most : max_of(-low, high) / 127.0f);
+    if (to->min) to->min[r] = f32_f16(low);
+    float scale = f16_f32(to->scale[r]), inv = scale > 0.0f ? 1.0f / scale : 0.0f;
+    low = to->min ? f16_f32(to->min[r]) : -128.0f * scale;
+    for (int c = 0; c < to->cols; c++) {
+        float q = min_of(max_of((x[c] - low) * inv, least), most);
+        codes[c] = (uint8_t)(int)(q + 0.5f);
+    }
+}
+
+void codes_round(const Codes *to, const float *x, size_t ld) {
+    int run = CODE_COLS >> to->type, bits = 8 >> to->type;
+    size_t step = code_blocks(to) * code_block(to);
+    uint8_t codes[CODE_ROWS + CODE_COLS] = {0};
+    memset(to->data, 0, code_bytes(to->type, to->rows, to->cols));
+    for (int r = 0; r < to->rows; r++, x += ld) {
+        uint8_t *block = to->data + r / 4 * step + r % 4;
+        round_codes(codes, to, r, x);
+        for (int c = 0; c < to->cols; c += CODE_COLS, block += code_block(to)) {
+            for (int i = 0; i < CODE_COLS; i += run) {
+                for (int n = 0; n < run; n++) block[4 * n] |= codes[c + i + n] << (i / run * bits);
+            }
+        }
+    }
+}
+
+// ---- weights in floats ----
+
+// A block of a panel as f32 [cols][16], columns c0 .. c0 + cols.
+static void unpack_float(float *out, const Matrix *w, int panel, int c0, int cols) {
+    size_t at = ((size_t)panel * w->cols_padded + c0) * PANEL;
+    if (w->type == W_F32) {
+        memcpy(out, (const float *)w->data + at, (size_t)cols * PANEL * sizeof(float));
+        return;
+    }
+    const uint16_t *in = (const uint16_t *)w->data + at;
+    for (int c = 0; c < cols; c++) {
+        for (int r = 0; r < PANEL; r++) {
+            uint16_t h = in[(c / 2 * PANEL + r) * 2 + c % 2];
+            out[c * PANEL + r] = w->type == W_F16 ? f16_f32(h) : from_bits((uint32_t)h << 16);
+        }
+    }
+}
+
+static void matmul_float(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                         int t0, int t1) {
+    float b[BLOCK * PANEL];
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        unpack_float(b, w, panel, c0, cols);
+        gemm_f32(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols,
+                 PANEL, c0 > 0);
+    }
+}
+
+// ---- weights in 8 and 4 bits ----
+
+static void unpack_int(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
+    const uint8_t *line =
+        w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
+    size_t group = ((size_t)panel * w->cols_padded + c0) / QGROUP * PANEL;
+    for (int i = 0; i < cols / QGROUP * PANEL; i++) {
+        b->scale[i] = f16_f32(w->scale[group + i]);
+        if (w->offset) b->offset[i] = f16_f32(w->offset[group + i]);
+    }
+    for (int c = 0; c < cols; c++) {
+        for (int r = 0; r < PANEL; r++) {
+            int v;
+            if (w->type == W_Q8) {
+                v = (int8_t)line[(c / 4 * PANEL + r) * 4 + c % 4];
+            } else {
+                int byte = line[(c / 8 * PANEL + r) * 4 + c % 4];
+                v = (c % 8 < 4 ? byte & 15 : byte >> 4) - (w->offset ? 0 : 8);
+            }
+            b->w[(c / 2 * PANEL + r) * 2 + c % 2] = (int16_t)v;
+        }
+    }
+}
+
+static int dot_group(const IntBlock *b, int r, const Activations *x, size_t at, int c0, bool wide) {
+    int dot = 0;
+    for (int c = c0; c < c0 + QGROUP; c++)
+        dot += b->w[(c / 2 * PANEL + r) * 2 + c % 2] * (wide ? x->q16[at + c] : x->q[at + c]);
+    return dot;
+}
+
+static inline void multiply_ints(float *out, size_t ld, const Matrix *w, int panel,
+                                 const Activations *x, int t0, int t1, bool wide) {
+    IntBlock b;
+    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
+        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        unpack_int(&b, w, panel, c0, cols);
+        for (int t = t0; t < t1; t++) {
+            size_t at = (size_t)t * x->stride + c0;
+            float unit = c0 + cols < w->cols_padded ? 1.0f : wide ? x->unit16[t] : x->unit[t];
+            for (int r = 0; r < PANEL; r++) {
+                float sum = c0 > 0 ? out[t * ld + r] : 0.0f;
+                for (int g = 0; g < cols / QGROUP; g++) {
+                    size_t group = at / QGROUP + g;
+                    float scale = b.scale[g * PANEL + r] * (wide ? 1.0f : x->scale[group]);
+                    sum += (float)dot_group(&b, r, x, at, g * QGROUP, wide) * scale;
+                    if (w->offset) sum += b.offset[g * PANEL + r] * x->sum[group];
+                }
+                out[t * ld + r] = sum * unit;
+            }
+        }
+    }
+}
+
+static void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                       int t0, int t1) {
+    multiply_ints(out, ld, w, panel, x, t0, t1, false);
+}
+
+void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
+                        int t0, int t1) {
+    multiply_ints(out, ld, w, panel, x, t0, t1, true);
+}
+
+// ---- peaks ----
+
+static float peak_f32(int rounds) {
+    float acc[CHAINS], sum = 0.0f;
+    for (int i = 0; i < CHAINS; i++) acc[i] = (float)i;
+    for (int r = 0; r < rounds; r++) {
+        for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * 0.5f + 1.0f;
+    }
+    for (int i = 0; i < CHAINS; i++) sum += acc[i];
+    return sum;
+}
+
+static float peak_int(int rounds) {
+    uint32_t acc[CHAINS], sum = 0;
+    for (int i = 0; i < CHAINS; i++) acc[i] = (uint32_t)i;
+    for (int r = 0; r < rounds; r++) {
+        for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * 3 + 1;
+    }
+    for (int i = 0; i < CHAINS; i++) sum += acc[i];
+    return (float)sum;
+}
+
+static const Peak f32_peak = {2 * CHAINS, peak_f32};
+static const Peak int_peak = {2 * CHAINS, peak_int};
+
+// ---- the table ----
+
+const Kernels kernels_scalar = {
+    .name = "scalar",
+    .matmul = {matmul_float, matmul_float, matmul_float, matmul_int, matmul_int},
+    .quantize = quantize,
+    .gemm_f32 = gemm_f32,
+    .gemm_f16 = gemm_f16,
+    .pack_f16 = pack_f16,
+    .packed_bytes = packed_bytes_f32,
+    .pack_rows = rows_as_they_are,
+    .gemm_packed = gemm_packed,
+    .peak = {&f32_peak, &f32_peak, &f32_peak, &int_peak, &int_peak},
+    .peak_packed = &f32_peak,
+    .pack_f32 = pack_f32,
+    .gemm_codes = gemm_codes,
+    .unpack_codes = unpack_codes,
+    .rmsnorm = rmsnorm,
+    .add = add,
+    .scale = scale,
+    .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
+    .max_rows = max_rows,
+    .exp64 = exp64,
+    .max_into = max_into,
+    .f16_to_f32 = f16_to_f32,
+    .f32_to_f16 = f32_to_f16,
+};

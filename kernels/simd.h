@@ -1,0 +1,167 @@
+// simd.h: what instruction sets share.
+#ifndef SIMD_H
+#define SIMD_H
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+// What the processor can do and the operating system lets programs use; choose.c finds it.
+typedef struct {
+    bool avx2;        // with FMA and F16C
+    bool avx_vnni;    // vpdpbusd as AVX2 encodes it (VEX)
+    bool avx512vnni;  // AVX-512 F, BW, DQ, VL and vpdpbusd as it is encoded there (EVEX)
+    bool avx512bf16;  // all that and vdpbf16ps
+    bool dotprod;     // sdot, of ARMv8.2
+} Features;
+
+// The sets that stand alone, and what puts into such a table the functions that more features
+// allow.
+extern const Kernels kernels_avx2, kernels_neon;
+void adapt_avx2vnni(Kernels *k, const Features *f);  // of kernels_avx2
+void adapt_avx512(Kernels *k, const Features *f);    // of kernels_avx2
+void adapt_neon(Kernels *k, const Features *f);      // of kernels_neon
+
+// Loops over registers.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3); arXiv 1606.08415
+#define GELU_A 1.5957691216057308f  // 2 sqrt(2/pi)
+#define GELU_B 0.044715f
+
+// ---- inputs in 8 and 16 bits ----
+
+// Comparisons, not fminf and fmaxf, which are calls.
+static inline float min_of(float a, float b) { return a < b ? a : b; }
+static inline float max_of(float a, float b) { return a > b ? a : b; }
+
+// 2^n for n in -126..127.
+static inline float exp2_int(int n) { return from_bits((uint32_t)(n + 127) << 23); }
+
+// How x is rounded, a row's and its groups' largest numbers being known: see Activations.
+static inline float row_unit(float row_max) { return row_max / 127.0f * exp2_int(-UNIT_STEPS); }
+
+static inline float group_scale(float row_max, float group_max) {
+    // How often group_max can be doubled before it passes row_max: the difference of their bits is
+    // that of the exponents, one less where the mantissa of group_max is larger.
+    uint32_t n = (bits(row_max) - bits(group_max)) >> 23;
+    if (n >= UNIT_STEPS) return 1.0f;
+    float scale = exp2_int(UNIT_STEPS - (int)n);
+    return group_max * exp2_int((int)n) > 0.75f * row_max ? scale : 0.75f * scale;
+}
+
+static inline float group_inverse(float row_max, float scale) {
+    return row_max > 0.0f ? 127.0f / row_max * (exp2_int(UNIT_STEPS) / scale) : 0.0f;
+}
+
+static inline void store_group(const Activations *a, size_t group, float scale, int sum) {
+    a->scale[group] = scale;
+    a->sum[group] = scale * (float)sum;
+    a->shift[group] = -128 * sum;
+}
+
+// A row of q16 has the unit row_max / WIDE: sums of 32 products with 8-bit weights fit 32 bits.
+enum { WIDE = 32767 };
+
+static inline float wide_inverse(float row_max) { return row_max > 1e-30f ? WIDE / row_max : 0.0f; }
+
+// ---- products of floats ----
+
+// c [n][cols] (+)= a [n][inner] b [inner][cols].
+typedef struct {
+    float *c;
+    const float *a;
+    const void *b;
+    size_t ldc, lda, ldb;
+    int n, inner, cols;
+    bool add;
+    const uint16_t *ahead;  // of b in half precision
+} Gemm;
+
+static inline size_t packed_bytes_f32(int inner, int cols) {
+    return (size_t)inner * cols * sizeof(float);
+}
+
+static inline const void *rows_as_they_are(uint16_t *room, const float *a, int n, int inner,
+                                           int cols) {
+    (void)room, (void)n, (void)inner, (void)cols;
+    return a;
+}
+
+static inline void pack_f32(void *packed, const float *b, int inner, int cols) {
+    memcpy(packed, b, (size_t)inner * cols * sizeof *b);
+}
+
+// ---- codes ----
+
+static inline size_t code_block(const Codes *b) { return (size_t)CODE_LINE >> b->type; }
+static inline size_t code_blocks(const Codes *b) {  // of four rows
+    return (size_t)((b->cols + CODE_COLS - 1) / CODE_COLS);
+}
+
+// The code that stands for 0, where there is no minimum.
+static inline int code_center(const Codes *b) { return b->min ? 0 : 128; }
+
+enum { FOLD_ROWS = 12 };  // rows of a that are folded at a time
+
+// Rows of a, times the scales of b's rows and rounded to 16 bits, so that the product with codes is
+// one of integers: a . b[][j] = scale * (sum of q * code - center) + bias.
+typedef struct {
+    uint8_t q[FOLD_ROWS * CODE_ROWS * 2];  // [FOLD_ROWS][rows], in the order the set reads them
+    float scale[FOLD_ROWS], bias[FOLD_ROWS];
+    int center[FOLD_ROWS];  // sum of q times the code that stands for 0
+} Folded;
+
+// c [n][b's cols] (+)= the folded rows times b, n <= FOLD_ROWS.
+typedef struct {
+    float *c;
+    size_t ldc;
+    const Folded *a;
+    const Codes *b;
+    int n;
+    bool add;
+} CodeGemm;
+
+static const float FOLD_MOST = 32512.0f;  // 127 * 256: two signed bytes hold it
+
+// How many of `left` rows to multiply at once: threes, and twos where a single one would be left.
+static inline int fold_step(int left) { return left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1; }
+
+// ---- weights ----
+
+// Columns unpacked at a time: 16 rows x 256 columns of f32 are 16 KB, half of a first-level cache.
+enum { BLOCK = 256 };
+
+// A block of a quantized panel: w [cols/2][16][2], and per group of 32 columns scale [16] and
+// offset [16].
+typedef struct {
+    int16_t w[BLOCK * PANEL];
+    float scale[BLOCK / QGROUP * PANEL], offset[BLOCK / QGROUP * PANEL];
+} IntBlock;
+
+// A q8 or q4 panel and where its scales and offsets are.
+typedef struct {
+    const uint8_t *line;
+    const uint16_t *scale, *offset;
+    const Activations *x;
+    int groups;
+} IntPanel;
+
+static inline IntPanel int_panel(const Matrix *w, int panel, const Activations *x) {
+    int groups = w->cols_padded / QGROUP;
+    size_t first = (size_t)panel * groups;
+    return (IntPanel){w->data + first * QGROUP * PANEL / (w->type == W_Q4 ? 2 : 1),
+                      w->scale + first * PANEL, w->offset ? w->offset + first * PANEL : NULL, x,
+                      groups};
+}
+
+// ---- peaks ----
+
+enum { CHAINS = 12 };  // sums that do not wait for each other, enough to hide an instruction's time
+
+#endif
