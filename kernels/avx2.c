@@ -153,8 +153,9 @@ TARGET static void quantize(const Activations *a, int t0, int t1) {
 // R rows by C vectors of c, from row i and column j, stay in registers while all of inner passes:
 // R * C + C + 1 <= 16.
 INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
+    const size_t ldb = (size_t)g->cols;
     float *c = g->c + (size_t)i * g->ldc + j;
-    const float *a = g->a + (size_t)i * g->lda;
+    const float *a = (const float *)g->a + (size_t)i * g->lda;
     __m256 acc[6][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) {
@@ -162,10 +163,9 @@ INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, con
         }
     }
     for (int k = 0; k < g->inner; k++) {
-        if (half) __builtin_prefetch(g->ahead + k * g->ldb + j, 0, 1);
+        if (half) __builtin_prefetch((const uint16_t *)g->ahead + k * ldb + j, 0, 1);
         __m256 b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] =
-            load8(g->b, k * g->ldb + (size_t)(j + 8 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] = load8(g->b, k * ldb + (size_t)(j + 8 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             __m256 ar = _mm256_broadcast_ss(a + r * g->lda + k);
             UNROLL for (int v = 0; v < C; v++) acc[r][v] = _mm256_fmadd_ps(ar, b[v], acc[r][v]);
@@ -183,38 +183,29 @@ INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const bool
     for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, half);
 }
 
-INLINE void gemm(const Gemm *g, const bool half) {
+INLINE void gemm(const Gemm g, const bool half) {
     int i = 0;
-    for (; i + 6 <= g->n; i += 6) gemm_rows(g, i, 6, 2, half);
-    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, 4, half);
-    for (; i < g->n; i++) gemm_rows(g, i, 1, 4, half);
+    for (; i + 6 <= g.n; i += 6) gemm_rows(&g, i, 6, 2, half);
+    for (; i + 3 <= g.n; i += 3) gemm_rows(&g, i, 3, 4, half);
+    for (; i < g.n; i++) gemm_rows(&g, i, 1, 4, half);
 }
 
-TARGET static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
-                            int inner, int cols, bool add) {
-    if (cols % 8) {
-        kernels_scalar.gemm_f32(c, ldc, a, lda, b, n, inner, cols, add);
-        return;
-    }
-    gemm(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, false);
-}
-
-TARGET static void gemm_f16(float *c, size_t ldc, const void *rows, const void *b,
-                            const void *ahead, int n, int inner, int cols, bool add) {
-    size_t lda = (size_t)inner;
-    if (cols % 8)
-        kernels_scalar.gemm_f16(c, ldc, rows, b, ahead, n, inner, cols, add);
+TARGET static void gemm_f32(const Gemm *g) {
+    if (g->cols % 8)
+        kernels_scalar.gemm_f32(g);
     else
-        gemm(&(Gemm){c, rows, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
+        gemm(*g, false);
+}
+
+TARGET static void gemm_f16(const Gemm *g) {
+    if (g->cols % 8)
+        kernels_scalar.gemm_f16(g);
+    else
+        gemm(*g, true);
 }
 
 TARGET static void pack_f16(void *packed, const uint16_t *b, int inner, int cols) {
     f16_to_f32(packed, b, (size_t)inner * cols);
-}
-
-TARGET static void gemm_packed(float *c, size_t ldc, const void *rows, const void *packed, int n,
-                               int inner, int cols, bool add) {
-    gemm_f32(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
 }
 
 // ---- codes ----
@@ -262,7 +253,7 @@ INLINE void load_codes(const uint8_t *block, const int n, const CodeType type, _
 // R rows by C eights of columns; C = 4 is a whole block. Folding keeps the core from running ahead
 // to the next codes, so these are fetched, into the second-level cache: into the first, they would
 // wait for its few fill buffers (q8 pages at depth 8192: 15% slower than f16 instead of faster).
-INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C,
+INLINE void codes_tile(const FoldedGemm *g, int i, int j, const int R, const int C,
                        const CodeType type) {
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
     size_t step = code_blocks(g->b) * block;
@@ -299,14 +290,14 @@ INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C
     }
 }
 
-INLINE void codes_rows(const CodeGemm *g, int i, const int R, const CodeType type) {
+INLINE void codes_rows(const FoldedGemm *g, int i, const int R, const CodeType type) {
     int j = 0;
     for (; R < 3 && j + 32 <= g->b->cols; j += 32) codes_tile(g, i, j, R, 4, type);
     for (; j + 16 <= g->b->cols; j += 16) codes_tile(g, i, j, R, 2, type);
     for (; j < g->b->cols; j += 8) codes_tile(g, i, j, R, 1, type);
 }
 
-INLINE void codes_gemm(const CodeGemm *g, const CodeType type) {
+INLINE void codes_gemm(const FoldedGemm *g, const CodeType type) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
         if (step == 3)
@@ -318,28 +309,29 @@ INLINE void codes_gemm(const CodeGemm *g, const CodeType type) {
     }
 }
 
-TARGET static void gemm_codes(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
-                              int n, bool add) {
+TARGET static void gemm_codes(const CodeGemm *g) {
+    const Codes *b = g->b;
     Folded f;
     if (b->cols % 8) {
-        kernels_scalar.gemm_codes(c, ldc, a, lda, b, n, add);
+        kernels_scalar.gemm_codes(g);
         return;
     }
-    for (int i = 0; i < n; i += FOLD_ROWS) {
-        CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
-        for (int r = 0; r < g.n; r++) fold(&f, r, a + (i + r) * lda, b);
+    for (int i = 0; i < g->n; i += FOLD_ROWS) {
+        const FoldedGemm part = folded_rows(g, &f, i);
+        for (int r = 0; r < part.n; r++) fold(&f, r, g->a + (i + r) * g->lda, b);
         if (b->type == C_U8)
-            codes_gemm(&g, C_U8);
+            codes_gemm(&part, C_U8);
         else if (b->type == C_U4)
-            codes_gemm(&g, C_U4);
+            codes_gemm(&part, C_U4);
         else
-            codes_gemm(&g, C_U2);
+            codes_gemm(&part, C_U2);
     }
 }
 
-// Four rows by 8 columns, the eights' number n in their block, as floats.
-INLINE void unpack8(float *out, size_t ld, const Codes *b, int r, const uint8_t *block, int n,
-                    const CodeType type) {
+// Rows r to r + 3 by columns c to c + 7, as floats.
+INLINE void unpack8(float *out, size_t ld, const Codes *b, int r, int c, const CodeType type) {
+    const uint8_t *block = b->data + (r / 4 * code_blocks(b) + c / CODE_COLS) * (CODE_LINE >> type);
+    const int n = c % CODE_COLS / 8;  // the eights' number in their block
     const __m256i mask = _mm256_set1_epi32(type == C_U8 ? 255 : type == C_U4 ? 15 : 3);
     int line = type == C_U8 ? n : type == C_U4 ? n % 2 : 0;
     int shift = type == C_U8 ? 0 : type == C_U4 ? n / 2 * 4 : n * 2;
@@ -360,34 +352,31 @@ TARGET static void unpack_codes(float *out, size_t ld, const Codes *b) {
     }
     for (int r = 0; r < b->rows; r += 4, out += 4 * ld) {
         for (int c = 0; c < b->cols; c += 8) {
-            size_t block = r / 4 * code_blocks(b) + c / CODE_COLS;
-            const uint8_t *at = b->data + block * code_block(b);
-            int n = c % CODE_COLS / 8;
             if (b->type == C_U8)
-                unpack8(out + c, ld, b, r, at, n, C_U8);
+                unpack8(out + c, ld, b, r, c, C_U8);
             else if (b->type == C_U4)
-                unpack8(out + c, ld, b, r, at, n, C_U4);
+                unpack8(out + c, ld, b, r, c, C_U4);
             else
-                unpack8(out + c, ld, b, r, at, n, C_U2);
+                unpack8(out + c, ld, b, r, c, C_U2);
         }
     }
 }
 
 // ---- weights in floats ----
 
-TARGET static void matmul_float(float *out, size_t ld, const Matrix *w, int panel,
-                                const Activations *x, int t0, int t1) {
-    if (few_halves(out, ld, w, panel, x, t0, t1)) return;
+TARGET static void matmul_float(const PanelProduct *p) {
+    if (few_halves(p)) return;
     float block[BLOCK * PANEL];
+    const Matrix *w = p->w;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        int cols = min_int(BLOCK, w->cols_padded - c0);
         const float *b = block;
         if (w->type == W_F32)
-            b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+            b = (const float *)w->data + ((size_t)p->panel * w->cols_padded + c0) * PANEL;
         else
-            unpack_halves(block, w, panel, c0, cols);
-        gemm_f32(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols,
-                 PANEL, c0 > 0);
+            unpack_halves(block, w, p->panel, c0, cols);
+        const Gemm g = float_block(p, b, c0, cols);
+        gemm_f32(&g);
     }
 }
 
@@ -419,6 +408,7 @@ INLINE __m256 swap_rows(__m256 v) {  // 0 1 2 3 4 5 6 7 <-> 0 1 4 5 2 3 6 7
 
 TARGET static void unpack_q8(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
     size_t first = (size_t)panel * w->cols_padded + c0;
+    b->c0 = c0, b->cols = cols;
     const uint16_t *scale = w->scale + first / QGROUP * PANEL;
     const uint8_t *line = w->data + first * PANEL;
     for (int i = 0; i < cols / QGROUP * PANEL; i += 8)
@@ -431,10 +421,10 @@ TARGET static void unpack_q8(IntBlock *b, const Matrix *w, int panel, int c0, in
 
 // T tokens against one block: 16-bit products of column pairs are summed over a group of 32 columns
 // in 32-bit integers, then scaled. sum [T][16] are the running results.
-INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Activations *x, int t, int c0,
-                    int cols, const int T) {
-    const int16_t *q = x->q16 + (size_t)t * x->stride + c0;
-    for (int g = 0; g < cols / QGROUP; g++) {
+INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Activations *x, int t,
+                    const int T) {
+    const int16_t *q = x->q16 + (size_t)t * x->stride + b->c0;
+    for (int g = 0; g < b->cols / QGROUP; g++) {
         __m256i acc[4][2];
         UNROLL for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
         const int16_t *w = b->w + g * QGROUP * PANEL;
@@ -461,22 +451,22 @@ INLINE void q8_tile(float (*sum)[PANEL], const IntBlock *b, const Activations *x
 }
 
 // Tokens [t, t + T) of one block; sums rest in out in memory order between blocks.
-INLINE void q8_tokens(float *out, size_t ld, const IntBlock *b, const Activations *x, int t, int c0,
-                      int cols, const int T) {
-    float sum[4][PANEL];
+INLINE void q8_tokens(const PanelProduct *p, const IntBlock *b, int t, const int T) {
+    const Activations *x = p->x;
+    float sum[4][PANEL], *out = p->out + t * p->ld;
     for (int i = 0; i < T; i++) {
         for (int h = 0; h < PANEL; h += 8) {
             __m256 v =
-                c0 ? swap_rows(_mm256_loadu_ps(out + (t + i) * ld + h)) : _mm256_setzero_ps();
+                b->c0 ? swap_rows(_mm256_loadu_ps(out + i * p->ld + h)) : _mm256_setzero_ps();
             _mm256_storeu_ps(sum[i] + h, v);
         }
     }
-    q8_tile(sum, b, x, t, c0, cols, T);
+    q8_tile(sum, b, x, t, T);
     for (int i = 0; i < T; i++) {
-        __m256 unit = _mm256_set1_ps(c0 + cols < x->stride ? 1.0f : x->unit16[t + i]);
+        __m256 unit = _mm256_set1_ps(b->c0 + b->cols < x->stride ? 1.0f : x->unit16[t + i]);
         for (int h = 0; h < PANEL; h += 8) {
             __m256 v = _mm256_mul_ps(swap_rows(_mm256_loadu_ps(sum[i] + h)), unit);
-            _mm256_storeu_ps(out + (t + i) * ld + h, v);
+            _mm256_storeu_ps(out + i * p->ld + h, v);
         }
     }
 }
@@ -501,13 +491,13 @@ INLINE __m256 join_pairs(__m256i a, __m256i b) {
 }
 
 // One token, straight from the file: nothing is unpacked to memory, and the same integers come out.
-INLINE void q8_row(float *out, const Matrix *w, int panel, const Activations *x, int t) {
-    int groups = w->cols_padded / QGROUP;
-    const uint8_t *line = w->data + (size_t)panel * groups * QGROUP * PANEL;
-    const uint16_t *scale = w->scale + (size_t)panel * groups * PANEL;
+INLINE void q8_row(const IntPanel *p, int t) {
+    const Activations *x = p->x;
+    const uint8_t *line = p->line;
     const int16_t *q = x->q16 + (size_t)t * x->stride;
+    float *out = p->out + t * p->ld;
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < p->groups; g++) {
         __m256i acc[4];  // four rows each
         UNROLL for (int r = 0; r < 4; r++) acc[r] = _mm256_setzero_si256();
         UNROLL for (int c = 0; c < QGROUP; c += 4, line += 64) {
@@ -516,7 +506,7 @@ INLINE void q8_row(float *out, const Matrix *w, int panel, const Activations *x,
                 madd_quad(acc[r], _mm_loadu_si128((const void *)(line + 16 * r)), a);
         }
         UNROLL for (int h = 0; h < 2; h++) {
-            __m256 s = load8(scale, (size_t)g * PANEL + 8 * h, true);
+            __m256 s = load8(p->scale, (size_t)g * PANEL + 8 * h, true);
             sum[h] = _mm256_fmadd_ps(join_pairs(acc[2 * h], acc[2 * h + 1]), s, sum[h]);
         }
     }
@@ -526,26 +516,22 @@ INLINE void q8_row(float *out, const Matrix *w, int panel, const Activations *x,
 }
 
 // Unpacking a block pays from four tokens on.
-TARGET static void matmul_q8(float *out, size_t ld, const Matrix *w, int panel,
-                             const Activations *x, int t0, int t1) {
-    if (t1 - t0 < 4) {
-        for (int t = t0; t < t1; t++) q8_row(out + t * ld, w, panel, x, t);
+TARGET static void matmul_q8(const PanelProduct *p) {
+    if (p->t1 - p->t0 < 4) {
+        const IntPanel ip = int_panel(p, 0);
+        for (int t = p->t0; t < p->t1; t++) q8_row(&ip, t);
         return;
     }
     IntBlock b;
-    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK, t = t0;
-        unpack_q8(&b, w, panel, c0, cols);
-        for (; t + 4 <= t1; t += 4) q8_tokens(out, ld, &b, x, t, c0, cols, 4);
-        for (; t < t1; t++) q8_tokens(out, ld, &b, x, t, c0, cols, 1);
+    for (int c0 = 0; c0 < p->w->cols_padded; c0 += BLOCK) {
+        int t = p->t0;
+        unpack_q8(&b, p->w, p->panel, c0, min_int(BLOCK, p->w->cols_padded - c0));
+        for (; t + 4 <= p->t1; t += 4) q8_tokens(p, &b, t, 4);
+        for (; t < p->t1; t++) q8_tokens(p, &b, t, 1);
     }
 }
 
-TARGET static void matmul_q4(float *out, size_t ld, const Matrix *w, int panel,
-                             const Activations *x, int t0, int t1) {
-    IntPanel p = int_panel(w, panel, x);
-    matmul_nibbles(out, ld, &p, t0, t1, MADDUBS);
-}
+TARGET static void matmul_q4(const PanelProduct *p) { matmul_nibbles(p, MADDUBS); }
 
 // ---- peaks ----
 
@@ -589,7 +575,7 @@ const Kernels kernels_avx2 = {
     .pack_f16 = pack_f16,
     .packed_bytes = packed_bytes_f32,
     .pack_rows = rows_as_they_are,
-    .gemm_packed = gemm_packed,
+    .gemm_packed = gemm_f32,
     .peak = {&f32_peak, &f32_peak, &f32_peak, &q8_peak, &q4_peak},
     .peak_packed = &f32_peak,
     .pack_f32 = pack_f32,

@@ -7,29 +7,13 @@ AVX2 static void quantize(const Activations *a, int t0, int t1) {
     for (int t = t0; t < t1; t++) quantize_bytes(a, t);
 }
 
-AVX2 static void matmul_q8_evex(float *out, size_t ld, const Matrix *w, int panel,
-                                const Activations *x, int t0, int t1) {
-    IntPanel p = int_panel(w, panel, x);
-    matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_EVEX);
-}
+AVX2 static void matmul_q8_evex(const PanelProduct *p) { matmul_bytes(p, false, false, VNNI_EVEX); }
 
-AVX2 static void matmul_q4_evex(float *out, size_t ld, const Matrix *w, int panel,
-                                const Activations *x, int t0, int t1) {
-    IntPanel p = int_panel(w, panel, x);
-    matmul_nibbles(out, ld, &p, t0, t1, VNNI_EVEX);
-}
+AVX2 static void matmul_q4_evex(const PanelProduct *p) { matmul_nibbles(p, VNNI_EVEX); }
 
-AVX2 static void matmul_q8_vex(float *out, size_t ld, const Matrix *w, int panel,
-                               const Activations *x, int t0, int t1) {
-    IntPanel p = int_panel(w, panel, x);
-    matmul_bytes(out, ld, &p, t0, t1, false, false, VNNI_VEX);
-}
+AVX2 static void matmul_q8_vex(const PanelProduct *p) { matmul_bytes(p, false, false, VNNI_VEX); }
 
-AVX2 static void matmul_q4_vex(float *out, size_t ld, const Matrix *w, int panel,
-                               const Activations *x, int t0, int t1) {
-    IntPanel p = int_panel(w, panel, x);
-    matmul_nibbles(out, ld, &p, t0, t1, VNNI_VEX);
-}
+AVX2 static void matmul_q4_vex(const PanelProduct *p) { matmul_nibbles(p, VNNI_VEX); }
 
 AVX2 static float peak_evex(int rounds) { return peak_bytes(rounds, VNNI_EVEX); }
 AVX2 static float peak_vex(int rounds) { return peak_bytes(rounds, VNNI_VEX); }

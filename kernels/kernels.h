@@ -88,6 +88,43 @@ static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t =
 // Whether a type's products are of integers and read the rounded input.
 static inline bool wtype_ints(WType t) { return t == W_Q8 || t == W_Q4; }
 
+// ---- products ----
+
+// One panel of weights times some tokens: out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and
+// t0 <= t < t1.
+typedef struct {
+    float *out;
+    size_t ld;
+    const Matrix *w;
+    int panel;
+    const Activations *x;
+    int t0, t1;
+} PanelProduct;
+
+// c [n][cols] (+)= a [n][inner] b [inner][cols].
+typedef struct {
+    float *c;  // rows ldc apart
+    size_t ldc;
+    const void *a;  // f32, rows lda apart; or as pack_rows returned them, and lda is inner
+    size_t lda;
+    const void *b;  // f32, half precision or packed, as the function says
+    int n, inner, cols;
+    bool add;           // to c as it is; else c is overwritten
+    const void *ahead;  // gemm_f16: as many bytes as b that will be read later and are fetched
+                        // meanwhile, or b
+} Gemm;
+
+// c [n][b's cols] (+)= a [n][b's rows] b.
+typedef struct {
+    float *c;  // rows ldc apart
+    size_t ldc;
+    const float *a;  // rows lda apart
+    size_t lda;
+    const Codes *b;
+    int n;
+    bool add;
+} CodeGemm;
+
 // ---- the table ----
 
 // The instructions of a product alone, in registers: how fast this machine could multiply. run
@@ -101,12 +138,9 @@ typedef struct {
 typedef struct {
     const char *name;
 
-    // out[t * ld + r] = W[16 * panel + r] . x[t] for r < 16 and t0 <= t < t1.
-    void (*matmul[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                            int t0, int t1);
+    void (*matmul[W_TYPES])(const PanelProduct *p);
     // The same for panels panel and panel + 1 at once, 32 rows; NULL where nothing is gained.
-    void (*matmul_pair[W_TYPES])(float *out, size_t ld, const Matrix *w, int panel,
-                                 const Activations *x, int t0, int t1);
+    void (*matmul_pair[W_TYPES])(const PanelProduct *p);
     // q8 products read q16: where bytes are widened to 16 bits before they are multiplied, as many
     // bits of the input cost nothing, and then one unit a row is enough. SmolLM2 in q8 is a KL of
     // 0.0012 from f32 with 16 bits, as with f32 inputs, and 0.0036 with 8.
@@ -115,25 +149,20 @@ typedef struct {
     // sum and shift, or q16 and unit16.
     void (*quantize)(const Activations *x, int t0, int t1);
 
-    // c [n][cols] (+)= a [n][inner] b [inner][cols]; rows of c and a lie ldc and lda apart. With b
-    // a page of transposed keys this is q . k, with a page of values it is p v.
-    void (*gemm_f32)(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
-                     int inner, int cols, bool add);
+    // b in f32. With b a page of transposed keys this is q . k, with a page of values it is p v.
+    void (*gemm_f32)(const Gemm *g);
 
     // The same for pages in half precision. The rows of a, which lie inner apart, are first packed
     // the way this instruction set multiplies fastest: bf16 where the machine multiplies that, else
-    // f32. What pack_rows returns is room [n][inner], or a itself.
+    // f32. What pack_rows returns, room [n][inner] or a itself, is the Gemm's a.
     const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
-    // b as it lies, for few rows; ahead are as many bytes that will be read later and are fetched
-    // meanwhile, or b.
-    void (*gemm_f16)(float *c, size_t ldc, const void *rows, const void *b, const void *ahead,
-                     int n, int inner, int cols, bool add);
+    // b as it lies in half precision, for few rows.
+    void (*gemm_f16)(const Gemm *g);
     // b packed as well, for many rows; it comes from half precision or f32.
     size_t (*packed_bytes)(int inner, int cols);
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
     void (*pack_f32)(void *packed, const float *b, int inner, int cols);
-    void (*gemm_packed)(float *c, size_t ldc, const void *rows, const void *packed, int n,
-                        int inner, int cols, bool add);
+    void (*gemm_packed)(const Gemm *g);
     // exp(s - softmax_shift(max)) of n rows of 64 scores, packed as rows for a product with cols
     // columns; their sums are added to sum. NULL where exp64 and pack_rows are as fast.
     const void *(*exp_packed)(uint16_t *room, float *s, const float *max, float *sum, int n,
@@ -144,10 +173,9 @@ typedef struct {
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
 
-    // c [n][b's cols] (+)= a [n][b's rows] b, the codes read as they are: scales go into a, which
-    // is rounded to 16 bits of its row's largest product with a scale.
-    void (*gemm_codes)(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
-                       bool add);
+    // The codes are read as they are: scales go into a, which is rounded to 16 bits of its row's
+    // largest product with a scale.
+    void (*gemm_codes)(const CodeGemm *g);
     // out = b, rows ld apart; the same bits from every instruction set.
     void (*unpack_codes)(float *out, size_t ld, const Codes *b);
 
@@ -180,6 +208,5 @@ extern Kernels kern;  // filled once by kernels_init, before threads start
 int kernels_init(const char *isa);
 // The definition, and that of a wide product, for tests.
 extern const Kernels kernels_scalar;
-void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                        int t0, int t1);
+void matmul_wide_scalar(const PanelProduct *p);
 #endif

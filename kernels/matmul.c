@@ -45,21 +45,22 @@ static void multiply_panels(const Job *job, float *out, size_t ld, const Matrix 
         matmul_blas(out, ld, w, panel, x, n);
         return;
     }
+    PanelProduct p = {.out = out, .ld = ld, .w = w, .panel = panel, .x = x, .t1 = n};
     if (unit == 2 && (panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
-        kern.matmul_pair[w->type](out, ld, w, panel, x, 0, n);
+        kern.matmul_pair[w->type](&p);
         return;
     }
-    for (int end = panel + unit; panel < end && panel < w->panels; panel++, out += PANEL) {
-        int rows = w->rows - panel * PANEL;
+    for (int end = min_int(panel + unit, w->panels); p.panel < end; p.panel++, p.out += PANEL) {
+        int rows = w->rows - p.panel * PANEL;
         if (rows >= PANEL) {
-            kern.matmul[w->type](out, ld, w, panel, x, 0, n);
+            kern.matmul[w->type](&p);
             continue;
         }
         // The padded rows of the last panel must not reach the next output row.
         for (int t = 0; t < n; t++) {
             float last[PANEL];
-            kern.matmul[w->type](last, 0, w, panel, x, t, t + 1);
-            memcpy(out + t * ld, last, (size_t)rows * sizeof(float));
+            kern.matmul[w->type](&(PanelProduct){last, 0, w, p.panel, x, t, t + 1});
+            memcpy(p.out + t * ld, last, (size_t)rows * sizeof(float));
         }
     }
 }

@@ -161,18 +161,18 @@ INLINE float32x4_t load4(const void *b, size_t i, const bool half) {
 
 // As gemm_tile: R * C + C + 1 <= 32.
 INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
+    const size_t ldb = (size_t)g->cols;
     float *c = g->c + (size_t)i * g->ldc + j;
-    const float *a = g->a + (size_t)i * g->lda;
+    const float *a = (const float *)g->a + (size_t)i * g->lda;
     float32x4_t acc[5][4];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < C; v++) acc[r][v] =
             g->add ? vld1q_f32(c + r * g->ldc + 4 * v) : vdupq_n_f32(0.0f);
     }
     for (int k = 0; k < g->inner; k++) {
-        if (half) __builtin_prefetch(g->ahead + k * g->ldb + j, 0, 1);
+        if (half) __builtin_prefetch((const uint16_t *)g->ahead + k * ldb + j, 0, 1);
         float32x4_t b[4];
-        UNROLL for (int v = 0; v < C; v++) b[v] =
-            load4(g->b, k * g->ldb + (size_t)(j + 4 * v), half);
+        UNROLL for (int v = 0; v < C; v++) b[v] = load4(g->b, k * ldb + (size_t)(j + 4 * v), half);
         UNROLL for (int r = 0; r < R; r++) {
             UNROLL for (int v = 0; v < C; v++) acc[r][v] =
                 vfmaq_n_f32(acc[r][v], b[v], a[r * g->lda + k]);
@@ -189,37 +189,29 @@ INLINE void gemm_rows(const Gemm *g, int i, const int R, const bool half) {
     for (; j < g->cols; j += 4) gemm_tile(g, i, j, R, 1, half);
 }
 
-INLINE void gemm(const Gemm *g, const bool half) {
+INLINE void gemm(const Gemm g, const bool half) {
     int i = 0;
-    for (; i + 5 <= g->n; i += 5) gemm_rows(g, i, 5, half);
-    for (; i + 3 <= g->n; i += 3) gemm_rows(g, i, 3, half);
-    for (; i < g->n; i++) gemm_rows(g, i, 1, half);
+    for (; i + 5 <= g.n; i += 5) gemm_rows(&g, i, 5, half);
+    for (; i + 3 <= g.n; i += 3) gemm_rows(&g, i, 3, half);
+    for (; i < g.n; i++) gemm_rows(&g, i, 1, half);
 }
 
-static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
-                     int inner, int cols, bool add) {
-    if (cols % 4)
-        kernels_scalar.gemm_f32(c, ldc, a, lda, b, n, inner, cols, add);
+static void gemm_f32(const Gemm *g) {
+    if (g->cols % 4)
+        kernels_scalar.gemm_f32(g);
     else
-        gemm(&(Gemm){c, a, b, ldc, lda, (size_t)cols, n, inner, cols, add, NULL}, false);
+        gemm(*g, false);
 }
 
-static void gemm_f16(float *c, size_t ldc, const void *rows, const void *b, const void *ahead,
-                     int n, int inner, int cols, bool add) {
-    size_t lda = (size_t)inner;
-    if (cols % 4)
-        kernels_scalar.gemm_f16(c, ldc, rows, b, ahead, n, inner, cols, add);
+static void gemm_f16(const Gemm *g) {
+    if (g->cols % 4)
+        kernels_scalar.gemm_f16(g);
     else
-        gemm(&(Gemm){c, rows, b, ldc, lda, (size_t)cols, n, inner, cols, add, ahead}, true);
+        gemm(*g, true);
 }
 
 static void pack_f16(void *packed, const uint16_t *b, int inner, int cols) {
     f16_to_f32(packed, b, (size_t)inner * cols);
-}
-
-static void gemm_packed(float *c, size_t ldc, const void *rows, const void *packed, int n,
-                        int inner, int cols, bool add) {
-    gemm_f32(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
 }
 
 // ---- codes ----
@@ -276,7 +268,7 @@ INLINE int8x16_t load_codes(const uint8_t *block, int n, const CodeType type) {
 }
 
 // As codes_tile512: R rows by C fours of columns.
-INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C,
+INLINE void codes_tile(const FoldedGemm *g, int i, int j, const int R, const int C,
                        const CodeType type, const bool sdot) {
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
     size_t step = code_blocks(g->b) * block;
@@ -314,14 +306,14 @@ INLINE void codes_tile(const CodeGemm *g, int i, int j, const int R, const int C
     }
 }
 
-INLINE void codes_rows(const CodeGemm *g, int i, const int R, const CodeType type,
+INLINE void codes_rows(const FoldedGemm *g, int i, const int R, const CodeType type,
                        const bool sdot) {
     int j = 0;
     for (; j + 16 <= g->b->cols; j += 16) codes_tile(g, i, j, R, 4, type, sdot);
     for (; j < g->b->cols; j += 4) codes_tile(g, i, j, R, 1, type, sdot);
 }
 
-INLINE void codes_gemm(const CodeGemm *g, const CodeType type, const bool sdot) {
+INLINE void codes_gemm(const FoldedGemm *g, const CodeType type, const bool sdot) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
         if (step == 3)
@@ -333,34 +325,27 @@ INLINE void codes_gemm(const CodeGemm *g, const CodeType type, const bool sdot) 
     }
 }
 
-INLINE void fold_and_multiply(float *c, size_t ldc, const float *a, size_t lda, const Codes *b,
-                              int n, bool add, const bool sdot) {
+INLINE void fold_and_multiply(const CodeGemm *g, const bool sdot) {
+    const Codes *b = g->b;
     Folded f;
     if (b->cols % 4) {
-        kernels_scalar.gemm_codes(c, ldc, a, lda, b, n, add);
+        kernels_scalar.gemm_codes(g);
         return;
     }
-    for (int i = 0; i < n; i += FOLD_ROWS) {
-        CodeGemm g = {c + i * ldc, ldc, &f, b, n - i < FOLD_ROWS ? n - i : FOLD_ROWS, add};
-        for (int r = 0; r < g.n; r++) fold(&f, r, a + (i + r) * lda, b);
+    for (int i = 0; i < g->n; i += FOLD_ROWS) {
+        const FoldedGemm part = folded_rows(g, &f, i);
+        for (int r = 0; r < part.n; r++) fold(&f, r, g->a + (i + r) * g->lda, b);
         if (b->type == C_U8)
-            codes_gemm(&g, C_U8, sdot);
+            codes_gemm(&part, C_U8, sdot);
         else if (b->type == C_U4)
-            codes_gemm(&g, C_U4, sdot);
+            codes_gemm(&part, C_U4, sdot);
         else
-            codes_gemm(&g, C_U2, sdot);
+            codes_gemm(&part, C_U2, sdot);
     }
 }
 
-static void gemm_codes(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
-                       bool add) {
-    fold_and_multiply(c, ldc, a, lda, b, n, add, false);
-}
-
-static void gemm_codes_sdot(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
-                            bool add) {
-    fold_and_multiply(c, ldc, a, lda, b, n, add, true);
-}
+static void gemm_codes(const CodeGemm *g) { fold_and_multiply(g, false); }
+static void gemm_codes_sdot(const CodeGemm *g) { fold_and_multiply(g, true); }
 
 static void unpack_codes(float *out, size_t ld, const Codes *b) {
     const int bits = 8 >> b->type, lines = 8 >> b->type;  // lines of 16 bytes in a block
@@ -402,18 +387,18 @@ static void unpack_halves(float *out, const Matrix *w, int panel, int c0, int co
     }
 }
 
-static void matmul_float(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                         int t0, int t1) {
+static void matmul_float(const PanelProduct *p) {
     float block[BLOCK * PANEL];
+    const Matrix *w = p->w;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        int cols = min_int(BLOCK, w->cols_padded - c0);
         const float *b = block;
         if (w->type == W_F32)
-            b = (const float *)w->data + ((size_t)panel * w->cols_padded + c0) * PANEL;
+            b = (const float *)w->data + ((size_t)p->panel * w->cols_padded + c0) * PANEL;
         else
-            unpack_halves(block, w, panel, c0, cols);
-        gemm_f32(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols,
-                 PANEL, c0 > 0);
+            unpack_halves(block, w, p->panel, c0, cols);
+        const Gemm g = float_block(p, b, c0, cols);
+        gemm_f32(&g);
     }
 }
 
@@ -429,13 +414,12 @@ INLINE int8x16_t load_rows(const uint8_t *line, int quad, int r, const bool q4, 
 }
 
 // T tokens against a whole panel, straight from the file. The same integers as everywhere.
-INLINE void int_tile(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int t,
-                     const bool q4, const bool offset, const bool sdot, const int T) {
-    int groups = w->cols_padded / QGROUP;
-    size_t first = (size_t)panel * groups;
+INLINE void int_tile(const IntPanel *p, int t, const bool q4, const bool offset, const bool sdot,
+                     const int T) {
+    const Activations *x = p->x;
     float sum[4][PANEL] = {{0}};
-    for (int g = 0; g < groups; g++) {
-        const uint8_t *line = w->data + (first + g) * QGROUP * PANEL / (q4 ? 2 : 1);
+    for (int g = 0; g < p->groups; g++) {
+        const uint8_t *line = p->line + (size_t)g * QGROUP * PANEL / (q4 ? 2 : 1);
         int32x4_t acc[4][4];
         UNROLL for (int i = 0; i < T; i++) {
             UNROLL for (int r = 0; r < 4; r++) acc[i][r] = vdupq_n_s32(0);
@@ -455,11 +439,11 @@ INLINE void int_tile(float *out, size_t ld, const Matrix *w, int panel, const Ac
         UNROLL for (int i = 0; i < T; i++) {
             size_t at = (size_t)(t + i) * x->stride / QGROUP + g;
             UNROLL for (int r = 0; r < 4; r++) {
-                float32x4_t s = load4(w->scale, (first + g) * PANEL + 4 * r, true);
+                float32x4_t s = load4(p->scale, (size_t)g * PANEL + 4 * r, true);
                 float32x4_t v = vld1q_f32(sum[i] + 4 * r);
                 v = vfmaq_f32(v, vcvtq_f32_s32(acc[i][r]), vmulq_n_f32(s, x->scale[at]));
                 if (offset) {
-                    float32x4_t o = load4(w->offset, (first + g) * PANEL + 4 * r, true);
+                    float32x4_t o = load4(p->offset, (size_t)g * PANEL + 4 * r, true);
                     v = vfmaq_n_f32(v, o, x->sum[at]);
                 }
                 vst1q_f32(sum[i] + 4 * r, v);
@@ -467,43 +451,30 @@ INLINE void int_tile(float *out, size_t ld, const Matrix *w, int panel, const Ac
         }
     }
     for (int i = 0; i < T; i++) {
-        memcpy(out + (t + i) * ld, sum[i], sizeof sum[i]);
-        scale(out + (t + i) * ld, x->unit[t + i], PANEL);
+        float *out = p->out + (t + i) * p->ld;
+        UNROLL for (int r = 0; r < PANEL; r += 4)
+            vst1q_f32(out + r, vmulq_n_f32(vld1q_f32(sum[i] + r), x->unit[t + i]));
     }
 }
 
-INLINE void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                       int t0, int t1, const bool q4, const bool offset, const bool sdot) {
-    int t = t0;
-    for (; t + 4 <= t1; t += 4) int_tile(out, ld, w, panel, x, t, q4, offset, sdot, 4);
-    for (; t < t1; t++) int_tile(out, ld, w, panel, x, t, q4, offset, sdot, 1);
+INLINE void matmul_int(const PanelProduct *p, const bool q4, const bool offset, const bool sdot) {
+    const IntPanel ip = int_panel(p, 0);
+    int t = p->t0, t1 = p->t1;
+    for (; t + 4 <= t1; t += 4) int_tile(&ip, t, q4, offset, sdot, 4);
+    for (; t < t1; t++) int_tile(&ip, t, q4, offset, sdot, 1);
 }
 
-static void matmul_q8(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                      int t0, int t1) {
-    matmul_int(out, ld, w, panel, x, t0, t1, false, false, false);
-}
-
-static void matmul_q4(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                      int t0, int t1) {
-    if (w->offset)
-        matmul_int(out, ld, w, panel, x, t0, t1, true, true, false);
+INLINE void matmul_nibbles(const PanelProduct *p, const bool sdot) {
+    if (p->w->offset)
+        matmul_int(p, true, true, sdot);
     else
-        matmul_int(out, ld, w, panel, x, t0, t1, true, false, false);
+        matmul_int(p, true, false, sdot);
 }
 
-static void matmul_q8_sdot(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                           int t0, int t1) {
-    matmul_int(out, ld, w, panel, x, t0, t1, false, false, true);
-}
-
-static void matmul_q4_sdot(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                           int t0, int t1) {
-    if (w->offset)
-        matmul_int(out, ld, w, panel, x, t0, t1, true, true, true);
-    else
-        matmul_int(out, ld, w, panel, x, t0, t1, true, false, true);
-}
+static void matmul_q8(const PanelProduct *p) { matmul_int(p, false, false, false); }
+static void matmul_q4(const PanelProduct *p) { matmul_nibbles(p, false); }
+static void matmul_q8_sdot(const PanelProduct *p) { matmul_int(p, false, false, true); }
+static void matmul_q4_sdot(const PanelProduct *p) { matmul_nibbles(p, true); }
 
 // ---- peaks ----
 
@@ -546,7 +517,7 @@ const Kernels kernels_neon = {
     .pack_f16 = pack_f16,
     .packed_bytes = packed_bytes_f32,
     .pack_rows = rows_as_they_are,
-    .gemm_packed = gemm_packed,
+    .gemm_packed = gemm_f32,
     .peak = {&f32_peak, &f32_peak, &f32_peak, &mull_peak, &mull_peak},
     .peak_packed = &f32_peak,
     .pack_f32 = pack_f32,

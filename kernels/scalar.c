@@ -83,40 +83,27 @@ static void quantize(const Activations *a, int t0, int t1) {
 
 // ---- products of floats ----
 
-static void gemm_f32(float *c, size_t ldc, const float *a, size_t lda, const void *b, int n,
-                     int inner, int cols, bool add) {
-    const float *bf = b;
-    for (int i = 0; i < n; i++) {
-        for (int j = 0; j < cols; j++) {
-            float sum = add ? c[i * ldc + j] : 0.0f;
-            for (int k = 0; k < inner; k++) sum += a[i * lda + k] * bf[(size_t)k * cols + j];
-            c[i * ldc + j] = sum;
+static float entry(const void *b, size_t i, bool half) {
+    return half ? f16_f32(((const uint16_t *)b)[i]) : ((const float *)b)[i];
+}
+
+static inline void gemm(const Gemm *g, const bool half) {
+    const float *a = g->a;
+    for (int i = 0; i < g->n; i++) {
+        for (int j = 0; j < g->cols; j++) {
+            float sum = g->add ? g->c[i * g->ldc + j] : 0.0f;
+            for (int k = 0; k < g->inner; k++)
+                sum += a[i * g->lda + k] * entry(g->b, (size_t)k * g->cols + j, half);
+            g->c[i * g->ldc + j] = sum;
         }
     }
 }
 
-static void gemm_f16(float *c, size_t ldc, const void *rows, const void *b, const void *ahead,
-                     int n, int inner, int cols, bool add) {
-    const float *a = rows;
-    const uint16_t *bh = b;
-    (void)ahead;
-    for (int i = 0; i < n; i++) {
-        for (int j = 0; j < cols; j++) {
-            float sum = add ? c[i * ldc + j] : 0.0f;
-            for (int k = 0; k < inner; k++)
-                sum += a[i * inner + k] * f16_f32(bh[(size_t)k * cols + j]);
-            c[i * ldc + j] = sum;
-        }
-    }
-}
+static void gemm_f32(const Gemm *g) { gemm(g, false); }
+static void gemm_f16(const Gemm *g) { gemm(g, true); }
 
 static void pack_f16(void *packed, const uint16_t *b, int inner, int cols) {
     f16_to_f32(packed, b, (size_t)inner * cols);
-}
-
-static void gemm_packed(float *c, size_t ldc, const void *rows, const void *packed, int n,
-                        int inner, int cols, bool add) {
-    gemm_f32(c, ldc, rows, (size_t)inner, packed, n, inner, cols, add);
 }
 
 // ---- codes ----
@@ -136,14 +123,15 @@ static void unpack_codes(float *out, size_t ld, const Codes *b) {
     }
 }
 
-static void gemm_codes(float *c, size_t ldc, const float *a, size_t lda, const Codes *b, int n,
-                       bool add) {
-    for (int i = 0; !add && i < n; i++) memset(c + i * ldc, 0, (size_t)b->cols * sizeof *c);
+static void gemm_codes(const CodeGemm *g) {
+    const Codes *b = g->b;
+    for (int i = 0; !g->add && i < g->n; i++)
+        memset(g->c + i * g->ldc, 0, (size_t)b->cols * sizeof *g->c);
     for (int k = 0; k < b->rows; k++) {
         float scale = f16_f32(b->scale[k]), min = b->min ? f16_f32(b->min[k]) : 0.0f;
         for (int j = 0; j < b->cols; j++) {
             float v = scale * (float)(code_at(b, k, j) - code_center(b)) + min;
-            for (int i = 0; i < n; i++) c[i * ldc + j] += a[i * lda + k] * v;
+            for (int i = 0; i < g->n; i++) g->c[i * g->ldc + j] += g->a[i * g->lda + k] * v;
         }
     }
 }
@@ -197,14 +185,13 @@ static void unpack_float(float *out, const Matrix *w, int panel, int c0, int col
     }
 }
 
-static void matmul_float(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                         int t0, int t1) {
+static void matmul_float(const PanelProduct *p) {
     float b[BLOCK * PANEL];
-    for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
-        unpack_float(b, w, panel, c0, cols);
-        gemm_f32(out + t0 * ld, ld, x->x + (size_t)t0 * x->stride + c0, x->stride, b, t1 - t0, cols,
-                 PANEL, c0 > 0);
+    for (int c0 = 0; c0 < p->w->cols_padded; c0 += BLOCK) {
+        int cols = min_int(BLOCK, p->w->cols_padded - c0);
+        unpack_float(b, p->w, p->panel, c0, cols);
+        Gemm g = float_block(p, b, c0, cols);
+        gemm_f32(&g);
     }
 }
 
@@ -239,38 +226,32 @@ static int dot_group(const IntBlock *b, int r, const Activations *x, size_t at, 
     return dot;
 }
 
-static inline void multiply_ints(float *out, size_t ld, const Matrix *w, int panel,
-                                 const Activations *x, int t0, int t1, bool wide) {
+static inline void multiply_ints(const PanelProduct *p, bool wide) {
+    const Matrix *w = p->w;
+    const Activations *x = p->x;
     IntBlock b;
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
-        unpack_int(&b, w, panel, c0, cols);
-        for (int t = t0; t < t1; t++) {
+        int cols = min_int(BLOCK, w->cols_padded - c0);
+        unpack_int(&b, w, p->panel, c0, cols);
+        for (int t = p->t0; t < p->t1; t++) {
             size_t at = (size_t)t * x->stride + c0;
             float unit = c0 + cols < w->cols_padded ? 1.0f : wide ? x->unit16[t] : x->unit[t];
             for (int r = 0; r < PANEL; r++) {
-                float sum = c0 > 0 ? out[t * ld + r] : 0.0f;
+                float *out = p->out + t * p->ld + r, sum = c0 > 0 ? *out : 0.0f;
                 for (int g = 0; g < cols / QGROUP; g++) {
                     size_t group = at / QGROUP + g;
                     float scale = b.scale[g * PANEL + r] * (wide ? 1.0f : x->scale[group]);
                     sum += (float)dot_group(&b, r, x, at, g * QGROUP, wide) * scale;
                     if (w->offset) sum += b.offset[g * PANEL + r] * x->sum[group];
                 }
-                out[t * ld + r] = sum * unit;
+                *out = sum * unit;
             }
         }
     }
 }
 
-static void matmul_int(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                       int t0, int t1) {
-    multiply_ints(out, ld, w, panel, x, t0, t1, false);
-}
-
-void matmul_wide_scalar(float *out, size_t ld, const Matrix *w, int panel, const Activations *x,
-                        int t0, int t1) {
-    multiply_ints(out, ld, w, panel, x, t0, t1, true);
-}
+static void matmul_int(const PanelProduct *p) { multiply_ints(p, false); }
+void matmul_wide_scalar(const PanelProduct *p) { multiply_ints(p, true); }
 
 // ---- peaks ----
 
@@ -308,7 +289,7 @@ const Kernels kernels_scalar = {
     .pack_f16 = pack_f16,
     .packed_bytes = packed_bytes_f32,
     .pack_rows = rows_as_they_are,
-    .gemm_packed = gemm_packed,
+    .gemm_packed = gemm_f32,
     .peak = {&f32_peak, &f32_peak, &f32_peak, &int_peak, &int_peak},
     .peak_packed = &f32_peak,
     .pack_f32 = pack_f32,

@@ -2,6 +2,7 @@
 #ifndef SIMD_H
 #define SIMD_H
 #include "kernels/kernels.h"
+#include "util.h"
 
 #include <math.h>
 #include <stdbool.h>
@@ -72,17 +73,6 @@ static inline float wide_inverse(float row_max) { return row_max > 1e-30f ? WIDE
 
 // ---- products of floats ----
 
-// c [n][cols] (+)= a [n][inner] b [inner][cols].
-typedef struct {
-    float *c;
-    const float *a;
-    const void *b;
-    size_t ldc, lda, ldb;
-    int n, inner, cols;
-    bool add;
-    const uint16_t *ahead;  // of b in half precision
-} Gemm;
-
 static inline size_t packed_bytes_f32(int inner, int cols) {
     return (size_t)inner * cols * sizeof(float);
 }
@@ -125,7 +115,17 @@ typedef struct {
     const Codes *b;
     int n;
     bool add;
-} CodeGemm;
+} FoldedGemm;
+
+// FOLD_ROWS of g's rows from row i on, or those that are left.
+static inline FoldedGemm folded_rows(const CodeGemm *g, const Folded *f, int i) {
+    return (FoldedGemm){.c = g->c + i * g->ldc,
+                        .ldc = g->ldc,
+                        .a = f,
+                        .b = g->b,
+                        .n = min_int(FOLD_ROWS, g->n - i),
+                        .add = g->add};
+}
 
 static const float FOLD_MOST = 32512.0f;  // 127 * 256: two signed bytes hold it
 
@@ -142,22 +142,45 @@ enum { BLOCK = 256 };
 typedef struct {
     int16_t w[BLOCK * PANEL];
     float scale[BLOCK / QGROUP * PANEL], offset[BLOCK / QGROUP * PANEL];
+    int c0, cols;  // which columns of the panel
 } IntBlock;
 
-// A q8 or q4 panel and where its scales and offsets are.
+// The product of a block of a panel's columns, as floats, with those columns of the tokens.
+static inline Gemm float_block(const PanelProduct *p, const float *b, int c0, int cols) {
+    const Activations *x = p->x;
+    return (Gemm){.c = p->out + p->t0 * p->ld,
+                  .ldc = p->ld,
+                  .a = x->x + (size_t)p->t0 * x->stride + c0,
+                  .lda = (size_t)x->stride,
+                  .b = b,
+                  .n = p->t1 - p->t0,
+                  .inner = cols,
+                  .cols = PANEL,
+                  .add = c0 > 0};
+}
+
+// A q8 or q4 panel, where its scales and offsets are, what it is multiplied with and where to.
 typedef struct {
     const uint8_t *line;
     const uint16_t *scale, *offset;
-    const Activations *x;
     int groups;
+    const Activations *x;
+    float *out;
+    size_t ld;
 } IntPanel;
 
-static inline IntPanel int_panel(const Matrix *w, int panel, const Activations *x) {
+// The nth panel from that of the product on.
+static inline IntPanel int_panel(const PanelProduct *p, int n) {
+    const Matrix *w = p->w;
     int groups = w->cols_padded / QGROUP;
-    size_t first = (size_t)panel * groups;
-    return (IntPanel){w->data + first * QGROUP * PANEL / (w->type == W_Q4 ? 2 : 1),
-                      w->scale + first * PANEL, w->offset ? w->offset + first * PANEL : NULL, x,
-                      groups};
+    size_t first = (size_t)(p->panel + n) * groups;
+    return (IntPanel){.line = w->data + first * QGROUP * PANEL / (w->type == W_Q4 ? 2 : 1),
+                      .scale = w->scale + first * PANEL,
+                      .offset = w->offset ? w->offset + first * PANEL : NULL,
+                      .groups = groups,
+                      .x = p->x,
+                      .out = p->out + n * PANEL,
+                      .ld = p->ld};
 }
 
 // ---- peaks ----

@@ -113,15 +113,14 @@ AVX2_INLINE void half_row(float *out, const Matrix *w, int panel, const float *x
 
 // Up to two tokens of 16-bit weights, for which unpacking to memory does not pay; false for all
 // else.
-AVX2 static inline bool few_halves(float *out, size_t ld, const Matrix *w, int panel,
-                                   const Activations *x, int t0, int t1) {
-    if (t1 - t0 > 2 || w->type == W_F32) return false;
-    for (int t = t0; t < t1; t++) {
-        const float *row = x->x + (size_t)t * x->stride;
-        if (w->type == W_BF16)
-            half_row(out + t * ld, w, panel, row, true);
+AVX2 static inline bool few_halves(const PanelProduct *p) {
+    if (p->t1 - p->t0 > 2 || p->w->type == W_F32) return false;
+    for (int t = p->t0; t < p->t1; t++) {
+        const float *row = p->x->x + (size_t)t * p->x->stride;
+        if (p->w->type == W_BF16)
+            half_row(p->out + t * p->ld, p->w, p->panel, row, true);
         else
-            half_row(out + t * ld, w, panel, row, false);
+            half_row(p->out + t * p->ld, p->w, p->panel, row, false);
     }
     return true;
 }
@@ -170,14 +169,9 @@ AVX2_INLINE __m256i unsigned_shift(int shift, const bool q4, const bool offset) 
     return q4 ? _mm256_srai_epi32(_mm256_set1_epi32(shift), 4) : _mm256_set1_epi32(shift);
 }
 
-AVX2_INLINE void scale_row(float *row, float unit) {
-    for (int h = 0; h < PANEL; h += 8)
-        _mm256_storeu_ps(row + h, _mm256_mul_ps(_mm256_loadu_ps(row + h), _mm256_set1_ps(unit)));
-}
-
 // T tokens against a whole panel, straight from the file. The same integers as everywhere.
-AVX2_INLINE void byte_tile(float *out, size_t ld, const IntPanel *p, int t, const bool q4,
-                           const bool offset, const ByteDot dot, const int T) {
+AVX2_INLINE void byte_tile(const IntPanel *p, int t, const bool q4, const bool offset,
+                           const ByteDot dot, const int T) {
     const Activations *x = p->x;
     const int8_t *q = x->q + (size_t)t * x->stride;
     size_t at = (size_t)t * x->stride / QGROUP, step = x->stride / QGROUP;
@@ -213,24 +207,26 @@ AVX2_INLINE void byte_tile(float *out, size_t ld, const IntPanel *p, int t, cons
         }
     }
     for (int i = 0; i < T; i++) {
-        memcpy(out + (t + i) * ld, sum[i], sizeof sum[i]);
-        scale_row(out + (t + i) * ld, x->unit[t + i]);
+        const __m256 unit = _mm256_set1_ps(x->unit[t + i]);
+        float *out = p->out + (t + i) * p->ld;
+        UNROLL for (int h = 0; h < PANEL; h += 8)
+            _mm256_storeu_ps(out + h, _mm256_mul_ps(_mm256_loadu_ps(sum[i] + h), unit));
     }
 }
 
-AVX2_INLINE void matmul_bytes(float *out, size_t ld, const IntPanel *p, int t0, int t1,
-                              const bool q4, const bool offset, const ByteDot dot) {
-    int t = t0;
-    for (; t + 4 <= t1; t += 4) byte_tile(out, ld, p, t, q4, offset, dot, 4);
-    for (; t < t1; t++) byte_tile(out, ld, p, t, q4, offset, dot, 1);
+AVX2_INLINE void matmul_bytes(const PanelProduct *p, const bool q4, const bool offset,
+                              const ByteDot dot) {
+    const IntPanel ip = int_panel(p, 0);
+    int t = p->t0, t1 = p->t1;
+    for (; t + 4 <= t1; t += 4) byte_tile(&ip, t, q4, offset, dot, 4);
+    for (; t < t1; t++) byte_tile(&ip, t, q4, offset, dot, 1);
 }
 
-AVX2_INLINE void matmul_nibbles(float *out, size_t ld, const IntPanel *p, int t0, int t1,
-                                const ByteDot dot) {
-    if (p->offset)
-        matmul_bytes(out, ld, p, t0, t1, true, true, dot);
+AVX2_INLINE void matmul_nibbles(const PanelProduct *p, const ByteDot dot) {
+    if (p->w->offset)
+        matmul_bytes(p, true, true, dot);
     else
-        matmul_bytes(out, ld, p, t0, t1, true, false, dot);
+        matmul_bytes(p, true, false, dot);
 }
 
 // ---- peaks ----

@@ -14,6 +14,19 @@ static void fill(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = rnd();
 }
 
+// Products as the table takes them; a's rows, of a packed or half product, lie inner apart.
+static Gemm product(float *c, size_t ldc, const void *a, const void *b, int inner, int cols) {
+    return (Gemm){.c = c,
+                  .ldc = ldc,
+                  .a = a,
+                  .lda = (size_t)inner,
+                  .b = b,
+                  .n = 1,
+                  .inner = inner,
+                  .cols = cols,
+                  .ahead = b};
+}
+
 // ---- half precision ----
 
 // The largest difference, NaN when there is one.
@@ -130,7 +143,9 @@ static void check_exp_packed(int n, int cols) {
     fill(v, PAGE * cols);
     kern.pack_f32(packed, v, PAGE, cols);
     const void *rows = kern.exp_packed(room, s, max, sum, n, cols);
-    kern.gemm_packed(c, (size_t)cols, rows, packed, n, PAGE, cols, false);
+    Gemm g = product(c, (size_t)cols, rows, packed, PAGE, cols);
+    g.n = n;
+    kern.gemm_packed(&g);
     for (int i = 0; i < n; i++) {
         double want = 0.5;
         for (int j = 0; j < PAGE && i > 0; j++) want += exp(in[i * PAGE + j] - max[i]);
@@ -147,7 +162,8 @@ static void check_exp_packed(int n, int cols) {
     float alone[PAGE * 80], one = 0.5f;
     memcpy(s, in, sizeof s);
     rows = kern.exp_packed(room, s + (n - 1) * PAGE, max + n - 1, &one, 1, cols);
-    kern.gemm_packed(alone, (size_t)cols, rows, packed, 1, PAGE, cols, false);
+    g = product(alone, (size_t)cols, rows, packed, PAGE, cols);
+    kern.gemm_packed(&g);
     CHECK(one == sum[n - 1] && memcmp(alone, c + (n - 1) * cols, (size_t)cols * 4) == 0);
 }
 
@@ -177,12 +193,15 @@ static void test_gemm(void) {
             for (int cols = 1; cols <= C; cols += cols < 9 ? 1 : 7) {
                 bool add = (n + cols) % 2;
                 fill(c1, N * LDC), memcpy(c2, c1, sizeof c1);
-                kern.gemm_f32(c1, LDC, a, K + 3, b, n, inner, cols, add);
-                ref->gemm_f32(c2, LDC, a, K + 3, b, n, inner, cols, add);
+                Gemm g = product(c1, LDC, a, b, inner, cols), slow;
+                g.n = n, g.add = add, slow = g, slow.c = c2;
+                g.lda = slow.lda = K + 3;
+                kern.gemm_f32(&g), ref->gemm_f32(&slow);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4);
-                const void *rows = kern.pack_rows(room, a, n, inner, cols);
-                kern.gemm_f16(c1, LDC, rows, bh, bh, n, inner, cols, add);
-                ref->gemm_f16(c2, LDC, a, bh, bh, n, inner, cols, add);
+                g.a = kern.pack_rows(room, a, n, inner, cols);
+                g.lda = slow.lda = (size_t)inner;
+                g.b = g.ahead = slow.b = slow.ahead = bh;
+                kern.gemm_f16(&g), ref->gemm_f16(&slow);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4 + 2.0 * sqrt(inner) * kern.packed_error);
             }
         }
@@ -200,7 +219,8 @@ static void test_halves(void) {
             b[j] = (uint16_t)(first < FINITE ? first + j : 0x8000 + first - FINITE + j);
         for (int r = 0; r < 2; r++) {
             const void *row = kern.pack_rows(packed_row[r], rows[r], 1, 2, COLS);
-            kern.gemm_f16(c, COLS, row, b, b, 1, 2, COLS, false);
+            Gemm g = product(c, COLS, row, b, 2, COLS);
+            kern.gemm_f16(&g);
             for (int j = 0; j < COLS; j++) {
                 double h = f16_f32(b[j]), small = kern.packed_error > 0.0f ? 0x1p-14 : 0.0;
                 double error = fabs(h) < small ? 1.0 : 2.0 * (double)kern.packed_error + 2e-7;
@@ -215,18 +235,24 @@ static void test_gemm_batch(void) {
     enum { N = 17, K = 37, C = 48 };
     static float a[N * K], b[K * C], all[N * C], one[C];
     fill(a, sizeof a / 4), fill(b, sizeof b / 4);
-    kern.gemm_f32(all, C, a, K, b, N, K, C, false);
+    Gemm g = product(all, C, a, b, K, C);
+    g.n = N;
+    kern.gemm_f32(&g);
     for (int i = 0; i < N; i++) {
-        kern.gemm_f32(one, C, a + i * K, K, b, 1, K, C, false);
+        g = product(one, C, a + i * K, b, K, C);
+        kern.gemm_f32(&g);
         CHECK(memcmp(one, all + i * C, sizeof one) == 0);
     }
     static uint16_t half[K * C], room[N * K];
     kern.f32_to_f16(half, b, K * C);
     for (int inner = K - 1; inner <= K; inner++) {
-        kern.gemm_f16(all, C, kern.pack_rows(room, a, N, inner, C), half, half, N, inner, C, false);
+        g = product(all, C, kern.pack_rows(room, a, N, inner, C), half, inner, C);
+        g.n = N;
+        kern.gemm_f16(&g);
         for (int i = 0; i < N; i++) {
             const void *row = kern.pack_rows(room, a + i * inner, 1, inner, C);
-            kern.gemm_f16(one, C, row, half, half, 1, inner, C, false);
+            g = product(one, C, row, half, inner, C);
+            kern.gemm_f16(&g);
             CHECK(memcmp(one, all + i * C, sizeof one) == 0);
         }
     }
@@ -266,9 +292,14 @@ static void test_codes(CodeType type, bool min, int inner, int cols) {
     for (int n = 1; n <= N; n += n < 7 ? 1 : 3) {
         bool add = (n + cols) % 2;
         fill(c1, N * LD), memcpy(c2, c1, sizeof c1), memcpy(c3, c1, sizeof c1);
-        kern.gemm_codes(c1, LD, a, LDA, &b, n, add);
-        kernels_scalar.gemm_codes(c2, LD, a, LDA, &b, n, add);
-        for (int i = 0; i < n; i++) kern.gemm_codes(c3 + i * LD, LD, a + i * LDA, LDA, &b, 1, add);
+        CodeGemm g = {.c = c1, .ldc = LD, .a = a, .lda = LDA, .b = &b, .n = n, .add = add};
+        kern.gemm_codes(&g);
+        g.c = c2, kernels_scalar.gemm_codes(&g);
+        g.n = 1;
+        for (int i = 0; i < n; i++) {
+            g.c = c3 + i * LD, g.a = a + i * LDA;
+            kern.gemm_codes(&g);
+        }
         CHECK(memcmp(c1, c3, sizeof c1) == 0);
         const double most[] = {255, 15, 3};  // half a step of a is at most 0.1 / 65024
         double tol = 1e-5 * (10 + inner) + inner * 0.1 / 65024 * most[type];
@@ -448,14 +479,20 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
     }
     check_rounding(&x, n);
     for (int p = 0; p < w.panels; p++) {
-        kern.matmul[type](out + p * 16, ld, &w, p, &x, 0, n);
-        (wide ? matmul_wide_scalar : ref->matmul[type])(slow + p * 16, ld, &w, p, &y, 0, n);
-        for (int t = 0; t < n; t++) kern.matmul[type](one + p * 16, ld, &w, p, &x, t, t + 1);
+        PanelProduct job = {out + p * 16, ld, &w, p, &x, 0, n};
+        kern.matmul[type](&job);
+        job.out = slow + p * 16, job.x = &y;
+        (wide ? matmul_wide_scalar : ref->matmul[type])(&job);
+        job.out = one + p * 16, job.x = &x;
+        for (int t = 0; t < n; t++) {
+            job.t0 = t, job.t1 = t + 1;
+            kern.matmul[type](&job);
+        }
     }
     CHECK(memcmp(out, one, ld * n * 4) == 0);  // a batch gives the bits of one token at a time
     for (int p = 0; p + 2 <= w.panels && kern.matmul_pair[type]; p += 2) {
         for (int t = 0; t < n; t++) memset(out + t * ld + p * 16, 0, 32 * sizeof *out);
-        kern.matmul_pair[type](out + p * 16, ld, &w, p, &x, 0, n);
+        kern.matmul_pair[type](&(PanelProduct){out + p * 16, ld, &w, p, &x, 0, n});
     }
     CHECK(memcmp(out, one, ld * n * 4) == 0);
     int wrong = 0;
