@@ -674,8 +674,13 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, co
     for (int b = 0; b < n_blocks(d, side); b++) {
         Codes codes = part_codes(t->kv, p, side, b);
         if (ahead->type == p->type) codes.ahead = ahead->data + (codes.data - p->data);
-        kern.gemm_codes(c + b * CODE_COLS, (size_t)cols, a, (size_t)inner, &codes, t->n,
-                        side == VALUES);
+        kern.gemm_codes(&(CodeGemm){.c = c + b * CODE_COLS,
+                                    .ldc = (size_t)cols,
+                                    .a = a,
+                                    .lda = (size_t)inner,
+                                    .b = &codes,
+                                    .n = t->n,
+                                    .add = side == VALUES});
     }
 }
 
@@ -688,14 +693,22 @@ static bool packs_rows(const Tile *t, const KVPart *p) { return t->packed || p->
 static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, const KVPart *ahead,
                          Side side) {
     int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side == KEYS ? PAGE : d;
-    bool add = side == VALUES;
+    const Gemm g = {.c = c,
+                    .ldc = (size_t)cols,
+                    .a = rows,
+                    .lda = (size_t)inner,
+                    .b = t->packed ? packed_side(t, side) : p->data,
+                    .n = t->n,
+                    .inner = inner,
+                    .cols = cols,
+                    .add = side == VALUES,
+                    .ahead = ahead->type == KV_F16 ? ahead->data : p->data};
     if (t->packed)
-        kern.gemm_packed(c, (size_t)cols, rows, packed_side(t, side), t->n, inner, cols, add);
+        kern.gemm_packed(&g);
     else if (p->type == KV_F32)
-        kern.gemm_f32(c, (size_t)cols, rows, (size_t)inner, p->data, t->n, inner, cols, add);
+        kern.gemm_f32(&g);
     else if (p->type == KV_F16)
-        kern.gemm_f16(c, (size_t)cols, rows, p->data, ahead->type == KV_F16 ? ahead->data : p->data,
-                      t->n, inner, cols, add);
+        kern.gemm_f16(&g);
     else
         codes_product(t, c, rows, p, ahead, side);
 }

@@ -54,7 +54,15 @@ static void add_queries(void *ctx, int h) {
             if (s->pos[i + r] == e->sink) memcpy(shift, q, (size_t)d * sizeof *q);
             for (int j = 0; j < d; j++) columns[j * PAGE + r] = q[j] -= shift[j], sum[j] += q[j];
         }
-        kern.gemm_f32(products, (size_t)d, columns, PAGE, rows, d, n, d, true);
+        kern.gemm_f32(&(Gemm){.c = products,
+                              .ldc = (size_t)d,
+                              .a = columns,
+                              .lda = PAGE,
+                              .b = rows,
+                              .n = d,
+                              .inner = n,
+                              .cols = d,
+                              .add = true});
     }
 }
 
@@ -148,8 +156,14 @@ static void expect_block(const Head *h, int b, float *z, float *v_norm, int n) {
     for (int i = 0; i < group; i++) {
         int q = h->g * group + i;
         const float *mean = of_head(e->mean, e, h->layer, q, d);
-        kern.gemm_f32(ck, PAGE, of_head(e->cov, e, h->layer, q, d * d), (size_t)d, k, d, d, PAGE,
-                      false);
+        kern.gemm_f32(&(Gemm){.c = ck,
+                              .ldc = PAGE,
+                              .a = of_head(e->cov, e, h->layer, q, d * d),
+                              .lda = (size_t)d,
+                              .b = k,
+                              .n = d,
+                              .inner = d,
+                              .cols = PAGE});
         for (int x = 0; x < d; x++)
             for (int j = 0; j < PAGE; j++) ck[x * PAGE + j] += mean[x];
         dot_columns(dots, ck, k, d);

@@ -110,7 +110,14 @@ static void value_logs(void *ctx, int h) {
     float v[MAX_HEAD_DIM], gv[MAX_HEAD_DIM];
     for (int t = 0; t < w->c->n_ctx; t++) {
         kvcache_pair(w->c->kv, w->c->seq, w->layer, g, w->c->n_prefix + t, NULL, v);
-        kern.gemm_f32(gv, (size_t)d, v, (size_t)d, gram, 1, d, d, false);
+        kern.gemm_f32(&(Gemm){.c = gv,
+                              .ldc = (size_t)d,
+                              .a = v,
+                              .lda = (size_t)d,
+                              .b = gram,
+                              .n = 1,
+                              .inner = d,
+                              .cols = d});
         double sum = 0.0;
         for (int i = 0; i < d; i++) sum += (double)gv[i] * v[i];
         w->out[(size_t)h * w->c->n_ctx + t] = 0.5f * (float)log(fmax(sum, 1e-30));

@@ -212,8 +212,14 @@ typedef struct {
 static void apply_rows(void *ctx, int i) {
     const Apply *a = ctx;
     int row = i * LINE, n = min_int(LINE, a->n - row), cols = a->b->cols;
-    kern.gemm_f32(a->b->y + (size_t)row * cols, (size_t)cols, a->b->x + (size_t)row * a->n_features,
-                  (size_t)a->n_features, a->w, n, a->n_features, cols, false);
+    kern.gemm_f32(&(Gemm){.c = a->b->y + (size_t)row * cols,
+                          .ldc = (size_t)cols,
+                          .a = a->b->x + (size_t)row * a->n_features,
+                          .lda = (size_t)a->n_features,
+                          .b = a->w,
+                          .n = n,
+                          .inner = a->n_features,
+                          .cols = cols});
 }
 
 void probes_apply(const Probes *b, RunState *s, int layer, int scored, int n) {

@@ -71,14 +71,16 @@ static void sum_block(void *ctx, int unit) {
     int i = 0;
     while (unit > i + 1) unit -= ++i + 1;  // row i has i + 2 units: its blocks and its targets
     size_t n = (size_t)rows->n, row = (size_t)rows->layer * r->n_features + (size_t)i * BLOCK;
-    const float *a = r->xt + (size_t)i * BLOCK * n;
+    Gemm g = {
+        .a = r->xt + (size_t)i * BLOCK * n, .lda = n, .n = BLOCK, .inner = rows->n, .add = true};
     if (unit <= i) {
-        kern.gemm_f32(r->products + row * r->n_features + unit * BLOCK, (size_t)r->n_features, a, n,
-                      r->xb + (size_t)unit * n * BLOCK, BLOCK, rows->n, BLOCK, true);
+        g.c = r->products + row * r->n_features + unit * BLOCK, g.ldc = (size_t)r->n_features;
+        g.b = r->xb + (size_t)unit * n * BLOCK, g.cols = BLOCK;
     } else {
-        kern.gemm_f32(r->targets + row * r->y_cols, (size_t)r->y_cols, a, n, r->y, BLOCK, rows->n,
-                      r->y_cols, true);
+        g.c = r->targets + row * r->y_cols, g.ldc = (size_t)r->y_cols;
+        g.b = r->y, g.cols = r->y_cols;
     }
+    kern.gemm_f32(&g);
 }
 
 void ridge_add(Ridge *r, int layer, int first, int n) {
