@@ -27,22 +27,23 @@ static void unpack_columns(float *out, size_t ld, const Matrix *w, int panel, in
     }
 }
 
-void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n) {
+void matmul_blas(const PanelProduct *p) {
     enum { ROWS = BLAS_PANELS * PANEL };
+    const Matrix *w = p->w;
+    const Activations *x = p->x;
     float b[BLOCK * ROWS];
-    int rows = w->rows - panel * PANEL < ROWS ? w->rows - panel * PANEL : ROWS;
+    int rows = min_int(ROWS, w->rows - p->panel * PANEL);
     for (int c0 = 0; c0 < w->cols_padded; c0 += BLOCK) {
-        int cols = w->cols_padded - c0 < BLOCK ? w->cols_padded - c0 : BLOCK;
+        int cols = min_int(BLOCK, w->cols_padded - c0);
         for (int r = 0; r < rows; r += PANEL)
-            unpack_columns(b + r, ROWS, w, panel + r / PANEL, c0, cols);
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, rows, cols, 1.0f, x->x + c0,
-                    x->stride, b, ROWS, c0 > 0 ? 1.0f : 0.0f, out, (int)ld);
+            unpack_columns(b + r, ROWS, w, p->panel + r / PANEL, c0, cols);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, p->t1 - p->t0, rows, cols, 1.0f,
+                    x->x + (size_t)p->t0 * x->stride + c0, x->stride, b, ROWS, c0 > 0 ? 1.0f : 0.0f,
+                    p->out + p->t0 * p->ld, (int)p->ld);
     }
 }
 #else
 void blas_init(void) {}
 
-void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n) {
-    (void)out, (void)ld, (void)w, (void)panel, (void)x, (void)n;
-}
+void matmul_blas(const PanelProduct *p) { (void)p; }
 #endif

@@ -17,7 +17,7 @@ enum {
 // Keeps OpenBLAS from making threads of its own.
 void blas_init(void);
 
-// out[t * ld + r] = W[16 * panel + r] . x[t] for the BLAS_PANELS panels from `panel` on, or those
-// that there are, and t < n. The sum's order is OpenBLAS's own. Only where HAS_BLAS.
-void matmul_blas(float *out, size_t ld, const Matrix *w, int panel, const Activations *x, int n);
+// The BLAS_PANELS panels from p's on, or those that there are, times p's tokens; rows that pad the
+// last panel are not written. The order of a sum is OpenBLAS's own. Only where HAS_BLAS.
+void matmul_blas(const PanelProduct *p);
 #endif

@@ -37,31 +37,35 @@ Activations activations_from(const Activations *a, int first) {
 
 static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) / unit; }
 
-// A unit of W, from a panel on, for n tokens of x.
-static void multiply_panels(const Job *job, float *out, size_t ld, const Matrix *w, int panel,
-                            const Activations *x, int n) {
-    int unit = job->unit;
+// The padded rows of the last panel must not reach the next output row.
+static void last_panel(PanelProduct p, int rows) {
+    for (int t = p.t0; t < p.t1; t++) {
+        float row[PANEL];
+        PanelProduct one = p;
+        one.out = row, one.ld = 0, one.t0 = t, one.t1 = t + 1;
+        kern.matmul[p.w->type](&one);
+        memcpy(p.out + t * p.ld, row, (size_t)rows * sizeof *row);
+    }
+}
+
+// The panels of a unit, p's and those after it, for all of p's tokens.
+static void multiply_panels(const Job *job, PanelProduct p) {
+    const Matrix *w = p.w;
     if (job->blas) {
-        matmul_blas(out, ld, w, panel, x, n);
+        matmul_blas(&p);
         return;
     }
-    PanelProduct p = {.out = out, .ld = ld, .w = w, .panel = panel, .x = x, .t1 = n};
-    if (unit == 2 && (panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
+    if (job->unit == 2 && (p.panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
         kern.matmul_pair[w->type](&p);
         return;
     }
-    for (int end = min_int(panel + unit, w->panels); p.panel < end; p.panel++, p.out += PANEL) {
-        int rows = w->rows - p.panel * PANEL;
-        if (rows >= PANEL) {
+    for (int end = min_int(p.panel + job->unit, w->panels); p.panel < end; p.panel++) {
+        int rows = min_int(PANEL, w->rows - p.panel * PANEL);
+        if (rows == PANEL)
             kern.matmul[w->type](&p);
-            continue;
-        }
-        // The padded rows of the last panel must not reach the next output row.
-        for (int t = 0; t < n; t++) {
-            float last[PANEL];
-            kern.matmul[w->type](&(PanelProduct){last, 0, w, p.panel, x, t, t + 1});
-            memcpy(p.out + t * ld, last, (size_t)rows * sizeof(float));
-        }
+        else
+            last_panel(p, rows);
+        p.out += PANEL;
     }
 }
 
@@ -72,15 +76,22 @@ static void multiply_unit(void *ctx, int i) {
     int first = i / job->n_units * TOKEN_BLOCK, u = i % job->n_units;
     int n = min_int(TOKEN_BLOCK, j->n - first);
     while (u >= units_of(p->w, job->unit)) u -= units_of(p++->w, job->unit);
-    int panel = u * job->unit, rows = min_int(job->unit * PANEL, p->w->rows - panel * PANEL);
-    float *out = p->out + (size_t)first * p->ld + panel * PANEL;
     const Activations x = activations_from(j->x, first);
-    multiply_panels(job, out, (size_t)p->ld, p->w, panel, &x, n);
+    PanelProduct w = {.out = p->out + (size_t)first * p->ld + u * job->unit * PANEL,
+                      .ld = (size_t)p->ld,
+                      .w = p->w,
+                      .panel = u * job->unit,
+                      .x = &x,
+                      .t1 = n};
+    multiply_panels(job, w);
     if (!j->up) return;
+    float room[TOKEN_BLOCK * UNIT_MAX * PANEL];
+    int rows = min_int(job->unit * PANEL, w.w->rows - w.panel * PANEL);
     const Activations up_x = activations_from(j->up_x, first);
-    float up[TOKEN_BLOCK * UNIT_MAX * PANEL];
-    multiply_panels(job, up, (size_t)rows, j->up, panel, &up_x, n);
-    for (int t = 0; t < n; t++) j->act(out + (size_t)t * p->ld, up + t * rows, rows);
+    PanelProduct up = w;
+    up.out = room, up.ld = (size_t)rows, up.w = j->up, up.x = &up_x;
+    multiply_panels(job, up);
+    for (int t = 0; t < n; t++) j->act(w.out + t * w.ld, room + t * rows, rows);
 }
 
 // ---- a job ----

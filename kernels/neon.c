@@ -269,7 +269,7 @@ INLINE int8x16_t load_codes(const uint8_t *block, int n, const CodeType type) {
 
 // As codes_tile512: R rows by C fours of columns.
 INLINE void codes_tile(const FoldedGemm *g, int i, int j, const int R, const int C,
-                       const CodeType type, const bool sdot) {
+                       const CodeType type) {
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
     size_t step = code_blocks(g->b) * block;
     const uint8_t *at = g->b->data + j / CODE_COLS * block, *q = g->a->q + i * rows * 2;
@@ -288,8 +288,8 @@ INLINE void codes_tile(const FoldedGemm *g, int i, int j, const int R, const int
                 int8x16_t a_high = vreinterpretq_s8_s32(vdupq_n_s32(a[0]));
                 int8x16_t a_low = vreinterpretq_s8_s32(vdupq_n_s32(a[1]));
                 UNROLL for (int v = 0; v < C; v++) {
-                    high[r][v] = dot_quads(high[r][v], b[v], a_high, sdot);
-                    low[r][v] = dot_quads(low[r][v], b[v], a_low, sdot);
+                    high[r][v] = dot_quads(high[r][v], b[v], a_high, g->sdot);
+                    low[r][v] = dot_quads(low[r][v], b[v], a_low, g->sdot);
                 }
             }
         }
@@ -306,22 +306,21 @@ INLINE void codes_tile(const FoldedGemm *g, int i, int j, const int R, const int
     }
 }
 
-INLINE void codes_rows(const FoldedGemm *g, int i, const int R, const CodeType type,
-                       const bool sdot) {
+INLINE void codes_rows(const FoldedGemm *g, int i, const int R, const CodeType type) {
     int j = 0;
-    for (; j + 16 <= g->b->cols; j += 16) codes_tile(g, i, j, R, 4, type, sdot);
-    for (; j < g->b->cols; j += 4) codes_tile(g, i, j, R, 1, type, sdot);
+    for (; j + 16 <= g->b->cols; j += 16) codes_tile(g, i, j, R, 4, type);
+    for (; j < g->b->cols; j += 4) codes_tile(g, i, j, R, 1, type);
 }
 
-INLINE void codes_gemm(const FoldedGemm *g, const CodeType type, const bool sdot) {
+INLINE void codes_gemm(const FoldedGemm *g, const CodeType type) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
         if (step == 3)
-            codes_rows(g, i, 3, type, sdot);
+            codes_rows(g, i, 3, type);
         else if (step == 2)
-            codes_rows(g, i, 2, type, sdot);
+            codes_rows(g, i, 2, type);
         else
-            codes_rows(g, i, 1, type, sdot);
+            codes_rows(g, i, 1, type);
     }
 }
 
@@ -333,14 +332,15 @@ INLINE void fold_and_multiply(const CodeGemm *g, const bool sdot) {
         return;
     }
     for (int i = 0; i < g->n; i += FOLD_ROWS) {
-        const FoldedGemm part = folded_rows(g, &f, i);
+        FoldedGemm part = folded_rows(g, &f, i);
+        part.sdot = sdot;
         for (int r = 0; r < part.n; r++) fold(&f, r, g->a + (i + r) * g->lda, b);
         if (b->type == C_U8)
-            codes_gemm(&part, C_U8, sdot);
+            codes_gemm(&part, C_U8);
         else if (b->type == C_U4)
-            codes_gemm(&part, C_U4, sdot);
+            codes_gemm(&part, C_U4);
         else
-            codes_gemm(&part, C_U2, sdot);
+            codes_gemm(&part, C_U2);
     }
 }
 

@@ -115,6 +115,7 @@ typedef struct {
     const Codes *b;
     int n;
     bool add;
+    bool sdot;  // NEON: by that instruction
 } FoldedGemm;
 
 // FOLD_ROWS of g's rows from row i on, or those that are left.

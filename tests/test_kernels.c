@@ -538,7 +538,7 @@ static void test_blas(WType type, int rows, int cols, int n) {
     Activations x = random_acts(n, cols);
     float *out = calloc((size_t)n * rows, 4);
     for (int p = 0; p < w.panels; p += BLAS_PANELS)
-        matmul_blas(out + p * PANEL, (size_t)rows, &w, p, &x, n);
+        matmul_blas(&(PanelProduct){out + p * PANEL, (size_t)rows, &w, p, &x, 0, n});
     int wrong = 0;
     for (int i = 0; i < n * rows; i++) {
         double sum = 0, size = 0;
