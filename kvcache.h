@@ -182,26 +182,6 @@ int kvcache_scored_index(const KVShape *shape, int layer);  // how many of them 
 int kvcache_scored_layer(const KVShape *shape, int s);      // the s-th of them
 
 // ---- evicting ----
-typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } SelectLevel;
-
-// Who competes with whom, and for how many places. Pairs compete in pools: all of them (PAIR),
-// those of a layer (LAYER), those of a head (UNIFORM, BUDGET). Of a pool of n exactly floor(n *
-// ratio) stay, or BUDGET's number; ties by layer, head, position. HEAD: the floor(heads * ratio)
-// heads with the largest maxima stay whole.
-typedef struct {
-    int n_layers, n_kv_heads, n_ctx;  // scored layers, heads and pairs
-    double ratio;                     // share that stays, 1 = all
-    SelectLevel level;
-    bool ref_ties;     // PAIR, LAYER, HEAD: score > sorted[floor(n * ratio) - 1], the authors' rule
-    double safeguard;  // PAIR, LAYER: this share of a UNIFORM budget is sure for every head (arXiv
-                       // 2407.11550)
-    const int *budget;  // BUDGET: [n_layers][n_kv_heads] pairs that stay, each 0 to n_ctx
-} Selection;
-
-// keep[i] = 1 for the pairs that stay; keep and score [n_layers][n_kv_heads][n_ctx]. Returns the
-// number kept, or -1 with err (memory, a NaN score).
-long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *err);
-
 // Evicts for real: of the pairs [n_prefix, n_prefix + n_ctx) in the scored layers those with keep =
 // 0 go, the others slide left. All other pairs, and the position counter, stay. keep
 // [scored][n_kv_heads][n_ctx].

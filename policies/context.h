@@ -5,6 +5,7 @@
 #include "kvcache.h"
 #include "model.h"
 #include "policies/profile.h"
+#include "select.h"
 #include "tokenizer.h"
 
 enum { MAX_PARAMS = 4 };
