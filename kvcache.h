@@ -212,8 +212,9 @@ size_t kvcache_bytes(const KVCache *kv,
 size_t kvcache_full_bytes(const KVCache *kv, int seq);  // the same, had no page settled
 const char *kvcache_type_name(KVType t);
 size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and values of one page
-// What a page takes beside that, while its layer is the one that long runs read; not for f32.
-size_t kvcache_packed_page(const KVShape *shape);
+// What a token's pairs of one layer take beside that while a long run reads them, in all heads; not
+// for f32.
+size_t kvcache_read_bytes(const KVShape *shape);
 
 // ---- files ----
 // tensors: k [n][head_dim][64], v [n][64][head_dim], pos i32 [n_pages][64] (-1: no pair), len and

@@ -1,0 +1,219 @@
+// kvpages.c: pages of the cache, and what they hold.
+//
+// Memory comes in slabs of 64 pages, mapped straight from the system, so that a free page's memory
+// can go back to it alone (kvcache_trim). A page is known by its number in KVCache.pages, which
+// never changes. It is in use while a head lists it and free when the last head lets go. What must
+// stay true: a page that more than one head lists is never written.
+#define _DEFAULT_SOURCE
+#define _DARWIN_C_SOURCE
+#include "kvpages.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { SLAB_PAGES = 64 };
+
+// ---- types ----
+
+static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2"};
+
+const char *kvcache_type_name(KVType t) { return type_names[t]; }
+
+static int type_parse(const char *name, size_t n, KVType *t) {
+    for (int i = 0; i < KV_TYPES; i++) {
+        if (strlen(type_names[i]) != n || memcmp(name, type_names[i], n) != 0) continue;
+        *t = (KVType)i;
+        return 0;
+    }
+    return -1;
+}
+
+int kvcache_types_parse(const char *name, KVTypes *types) {
+    size_t n = strcspn(name, "/");
+    const char *v = name[n] ? name + n + 1 : name;
+    if (type_parse(name, n, &types->k) != 0 || type_parse(v, strlen(v), &types->v) != 0) return -1;
+    return types->k != types->v && !is_codes(types->k) && !is_codes(types->v) ? -1 : 0;
+}
+
+const char *kvcache_types_name(KVTypes types, char *name) {
+    const char *k = type_names[types.k], *v = type_names[types.v];
+    snprintf(name, KV_NAME, types.k == types.v ? "%s" : "%s/%s", k, v);
+    return name;
+}
+
+KVTypes class_types(KVTypes types, PageClass class) {
+    bool f32 = types.k == KV_F32 || types.v == KV_F32;
+    if (class == PAGE_FULL) return kvcache_both(f32 ? KV_F32 : KV_F16);
+    return class == PAGE_SETTLED ? types : kvcache_both(KV_Q2);
+}
+
+// ---- bytes ----
+
+size_t data_bytes(int head_dim, KVType t, Side side) {
+    if (!is_codes(t)) return (size_t)head_dim * PAGE * (t == KV_F32 ? 4 : 2);
+    return n_blocks(head_dim, side) *
+           code_bytes(code_type(t), code_rows(head_dim, side), code_cols(side));
+}
+
+static size_t part_bytes(int head_dim, KVType t, Side side) {
+    size_t lists = has_minima(t, side) ? 2 : 1;
+    return data_bytes(head_dim, t, side) + n_scales(head_dim, t, side) * lists * sizeof(uint16_t);
+}
+
+size_t kvcache_page_bytes(const KVShape *shape, KVTypes types) {
+    return part_bytes(shape->head_dim, types.k, KEYS) +
+           part_bytes(shape->head_dim, types.v, VALUES);
+}
+
+// ---- pages ----
+
+uint8_t *memory_map(size_t bytes) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+void memory_unmap(uint8_t *memory, size_t bytes) {
+    if (memory) munmap(memory, bytes);
+}
+
+// From one page of a slab to the next.
+static size_t page_step(const KVStore *store) { return (store->page_bytes + 63) / 64 * 64; }
+
+static size_t slab_bytes(const KVStore *store) {
+    return SLAB_PAGES * (page_step(store) + PAGE * sizeof(int));
+}
+
+int pages_grow(KVCache *kv, int n, char *err) {
+    if (n <= kv->pages_cap) return 0;
+    int cap = max_int(n, kv->pages_cap * 2);
+    KVPage *pages = realloc(kv->pages, (size_t)cap * sizeof *pages);
+    if (!pages) return fail(err, "out of memory for a table of %d cache pages", cap);
+    kv->pages = pages;
+    kv->pages_cap = cap;
+    return 0;
+}
+
+// One side of a page in the memory at `at`.
+static KVPart part_at(const KVCache *kv, KVType t, Side side, uint8_t *at) {
+    int d = kv->shape.head_dim;
+    KVPart p = {t, at, NULL, NULL};
+    if (!is_codes(t)) return p;
+    p.scale = (uint16_t *)(at + data_bytes(d, t, side));
+    if (has_minima(t, side)) p.min = p.scale + n_scales(d, t, side);
+    return p;
+}
+
+// A slab is 64 pages and, after them, their positions.
+static int slab_new(KVCache *kv, PageClass class, char *err) {
+    KVStore *store = &kv->store[class];
+    size_t n_slabs = (size_t)store->n_slabs + 1, used = 0;
+    if (pages_grow(kv, kv->n_pages + SLAB_PAGES, err) != 0) return -1;
+    uint8_t **slab = realloc(store->slab, n_slabs * sizeof *slab);
+    if (slab) store->slab = slab;
+    int *free_page = realloc(store->free_page, n_slabs * SLAB_PAGES * sizeof *free_page);
+    if (free_page) store->free_page = free_page;
+    uint8_t *memory = slab && free_page ? memory_map(slab_bytes(store)) : NULL;
+    for (int i = 0; i < PAGE_CLASSES; i++)
+        used += (size_t)kv->store[i].n_slabs * slab_bytes(&kv->store[i]);
+    if (!memory)
+        return fail(err, "out of memory: the cache needs more than the %zu MB it has", used >> 20);
+    store->slab[store->n_slabs++] = memory;
+    int *pos = (int *)(memory + SLAB_PAGES * page_step(store));
+    for (int i = SLAB_PAGES - 1; i >= 0; i--) store->free_page[store->n_free++] = kv->n_pages + i;
+    for (int i = 0; i < SLAB_PAGES; i++) {
+        uint8_t *at = memory + (size_t)i * page_step(store);
+        KVPart k = part_at(kv, store->types.k, KEYS, at);
+        at += part_bytes(kv->shape.head_dim, store->types.k, KEYS);
+        KVPart v = part_at(kv, store->types.v, VALUES, at);
+        kv->pages[kv->n_pages++] = (KVPage){k, v, pos + i * PAGE, 0, class};
+    }
+    return 0;
+}
+
+int page_take(KVCache *kv, PageClass class, char *err) {
+    KVStore *store = &kv->store[class];
+    if (store->n_free == 0 && slab_new(kv, class, err) != 0) return -1;
+    int id = store->free_page[--store->n_free];
+    kv->pages[id].refs = 1;
+    return id;
+}
+
+int page_new(KVCache *kv, char *err) {
+    int id = page_take(kv, PAGE_FULL, err);
+    if (id < 0) return -1;
+    KVPage *p = &kv->pages[id];
+    memset(p->k.data, 0, kv->store[PAGE_FULL].page_bytes);
+    for (int i = 0; i < PAGE; i++) p->pos[i] = -1;
+    return id;
+}
+
+void page_unref(KVCache *kv, int id) {
+    KVPage *p = &kv->pages[id];
+    KVStore *store = &kv->store[p->class];
+    if (--p->refs == 0) store->free_page[store->n_free++] = id;
+}
+
+void pages_close(KVCache *kv) {
+    for (KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
+        for (int i = 0; i < store->n_slabs; i++) memory_unmap(store->slab[i], slab_bytes(store));
+        free(store->slab);
+        free(store->free_page);
+    }
+    free(kv->pages);
+}
+
+void pages_trim(KVCache *kv) {
+    size_t unit = (size_t)sysconf(_SC_PAGESIZE);
+    for (const KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
+        for (int i = 0; i < store->n_free; i++) {
+            uintptr_t at = (uintptr_t)kv->pages[store->free_page[i]].k.data;
+            uintptr_t end = (at + store->page_bytes) / unit * unit;
+            at = (at + unit - 1) / unit * unit;
+            if (at < end) madvise((void *)at, end - at, MADV_DONTNEED);
+        }
+    }
+}
+
+// ---- what a page holds ----
+
+Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block) {
+    CodeType type = code_type(p->type);
+    int d = kv->shape.head_dim, rows = code_rows(d, side), cols = code_cols(side);
+    uint8_t *data = p->data + block * code_bytes(type, rows, cols);
+    size_t scales = (size_t)block * rows;
+    return (Codes){.type = type,
+                   .rows = rows,
+                   .cols = side == KEYS ? cols : min_int(cols, d - block * cols),
+                   .data = data,
+                   .scale = p->scale + scales,
+                   .min = p->min ? p->min + scales : NULL,
+                   .ahead = data};
+}
+
+void part_read(const KVCache *kv, const KVPart *p, Side side, float *out) {
+    int d = kv->shape.head_dim;
+    size_t n = (size_t)d * PAGE, ld = (size_t)side_cols(d, side);
+    if (p->type == KV_F32)
+        memcpy(out, p->data, n * sizeof *out);
+    else if (p->type == KV_F16)
+        kern.f16_to_f32(out, (const uint16_t *)p->data, n);
+    for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
+        Codes codes = part_codes(kv, p, side, b);
+        kern.unpack_codes(out + b * CODE_COLS, ld, &codes);
+    }
+}
+
+void part_write(const KVCache *kv, const KVPart *p, Side side, const float *in) {
+    int d = kv->shape.head_dim;
+    size_t n = (size_t)d * PAGE, ld = (size_t)side_cols(d, side);
+    if (p->type == KV_F32)
+        memcpy(p->data, in, n * sizeof *in);
+    else if (p->type == KV_F16)
+        kern.f32_to_f16((uint16_t *)p->data, in, n);
+    for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
+        Codes codes = part_codes(kv, p, side, b);
+        codes_round(&codes, in + b * CODE_COLS, ld);
+    }
+}

@@ -1,0 +1,110 @@
+// sweep.c: the scoring rows raise the scores of the pairs they look at.
+//
+// While the context is repeated (KVzip, arXiv 2505.23416), a pair's score is the largest attention
+// weight it receives. Attention has left the log-sum-exp of each scoring row in kv->lse, so the
+// weight of pair t in row i is exp(q_i . k_t - lse_i). Because exp rises, the largest weight needs
+// no exp at all: the sweep over the scored pages is a product and a maximum, and scores are
+// logarithms. Methods that add weights up take the exp. What must stay true: one unit owns a page's
+// scores, and takes its rows in order, so that any number of threads gives the same bits.
+#include "attend.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+// ---- switching scoring on ----
+
+int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err) {
+    free(kv->lse);
+    kv->lse = malloc((size_t)s->max_rows * kv->shape.n_heads * sizeof *kv->lse);
+    if (!kv->lse) return fail(err, "out of memory for scoring %d rows", s->max_rows);
+    kv->scoring = s;
+    return 0;
+}
+
+void kvcache_score_end(KVCache *kv) { kv->scoring = NULL; }
+
+bool scores_run(const AttendBatch *batch, int seq) {
+    const KVCache *kv = batch->kv;
+    return kv->scoring && kv->scoring->seq == seq && kv->shape.window[batch->layer] == 0;
+}
+
+// ---- the sweep ----
+
+typedef struct {
+    const AttendBatch *batch;
+    const AttendRun *run;  // whose rows score
+    Range pages;           // of the scored pairs
+} Sweep;
+
+// Takes the weights of the tile's rows, whose scores are in t->s, into swept [group][64]: their
+// largest logarithm, or their sum. base is the page's first pair, lse that of the tile's first row.
+static void sweep_rows(Tile *t, const float *lse, int base, float (*swept)[PAGE]) {
+    int n_heads = t->kv->shape.n_heads;
+    for (int i = 0; i < t->n; i++) {
+        float *row = t->s + i * PAGE, b = lse[(size_t)(i / t->group) * n_heads + i % t->group];
+        int after = t->first + i / t->group + 1 - base;  // pairs that the row does not see
+        for (int c = max_int(after, 0); c < PAGE; c++) row[c] = -INFINITY;
+        if (!t->kv->scoring->sum) {
+            kern.max_into(swept[i % t->group], row, -b);
+        } else {
+            kern.exp64(row, b);
+            kern.add(swept[i % t->group], row, PAGE);
+        }
+    }
+}
+
+// Raises the scores of one page's pairs, from pair base on, by swept [group][64].
+static void raise_scores(const AttendBatch *batch, int g, int base, float (*swept)[PAGE]) {
+    const KVScoring *s = batch->kv->scoring;
+    const KVShape *shape = &batch->kv->shape;
+    int group = shape->n_heads / shape->n_kv_heads;
+    size_t l = (size_t)kvcache_scored_index(shape, batch->layer);
+    float *score = s->score + (l * shape->n_kv_heads + g) * s->n_ctx - s->n_prefix;
+    for (int t = max_int(base, s->t0); t < min_int(base + PAGE, s->t1); t++) {
+        for (int i = 0; i < group; i++) {
+            float v = swept[i][t - base];
+            if (s->pair_log)
+                v += s->pair_log[(l * shape->n_heads + g * group + i) * s->n_ctx + t - s->n_prefix];
+            score[t] = s->sum ? score[t] + v : fmaxf(score[t], v);
+        }
+    }
+}
+
+// Units of SWEEP_PAGES pages of one kv head: the rows are loaded once for all of them.
+static void sweep_unit(void *ctx, int unit) {
+    const Sweep *w = ctx;
+    const AttendRun *run = w->run;
+    const KVCache *kv = w->batch->kv;
+    int group = kv->shape.n_heads / kv->shape.n_kv_heads;
+    int g = unit % kv->shape.n_kv_heads;
+    int lo = w->pages.lo + unit / kv->shape.n_kv_heads * SWEEP_PAGES;
+    int hi = min_int(lo + SWEEP_PAGES, w->pages.hi);
+    const KVHead *h = kvcache_head(kv, run->seq, w->batch->layer, g);
+    Tile t;
+    for (int p = 0; p < hi - lo; p++) {
+        for (int i = 0; i < group * PAGE; i++)
+            t.swept[p][i / PAGE][i % PAGE] = kv->scoring->sum ? 0.0f : -INFINITY;
+    }
+    for (int i = 0; i < run->n; i += tokens_per_tile(kv)) {
+        const float *lse = kv->lse + (size_t)(run->row + i) * kv->shape.n_heads + g * group;
+        tile_load(&t, w->batch, run, g, i);
+        tile_pack(&t);
+        int last = t.first + (t.n - 1) / group;
+        for (t.page = lo; t.page < hi && t.page * PAGE <= last; t.page++) {
+            const KVPage *p = &kv->pages[h->page[t.page]];
+            tile_scores(&t, p, p);
+            sweep_rows(&t, lse, t.page * PAGE, t.swept[t.page - lo]);
+        }
+    }
+    for (int p = lo; p < hi; p++) raise_scores(w->batch, g, p * PAGE, t.swept[p - lo]);
+}
+
+void sweep(const AttendBatch *batch, const AttendRun *run) {
+    const KVCache *kv = batch->kv;
+    const KVScoring *s = kv->scoring;
+    int len = kvcache_head(kv, run->seq, batch->layer, 0)->len, t1 = min_int(s->t1, len);
+    if (s->t0 >= t1) return;
+    Sweep w = {batch, run, {s->t0 / PAGE, pages_for(t1)}};
+    int n_parts = (w.pages.hi - w.pages.lo + SWEEP_PAGES - 1) / SWEEP_PAGES;
+    parallel_for(kv->pool, n_parts * kv->shape.n_kv_heads, sweep_unit, &w);
+}
