@@ -506,19 +506,55 @@ int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k,
     return min_int(h->len - b * PAGE, PAGE);
 }
 
-static size_t seq_bytes(const KVCache *kv, int seq, bool all_full) {
+// Of a page, its positions and its place in a head's list.
+static size_t listed_bytes(const KVCache *kv, PageClass class) {
+    return kv->store[class].page_bytes + (PAGE + 1) * sizeof(int);
+}
+
+size_t kvcache_bytes(const KVCache *kv, int seq) {
     size_t bytes = 0;
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         bytes += sizeof *h;
-        for (int j = 0; j < pages_used(h); j++) {
-            PageClass class = all_full ? PAGE_FULL : kv->pages[h->page[j]].class;
-            bytes += kv->store[class].page_bytes + (PAGE + 1) * sizeof(int);
-        }
+        for (int j = 0; j < pages_used(h); j++)
+            bytes += listed_bytes(kv, kv->pages[h->page[j]].class);
     }
     return bytes;
 }
 
-size_t kvcache_bytes(const KVCache *kv, int seq) { return seq_bytes(kv, seq, false); }
+size_t kvcache_full_bytes(const KVCache *kv, int seq) {
+    size_t bytes = 0;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        const KVHead *h = &kv->seqs[seq].head[i];
+        bytes += sizeof *h + pages_used(h) * listed_bytes(kv, PAGE_FULL);
+    }
+    return bytes;
+}
 
-size_t kvcache_full_bytes(const KVCache *kv, int seq) { return seq_bytes(kv, seq, true); }
+size_t kvcache_unevicted_bytes(const KVCache *kv, int seq, int n) {
+    size_t missing = 0;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        const KVHead *h = &kv->seqs[seq].head[i];
+        if (kv->shape.window[i / kv->shape.n_kv_heads] == 0)
+            missing += (size_t)(pages_for(n) - pages_used(h));
+    }
+    return kvcache_full_bytes(kv, seq) + missing * listed_bytes(kv, PAGE_FULL);
+}
+
+// Of one head's pair and its position.
+static size_t pair_bytes(const KVShape *shape, KVTypes types) {
+    return kvcache_page_bytes(shape, types) / PAGE + sizeof(int);
+}
+
+size_t kvcache_token_bytes(const KVShape *shape, KVTypes types) {
+    size_t heads = (size_t)shape->n_kv_heads * kvcache_scored_layers(shape, NULL);
+    return pair_bytes(shape, types) * heads;
+}
+
+size_t kvcache_window_bytes(const KVShape *shape, KVTypes types) {
+    size_t pairs = 0;
+    for (int l = 0; l < shape->n_layers; l++) {
+        if (shape->window[l] > 0) pairs += (size_t)shape->n_kv_heads * (shape->window[l] + PAGE);
+    }
+    return pairs * pair_bytes(shape, types);
+}

@@ -210,33 +210,15 @@ int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k,
 size_t kvcache_bytes(const KVCache *kv,
                      int seq);  // pages, positions and page tables of one sequence
 size_t kvcache_full_bytes(const KVCache *kv, int seq);  // the same, had no page settled
+// The same, had heads without a window n pairs each.
+size_t kvcache_unevicted_bytes(const KVCache *kv, int seq, int n);
 const char *kvcache_type_name(KVType t);
 size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and values of one page
+// Bytes that a cache will need, with positions: for every further token, in the layers without a
+// window; and for those with one, at most (the window and a page that it is leaving).
+size_t kvcache_token_bytes(const KVShape *shape, KVTypes types);
+size_t kvcache_window_bytes(const KVShape *shape, KVTypes types);
 // What a token's pairs of one layer take beside that while a long run reads them, in all heads; not
 // for f32.
 size_t kvcache_read_bytes(const KVShape *shape);
-
-// ---- files ----
-// tensors: k [n][head_dim][64], v [n][64][head_dim], pos i32 [n_pages][64] (-1: no pair), len and
-// dropped i32 [n_layers][n_kv_heads], window i32 [n_layers], ids i32 [n_ids]; pages in the order
-// layer, kv head, page. Where some have settled or were demoted: page_class u8 [n_pages] as in
-// PageClass, and their codes in that order, four rows together as in kernels.h, B =
-// ceil(head_dim/32):
-//   k_q8 u8 [n][head_dim/4][64 * 4], v_q8 u8 [n][B][64/4][32 * 4]; q4: half as many bytes, q2: a
-//   quarter; k_q8.scale f16 [n][head_dim], v_q8.scale f16 [n][B][64]; .min: the same shapes
-// What "settled" means says the metadata's "kv"; pages of both classes may share a type's tensors.
-typedef struct {
-    const char *fingerprint, *model,
-        *policy;          // fingerprint of the model file: keys mean nothing elsewhere
-    int n_prefix, n_ctx;  // ids[n_prefix + n_ctx]: what was read
-    double ratio;         // asked for
-    const int *ids;
-    int n_ids;
-} KVInfo;
-int kvcache_save(const KVCache *kv, int seq, const char *path, const KVInfo *info, char *err);
-
-// Opens a saved cache as sequence 0 of kv; pages stay in the map. Refuses another model's
-// fingerprint or another shape. info's strings and ids point into the map.
-int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool,
-                 const char *path, KVInfo *info, char *err);
 #endif

@@ -1,24 +1,29 @@
-#include "kvpages.h"
+// kvfile.c: saved caches: writing, loading, and what they say of themselves.
+//
+// Every tensor of the file stands in one of two tables, page_spec and list_spec, which writing and
+// reading share. Whoever reads a file goes through read_cache: it checks everything that can be
+// wrong, and loading then only hands out what was found. What must stay true: the same cache gives
+// the same bytes, and a file whose pages are all full is one of the first version.
+#include "kvfile.h"
 
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
-// ---- files ----
+#include "kvpages.h"
 
-// Calls fn for every page of a sequence, in the order of the file; stops where it returns nonzero.
-static int each_page(const KVCache *kv, int seq, int (*fn)(void *arg, KVPage *p), void *arg) {
-    for (int i = 0; i < n_heads_total(kv); i++) {
-        const KVHead *h = &kv->seqs[seq].head[i];
-        for (int j = 0; j < pages_used(h); j++) {
-            if (fn(arg, &kv->pages[h->page[j]]) != 0) return -1;
-        }
-    }
-    return 0;
-}
+static const char format_start[] = "kvzip.c cache ";
+static const char *const formats[2] = {"kvzip.c cache 1", "kvzip.c cache 2"};
 
-// The tensors of the pages' numbers: for each side and type its data and, for codes, scales and
-// minima. n pages have that type.
+// ---- the tensors ----
+
+typedef struct {
+    char name[16];
+    DType type;
+    int n_dims, size[4];
+} TensorSpec;
+
+// Pages whose keys, or values, are of one type: they share up to three tensors.
 typedef struct {
     Side side;
     KVType type;
@@ -28,127 +33,148 @@ typedef struct {
 typedef enum { DATA, SCALES, MINIMA, GROUP_PARTS } GroupPart;
 enum { GROUPS = 2 * KV_TYPES };
 
-static Group group_at(int i) { return (Group){(Side)(i % 2), (KVType)(i / 2), 0}; }
+static int group_index(KVType type, Side side) { return (int)type * 2 + (int)side; }
 
-static bool has_part(KVType t, Side side, GroupPart part) {
-    return part == DATA || (part == SCALES && is_codes(t)) ||
-           (part == MINIMA && has_minima(t, side));
+// All groups in the order of the file, without pages.
+static void groups_start(Group *groups) {
+    for (int i = 0; i < GROUPS; i++) groups[i] = (Group){(Side)(i % 2), (KVType)(i / 2), 0};
 }
 
-// Name, type and dimensions of one of a group's tensors; returns how many dimensions.
-static int group_tensor(const Group *g, GroupPart part, int d, char name[16], DType *type,
-                        int shape[4]) {
+static bool has_part(const Group *g, GroupPart part) {
+    return part == DATA || (part == SCALES && is_codes(g->type)) ||
+           (part == MINIMA && has_minima(g->type, g->side));
+}
+
+// One of a group's tensors.
+static TensorSpec page_spec(const Group *g, GroupPart part, int head_dim) {
     static const char *const ends[GROUP_PARTS] = {"", ".scale", ".min"};
-    bool codes = is_codes(g->type), blocks = codes && g->side == VALUES;
-    int n = 0, width = g->side == KEYS ? PAGE : d;
-    snprintf(name, 16, "%c%s%s%s", g->side == KEYS ? 'k' : 'v', codes ? "_" : "",
+    bool codes = is_codes(g->type);
+    TensorSpec s = {.n_dims = 0};
+    snprintf(s.name, sizeof s.name, "%c%s%s%s", g->side == KEYS ? 'k' : 'v', codes ? "_" : "",
              codes ? kvcache_type_name(g->type) : "", ends[part]);
-    shape[n++] = g->n;
-    if (blocks) shape[n++] = n_blocks(d, VALUES);
-    shape[n++] = code_rows(d, g->side);
-    *type = part != DATA || g->type == KV_F16 ? T_F16 : g->type == KV_F32 ? T_F32 : T_U8;
-    if (part != DATA) return n;
-    if (codes) shape[n - 1] /= 4;
-    shape[n++] =
-        codes ? (int)code_bytes((CodeType)(g->type - KV_Q8), 4, code_cols(g->side)) : width;
-    return n;
+    s.type = part != DATA || g->type == KV_F16 ? T_F16 : g->type == KV_F32 ? T_F32 : T_U8;
+    s.size[s.n_dims++] = g->n;
+    if (codes && g->side == VALUES) s.size[s.n_dims++] = n_blocks(head_dim, VALUES);
+    int rows = code_rows(head_dim, g->side);
+    s.size[s.n_dims++] = codes && part == DATA ? rows / 4 : rows;
+    if (part != DATA) return s;
+    s.size[s.n_dims++] = codes ? (int)code_bytes(code_type(g->type), 4, code_cols(g->side))
+                               : side_cols(head_dim, g->side);
+    return s;
 }
 
 // Bytes of one page in such a tensor.
-static size_t group_bytes(const Group *g, GroupPart part, int d) {
-    return part == DATA ? data_bytes(d, g->type, g->side)
-                        : n_scales(d, g->type, g->side) * sizeof(uint16_t);
+static size_t page_part_bytes(const Group *g, GroupPart part, int head_dim) {
+    return part == DATA ? data_bytes(head_dim, g->type, g->side)
+                        : n_scales(head_dim, g->type, g->side) * sizeof(uint16_t);
 }
 
-// What a cache has to write: how many pages of each class, and of each group.
+// The other tensors are lists, with sizes that they share.
+typedef enum { N_PAGES, N_PAIRS, N_LAYERS, N_KV_HEADS, N_IDS, SIZES } Size;
+typedef enum { POS, LEN, DROPPED, WINDOW, IDS, CLASSES, LISTS } List;
+
+static TensorSpec list_spec(List list, const int sizes[SIZES]) {
+    static const struct {
+        const char *name;
+        DType type;
+        int n_dims;
+        Size size[2];
+    } lists[LISTS] = {
+        [POS] = {"pos", T_I32, 2, {N_PAGES, N_PAIRS}},
+        [LEN] = {"len", T_I32, 2, {N_LAYERS, N_KV_HEADS}},
+        [DROPPED] = {"dropped", T_I32, 2, {N_LAYERS, N_KV_HEADS}},
+        [WINDOW] = {"window", T_I32, 1, {N_LAYERS}},
+        [IDS] = {"ids", T_I32, 1, {N_IDS}},
+        [CLASSES] = {"page_class", T_U8, 1, {N_PAGES}},
+    };
+    TensorSpec s = {.type = lists[list].type, .n_dims = lists[list].n_dims};
+    snprintf(s.name, sizeof s.name, "%s", lists[list].name);
+    for (int i = 0; i < s.n_dims; i++) s.size[i] = sizes[lists[list].size[i]];
+    return s;
+}
+
+// ---- writing ----
+
 typedef struct {
     const KVCache *kv;
+    int seq;
+    const KVInfo *info;
     TensorWriter *w;
+    char *err;
+    bool plain;  // all pages are full
+    int n_pages;
+    Group groups[GROUPS];
     const Group *group;  // whose part is being written
     GroupPart part;
-    char *err;
-    int n_pages, n_class[PAGE_CLASSES];
-    Group groups[GROUPS];
-} Put;
+} Save;
 
-static int count_page(void *arg, KVPage *p) {
-    Put *put = arg;
-    put->n_pages++, put->n_class[p->class]++;
-    for (Group *g = put->groups; g < put->groups + GROUPS; g++)
-        g->n += part_of(p, g->side)->type == g->type;
-    return 0;
-}
-
-static int put_part(void *arg, KVPage *p) {
-    const Put *put = arg;
-    const KVPart *part = part_of(p, put->group->side);
-    const void *const data[] = {part->data, part->scale, part->min};
-    if (part->type != put->group->type) return 0;
-    size_t bytes = group_bytes(put->group, put->part, put->kv->shape.head_dim);
-    return tensors_write_put(put->w, data[put->part], bytes, put->err);
-}
-
-static int put_pos(void *arg, KVPage *p) {
-    const Put *put = arg;
-    return tensors_write_put(put->w, p->pos, PAGE * sizeof(int), put->err);
-}
-
-static int put_class(void *arg, KVPage *p) {
-    const Put *put = arg;
-    uint8_t class = (uint8_t)p->class;
-    return tensors_write_put(put->w, &class, 1, put->err);
-}
-
-// Groups without pages are left out, but for that of full pages.
-static bool in_file(const Put *put, const Group *g) { return g->n > 0 || g->type == put->kv->type; }
-
-static int declare_groups(const Put *put) {
-    for (const Group *g = put->groups; g < put->groups + GROUPS; g++) {
-        for (int part = DATA; in_file(put, g) && part < GROUP_PARTS; part++) {
-            char name[16];
-            DType type;
-            int shape[4];
-            size_t sizes[4];
-            if (!has_part(g->type, g->side, part)) continue;
-            int n = group_tensor(g, part, put->kv->shape.head_dim, name, &type, shape);
-            for (int i = 0; i < n; i++) sizes[i] = (size_t)shape[i];
-            if (tensors_write_declare(put->w, name, type, n, sizes, put->err) != 0) return -1;
-        }
-    }
-    return 0;
-}
-
-static int put_groups(Put *put, int seq) {
-    for (const Group *g = put->groups; g < put->groups + GROUPS; g++) {
-        for (int part = DATA; part < GROUP_PARTS; part++) {
-            put->group = g, put->part = (GroupPart)part;
-            if (!has_part(g->type, g->side, part)) continue;
-            if (each_page(put->kv, seq, put_part, put) != 0) return -1;
-        }
-    }
-    return 0;
-}
-
-// len or dropped of every head.
-static int put_heads(TensorWriter *w, const KVCache *kv, int seq, bool dropped, char *err) {
+// Calls fn for every page of the sequence, in the order of the file; stops where it returns
+// nonzero.
+static int each_page(Save *save, int (*fn)(Save *save, KVPage *p)) {
+    const KVCache *kv = save->kv;
     for (int i = 0; i < n_heads_total(kv); i++) {
-        const KVHead *h = &kv->seqs[seq].head[i];
-        int32_t n = dropped ? h->dropped : h->len;
-        if (tensors_write_put(w, &n, sizeof n, err) != 0) return -1;
+        const KVHead *h = &kv->seqs[save->seq].head[i];
+        for (int j = 0; j < pages_used(h); j++) {
+            if (fn(save, &kv->pages[h->page[j]]) != 0) return -1;
+        }
     }
     return 0;
 }
 
-// A file whose pages are all full is one that the first version reads.
-static int put_meta(const Put *put, int seq, const KVInfo *info) {
-    const KVCache *kv = put->kv;
-    bool plain = put->n_class[PAGE_FULL] == put->n_pages;
+static int count_page(Save *save, KVPage *p) {
+    save->n_pages++, save->plain = save->plain && p->class == PAGE_FULL;
+    for (Side side = KEYS; side <= VALUES; side++)
+        save->groups[group_index(part_of(p, side)->type, side)].n++;
+    return 0;
+}
+
+static int put_part(Save *save, KVPage *p) {
+    const Group *g = save->group;
+    const KVPart *part = part_of(p, g->side);
+    const void *const data[GROUP_PARTS] = {part->data, part->scale, part->min};
+    if (part->type != g->type) return 0;
+    size_t bytes = page_part_bytes(g, save->part, save->kv->shape.head_dim);
+    return tensors_write_put(save->w, data[save->part], bytes, save->err);
+}
+
+static int put_pos(Save *save, KVPage *p) {
+    return tensors_write_put(save->w, p->pos, PAGE * sizeof(int32_t), save->err);
+}
+
+static int put_class(Save *save, KVPage *p) {
+    uint8_t class = (uint8_t)p->class;
+    return tensors_write_put(save->w, &class, 1, save->err);
+}
+
+static int put_head_list(Save *save, List list) {
+    for (int i = 0; i < n_heads_total(save->kv); i++) {
+        const KVHead *h = &save->kv->seqs[save->seq].head[i];
+        int32_t n = list == LEN ? h->len : h->dropped;
+        if (tensors_write_put(save->w, &n, sizeof n, save->err) != 0) return -1;
+    }
+    return 0;
+}
+
+static int put_list(Save *save, List list) {
+    const KVInfo *info = save->info;
+    const KVShape *shape = &save->kv->shape;
+    size_t n_layers = (size_t)shape->n_layers, n_ids = (size_t)info->n_ids;
+    if (list == POS) return each_page(save, put_pos);
+    if (list == CLASSES) return each_page(save, put_class);
+    if (list == LEN || list == DROPPED) return put_head_list(save, list);
+    return list == WINDOW
+               ? tensors_write_put(save->w, shape->window, n_layers * sizeof(int32_t), save->err)
+               : tensors_write_put(save->w, info->ids, n_ids * sizeof(int32_t), save->err);
+}
+
+static int put_meta(const Save *save) {
+    const KVInfo *info = save->info;
     char ratio[32], n_prefix[16], n_ctx[16], next_pos[16], types[KV_NAME];
     snprintf(ratio, sizeof ratio, "%.17g", info->ratio);
     snprintf(n_prefix, sizeof n_prefix, "%d", info->n_prefix);
     snprintf(n_ctx, sizeof n_ctx, "%d", info->n_ctx);
-    snprintf(next_pos, sizeof next_pos, "%d", kv->seqs[seq].next_pos);
-    const Meta meta[] = {{"format", plain ? "kvzip.c cache 1" : "kvzip.c cache 2"},
+    snprintf(next_pos, sizeof next_pos, "%d", save->kv->seqs[save->seq].next_pos);
+    const Meta meta[] = {{"format", formats[save->plain ? 0 : 1]},
                          {"fingerprint", info->fingerprint},
                          {"model", info->model},
                          {"policy", info->policy},
@@ -156,73 +182,125 @@ static int put_meta(const Put *put, int seq, const KVInfo *info) {
                          {"n_prefix", n_prefix},
                          {"n_ctx", n_ctx},
                          {"next_pos", next_pos},
-                         {"kv", kvcache_types_name(kv->types, types)}};
+                         {"kv", kvcache_types_name(save->kv->types, types)}};
     for (size_t i = 0; i < sizeof meta / sizeof *meta; i++) {
-        if (tensors_write_meta(put->w, meta[i].key, meta[i].value, put->err) != 0) return -1;
+        if (tensors_write_meta(save->w, meta[i].key, meta[i].value, save->err) != 0) return -1;
     }
     return 0;
 }
 
-static int put_cache(TensorWriter *w, const KVCache *kv, int seq, const KVInfo *info, char *err) {
-    Put put = {.kv = kv, .w = w, .err = err};
-    for (int i = 0; i < GROUPS; i++) put.groups[i] = group_at(i);
-    each_page(kv, seq, count_page, &put);
-    size_t n = (size_t)put.n_pages;
-    size_t heads[] = {(size_t)kv->shape.n_layers, (size_t)kv->shape.n_kv_heads};
-    bool plain = put.n_class[PAGE_FULL] == put.n_pages;
-    if (put_meta(&put, seq, info) != 0 || declare_groups(&put) != 0 ||
-        tensors_write_declare(w, "pos", T_I32, 2, (size_t[]){n, PAGE}, err) != 0 ||
-        tensors_write_declare(w, "len", T_I32, 2, heads, err) != 0 ||
-        tensors_write_declare(w, "dropped", T_I32, 2, heads, err) != 0 ||
-        tensors_write_declare(w, "window", T_I32, 1, heads, err) != 0 ||
-        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){(size_t)info->n_ids}, err) != 0 ||
-        (!plain && tensors_write_declare(w, "page_class", T_U8, 1, &n, err) != 0))
-        return -1;
-    if (put_groups(&put, seq) != 0 || each_page(kv, seq, put_pos, &put) != 0 ||
-        put_heads(w, kv, seq, false, err) != 0 || put_heads(w, kv, seq, true, err) != 0 ||
-        tensors_write_put(w, kv->shape.window, heads[0] * sizeof(int32_t), err) != 0 ||
-        tensors_write_put(w, info->ids, (size_t)info->n_ids * sizeof(int32_t), err) != 0)
-        return -1;
-    return plain ? 0 : each_page(kv, seq, put_class, &put);
+static int declare(Save *save, TensorSpec s) {
+    size_t sizes[4] = {0};
+    for (int i = 0; i < s.n_dims; i++) sizes[i] = (size_t)s.size[i];
+    return tensors_write_declare(save->w, s.name, s.type, s.n_dims, sizes, save->err);
 }
 
-int kvcache_save(const KVCache *kv, int seq, const char *path, const KVInfo *info, char *err) {
+// Groups without pages are left out, but for that of full pages. The class of each page is left out
+// where all are full.
+static bool group_in_file(const Save *save, const Group *g) {
+    return g->n > 0 || g->type == save->kv->type;
+}
+
+static int n_lists(const Save *save) { return save->plain ? CLASSES : LISTS; }
+
+static int declare_all(Save *save) {
+    const KVShape *shape = &save->kv->shape;
+    const int sizes[SIZES] = {[N_PAGES] = save->n_pages,
+                              [N_PAIRS] = PAGE,
+                              [N_LAYERS] = shape->n_layers,
+                              [N_KV_HEADS] = shape->n_kv_heads,
+                              [N_IDS] = save->info->n_ids};
+    for (const Group *g = save->groups; g < save->groups + GROUPS; g++) {
+        for (GroupPart part = DATA; group_in_file(save, g) && part < GROUP_PARTS; part++) {
+            if (!has_part(g, part)) continue;
+            if (declare(save, page_spec(g, part, shape->head_dim)) != 0) return -1;
+        }
+    }
+    for (int list = 0; list < n_lists(save); list++) {
+        if (declare(save, list_spec((List)list, sizes)) != 0) return -1;
+    }
+    return 0;
+}
+
+// The data, in the order of the declarations.
+static int put_all(Save *save) {
+    for (const Group *g = save->groups; g < save->groups + GROUPS; g++) {
+        for (GroupPart part = DATA; part < GROUP_PARTS; part++) {
+            save->group = g, save->part = part;
+            if (has_part(g, part) && each_page(save, put_part) != 0) return -1;
+        }
+    }
+    for (int list = 0; list < n_lists(save); list++) {
+        if (put_list(save, (List)list) != 0) return -1;
+    }
+    return 0;
+}
+
+int kvfile_save(const KVCache *kv, int seq, const char *path, const KVInfo *info, char *err) {
     TensorWriter w = {0};
+    Save save = {.kv = kv, .seq = seq, .info = info, .w = &w, .err = err, .plain = true};
     if (tensors_write_begin(&w, path, err) != 0) return -1;
-    if (put_cache(&w, kv, seq, info, err) == 0 && tensors_write_commit(&w, err) == 0) return 0;
+    groups_start(save.groups);
+    each_page(&save, count_page);
+    if (put_meta(&save) == 0 && declare_all(&save) == 0 && put_all(&save) == 0 &&
+        tensors_write_commit(&w, err) == 0)
+        return 0;
     tensors_write_abort(&w);
     return -1;
 }
 
-static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info, int *next_pos,
-                     char *err) {
-    const char *format = tensors_meta(f, "format"), *ratio = tensors_meta(f, "ratio");
-    *info = (KVInfo){tensors_meta(f, "fingerprint"),
-                     tensors_meta(f, "model"),
-                     tensors_meta(f, "policy"),
-                     0,
-                     0,
-                     ratio ? strtod(ratio, NULL) : 0.0,
-                     NULL,
-                     0};
-    if (!format || (strcmp(format, "kvzip.c cache 1") && strcmp(format, "kvzip.c cache 2"))) {
-        return fail(err, "not a saved cache: its format is \"%s\", not \"kvzip.c cache 1\" or 2",
-                    format ? format : "");
+// ---- reading ----
+
+// What a file says, once read_cache has checked it. Pointers go into its map.
+typedef struct {
+    const TensorFile *file;
+    KVInfo info;
+    int next_pos;
+    KVTypes types;     // what pages settle to
+    int sizes[SIZES];  // -1: not known yet
+    int head_dim;
+    const int32_t *pos, *len, *dropped, *window;
+    const uint8_t *class;                   // [pages], NULL: all full
+    Group groups[GROUPS];                   // n: how many pages there are of each
+    const void *data[GROUPS][GROUP_PARTS];  // NULL where a group has no pages
+} Saved;
+
+static int n_saved_heads(const Saved *s) { return s->sizes[N_LAYERS] * s->sizes[N_KV_HEADS]; }
+
+static PageClass class_of(const Saved *s, int page) {
+    return s->class ? (PageClass)s->class[page] : PAGE_FULL;
+}
+
+static int head_pages(const Saved *s, int head) {
+    return pages_for(s->len[head] - s->dropped[head]);
+}
+
+static const Tensor *get(const Saved *s, TensorSpec spec, char *err) {
+    const int *n = spec.size;
+    return tensors_get(s->file, err, spec.name, spec.type, spec.n_dims, n[0], n[1], n[2], n[3]);
+}
+
+static const Tensor *get_list(const Saved *s, List list, char *err) {
+    const Tensor *t = get(s, list_spec(list, s->sizes), err);
+    for (int i = 0; t && i < t->n_dims; i++) {
+        if (t->shape[i] <= 1 << 30) continue;
+        fail(err, "tensor %s is too long", t->name);
+        return NULL;
     }
-    if (!info->fingerprint || !info->model || !info->policy)
-        return fail(err, "the cache does not name its model");
-    if (fingerprint && strcmp(fingerprint, info->fingerprint) != 0) {
-        return fail(err, "made with another model: \"%s\", fingerprint %.12s, not %.12s",
-                    info->model, info->fingerprint, fingerprint);
-    }
-    const Tensor *ids = tensors_get(f, err, "ids", T_I32, 1, -1);
-    if (!ids) return -1;
-    info->ids = ids->data, info->n_ids = (int)ids->shape[0];
+    return t;
+}
+
+// Numbers of the metadata and the ids.
+static int read_info(Saved *s, char *err) {
+    const TensorFile *f = s->file;
+    const Tensor *ids = get_list(s, IDS, err);
+    KVInfo *info = &s->info;
     const int most = 1 << 30;
-    if (tensors_meta_int(f, "n_prefix", 0, most, &info->n_prefix, err) != 0 ||
+    if (!ids || tensors_meta_int(f, "n_prefix", 0, most, &info->n_prefix, err) != 0 ||
         tensors_meta_int(f, "n_ctx", 0, most, &info->n_ctx, err) != 0 ||
-        tensors_meta_int(f, "next_pos", 0, most, next_pos, err) != 0)
+        tensors_meta_int(f, "next_pos", 0, most, &s->next_pos, err) != 0)
         return -1;
+    info->ids = ids->data, info->n_ids = (int)ids->shape[0];
     if (info->n_prefix + info->n_ctx != info->n_ids) {
         return fail(err, "%d ids, but a prefix of %d and a context of %d", info->n_ids,
                     info->n_prefix, info->n_ctx);
@@ -230,135 +308,219 @@ static int load_info(const TensorFile *f, const char *fingerprint, KVInfo *info,
     return 0;
 }
 
-// The pages of a file, as they are handed out to the heads.
-typedef struct {
-    KVCache *kv;
-    const int32_t *pos;    // [n_pages][64]
-    const uint8_t *class;  // [n_pages], NULL: all full
-    int n_pages, page;     // page: the next one
-    Group groups[GROUPS];  // n: the next one of each
-    const Tensor *tensor[GROUPS][GROUP_PARTS];
-} Load;
-
-static KVPart load_part(Load *in, KVType type, Side side) {
-    int i = (int)type * 2 + (int)side;
-    Group *g = &in->groups[i];
-    const void *at[GROUP_PARTS] = {NULL};
-    for (int part = DATA; part < GROUP_PARTS; part++) {
-        size_t offset = (size_t)g->n * group_bytes(g, part, in->kv->shape.head_dim);
-        if (has_part(type, side, part))
-            at[part] = (const uint8_t *)in->tensor[i][part]->data + offset;
+// Whether this is a cache, and of this model (NULL: of any).
+static int read_origin(Saved *s, const KVModel *model, char *err) {
+    const TensorFile *f = s->file;
+    const char *format = tensors_meta(f, "format"), *ratio = tensors_meta(f, "ratio");
+    s->info = (KVInfo){.fingerprint = tensors_meta(f, "fingerprint"),
+                       .model = tensors_meta(f, "model"),
+                       .policy = tensors_meta(f, "policy"),
+                       .ratio = ratio ? strtod(ratio, NULL) : 0.0};
+    if (!format || (strcmp(format, formats[0]) != 0 && strcmp(format, formats[1]) != 0)) {
+        return fail(err, "not a saved cache: its format is \"%s\", not \"%s\" or 2",
+                    format ? format : "", formats[0]);
     }
-    g->n++;
-    return (KVPart){type, (uint8_t *)at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
-}
-
-// One page per 64 pairs, in the file's order. The extra reference keeps mapped pages from being
-// written.
-static int load_head(Load *in, KVHead *h, char *err) {
-    KVCache *kv = in->kv;
-    int n = pages_used(h);
-    if (head_room(h, n, err) != 0 || pages_grow(kv, kv->n_pages + n, err) != 0) return -1;
-    for (; h->n_pages < n; in->page++) {
-        PageClass class = in->class ? (PageClass)in->class[in->page] : PAGE_FULL;
-        KVTypes types = kv->store[class].types;
-        if (class != PAGE_FULL && h->n_pages == n - 1 && (h->len - h->dropped) % PAGE != 0)
-            return fail(err, "a page that is not full has settled");
-        KVPart k = load_part(in, types.k, KEYS), v = load_part(in, types.v, VALUES);
-        int *pos = (int *)in->pos + (size_t)in->page * PAGE;
-        kv->pages[kv->n_pages] = (KVPage){k, v, pos, 2, class};
-        h->page[h->n_pages++] = kv->n_pages++;
+    if (!s->info.fingerprint || !s->info.model || !s->info.policy)
+        return fail(err, "the cache does not name its model");
+    if (model && strcmp(model->fingerprint, s->info.fingerprint) != 0) {
+        return fail(err, "made with another model: \"%s\", fingerprint %.12s, not %.12s",
+                    s->info.model, s->info.fingerprint, model->fingerprint);
     }
     return 0;
 }
 
-// Finds the tensors of every group that has pages, and checks that they have as many.
-static int load_groups(Load *in, char *err) {
-    for (int i = 0; i < in->n_pages; i++) {
-        int class = in->class ? in->class[i] : PAGE_FULL;
-        if (class >= PAGE_CLASSES) return fail(err, "page %d is of unknown class %d", i, class);
-        KVTypes t = in->kv->store[class].types;
-        in->groups[(int)t.k * 2 + KEYS].n++, in->groups[(int)t.v * 2 + VALUES].n++;
+// The types of the metadata; files of the first version may have none, and their keys say it. And
+// the size of the keys.
+static int read_keys(Saved *s, char *err) {
+    const Tensor *k = tensors_find(s->file, "k");
+    const char *name = tensors_meta(s->file, "kv");
+    s->types = kvcache_both(k && k->dtype == T_F32 ? KV_F32 : KV_F16);
+    if (name && kvcache_types_parse(name, &s->types) != 0)
+        return fail(err, "its pages are of unknown type \"%s\"", name);
+    Group full = {KEYS, class_types(s->types, PAGE_FULL).k, -1};
+    k = get(s, page_spec(&full, DATA, s->head_dim), err);
+    if (!k) return -1;
+    if (k->shape[1] > MAX_HEAD_DIM)
+        return fail(err, "keys of %zu numbers, more than %d", k->shape[1], MAX_HEAD_DIM);
+    s->head_dim = (int)k->shape[1];
+    return 0;
+}
+
+// Lengths of all heads, and with them the number of pages.
+static int read_heads(Saved *s, char *err) {
+    long n = 0;
+    const Tensor *len = get_list(s, LEN, err), *dropped, *window;
+    if (!len) return -1;
+    s->sizes[N_LAYERS] = (int)len->shape[0], s->sizes[N_KV_HEADS] = (int)len->shape[1];
+    if (!(dropped = get_list(s, DROPPED, err)) || !(window = get_list(s, WINDOW, err))) return -1;
+    s->len = len->data, s->dropped = dropped->data, s->window = window->data;
+    for (int i = 0; i < n_saved_heads(s); i++) {
+        int pairs = s->len[i], gone = s->dropped[i];
+        if (gone < 0 || gone % PAGE || pairs < gone || pairs > 1 << 30)
+            return fail(err, "a head of %d pairs less %d", pairs, gone);
+        n += head_pages(s, i);
+    }
+    if (n > INT_MAX) return fail(err, "heads of %ld pages", n);
+    s->sizes[N_PAGES] = (int)n;
+    return 0;
+}
+
+// Positions and classes of all pages. The last one of a head may be part full, and then it is new.
+static int read_pages(Saved *s, char *err) {
+    bool classes = tensors_find(s->file, list_spec(CLASSES, s->sizes).name) != NULL;
+    const Tensor *pos = get_list(s, POS, err), *class = NULL;
+    if (!pos || (classes && !(class = get_list(s, CLASSES, err)))) return -1;
+    s->pos = pos->data, s->class = class ? class->data : NULL;
+    for (int i = 0; i < s->sizes[N_PAGES]; i++) {
+        if (class_of(s, i) >= PAGE_CLASSES)
+            return fail(err, "page %d is of unknown class %d", i, class_of(s, i));
+    }
+    return 0;
+}
+
+static int check_last_pages(const Saved *s, char *err) {
+    for (int i = 0, page = 0; i < n_saved_heads(s); i++) {
+        page += head_pages(s, i);
+        if ((s->len[i] - s->dropped[i]) % PAGE != 0 && class_of(s, page - 1) != PAGE_FULL)
+            return fail(err, "a page that is not full has settled");
+    }
+    return 0;
+}
+
+// Finds the tensors of every group that has pages; they have as many.
+static int read_groups(Saved *s, char *err) {
+    groups_start(s->groups);
+    for (int i = 0; i < s->sizes[N_PAGES]; i++) {
+        KVTypes t = class_types(s->types, class_of(s, i));
+        s->groups[group_index(t.k, KEYS)].n++, s->groups[group_index(t.v, VALUES)].n++;
     }
     for (int i = 0; i < GROUPS; i++) {
-        Group *g = &in->groups[i];
-        for (int part = DATA; part < GROUP_PARTS; part++) {
-            char name[16];
-            DType type;
-            int s[4];
-            if (g->n == 0 || !has_part(g->type, g->side, part)) continue;
-            int n = group_tensor(g, part, in->kv->shape.head_dim, name, &type, s);
-            in->tensor[i][part] =
-                tensors_get(&in->kv->file, err, name, type, n, s[0], s[1], s[2], s[3]);
-            if (!in->tensor[i][part]) return -1;
+        const Group *g = &s->groups[i];
+        for (GroupPart part = DATA; g->n > 0 && part < GROUP_PARTS; part++) {
+            if (!has_part(g, part)) continue;
+            const Tensor *t = get(s, page_spec(g, part, s->head_dim), err);
+            if (!t) return -1;
+            s->data[i][part] = t->data;
         }
-        g->n = 0;
     }
     return 0;
 }
 
-// Lengths of all heads; returns how many pages they need, or -1.
-static int load_lengths(KVCache *kv, char *err) {
-    int n_layers = kv->shape.n_layers, n_kv_heads = kv->shape.n_kv_heads;
-    long n = 0;
-    const Tensor *len = tensors_get(&kv->file, err, "len", T_I32, 2, n_layers, n_kv_heads);
-    const Tensor *dropped =
-        len ? tensors_get(&kv->file, err, "dropped", T_I32, 2, n_layers, n_kv_heads) : NULL;
-    if (!dropped) return -1;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+// Everything a saved cache says; model NULL: of whatever model. 0, or -1 with err.
+static int read_cache(Saved *s, const TensorFile *f, const KVModel *model, char *err) {
+    *s = (Saved){.file = f,
+                 .sizes = {[N_PAGES] = -1,
+                           [N_PAIRS] = PAGE,
+                           [N_LAYERS] = model ? model->shape.n_layers : -1,
+                           [N_KV_HEADS] = model ? model->shape.n_kv_heads : -1,
+                           [N_IDS] = -1},
+                 .head_dim = model ? model->shape.head_dim : -1};
+    if (read_origin(s, model, err) != 0 || read_info(s, err) != 0 || read_keys(s, err) != 0)
+        return -1;
+    if (read_heads(s, err) != 0 || read_pages(s, err) != 0 || read_groups(s, err) != 0) return -1;
+    return check_last_pages(s, err);
+}
+
+// ---- loading ----
+
+// One side of the next page: used counts the pages of each group that were handed out.
+static KVPart load_part(const Saved *s, int used[GROUPS], KVType type, Side side) {
+    int i = group_index(type, side);
+    const Group *g = &s->groups[i];
+    uint8_t *at[GROUP_PARTS] = {NULL};
+    for (GroupPart part = DATA; part < GROUP_PARTS; part++) {
+        size_t offset = (size_t)used[i] * page_part_bytes(g, part, s->head_dim);
+        if (has_part(g, part)) at[part] = (uint8_t *)s->data[i][part] + offset;
+    }
+    used[i]++;
+    return (KVPart){type, at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
+}
+
+// Hands the file's pages out to the heads of sequence 0. The extra reference keeps mapped pages
+// from being written.
+static int load_pages(KVCache *kv, const Saved *s, char *err) {
+    int used[GROUPS] = {0}, page = 0;
+    for (int i = 0; i < n_saved_heads(s); i++) {
         KVHead *h = &kv->seqs[0].head[i];
-        int li = ((const int32_t *)len->data)[i], di = ((const int32_t *)dropped->data)[i];
-        if (di < 0 || di % PAGE || li < di || li > 1 << 30)
-            return fail(err, "a head of %d pairs less %d", li, di);
-        h->len = li, h->dropped = di;
-        n += pages_used(h);
-    }
-    return n > INT_MAX ? fail(err, "heads of %ld pages", n) : (int)n;
-}
-
-static int load_pages(KVCache *kv, char *err) {
-    int page_size = PAGE, n = load_lengths(kv, err);
-    const Tensor *pos = n < 0 ? NULL : tensors_get(&kv->file, err, "pos", T_I32, 2, n, page_size);
-    const Tensor *class = pos ? tensors_find(&kv->file, "page_class") : NULL;
-    if (class) class = tensors_get(&kv->file, err, "page_class", T_U8, 1, n);
-    if (!pos || (!class && tensors_find(&kv->file, "page_class"))) return -1;
-    Load in = {.kv = kv, .pos = pos->data, .class = class ? class->data : NULL, .n_pages = n};
-    for (int i = 0; i < GROUPS; i++) in.groups[i] = group_at(i);
-    if (load_groups(&in, err) != 0) return -1;
-    for (int i = 0; i < n_heads_total(kv); i++) {
-        if (load_head(&in, &kv->seqs[0].head[i], err) != 0) return -1;
+        int n = head_pages(s, i);
+        h->len = s->len[i], h->dropped = s->dropped[i];
+        if (head_room(h, n, err) != 0 || pages_grow(kv, kv->n_pages + n, err) != 0) return -1;
+        for (; h->n_pages < n; page++) {
+            PageClass class = class_of(s, page);
+            KVTypes t = class_types(s->types, class);
+            KVPage *p = &kv->pages[kv->n_pages];
+            *p = (KVPage){.pos = (int *)s->pos + (size_t)page * PAGE, .refs = 2, .class = class};
+            p->k = load_part(s, used, t.k, KEYS), p->v = load_part(s, used, t.v, VALUES);
+            h->page[h->n_pages++] = kv->n_pages++;
+        }
     }
     return 0;
 }
 
-// The types of the metadata; files of the first version have none, and their keys say it.
-static int load_types(const TensorFile *f, KVTypes *types, char *err) {
-    const Tensor *k = tensors_find(f, "k");
-    const char *name = tensors_meta(f, "kv");
-    *types = kvcache_both(k && k->dtype == T_F32 ? KV_F32 : KV_F16);
-    if (name && kvcache_types_parse(name, types) != 0)
-        return fail(err, "its pages are of unknown type \"%s\"", name);
-    return 0;
-}
-
-int kvcache_load(KVCache *kv, const KVShape *shape, const char *fingerprint, ThreadPool *pool,
-                 const char *path, KVInfo *info, char *err) {
+int kvfile_load(KVCache *kv, const char *path, const KVModel *model, ThreadPool *pool, KVInfo *info,
+                char *err) {
     TensorFile f = {0};
+    Saved s;
     *kv = (KVCache){0};
     if (tensors_open(&f, path, err) != 0) return -1;
-    int next_pos = 0;
-    KVTypes types;
-    if (load_info(&f, fingerprint, info, &next_pos, err) != 0 || load_types(&f, &types, err) != 0 ||
-        kvcache_open(kv, shape, types, pool, err) != 0) {
+    if (read_cache(&s, &f, model, err) != 0 ||
+        kvcache_open(kv, &model->shape, s.types, pool, err) != 0) {
         tensors_close(&f);
         kvcache_close(kv);
         return -1;
     }
     kv->file = f;
-    if (kvcache_new(kv, err) != 0 || load_pages(kv, err) != 0) {
+    if (kvcache_new(kv, err) != 0 || load_pages(kv, &s, err) != 0) {
         kvcache_close(kv);
         return -1;
     }
-    kv->seqs[0].next_pos = next_pos;
+    kv->seqs[0].next_pos = s.next_pos;
+    *info = s.info;
     return 0;
+}
+
+// ---- facts ----
+
+bool kvfile_is(const TensorFile *f) {
+    const char *format = tensors_meta(f, "format");
+    return format && strncmp(format, format_start, sizeof format_start - 1) == 0;
+}
+
+// Adds up one head, whose first page is number `page` of the file; returns the page after its last.
+static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
+    KVShape shape = {.head_dim = s->head_dim};
+    bool slides = s->window[head / c->n_kv_heads] > 0;  // nothing is evicted there
+    int live = s->len[head] - s->dropped[head], demoted = 0, end = page + head_pages(s, head);
+    int full = slides ? live : s->info.n_ids;
+    size_t pos = PAGE * sizeof(int32_t);
+    for (; page < end; page++) {
+        PageClass class = class_of(s, page);
+        c->bytes[class] += (double)(kvcache_page_bytes(&shape, c->types[class]) + pos);
+        if (class == PAGE_DEMOTED) demoted += PAGE;
+    }
+    size_t full_page = kvcache_page_bytes(&shape, c->types[PAGE_FULL]) + pos;
+    c->pairs += live, c->full_pairs += full;
+    c->full_bytes += (double)pages_for(full) * (double)full_page;
+    c->kept_pairs[head] = s->len[head] - demoted - s->info.n_prefix;
+    if (!slides)
+        c->n_scored += s->info.n_ctx, c->kept += c->kept_pairs[head], c->demoted += demoted;
+    return end;
+}
+
+int kvfile_facts(CacheFacts *facts, const TensorFile *f, char *err) {
+    Saved s;
+    *facts = (CacheFacts){0};
+    if (read_cache(&s, f, NULL, err) != 0) return -1;
+    facts->info = s.info, facts->next_pos = s.next_pos;
+    for (int i = 0; i < PAGE_CLASSES; i++) facts->types[i] = class_types(s.types, (PageClass)i);
+    facts->n_layers = s.sizes[N_LAYERS], facts->n_kv_heads = s.sizes[N_KV_HEADS];
+    facts->kept_pairs = malloc(((size_t)n_saved_heads(&s) + 1) * sizeof *facts->kept_pairs);
+    if (!facts->kept_pairs) return fail(err, "out of memory for %d heads", n_saved_heads(&s));
+    for (int i = 0, page = 0; i < n_saved_heads(&s); i++) page = count_head(facts, &s, i, page);
+    return 0;
+}
+
+void kvfile_facts_free(CacheFacts *facts) {
+    free(facts->kept_pairs);
+    *facts = (CacheFacts){0};
 }

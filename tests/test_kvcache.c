@@ -1,6 +1,7 @@
 // The cache's laws, on random keys and values: attention and scores equal a brute-force softmax,
 // forks and rewinds leave no trace, evicting removes exactly what it should, files change no bit.
 #include "kvcache.h"
+#include "kvfile.h"
 #include "test.h"
 
 enum { L = 2, HEADS = 6, KV = 2, GROUP = HEADS / KV, D = 16, MAX_N = 400 };
@@ -799,16 +800,40 @@ static void check_loaded(KVCache *back, KVCache *kv, int seq, const KVInfo *got)
     free(want);
 }
 
+// What info shows of the file: the sums of what the heads hold.
+static void check_facts(const KVCache *kv, int seq, const KVInfo *info) {
+    TensorFile f;
+    CacheFacts c;
+    double bytes = 0, kept = 0, pairs = 0;
+    CHECK(tensors_open(&f, file, err) == 0 && kvfile_is(&f));
+    CHECK(kvfile_facts(&c, &f, err) == 0);
+    CHECK_STR(c.info.policy, info->policy);
+    CHECK(c.info.n_ids == info->n_ids && c.info.ids[209] == 627 && c.next_pos == 210);
+    CHECK(c.n_layers == L && c.n_kv_heads == KV && c.types[PAGE_SETTLED].v == kv->types.v);
+    for (int i = 0; i < L * KV; i++) {
+        const KVHead *h = kvcache_head(kv, seq, i / KV, i % KV);
+        pairs += h->len - h->dropped;
+        if (kv->shape.window[i / KV] == 0) kept += h->len - info->n_prefix;
+        for (int j = 0; j < h->n_pages && j * PAGE < h->len - h->dropped; j++)
+            bytes += (double)kv->store[class_of(kv, h, j)].page_bytes + PAGE * sizeof(int);
+    }
+    CHECK(c.pairs == pairs && c.kept + c.demoted == kept);
+    CHECK(c.n_scored == (kv->shape.window[1] ? 1 : 2) * KV * info->n_ctx);
+    CHECK(c.bytes[PAGE_FULL] + c.bytes[PAGE_SETTLED] + c.bytes[PAGE_DEMOTED] == bytes);
+    kvfile_facts_free(&c);
+    tensors_close(&f);
+}
+
 // A cut file is refused, never half read; nor does a wrong byte crash it, in header or page
 // classes.
-static void check_damaged(const KVShape *shape) {
+static void check_damaged(const KVModel *model) {
     KVCache back;
     KVInfo got;
     long size;
     char *bytes = read_file(&size);
     for (long cut = 0; cut < size; cut += 1 + size / 50) {
         write_file(bytes, cut);
-        CHECK(kvcache_load(&back, shape, "f1f2", NULL, file, &got, err) == -1);
+        CHECK(kvfile_load(&back, file, model, NULL, &got, err) == -1);
     }
     for (long i = 0; i < 700; i++) {
         long at = i < 600 ? 8 + i * 4 : size - 1 - i % 100;
@@ -816,7 +841,10 @@ static void check_damaged(const KVShape *shape) {
         bytes[at] = (char)(was ^ (1 << i % 7));
         write_file(bytes, size);
         bytes[at] = was;
-        if (kvcache_load(&back, shape, "f1f2", NULL, file, &got, err) == 0) {
+        if (kvfile_load(&back, file, model, NULL, &got, err) == 0) {
+            CacheFacts facts;
+            CHECK(kvfile_facts(&facts, &back.file, err) == 0);  // which takes what loading takes
+            kvfile_facts_free(&facts);
             append_random(&back, 0, 1, NULL);
             kvcache_close(&back);
         }
@@ -837,18 +865,27 @@ static void test_files(KVTypes types) {
     CHECK(kvcache_settle(&kv, seq, err) == 0);
     int ids[210];
     for (int i = 0; i < 210; i++) ids[i] = i * 3;
-    KVInfo info = {"f1f2", "tiny \"model\"", "kvzip", 10, 200, 0.5, ids, 210}, got;
-    CHECK(kvcache_save(&kv, seq, file, &info, err) == 0);
+    KVInfo got, info = {.fingerprint = "f1f2",
+                        .model = "tiny \"model\"",
+                        .policy = "kvzip",
+                        .n_prefix = 10,
+                        .n_ctx = 200,
+                        .ratio = 0.5,
+                        .ids = ids,
+                        .n_ids = 210};
+    CHECK(kvfile_save(&kv, seq, file, &info, err) == 0);
+    check_facts(&kv, seq, &info);
 
-    CHECK(kvcache_load(&back, &shape, "0000", NULL, file, &got, err) == -1);
+    KVModel model = {shape, "f1f2"};
+    CHECK(kvfile_load(&back, file, &(KVModel){shape, "0000"}, NULL, &got, err) == -1);
     CHECK(strstr(err, "another model") != NULL);
-    CHECK(kvcache_load(&back, &other, "f1f2", NULL, file, &got, err) == -1);
-    CHECK(kvcache_load(&back, &shape, "f1f2", NULL, "no_such.kvc", &got, err) == -1);
-    if (CHECK(kvcache_load(&back, &shape, "f1f2", NULL, file, &got, err) == 0)) {
+    CHECK(kvfile_load(&back, file, &(KVModel){other, "f1f2"}, NULL, &got, err) == -1);
+    CHECK(kvfile_load(&back, "no_such.kvc", &model, NULL, &got, err) == -1);
+    if (CHECK(kvfile_load(&back, file, &model, NULL, &got, err) == 0)) {
         check_loaded(&back, &kv, seq, &got);
         kvcache_close(&back);
     }
-    check_damaged(&shape);
+    check_damaged(&model);
     remove(file);
     kvcache_close(&kv);
 }
@@ -863,8 +900,15 @@ static void test_page_classes(void) {
     int seq = kvcache_new(&kv, err), ids[200] = {0};
     append_random(&kv, seq, 200, NULL);
     CHECK(kvcache_settle(&kv, seq, err) == 0);
-    KVInfo info = {"f1f2", "tiny", "kvzip", 0, 200, 1, ids, 200}, got;
-    CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+    KVModel model = {shape, "f1f2"};
+    KVInfo got, info = {.fingerprint = model.fingerprint,
+                        .model = "tiny",
+                        .policy = "kvzip",
+                        .n_ctx = 200,
+                        .ratio = 1,
+                        .ids = ids,
+                        .n_ids = 200};
+    CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
     TensorFile t;
     CHECK(tensors_open(&t, path, err) == 0);
     const Tensor *class = tensors_get(&t, err, "page_class", T_U8, 1, L * KV * 4);
@@ -877,17 +921,17 @@ static void test_page_classes(void) {
         const char *says;
     } wrong[] = {{0, 7, "unknown class 7"}, {0, PAGE_FULL, "k"}, {0, PAGE_DEMOTED, "k_q"}};
     for (int i = 0; i < 3; i++) {
-        CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+        CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
         FILE *f = fopen(path, "r+b");
         fseek(f, at + wrong[i].page, SEEK_SET), fputc(wrong[i].class, f), fclose(f);
-        CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
+        CHECK(kvfile_load(&back, path, &model, NULL, &got, err) == -1);
         CHECK(strstr(err, wrong[i].says) != NULL);
     }
-    CHECK(kvcache_save(&kv, seq, path, &info, err) == 0);
+    CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
     FILE *f = fopen(path, "r+b");  // the right number of settled pages, but not the right ones
     fseek(f, at + 1, SEEK_SET), fputc(PAGE_FULL, f);
     fseek(f, at + 3, SEEK_SET), fputc(PAGE_SETTLED, f), fclose(f);
-    CHECK(kvcache_load(&back, &shape, "f1f2", NULL, path, &got, err) == -1);
+    CHECK(kvfile_load(&back, path, &model, NULL, &got, err) == -1);
     CHECK(strstr(err, "not full") != NULL);
     remove(path);
     kvcache_close(&kv);
