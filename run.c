@@ -26,6 +26,7 @@
 #include "eval/eval.h"
 #include "answer.h"
 #include "json.h"
+#include "kvfile.h"
 #include "model.h"
 #include "policies.h"
 #include "policies/stream.h"
@@ -607,9 +608,8 @@ static void open_cache(Session *s, const char *path) {
         if (kvcache_open(&s->kv, &shape, types, s->pool, err) != 0) die("%s", err);
         return;
     }
-    const char *fingerprint = s->model.fingerprint;
-    if (kvcache_load(&s->kv, &shape, fingerprint, s->pool, path, &s->info, err) != 0)
-        die("%s: %s", path, err);
+    KVModel model = {shape, s->model.fingerprint};
+    if (kvfile_load(&s->kv, path, &model, s->pool, &s->info, err) != 0) die("%s: %s", path, err);
     char name[KV_NAME];
     if (s->o->kv && (s->kv.types.k != types.k || s->kv.types.v != types.v))
         warn(s, "%s holds %s pairs, --kv does not change that", path,
@@ -1297,20 +1297,6 @@ typedef struct {
     size_t memory_full, memory;
 } Shrunk;
 
-// Bytes of the cache had nothing been evicted, in full pages.
-static size_t bytes_unevicted(const Session *s, const Context *c) {
-    const KVShape *shape = &s->kv.shape;
-    int n = c->n_prefix + c->n_ctx, missing = 0;
-    for (int l = 0; l < shape->n_layers; l++) {
-        for (int g = 0; shape->window[l] == 0 && g < shape->n_kv_heads; g++) {
-            int len = kvcache_head(&s->kv, c->seq, l, g)->len;
-            missing += (n + PAGE - 1) / PAGE - (len + PAGE - 1) / PAGE;
-        }
-    }
-    size_t page = kvcache_page_bytes(shape, kvcache_both(s->kv.type)) + (PAGE + 1) * sizeof(int);
-    return kvcache_full_bytes(&s->kv, c->seq) + (size_t)missing * page;
-}
-
 // What is left once evicting is done; err is of the step before, which may have failed.
 static void shrunk(Session *s, const Context *c, Shrunk *r, char *err) {
     if (r->n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
@@ -1330,7 +1316,7 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
     r.n_kept = stream_finish(&s->stream, err);
     r.peak = s->stream.peak;
     shrunk(s, c, &r, err);
-    r.full = bytes_unevicted(s, c);
+    r.full = kvcache_unevicted_bytes(&s->kv, c->seq, c->n_prefix + c->n_ctx);
     return r;
 }
 
@@ -1368,7 +1354,7 @@ static void save_context(Session *s, const Context *c, double kept) {
                    .ids = c->ids,
                    .n_ids = c->n_prefix + c->n_ctx};
     if (interrupted) die_interrupted();
-    if (kvcache_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die("%s: %s", s->o->out, err);
+    if (kvfile_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die("%s: %s", s->o->out, err);
     check_interrupted(s->o);
 }
 
@@ -1602,23 +1588,6 @@ static void types_text(const Model *m, char *text, size_t room) {
     }
 }
 
-// Bytes of the cache: of one head's pair and its position; of every further token, in the layers
-// without a window; of the layers with one, at most (the window and a page that it is leaving).
-static size_t pair_bytes(const KVShape *s, KVType t) {
-    return kvcache_page_bytes(s, kvcache_both(t)) / PAGE + sizeof(int32_t);
-}
-
-static size_t token_bytes(const KVShape *s, KVType t) {
-    return pair_bytes(s, t) * s->n_kv_heads * kvcache_scored_layers(s, NULL);
-}
-
-static size_t window_bytes(const KVShape *s, KVType t) {
-    size_t pairs = 0;
-    for (int l = 0; l < s->n_layers; l++)
-        if (s->window[l] > 0) pairs += (size_t)s->n_kv_heads * (s->window[l] + PAGE);
-    return pairs * pair_bytes(s, t);
-}
-
 static void info_model(const Options *o) {
     Session s;
     RunState state;
@@ -1652,13 +1621,13 @@ static void info_model(const Options *o) {
         {"tokenizer", NULL, part[TOKENIZER], true},
         {"other", NULL, part[OTHER], true},
         {"file", NULL, s.model.file.map_bytes, true},
-        {"cache_token_f16", NULL, token_bytes(&k, KV_F16), true},
-        {"cache_token_f32", NULL, token_bytes(&k, KV_F32), true},
-        {"cache_token_q8", NULL, token_bytes(&k, KV_Q8), true},
-        {"cache_token_q4", NULL, token_bytes(&k, KV_Q4), true},
+        {"cache_token_f16", NULL, kvcache_token_bytes(&k, kvcache_both(KV_F16)), true},
+        {"cache_token_f32", NULL, kvcache_token_bytes(&k, kvcache_both(KV_F32)), true},
+        {"cache_token_q8", NULL, kvcache_token_bytes(&k, kvcache_both(KV_Q8)), true},
+        {"cache_token_q4", NULL, kvcache_token_bytes(&k, kvcache_both(KV_Q4)), true},
         {"cache_token_read", NULL, kvcache_read_bytes(&k), true},
-        {"cache_windows_f16", NULL, window_bytes(&k, KV_F16), true},
-        {"cache_windows_f32", NULL, window_bytes(&k, KV_F32), true},
+        {"cache_windows_f16", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F16)), true},
+        {"cache_windows_f32", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F32)), true},
         {"scratch", NULL, state.bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);
@@ -1670,124 +1639,47 @@ static void info_model(const Options *o) {
     close_session(&s);
 }
 
-static int meta_int(const TensorFile *f, const char *key) {
-    char err[ERR_LEN];
-    int v;
-    if (tensors_meta_int(f, key, 0, INT_MAX, &v, err) != 0) die("%s: %s", f->path, err);
-    return v;
-}
-
-static void print_heads(const Options *o, const int32_t *len, int n_layers, int n_heads,
-                        int n_prefix) {
+static void print_heads(const Options *o, const CacheFacts *c) {
     out(o->json ? ", \"kept_pairs\": [" : "kept pairs of the context, per layer and head\n");
-    for (int l = 0; l < n_layers; l++) {
+    for (int l = 0; l < c->n_layers; l++) {
         out(o->json ? "%s[" : "%s%5d ", o->json && l ? ", " : "", l);
-        for (int g = 0; g < n_heads; g++)
+        for (int g = 0; g < c->n_kv_heads; g++)
             out(o->json ? "%s%d" : "%s %6d", o->json && g ? ", " : "",
-                len[l * n_heads + g] - n_prefix);
+                c->kept_pairs[l * c->n_kv_heads + g]);
         out(o->json ? "]" : "\n");
     }
     if (o->json) out("]}\n");
 }
 
-// What a cache file says about its pairs, beside what its metadata says.
-typedef struct {
-    KVTypes types[PAGE_CLASSES];
-    double bytes[PAGE_CLASSES];  // of the pages of each class
-    double page;                 // of a full page
-    double pairs, full, full_pages;
-    double all, kept, demoted;  // in the layers that evict: of the context
-    int32_t *len;               // [layers][kv heads], demoted pairs not counted
-} CacheFacts;
-
-// One tensor of a cache, or the end.
-static const Tensor *cache_tensor(const TensorFile *f, const char *name, DType type, int n_dims,
-                                  int a, int b) {
-    char err[ERR_LEN];
-    const Tensor *t = tensors_get(f, err, name, type, n_dims, a, b);
-    if (!t) die("%s: %s", f->path, err);
-    return t;
-}
-
-// Types and bytes of the pages; class [n] or NULL when all are full.
-static void count_classes(const TensorFile *f, CacheFacts *c, const uint8_t *class, int n) {
-    const Tensor *k = tensors_find(f, "k");
-    const char *kv = tensors_meta(f, "kv");
-    if (!k || k->n_dims != 3) die("%s: it has no keys", f->path);
-    KVShape shape = {.head_dim = (int)k->shape[1]};
-    c->types[PAGE_FULL] = kvcache_both(k->dtype == T_F32 ? KV_F32 : KV_F16);
-    c->types[PAGE_SETTLED] = c->types[PAGE_FULL];
-    c->types[PAGE_DEMOTED] = kvcache_both(KV_Q2);
-    if (kv && kvcache_types_parse(kv, &c->types[PAGE_SETTLED]) != 0)
-        die("%s: its pages are of unknown type \"%s\"", f->path, kv);
-    double page[PAGE_CLASSES];
-    for (int i = 0; i < PAGE_CLASSES; i++)
-        page[i] = (double)kvcache_page_bytes(&shape, c->types[i]) + PAGE * sizeof(int32_t);
-    for (int i = 0; i < n; i++) {
-        int of = class ? class[i] : PAGE_FULL;
-        if (of >= PAGE_CLASSES) die("%s: page %d is of unknown class %d", f->path, i, of);
-        c->bytes[of] += page[of];
-    }
-    c->page = page[PAGE_FULL];
-}
-
-static CacheFacts count_cache(const TensorFile *f, int n_prefix, int n_ctx) {
-    CacheFacts c = {0};
-    const Tensor *len = cache_tensor(f, "len", T_I32, 2, -1, -1);
-    int n_layers = (int)len->shape[0], n_heads = (int)len->shape[1], page = 0;
-    const int32_t *n = len->data;
-    const int32_t *left = cache_tensor(f, "dropped", T_I32, 2, n_layers, n_heads)->data;
-    const int32_t *window = cache_tensor(f, "window", T_I32, 1, n_layers, 0)->data;
-    int n_pages = (int)cache_tensor(f, "pos", T_I32, 2, -1, PAGE)->shape[0];
-    const uint8_t *class = tensors_find(f, "page_class")
-                               ? cache_tensor(f, "page_class", T_U8, 1, n_pages, 0)->data
-                               : NULL;
-    count_classes(f, &c, class, n_pages);
-    c.len = allocate(n_layers * n_heads, sizeof *c.len);
-    for (int i = 0; i < n_layers * n_heads; i++) {
-        bool slides = window[i / n_heads] > 0;  // nothing is evicted there
-        int before = slides ? n[i] - left[i] : n_prefix + n_ctx, demoted = 0;
-        for (int t = left[i]; t < n[i]; t += PAGE, page++) {
-            if (page >= n_pages) die("%s: fewer pages than the heads' lengths need", f->path);
-            if (class && class[page] == PAGE_DEMOTED) demoted += PAGE;
-        }
-        c.len[i] = n[i] - demoted;
-        c.pairs += n[i] - left[i], c.full += before, c.full_pages += (before + PAGE - 1) / PAGE;
-        if (!slides) c.kept += c.len[i] - n_prefix, c.demoted += demoted, c.all += n_ctx;
-    }
-    return c;
-}
-
 static void info_cache(const Options *o, const TensorFile *f) {
-    int n_prefix = meta_int(f, "n_prefix"), n_ctx = meta_int(f, "n_ctx");
-    CacheFacts c = count_cache(f, n_prefix, n_ctx);
-    const Tensor *len = tensors_find(f, "len");
-    const char *ratio = tensors_meta(f, "ratio");
-    char settled[KV_NAME];
+    CacheFacts c;
+    char err[ERR_LEN], settled[KV_NAME];
+    if (kvfile_facts(&c, f, err) != 0) die("%s: %s", f->path, err);
+    const double *bytes = c.bytes;
     const Fact facts[] = {
-        {"cache_of", tensors_meta(f, "model"), 0, false},
-        {"fingerprint", tensors_meta(f, "fingerprint"), 0, false},
-        {"policy", tensors_meta(f, "policy"), 0, false},
-        {"ratio", NULL, ratio ? strtod(ratio, NULL) : 0, false},
-        {"kept", NULL, c.all > 0 ? c.kept / c.all : 1, false},
-        {"demoted", NULL, c.all > 0 ? c.demoted / c.all : 0, false},
-        {"n_prefix", NULL, n_prefix, false},
-        {"n_ctx", NULL, n_ctx, false},
-        {"next_pos", NULL, meta_int(f, "next_pos"), false},
-        {"type", dtype_name(tensors_find(f, "k")->dtype), 0, false},
+        {"cache_of", c.info.model, 0, false},
+        {"fingerprint", c.info.fingerprint, 0, false},
+        {"policy", c.info.policy, 0, false},
+        {"ratio", NULL, c.info.ratio, false},
+        {"kept", NULL, c.n_scored > 0 ? c.kept / c.n_scored : 1, false},
+        {"demoted", NULL, c.n_scored > 0 ? c.demoted / c.n_scored : 0, false},
+        {"n_prefix", NULL, c.info.n_prefix, false},
+        {"n_ctx", NULL, c.info.n_ctx, false},
+        {"next_pos", NULL, c.next_pos, false},
+        {"type", c.types[PAGE_FULL].k == KV_F32 ? "F32" : "F16", 0, false},
         {"kv", kvcache_types_name(c.types[PAGE_SETTLED], settled), 0, false},
         {"pairs", NULL, c.pairs, false},
-        {"full_pairs", NULL, c.full, false},
-        {"new_bytes", NULL, c.bytes[PAGE_FULL], true},
-        {"settled_bytes", NULL, c.bytes[PAGE_SETTLED], true},
-        {"demoted_bytes", NULL, c.bytes[PAGE_DEMOTED], true},
-        {"bytes", NULL, c.bytes[PAGE_FULL] + c.bytes[PAGE_SETTLED] + c.bytes[PAGE_DEMOTED], true},
-        {"full_bytes", NULL, c.full_pages * c.page, true},
+        {"full_pairs", NULL, c.full_pairs, false},
+        {"new_bytes", NULL, bytes[PAGE_FULL], true},
+        {"settled_bytes", NULL, bytes[PAGE_SETTLED], true},
+        {"demoted_bytes", NULL, bytes[PAGE_DEMOTED], true},
+        {"bytes", NULL, bytes[PAGE_FULL] + bytes[PAGE_SETTLED] + bytes[PAGE_DEMOTED], true},
+        {"full_bytes", NULL, c.full_bytes, true},
         {"file", NULL, f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);
-    print_heads(o, c.len, (int)len->shape[0], (int)len->shape[1], n_prefix);
-    free(c.len);
+    print_heads(o, &c);
+    kvfile_facts_free(&c);
 }
 
 static void info_tensors(const Options *o, const TensorFile *f) {
@@ -1818,7 +1710,7 @@ static int cmd_info(const Options *o) {
     const char *format = tensors_meta(&f, "format");
     if (format && strcmp(format, "kvzip.c model 1") == 0)
         info_model(o);
-    else if (format && strncmp(format, "kvzip.c cache ", 14) == 0)
+    else if (kvfile_is(&f))
         info_cache(o, &f);
     else
         info_tensors(o, &f);

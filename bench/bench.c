@@ -15,6 +15,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kvfile.h"
 #include "util.h"
 
 enum { REPEATS = 3 };
@@ -305,9 +306,9 @@ static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
 static int load_once(const Run *r, const char *path, double *seconds, char *err) {
     KVCache kv = {0};
     KVInfo info;
-    KVShape shape = model_kv_shape(r->model);
+    KVModel model = {model_kv_shape(r->model), r->model->fingerprint};
     double start = now();
-    int rc = kvcache_load(&kv, &shape, r->model->fingerprint, r->b->state->pool, path, &info, err);
+    int rc = kvfile_load(&kv, path, &model, r->b->state->pool, &info, err);
     *seconds = now() - start;
     kvcache_close(&kv);
     return rc;
@@ -324,7 +325,7 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
                    .ratio = ratio,
                    .ids = r->ids,
                    .n_ids = depth};
-    if (kvcache_save(&r->kv, seq, path, &info, err) != 0) return -1;
+    if (kvfile_save(&r->kv, seq, path, &info, err) != 0) return -1;
     double t[REPEATS];
     int rc = 0;
     for (int i = 0; i < REPEATS && rc == 0; i++) rc = load_once(r, path, &t[i], err);
