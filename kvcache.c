@@ -335,123 +335,146 @@ void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
 
 // ---- evicting ----
 
+// What goes of a head: of the pairs in the span those with keep [span.n] = 0. Or, with demote, what
+// becomes 2 bits.
+typedef struct {
+    KVSpan span;
+    const uint8_t *keep;
+    bool demote;
+} Evict;
+
+static bool goes(const Evict *e, int t) {
+    int i = t - e->span.first;
+    return i >= 0 && i < e->span.n && !e->keep[i];
+}
+
 // One head's way from its old list of pages to the new one.
 typedef struct {
-    KVHead *h, to;
-    int *from;      // [to.len] which old pair each new one is; rising in each of the two parts
+    const KVCache *kv;
+    const KVHead *old;
+    KVHead new;
+    int *from;      // [new.len] which old pair each new one is; rising in each of the two parts
     int n_demoted;  // the first new pairs, whole pages of them
 } Eviction;
 
-// Whether new page i is an old page in which nothing moves: it is listed again, not copied.
-static bool page_stays(const KVCache *kv, const Eviction *c, int i) {
-    const int *from = c->from + i * PAGE;
-    int n = min_int(c->to.len - i * PAGE, PAGE), last = from[n - 1];
-    if (from[0] % PAGE != 0 || last != from[0] + n - 1) return false;
-    if (i * PAGE < c->n_demoted) return kv->pages[c->h->page[from[0] / PAGE]].class == PAGE_DEMOTED;
-    return n == PAGE || last == c->h->len - 1;
+static void list_pair(Eviction *v, int t) { v->from[v->new.len++] = t; }
+
+// The survivors slide left.
+static void order_evicted(Eviction *v, const Evict *e) {
+    for (int t = 0; t < v->old->len; t++) {
+        if (goes(e, t)) continue;  // the pair is dropped
+        list_pair(v, t);
+    }
 }
 
-// Which pairs stay, and in which order. With demote, those with keep = 0 come first, after the ones
-// that were demoted before; less than a page of them stays among the others.
-static void order_pairs(const KVCache *kv, Eviction *c, int first, int n, const uint8_t *keep,
-                        bool demote) {
-    const KVHead *h = c->h;
-    int len = h->len, before = 0, gone = 0;
-    while (demote && before < len && kv->pages[h->page[before / PAGE]].class == PAGE_DEMOTED)
+// Those that go come first, after the ones that were demoted before; less than a page of them stays
+// among the others.
+static void order_demoted(Eviction *v, const Evict *e) {
+    const KVHead *h = v->old;
+    int before = 0, going = 0;
+    while (before < h->len && v->kv->pages[h->page[before / PAGE]].class == PAGE_DEMOTED)
         before += PAGE;
-    for (int t = max_int(first, before); t < first + n; t++) gone += !keep[t - first];
-    for (int t = 0; t < before; t++) c->from[c->to.len++] = t;
-    int quota = demote ? gone / PAGE * PAGE : 0;
-    for (int t = max_int(first, before), left = quota; left > 0; t++) {
-        if (!keep[t - first]) c->from[c->to.len++] = t, left--;
+    for (int t = before; t < h->len; t++) going += goes(e, t);
+    int n = going / PAGE * PAGE;
+    for (int t = 0; t < before; t++) list_pair(v, t);
+    for (int t = before, left = n; left > 0; t++) {
+        if (goes(e, t)) list_pair(v, t), left--;
     }
-    c->n_demoted = c->to.len;
-    for (int t = before, left = quota; t < len; t++) {
-        bool out = t >= first && t < first + n && !keep[t - first];
-        if (!out || (demote && left-- <= 0)) c->from[c->to.len++] = t;
+    v->n_demoted = before + n;
+    for (int t = before, left = n; t < h->len; t++) {
+        if (!goes(e, t) || left-- <= 0) list_pair(v, t);
     }
+}
+
+static KVPage *old_page(const Eviction *v, int t) { return &v->kv->pages[v->old->page[t / PAGE]]; }
+
+// Whether new page i is an old page in which nothing moves: it is listed again, not copied.
+static bool page_stays(const Eviction *v, int i) {
+    const int *from = v->from + i * PAGE;
+    int n = min_int(v->new.len - i *PAGE, PAGE), last = from[n - 1];
+    if (from[0] % PAGE != 0 || last != from[0] + n - 1) return false;
+    if (i * PAGE < v->n_demoted) return old_page(v, from[0])->class == PAGE_DEMOTED;
+    return n == PAGE || last == v->old->len - 1;
 }
 
 // The new list of a head, its new pages still empty.
-static int plan_pages(KVCache *kv, Eviction *c, char *err) {
-    if (head_room(&c->to, pages_used(&c->to), err) != 0) return -1;
-    for (int i = 0; i < pages_used(&c->to); i++) {
-        bool stays = page_stays(kv, c, i);
-        PageClass class = i * PAGE < c->n_demoted ? PAGE_DEMOTED : PAGE_FULL;
-        int id = stays ? c->h->page[c->from[i * PAGE] / PAGE] : page_take(kv, class, err);
+static int plan_pages(KVCache *kv, Eviction *v, char *err) {
+    int n = pages_used(&v->new);
+    if (head_room(&v->new, n, err) != 0) return -1;
+    for (int i = 0; i < n; i++) {
+        bool stays = page_stays(v, i);
+        PageClass class = i * PAGE < v->n_demoted ? PAGE_DEMOTED : PAGE_FULL;
+        int id = stays ? v->old->page[v->from[i * PAGE] / PAGE] : page_take(kv, class, err);
         if (id < 0) return -1;
         if (stays) kv->pages[id].refs++;
-        c->to.page[c->to.n_pages++] = id;
+        v->new.page[v->new.n_pages++] = id;
     }
     return 0;
 }
 
-// Keys or values x of an old page become columns, or rows, of y: pairs from [n] go to `to` and
-// after it.
-static void move_pairs(float *y, int to, const float *x, const int *from, int n, int d, Side side) {
-    for (int row = 0; side == KEYS && row < d * PAGE; row += PAGE) {
-        for (int i = 0; i < n; i++) y[row + to + i] = x[row + from[i] % PAGE];
+// Pairs from [n] of an old page, which become those from `to` on of a new one.
+typedef struct {
+    const int *from;
+    int n, to;
+} Move;
+
+// Keys or values x of the old page become columns, or rows, of y.
+static void move_pairs(float *y, const float *x, const Move *m, int head_dim, Side side) {
+    for (int row = 0; side == KEYS && row < head_dim * PAGE; row += PAGE) {
+        for (int i = 0; i < m->n; i++) y[row + m->to + i] = x[row + m->from[i] % PAGE];
     }
-    for (int i = 0; side == VALUES && i < n; i++)
-        memcpy(y + (to + i) * d, x + from[i] % PAGE * d, (size_t)d * sizeof *y);
+    for (int i = 0; side == VALUES && i < m->n; i++) {
+        memcpy(y + (m->to + i) * head_dim, x + m->from[i] % PAGE * head_dim,
+               (size_t)head_dim * sizeof *y);
+    }
 }
 
-typedef struct {
-    const KVCache *kv;
-    const Eviction *c;
-} EvictionJob;
-
-// Fills one new page. Full pages do not change a bit; what had settled is read back.
-static void fill_page(void *ctx, int page) {
-    const KVCache *kv = ((EvictionJob *)ctx)->kv;
-    const Eviction *c = ((EvictionJob *)ctx)->c;
-    int d = kv->shape.head_dim;
-    if (page_stays(kv, c, page)) return;
-    KVPage *dst = &kv->pages[c->to.page[page]];
-    const int *from = c->from + page * PAGE, n = min_int(c->to.len - page * PAGE, PAGE);
+// One side of a new page, its pairs from [n]. Full pages do not change a bit; what had settled is
+// read back.
+static void fill_side(const Eviction *v, const KVPart *to, Side side, const int *from, int n) {
+    int d = v->kv->shape.head_dim;
     float x[MAX_HEAD_DIM * PAGE], y[MAX_HEAD_DIM * PAGE];
-    for (Side side = KEYS; side <= VALUES; side++) {
-        if (n < PAGE) memset(y, 0, (size_t)d * PAGE * sizeof *y);
-        for (int i = 0, m; i < n; i += m) {
-            int old = from[i] / PAGE;
-            for (m = 1; i + m < n && from[i + m] / PAGE == old;) m++;
-            part_read(kv, part_of(&kv->pages[c->h->page[old]], side), side, x);
-            move_pairs(y, i, x, from + i, m, d, side);
-        }
-        part_write(kv, part_of(dst, side), side, y);
+    if (n < PAGE) memset(y, 0, (size_t)d * PAGE * sizeof *y);
+    for (Move m = {from, 0, 0}; m.to < n; m.to += m.n, m.from += m.n) {
+        for (m.n = 1; m.to + m.n < n && m.from[m.n] / PAGE == m.from[0] / PAGE;) m.n++;
+        part_read(v->kv, part_of(old_page(v, m.from[0]), side), side, x);
+        move_pairs(y, x, &m, d, side);
     }
-    for (int i = 0; i < PAGE; i++)
-        dst->pos[i] = i < n ? kv->pages[c->h->page[from[i] / PAGE]].pos[from[i] % PAGE] : -1;
+    part_write(v->kv, to, side, y);
 }
 
-// What to keep of a head's pairs [first, first + n), and whether the others are demoted.
-typedef struct {
-    int first, n;
-    const uint8_t *keep;  // [n]
-    bool demote;
-} Evict;
+static void fill_page(void *ctx, int page) {
+    const Eviction *v = ctx;
+    if (page_stays(v, page)) return;
+    KVPage *to = &v->kv->pages[v->new.page[page]];
+    const int *from = v->from + page * PAGE, n = min_int(v->new.len - page *PAGE, PAGE);
+    for (Side side = KEYS; side <= VALUES; side++) fill_side(v, part_of(to, side), side, from, n);
+    for (int i = 0; i < PAGE; i++)
+        to->pos[i] = i < n ? old_page(v, from[i])->pos[from[i] % PAGE] : -1;
+}
 
 // On failure the head has not changed.
 static int evict_head(KVCache *kv, KVHead *h, const Evict *e, char *err) {
-    int stay = h->len;
-    for (int i = 0; i < e->n && !e->demote; i++) stay -= !e->keep[i];
-    Eviction c = {.h = h, .from = malloc(((size_t)stay + 1) * sizeof *c.from)};
-    if (!c.from) return fail(err, "out of memory for evicting from %d pairs", h->len);
-    order_pairs(kv, &c, e->first, e->n, e->keep, e->demote);
-    int status = plan_pages(kv, &c, err);
+    Eviction v = {.kv = kv, .old = h, .from = malloc(((size_t)h->len + 1) * sizeof *v.from)};
+    if (!v.from) return fail(err, "out of memory for evicting from %d pairs", h->len);
+    if (e->demote)
+        order_demoted(&v, e);
+    else
+        order_evicted(&v, e);
+    int status = plan_pages(kv, &v, err);
     if (status == 0) {
-        parallel_for(kv->pool, c.to.n_pages, fill_page, &(EvictionJob){kv, &c});
+        parallel_for(kv->pool, v.new.n_pages, fill_page, &v);
         KVHead old = *h;
-        *h = c.to, c.to = old;
+        *h = v.new, v.new = old;
     }
-    head_free(kv, &c.to);
-    free(c.from);
+    head_free(kv, &v.new);
+    free(v.from);
     return status;
 }
 
-int kvcache_evict_head(KVCache *kv, int seq, int layer, int g, int first, int n,
-                       const uint8_t *keep, char *err) {
-    return evict_head(kv, kvcache_head(kv, seq, layer, g), &(Evict){first, n, keep, false}, err);
+int kvcache_evict_head(KVCache *kv, KVHeadAt at, KVSpan span, const uint8_t *keep, char *err) {
+    KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
+    return evict_head(kv, h, &(Evict){span, keep, .demote = false}, err);
 }
 
 // Head by head, so that memory for one head's new pages is enough.
@@ -460,7 +483,7 @@ static int evict_layers(KVCache *kv, int seq, Evict e, char *err) {
     for (int l = 0; l < kv->shape.n_layers; l++) {
         for (int g = 0; kv->shape.window[l] == 0 && g < kv->shape.n_kv_heads; g++) {
             if (evict_head(kv, kvcache_head(kv, seq, l, g), &e, err) != 0) return -1;
-            e.keep += e.n;
+            e.keep += e.span.n;
         }
     }
     kvcache_trim(kv);
@@ -468,11 +491,11 @@ static int evict_layers(KVCache *kv, int seq, Evict e, char *err) {
 }
 
 int kvcache_evict(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
-    return evict_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, false}, err);
+    return evict_layers(kv, seq, (Evict){{n_prefix, n_ctx}, keep, .demote = false}, err);
 }
 
 int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err) {
-    return evict_layers(kv, seq, (Evict){n_prefix, n_ctx, keep, true}, err);
+    return evict_layers(kv, seq, (Evict){{n_prefix, n_ctx}, keep, .demote = true}, err);
 }
 
 // ---- looking inside ----
@@ -489,8 +512,8 @@ static void part_pair(const KVCache *kv, const KVPart *p, Side side, int c, floa
     for (int i = 0; i < d; i++, at += step) out[i] = is_codes(p->type) ? x[at] : number_at(p, at);
 }
 
-int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, float *v) {
-    const KVHead *h = kvcache_head(kv, seq, layer, g);
+int kvcache_pair(const KVCache *kv, KVHeadAt at, int t, float *k, float *v) {
+    const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
     const KVPage *p = &kv->pages[h->page[(t - h->dropped) / PAGE]];
     int c = (t - h->dropped) % PAGE;
     if (k) part_pair(kv, &p->k, KEYS, c, k);
@@ -498,8 +521,8 @@ int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, 
     return p->pos[c];
 }
 
-int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v) {
-    const KVHead *h = kvcache_head(kv, seq, layer, g);
+int kvcache_block(const KVCache *kv, KVHeadAt at, int b, float *k, float *v) {
+    const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
     const KVPage *p = &kv->pages[h->page[b - h->dropped / PAGE]];
     if (k) part_read(kv, &p->k, KEYS, k);
     if (v) part_read(kv, &p->v, VALUES, v);

@@ -1,21 +1,27 @@
 // kvcache.h: keys and values of past tokens, in pages, for any number of sequences.
 //
-// A page holds 64 pairs of ONE (layer, kv head): keys after RoPE, transposed, [head_dim][64];
-// values row by row, [64][head_dim]; and the pairs' positions. A head is a list of page ids and a
-// length, so heads may have different lengths, evicting frees memory, and forks share pages until
-// one of them writes. The position counter of a sequence is independent of lengths: eviction never
-// rotates a key.
+// A pair is one token's key and value in one (layer, kv head). A page holds 64 pairs of ONE (layer,
+// kv head): keys after RoPE, transposed, [head_dim][64]; values row by row, [64][head_dim]; and the
+// pairs' positions. A head is a list of page ids and a length, so heads may have different lengths,
+// evicting frees memory, and forks share pages until one of them writes. The position counter of a
+// sequence is independent of lengths: eviction never rotates a key.
 //
 // New pairs are stored in full, f16 or f32. Once 64 newer ones follow it, a page may settle to
 // fewer bits (KIVI, arXiv 2402.02750): keys with a scale per channel of the page, values with one
 // per pair and 32 channels. Pairs that would be evicted may be demoted to 2 bits instead (No Token
 // Left Behind, arXiv 2402.18096). Pages of all kinds may follow one another in a head.
+//
+//   kvcache.c  sequences: append, settle, fork, evict      attend.c  attention of a batch
+//   kvpages.c  pages and what they hold                    tile.c    one tile over one head's pages
+//   kvfile.c   saved caches (kvfile.h)                     sweep.c   scoring
 #ifndef KVCACHE_H
 #define KVCACHE_H
 #include "kernels/kernels.h"
 #include "tensors.h"
 
 enum { MAX_HEAD_DIM = 256 };
+
+// ---- types of pairs ----
 
 typedef enum { KV_F16, KV_F32, KV_Q8, KV_Q4, KV_Q2, KV_TYPES } KVType;
 
@@ -26,6 +32,18 @@ typedef struct {
 
 enum { KV_NAME = 16 };  // room for a name of KVTypes
 
+static inline KVTypes kvcache_both(KVType t) { return (KVTypes){t, t}; }
+
+// "f16", "f32", "q8", "q4" or "q2".
+const char *kvcache_type_name(KVType t);
+// Such a name, or two of them, keys first, "q8/q4"; f16 and f32 do not mix. 0 or -1.
+int kvcache_types_parse(const char *name, KVTypes *types);
+// The way back: writes name [KV_NAME] and returns it.
+const char *kvcache_types_name(KVTypes types, char *name);
+
+// ---- the cache ----
+
+// What the cache must know of a model.
 typedef struct {
     int n_layers, n_heads, n_kv_heads, head_dim;
     float scale;        // multiplies q . k
@@ -33,9 +51,7 @@ typedef struct {
     const int *window;  // [n_layers] pairs a token sees in this layer, itself included; 0 = all
 } KVShape;
 
-// Keys or values of a page: [head_dim][64] or [64][head_dim] numbers; or codes (kernels.h) with
-// their scales and, but for q8 values, minima: keys one matrix of head_dim rows, values a matrix of
-// 64 rows for each 32 channels, one after the other.
+// Keys or values of a page: [head_dim][64] or [64][head_dim] numbers, or codes (kvpages.h).
 typedef struct {
     KVType type;
     uint8_t *data;
@@ -44,6 +60,7 @@ typedef struct {
 
 typedef enum { PAGE_FULL, PAGE_SETTLED, PAGE_DEMOTED, PAGE_CLASSES } PageClass;
 
+// 64 pairs of one (layer, kv head).
 typedef struct {
     KVPart k, v;
     int *pos;  // [64] absolute token positions
@@ -61,6 +78,7 @@ typedef struct {
     int n_free;
 } KVStore;
 
+// The pairs of one (layer, kv head) of a sequence, oldest first.
 typedef struct {
     int *page;  // [n_pages] ids into KVCache.pages
     int n_pages, cap;
@@ -74,13 +92,9 @@ typedef struct {
     int next_pos;  // position of the next token
 } KVSeq;
 
-// Consecutive rows of a batch that belong to one sequence.
-typedef struct {
-    int seq, n;
-} KVRun;
-
 typedef struct KVScoring KVScoring;
 
+// All sequences of one model. The only state that outlives a forward call.
 typedef struct {
     KVShape shape;
     KVTypes types;  // what pages settle to; f16 or f32 both: they never do
@@ -93,7 +107,7 @@ typedef struct {
     KVSeq *seqs;  // [n_seqs]
     int n_seqs;
     TensorFile file;  // a loaded cache; its pages stay in the map
-    float *partial;   // decode scratch: (max, sum, out[head_dim]) of page ranges
+    float *partial;   // decode scratch: (max, sum, out [head_dim]) of page ranges
     // Pages of one layer, as long runs read them: for each run of a batch [n_kv_heads][its pages].
     uint8_t *packed;
     size_t packed_room, packed_wanted;  // bytes; wanted by the runs reserved since the last batch
@@ -102,33 +116,39 @@ typedef struct {
     double ops;  // multiplications and additions of attention and scoring so far
 } KVCache;
 
-// "f16", "f32", "q8", "q4", "q2", or two of them, "q8/q4"; f16 and f32 do not mix. parse returns 0
-// or -1.
-int kvcache_types_parse(const char *name, KVTypes *types);
-const char *kvcache_types_name(KVTypes types, char *name);  // name [KV_NAME], returned
-static inline KVTypes kvcache_both(KVType t) { return (KVTypes){t, t}; }
-
+// An empty cache; pool may be NULL. 0, or -1 with err.
 int kvcache_open(KVCache *kv, const KVShape *shape, KVTypes types, ThreadPool *pool, char *err);
 void kvcache_close(KVCache *kv);  // safe on a zeroed struct, and twice
 
 // ---- sequences ----
+
 int kvcache_new(KVCache *kv, char *err);            // an empty sequence; its number, or -1
 int kvcache_fork(KVCache *kv, int seq, char *err);  // another sequence on the same pages, or -1
 void kvcache_drop(KVCache *kv, int seq);            // frees the pages no other sequence lists
 
 // A question and its answer leave no trace: mark remembers lengths and position, rewind goes back
 // to them. The mark is a fork, so pages that a sliding window left behind come back too. Rewind may
-// be repeated; kvcache_drop ends the mark.
+// be repeated; kvcache_drop ends the mark. mark returns the mark or -1 with err, rewind 0 or -1.
 int kvcache_mark(KVCache *kv, int seq, char *err);
 int kvcache_rewind(KVCache *kv, int seq, int mark, char *err);
 
+// One head's list. The pointer is valid until a sequence is made.
+KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
+
 // ---- one forward call ----
+
+// Consecutive rows of a batch that belong to one sequence.
+typedef struct {
+    int seq, n;
+} KVRun;
+
 // Room for n more tokens in every layer: the only step that allocates, so the only one that can
-// fail. Before that, with kv->settling, full pages that 64 or more pairs follow settle.
+// fail. Before that, with kv->settling, full pages that 64 or more pairs follow settle. 0, or -1
+// with err.
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err);
 
 // Settles such pages now, whatever kv->settling says: after scoring and evicting. Each becomes a
-// page of its own, so that forks keep theirs. On failure none has settled.
+// page of its own, so that forks keep theirs. 0, or -1 with err, and then none has settled.
 int kvcache_settle(KVCache *kv, int seq, char *err);
 
 // k, v [rows][n_kv_heads][head_dim], rows = sum of the runs' n, at positions next_pos, next_pos +
@@ -139,8 +159,8 @@ void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
 // What attention reads and where it goes, for all rows of the runs.
 typedef struct {
     const float *q;  // [rows][n_heads][head_dim] after RoPE
-    float *
-        out;  // [rows] of out_stride floats, n_heads x head_dim of them written; NULL: scores alone
+    // [rows] of out_stride floats, n_heads x head_dim of them written; NULL: scores alone.
+    float *out;
     int out_stride;
     const float *x_norm;  // [rows] |x| of the attention's input, for KVScoring.pair_log alone
 } KVQuery;
@@ -154,9 +174,13 @@ void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
 void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs);
 
 // ---- scoring ----
+
 // Every attend of `seq` raises score[] between begin and end. A policy is a choice of rows, softmax
 // subset and reduction. Pairs are counted from 0 within a head, which is their position as long as
-// nothing was evicted.
+// nothing was evicted:
+//
+//   0 .. n_prefix ..... t0 ######## t1 ..... own ....
+//     prefix       context  scored  context      the scoring rows' own pairs
 struct KVScoring {
     int seq;       // whose query rows score (the context's fork while it is repeated)
     int max_rows;  // rows of one forward call at most
@@ -165,60 +189,81 @@ struct KVScoring {
     int own;       // subset only: pairs from here on are the scoring rows' own
     bool subset;   // softmax over prefix, [t0, t1) and own pairs (arXiv 2505.23416), else over all
     bool local;    // the layer's output is computed over the subset too
-    bool sum;      // reduction over rows and group: sum of weights, else log of the largest
+    bool sum;      // a score is the sum of weights over rows and group, else the largest one's log
     int n_ctx;     // pairs per head in score[] and pair_log
-    float *score;  // [scored layers][n_kv_heads][n_ctx] pair t at t - n_prefix; start: 0 (sum),
-                   // -INFINITY (log)
-    const float *pair_log;  // [scored layers][n_heads][n_ctx] added before the maximum over the
-                            // group, or NULL
+    // [scored layers][n_kv_heads][n_ctx], pair t at t - n_prefix; weights are in [0, 1]. The caller
+    // sets it to 0 (sum) or -INFINITY (log) at the start.
+    float *score;
+    // [scored layers][n_heads][n_ctx] added before the maximum over the group, less the log of the
+    // row's x_norm (KVzip+); or NULL.
+    const float *pair_log;
 };
+
+// s must stay until score_end. 0, or -1 with err.
 int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err);
 void kvcache_score_end(KVCache *kv);
 
 // Layers that are scored and evicted: those without a window. layers [n_layers] may be NULL;
 // returns how many.
 int kvcache_scored_layers(const KVShape *shape, int *layers);
-int kvcache_scored_index(const KVShape *shape, int layer);  // how many of them come before it
-int kvcache_scored_layer(const KVShape *shape, int s);      // the s-th of them
+int kvcache_scored_index(const KVShape *shape, int layer);       // how many of them come before it
+int kvcache_scored_layer(const KVShape *shape, int s);           // the s-th of them
+KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h);  // the h-th head in them
 
 // ---- evicting ----
+
+// One head of a sequence.
+typedef struct {
+    int seq, layer, g;
+} KVHeadAt;
+
+// Pairs [first, first + n) of a head's list.
+typedef struct {
+    int first, n;
+} KVSpan;
+
 // Evicts for real: of the pairs [n_prefix, n_prefix + n_ctx) in the scored layers those with keep =
-// 0 go, the others slide left. All other pairs, and the position counter, stay. keep
-// [scored][n_kv_heads][n_ctx].
+// 0 go, the others slide left. All other pairs, and the position counter, stay. keep [scored
+// layers][n_kv_heads][n_ctx]. 0, or -1 with err, and then some heads may have changed.
 int kvcache_evict(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
 // The same, but pairs with keep = 0 are demoted to 2 bits instead: they move to the front of their
 // head, in pages of 64; the last ones that do not fill a page stay as they are.
 int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t *keep, char *err);
 
-// The ragged form of evict: of one head's pairs [first, first + n) those with keep [n] = 0 go,
-// or, on failure, none. For layers without a window. Freed pages serve later tokens; kvcache_trim
-// hands their memory back to the system, and that of packed pages.
-int kvcache_evict_head(KVCache *kv, int seq, int layer, int g, int first, int n,
-                       const uint8_t *keep, char *err);
+// The ragged form of evict: of one head's pairs in the span those with keep [span.n] = 0 go. For
+// layers without a window. 0, or -1 with err, and then none has gone.
+int kvcache_evict_head(KVCache *kv, KVHeadAt at, KVSpan span, const uint8_t *keep, char *err);
+
+// Freed pages serve later tokens; this hands their memory back to the system, and that of packed
+// pages.
 void kvcache_trim(KVCache *kv);
 
 // ---- looking inside ----
-KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
-KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h);  // the h-th in scored layers
-// k, v [head_dim] (each may be NULL) of pair t as float, and its position. The accessor for norms
-// and geometry.
-int kvcache_pair(const KVCache *kv, int seq, int layer, int g, int t, float *k, float *v);
+
+// k, v [head_dim] (each may be NULL) of pair t as float; returns its position. The accessor for
+// norms and geometry.
+int kvcache_pair(const KVCache *kv, KVHeadAt at, int t, float *k, float *v);
 // The same for the 64 pairs from 64 b on: k [head_dim][64], one pair a column, and v
 // [64][head_dim]. Returns how many of them there are; the other columns mean nothing.
-int kvcache_block(const KVCache *kv, int seq, int layer, int g, int b, float *k, float *v);
-size_t kvcache_bytes(const KVCache *kv,
-                     int seq);  // pages, positions and page tables of one sequence
-size_t kvcache_full_bytes(const KVCache *kv, int seq);  // the same, had no page settled
-// The same, had heads without a window n pairs each.
+int kvcache_block(const KVCache *kv, KVHeadAt at, int b, float *k, float *v);
+
+// ---- bytes ----
+
+// Pages, positions and page tables of one sequence.
+size_t kvcache_bytes(const KVCache *kv, int seq);
+// The same, had no page settled or been demoted.
+size_t kvcache_full_bytes(const KVCache *kv, int seq);
+// And had the heads in scored layers n pairs each.
 size_t kvcache_unevicted_bytes(const KVCache *kv, int seq, int n);
-const char *kvcache_type_name(KVType t);
-size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);  // keys and values of one page
-// Bytes that a cache will need, with positions: for every further token, in the layers without a
-// window; and for those with one, at most (the window and a page that it is leaving).
+
+// Keys and values of one page.
+size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);
+// What a cache will need, with positions: for every further token, in the layers without a window;
+// and for the layers with one, at most (the window and a page that it is leaving).
 size_t kvcache_token_bytes(const KVShape *shape, KVTypes types);
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types);
-// What a token's pairs of one layer take beside that while a long run reads them, in all heads; not
-// for f32.
+// Beside that, for each token while a long run reads it: its pairs of one layer, packed. Not for
+// f32.
 size_t kvcache_read_bytes(const KVShape *shape);
 #endif

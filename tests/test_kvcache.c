@@ -59,7 +59,7 @@ static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, 
     double max = -INFINITY, sum = 0, *s = malloc((size_t)(hi + 1) * sizeof *s);
     float k[D], v[D];
     for (int t = lo; t < hi; t++) {
-        kvcache_pair(kv, seq, layer, h / GROUP, t, k, NULL);
+        kvcache_pair(kv, (KVHeadAt){seq, layer, h / GROUP}, t, k, NULL);
         s[t] = 0;
         for (int i = 0; i < D; i++) s[t] += (double)q[i] * k[i];
         s[t] *= kv->shape.scale;
@@ -69,7 +69,7 @@ static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, 
     for (int i = 0; i < D; i++) out[i] = 0;
     for (int t = lo; t < hi; t++) {
         double w = exp(s[t] - max);
-        kvcache_pair(kv, seq, layer, h / GROUP, t, NULL, v);
+        kvcache_pair(kv, (KVHeadAt){seq, layer, h / GROUP}, t, NULL, v);
         sum += w;
         for (int i = 0; i < D; i++) out[i] += w * v[i];
     }
@@ -202,7 +202,8 @@ static float *snapshot(const KVCache *kv, int seq, int *n) {
         for (int g = 0; g < KV; g++) {
             KVHead *h = kvcache_head(kv, seq, l, g);
             for (int t = h->dropped; t < h->len; t++, at += 2 * D + 1) {
-                all[at] = (float)kvcache_pair(kv, seq, l, g, t, all + at + 1, all + at + 1 + D);
+                all[at] = (float)kvcache_pair(kv, (KVHeadAt){seq, l, g}, t, all + at + 1,
+                                              all + at + 1 + D);
             }
         }
     }
@@ -407,9 +408,9 @@ static void test_evict(void) {
                 if (own)
                     memcpy(kt, k + g * D, sizeof kt), memcpy(vt, v + g * D, sizeof vt);
                 else
-                    CHECK(kvcache_pair(&kv, full, l, g, t, kt, vt) == t);
+                    CHECK(kvcache_pair(&kv, (KVHeadAt){full, l, g}, t, kt, vt) == t);
                 if (!own)
-                    CHECK(kvcache_pair(&kv, seq, l, g, kept, NULL, NULL) ==
+                    CHECK(kvcache_pair(&kv, (KVHeadAt){seq, l, g}, kept, NULL, NULL) ==
                           t);  // positions slide along
                 kept++;
                 for (int i = 0; i < D; i++) z += (double)q[h * D + i] * kt[i];
@@ -451,25 +452,26 @@ static void test_evict_head(KVTypes types, int threads) {
                 if (t - first >= m || keep[t - first]) left[kept++] = left[t];
             }
             n_left = kept;
-            CHECK(kvcache_evict_head(&kv, seq, l, g, first, m, keep, err) == 0);
+            CHECK(kvcache_evict_head(&kv, (KVHeadAt){seq, l, g}, (KVSpan){first, m}, keep, err) ==
+                  0);
             CHECK(h->len == n_left && h->n_pages == (n_left + PAGE - 1) / PAGE);
         }
         for (int t = 0; t < n_left; t++) {
             float k[2 * D], v[2 * D];
-            CHECK(kvcache_pair(&kv, seq, l, g, t, k, v) == left[t]);
-            kvcache_pair(&kv, full, l, g, left[t], k + D, v + D);
+            CHECK(kvcache_pair(&kv, (KVHeadAt){seq, l, g}, t, k, v) == left[t]);
+            kvcache_pair(&kv, (KVHeadAt){full, l, g}, left[t], k + D, v + D);
             CHECK(memcmp(k, k + D, D * sizeof *k) == 0 && memcmp(v, v + D, D * sizeof *v) == 0);
         }
         CHECK(kvcache_head(&kv, seq, 1 - l, g)->len == N);
         uint8_t all[N], none[N] = {0};
         memset(all, 1, N);
         int used = n_free(&kv), page = h->page[0];
-        CHECK(kvcache_evict_head(&kv, seq, l, g, 0, n_left, all, err) == 0);
+        CHECK(kvcache_evict_head(&kv, (KVHeadAt){seq, l, g}, (KVSpan){0, n_left}, all, err) == 0);
         CHECK(n_free(&kv) == used && h->page[0] == page);
-        CHECK(kvcache_evict_head(&kv, seq, l, g, 0, n_left, none, err) == 0);
+        CHECK(kvcache_evict_head(&kv, (KVHeadAt){seq, l, g}, (KVSpan){0, n_left}, none, err) == 0);
         CHECK(h->len == 0 && h->n_pages == 0);
         append_random(&kv, seq, 3, NULL);
-        CHECK(h->len == 3 && kvcache_pair(&kv, seq, l, g, 0, NULL, NULL) == N);
+        CHECK(h->len == 3 && kvcache_pair(&kv, (KVHeadAt){seq, l, g}, 0, NULL, NULL) == N);
         kvcache_drop(&kv, seq);
     }
     check_same(&kv, full, before, n);
@@ -505,8 +507,8 @@ static double rounding(KVType t, const float *x, int n) {
 static void check_rounded(const KVCache *kv, const KVPage *exact, const KVPage *p, int seq[2],
                           int l, int g, int block[2]) {
     float k[D * PAGE], v[PAGE * D], rk[D * PAGE], rv[PAGE * D];
-    kvcache_block(kv, seq[0], l, g, block[0], k, v);
-    kvcache_block(kv, seq[1], l, g, block[1], rk, rv);
+    kvcache_block(kv, (KVHeadAt){seq[0], l, g}, block[0], k, v);
+    kvcache_block(kv, (KVHeadAt){seq[1], l, g}, block[1], rk, rv);
     for (int i = 0; i < D * PAGE; i++) {
         CHECK_NEAR(k[i], rk[i], rounding(p->k.type, k + i / PAGE * PAGE, PAGE));
         CHECK_NEAR(v[i], rv[i], rounding(p->v.type, v + i / D * D, D));
@@ -634,8 +636,9 @@ static void test_settle_and_evict(KVTypes types) {
             for (int t = 0, to = 0; t < PREFIX + n_ctx; t++) {
                 float k[2][D], v[2][D];
                 if (t >= PREFIX && !keep[i * n_ctx + t - PREFIX]) continue;
-                int pos = kvcache_pair(&kv, old, i / KV, i % KV, t, k[0], v[0]);
-                wrong += kvcache_pair(&kv, seq, i / KV, i % KV, to++, k[1], v[1]) != pos;
+                int pos = kvcache_pair(&kv, (KVHeadAt){old, i / KV, i % KV}, t, k[0], v[0]);
+                wrong +=
+                    kvcache_pair(&kv, (KVHeadAt){seq, i / KV, i % KV}, to++, k[1], v[1]) != pos;
                 for (int j = 0; j < D; j++)
                     wrong +=
                         !(fabs(k[0][j] - k[1][j]) <= 0x1p-11 && fabs(v[0][j] - v[1][j]) <= 0x1p-11);
@@ -677,8 +680,8 @@ static void test_demote(KVTypes types) {
             CHECK(h->len == PREFIX + N_CTX && demoted > n_before);
             for (int t = 0; t < h->len; t++) {
                 float k[2][D], v[2][D];
-                int pos = kvcache_pair(&kv, seq, i / KV, i % KV, t, k[0], v[0]);
-                kvcache_pair(&kv, full, i / KV, i % KV, pos, k[1], v[1]);
+                int pos = kvcache_pair(&kv, (KVHeadAt){seq, i / KV, i % KV}, t, k[0], v[0]);
+                kvcache_pair(&kv, (KVHeadAt){full, i / KV, i % KV}, pos, k[1], v[1]);
                 seen[pos]++;
                 bool exact =
                     memcmp(k[0], k[1], sizeof k[0]) == 0 && memcmp(v[0], v[1], sizeof v[0]) == 0;
@@ -728,7 +731,7 @@ static void test_head_dims(KVTypes types) {
         for (int t = 0; t < h->len; t++) {  // the last token's second head
             float key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
             double s = 0;
-            kvcache_pair(&kv, seq, 0, 0, t, key, value);
+            kvcache_pair(&kv, (KVHeadAt){seq, 0, 0}, t, key, value);
             for (int j = 0; j < d; j++) s += (double)q[19 * d + j] * key[j];
             sum += s = exp(s * (double)shape.scale);
             for (int j = 0; j < d; j++) want[j] += s * value[j];

@@ -54,7 +54,7 @@ static void check_cache(Fixture *f, int seq, int layer) {
     float k[256], v[256];
     for (int g = 0; g < f->model.config.n_kv_heads; g++) {
         for (int t = kvcache_head(&f->kv, seq, layer, g)->dropped; t < n; t++) {
-            CHECK(kvcache_pair(&f->kv, seq, layer, g, t, k, v) == t);
+            CHECK(kvcache_pair(&f->kv, (KVHeadAt){seq, layer, g}, t, k, v) == t);
             CHECK_NEAR(far(k, (const float *)kt->data + ((size_t)g * n + t) * d, (size_t)d), 0,
                        5e-5);
             CHECK_NEAR(far(v, (const float *)vt->data + ((size_t)g * n + t) * d, (size_t)d), 0,

@@ -30,7 +30,7 @@ static const KVHead *head_at(const Fixture *f, int seq, int h) {
 
 static int position(const Fixture *f, int seq, int h, int t) {
     int n = f->kv.shape.n_kv_heads, layer = kvcache_scored_layer(&f->kv.shape, h / n);
-    return kvcache_pair(&f->kv, seq, layer, h % n, t, NULL, NULL);
+    return kvcache_pair(&f->kv, (KVHeadAt){seq, layer, h % n}, t, NULL, NULL);
 }
 
 // Read in one call, then finished: the pairs that scoring and selecting the whole context keep.
