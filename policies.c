@@ -119,8 +119,8 @@ static void random_head(const Head *h) {
     uint64_t seed =
         mix(mix(mix((uint64_t)context_param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
     for (int i = 0; i < h->n; i++) {
-        int pos = kvcache_pair(h->c->kv, h->c->seq, h->layer, h->g, h->first + i, NULL, NULL);
-        h->score[i] = (float)(mix(seed + (uint64_t)(pos - h->c->n_prefix)) >> 40) * 0x1p-24f;
+        uint64_t t = (uint64_t)(head_pos(h, i) - h->c->n_prefix);
+        h->score[i] = (float)(mix(seed + t) >> 40) * 0x1p-24f;
     }
 }
 

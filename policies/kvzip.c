@@ -109,7 +109,7 @@ static void value_logs(void *ctx, int h) {
     const float *gram = w->gram + (size_t)h * d * d;
     float v[MAX_HEAD_DIM], gv[MAX_HEAD_DIM];
     for (int t = 0; t < w->c->n_ctx; t++) {
-        kvcache_pair(w->c->kv, w->c->seq, w->layer, g, w->c->n_prefix + t, NULL, v);
+        kvcache_pair(w->c->kv, (KVHeadAt){w->c->seq, w->layer, g}, w->c->n_prefix + t, NULL, v);
         kern.gemm_f32(&(Gemm){.c = gv,
                               .ldc = (size_t)d,
                               .a = v,

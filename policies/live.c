@@ -83,8 +83,14 @@ void live_each_head(const Live *v, void (*fn)(const Head *h), void *arg) {
 
 int head_blocks(const Head *h) { return (h->first + h->n + PAGE - 1) / PAGE; }
 
+static KVHeadAt head_at(const Head *h) { return (KVHeadAt){h->c->seq, h->layer, h->g}; }
+
 int head_block(const Head *h, int b, float *k, float *v) {
-    return kvcache_block(h->c->kv, h->c->seq, h->layer, h->g, b, k, v);
+    return kvcache_block(h->c->kv, head_at(h), b, k, v);
+}
+
+int head_pos(const Head *h, int i) {
+    return kvcache_pair(h->c->kv, head_at(h), h->first + i, NULL, NULL);
 }
 
 void head_put(const Head *h, int b, const float *x) {

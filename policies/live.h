@@ -60,6 +60,9 @@ int head_blocks(const Head *h);
 // may be NULL. Returns how many pairs there are; the other columns mean nothing.
 int head_block(const Head *h, int b, float *k, float *v);
 
+// Position of the i-th of h's pairs.
+int head_pos(const Head *h, int i);
+
 // The scores x [64] of block b: those of h's own pairs go to h->score.
 void head_put(const Head *h, int b, const float *x);
 

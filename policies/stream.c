@@ -122,7 +122,8 @@ static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
     float *noted = s->live.noted[h];
     int pairs = live_pairs(&s->live, h), to = 0, n_kv_heads = c->kv->shape.n_kv_heads;
     int layer = kvcache_scored_layer(&c->kv->shape, h / n_kv_heads);
-    if (kvcache_evict_head(c->kv, c->seq, layer, h % n_kv_heads, c->n_prefix, n, keep, err) != 0)
+    if (kvcache_evict_head(c->kv, (KVHeadAt){c->seq, layer, h % n_kv_heads},
+                           (KVSpan){c->n_prefix, n}, keep, err) != 0)
         return -1;
     for (int t = 0; t < pairs; t++)
         if (t >= n || keep[t]) noted[to++] = noted[t];
