@@ -1,0 +1,286 @@
+// context.c: compress, score and map: a context is read, its pairs are scored, and the scores
+// decide which pairs stay, are saved, or are drawn.
+#define _POSIX_C_SOURCE 200809L
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cli/commands.h"
+#include "cli/input.h"
+#include "cli/output.h"
+#include "cli/session.h"
+#include "eval/chart.h"
+#include "json.h"
+#include "kvfile.h"
+
+// ---- reading ----
+
+// What score, compress and map begin with: prefix and context as ids, and how they are read and
+// scored.
+typedef struct {
+    Session s;
+    Buffer text;
+    Ids ids;  // prefix and context
+    Progress progress;
+    Context c;
+} Reading;
+
+static void open_reading(Reading *r, const Options *o) {
+    Session *s = &r->s;
+    int n_prefix = o->n_prefix < 0 ? 0 : (int)o->n_prefix;
+    check_output(o);
+    r->text = read_text(o, NULL);
+    r->ids = (Ids){0};
+    catch_signals();
+    open_session(s, o, NULL, 1);
+    r->c = chosen_method(s);
+    if (!o->ids && o->n_prefix >= 0) die_usage(o->command, "--n-prefix goes with --ids");
+    if (!o->ids) {
+        prefix_ids(s, &r->ids);
+        n_prefix = r->ids.n;
+    }
+    input_ids(s, &r->text, 0, &r->ids);
+    if (n_prefix > r->ids.n)
+        die_usage(o->command, "--n-prefix %d: %s has only %d ids", n_prefix, o->ids, r->ids.n);
+    if (r->ids.n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
+    warn_length(s, r->ids.n);
+    r->progress = progress_begin(s);
+    Context *c = &r->c;
+    c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);
+    c->ids = r->ids.id, c->n_prefix = n_prefix, c->n_ctx = r->ids.n - n_prefix;
+    c->postfix = repeat_postfix(s);
+    c->progress = progress_step, c->progress_arg = &r->progress;
+}
+
+static void close_reading(Reading *r) {
+    free(r->text.s);
+    ids_free(&r->ids);
+    close_session(&r->s);
+}
+
+// Prefill, and scores [context_scores(c)] if wanted. The result is malloc'ed, or NULL.
+static float *read_context(Context *c, bool scored, const Progress *progress) {
+    char err[ERR_LEN];
+    c->kv->settling = !scored;  // exact keys are scored
+    float *score = scored ? allocate(context_scores(c), sizeof *score) : NULL;
+    int rc = scored ? context_score(c, c->policy, score, err) : context_read(c, err);
+    progress_end(progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s", err);
+    return score;
+}
+
+static void write_tensors(const char *path, const Meta *meta, int n_meta, const Tensor *t, int n) {
+    char err[ERR_LEN];
+    TensorWriter w;
+    int rc = tensors_write_begin(&w, path, err);
+    for (int i = 0; i < n_meta && rc == 0; i++)
+        rc = tensors_write_meta(&w, meta[i].key, meta[i].value, err);
+    for (int i = 0; i < n && rc == 0; i++)
+        rc = tensors_write_declare(&w, t[i].name, t[i].dtype, t[i].n_dims, t[i].shape, err);
+    for (int i = 0; i < n && rc == 0; i++) rc = tensors_write_put(&w, t[i].data, t[i].bytes, err);
+    if (rc == 0) rc = tensors_write_commit(&w, err);
+    if (rc != 0) die("%s: %s", path, err);
+}
+
+int cmd_score(const Options *o) {
+    Reading in;
+    char n_prefix[16];
+    open_reading(&in, o);
+    Session *s = &in.s;
+    Context *c = &in.c;
+    if (c->n_ctx == 0) die("the context is empty: there is nothing to score");
+    float *score = read_context(c, true, &in.progress);
+    int *layers = allocate(s->model.config.n_layers, sizeof *layers);
+    size_t n_scored = kvcache_scored_layers(&s->kv.shape, layers), n_heads = s->kv.shape.n_kv_heads;
+    snprintf(n_prefix, sizeof n_prefix, "%d", c->n_prefix);
+    Meta meta[] = {{"format", "kvzip.c scores 1"},
+                   {"fingerprint", s->model.fingerprint},
+                   {"model", s->model.name},
+                   {"policy", c->policy->name},
+                   {"n_prefix", n_prefix}};
+    size_t bytes = context_scores(c) * sizeof *score;
+    Tensor tensors[] = {{"scores", T_F32, 3, {n_scored, n_heads, c->n_ctx}, score, bytes},
+                        {"ids", T_I32, 1, {in.ids.n}, in.ids.id, in.ids.n * sizeof(int32_t)},
+                        {"layers", T_I32, 1, {n_scored}, layers, n_scored * sizeof(int32_t)}};
+    write_tensors(o->out, meta, sizeof meta / sizeof *meta, tensors, 3);
+    check_interrupted(o->out);
+    if (o->json)
+        json_print(stdout,
+                   "{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
+                   c->n_prefix, c->n_ctx, c->prefill_s, c->score_s, o->out);
+    if (!o->quiet)
+        fprintf(stderr, "[%d tokens read in %.2f s, scored in %.2f s]\n", in.ids.n, c->prefill_s,
+                c->score_s);
+    free(score);
+    free(layers);
+    close_reading(&in);
+    return 0;
+}
+
+// Memory of this process alone, without files that are mapped; 0 where the system does not say.
+static size_t private_memory(void) {
+    long size, resident, shared;
+    FILE *f = fopen("/proc/self/statm", "r");
+    if (!f) return 0;
+    int n = fscanf(f, "%ld %ld %ld", &size, &resident, &shared);
+    fclose(f);
+    return n == 3 ? (size_t)(resident - shared) * (size_t)sysconf(_SC_PAGESIZE) : 0;
+}
+
+typedef struct {
+    long n_pairs, n_kept;  // of the context, in the layers that evict
+    double ratio;          // n_kept / n_pairs
+    size_t full, bytes;    // the cache before and after
+    size_t peak;           // the cache at most
+    size_t memory_full, memory;
+} Shrunk;
+
+// What is left once evicting is done; err is of the step before, which may have failed.
+static void shrunk(Session *s, const Context *c, Shrunk *r, char *err) {
+    if (r->n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
+    r->ratio = r->n_pairs > 0 ? (double)r->n_kept / r->n_pairs : 1;
+    r->bytes = kvcache_bytes(&s->kv, c->seq);
+    r->memory = private_memory();
+}
+
+// Reads the context and evicts meanwhile.
+static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) {
+    char err[ERR_LEN];
+    Shrunk r = {.n_pairs = (long)context_scores(c)};
+    start_stream(s, c);
+    c->after = stream_after, c->after_arg = &s->stream;
+    free(read_context(c, false, progress));
+    r.memory_full = private_memory();
+    r.n_kept = stream_finish(&s->stream, err);
+    r.peak = s->stream.peak;
+    shrunk(s, c, &r, err);
+    r.full = kvcache_unevicted_bytes(&s->kv, c->seq, c->n_prefix + c->n_ctx);
+    return r;
+}
+
+// Evicts by the scores, which are freed before memory for new pages is needed; NULL: all stay.
+static Shrunk shrink(Session *s, const Context *c, float *score) {
+    char err[ERR_LEN];
+    Shrunk r = {.n_pairs = (long)context_scores(c),
+                .full = kvcache_full_bytes(&s->kv, c->seq),
+                .peak = kvcache_bytes(&s->kv, c->seq),
+                .memory_full = private_memory()};
+    r.n_kept = r.n_pairs;
+    if (score) {
+        uint8_t *keep = allocate(r.n_pairs, 1);
+        r.n_kept = context_select(c, score, s->o->ratio, keep, err);
+        free(score);
+        int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
+            s->o->demote < 0 ? kvcache_evict : kvcache_demote;
+        if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
+            r.n_kept = -1;
+        free(keep);
+    }
+    shrunk(s, c, &r, err);
+    return r;
+}
+
+// kept: the share achieved.
+static void save_context(Session *s, const Context *c, double kept) {
+    char err[ERR_LEN];
+    KVInfo info = {.fingerprint = s->model.fingerprint,
+                   .model = s->model.name,
+                   .policy = c->policy->name,
+                   .n_prefix = c->n_prefix,
+                   .n_ctx = c->n_ctx,
+                   .ratio = s->o->budget > 0 ? kept : s->o->ratio,
+                   .ids = c->ids,
+                   .n_ids = c->n_prefix + c->n_ctx};
+    if (interrupted) die_interrupted();
+    if (kvfile_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die("%s: %s", s->o->out, err);
+    check_interrupted(s->o->out);
+}
+
+static void compress_figures(const Options *o, const Context *c, const Shrunk *r) {
+    char a[32], b[32];
+    if (o->json) {
+        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx,
+                   r->ratio, r->bytes, r->full);
+        json_print(
+            stdout,
+            "'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
+            c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
+        json_print(stdout,
+                   "'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'path': %s}\n",
+                   r->peak, r->memory_full, r->memory, o->out);
+    }
+    out_flush();
+    if (o->quiet) return;
+    int n = c->n_prefix + c->n_ctx;
+    fprintf(stderr, "[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s]\n", c->n_prefix,
+            c->n_ctx, c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
+    fprintf(stderr, "[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
+            size_text(a, r->full), size_text(b, r->bytes));
+    if (r->peak < r->full) fprintf(stderr, ", %s at most", size_text(a, r->peak));
+    if (r->memory_full > 0)
+        fprintf(stderr, "; private memory %s -> %s", size_text(a, r->memory_full),
+                size_text(b, r->memory));
+    fprintf(stderr, "; saved as %s]\n", o->out);
+}
+
+int cmd_compress(const Options *o) {
+    Reading in;
+    if (wants_stream(o) && o->demote >= 0)
+        die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
+    open_reading(&in, o);
+    Session *s = &in.s;
+    Context *c = &in.c;
+    if (c->n_ctx == 0) warn(s, "the context is empty: only the prefix is saved");
+    bool scored = o->ratio < 1 && c->n_ctx > 0;
+    Shrunk r;
+    if (wants_stream(o))
+        r = read_and_shrink(s, c, &in.progress);
+    else
+        r = shrink(s, c, read_context(c, scored, &in.progress));
+    save_context(s, c, r.ratio);
+    compress_figures(o, c, &r);
+    close_reading(&in);
+    return 0;
+}
+
+int cmd_map(const Options *o) {
+    Reading in;
+    char err[ERR_LEN];
+    open_reading(&in, o);
+    Session *s = &in.s;
+    Context *c = &in.c;
+    size_t n_pairs = context_scores(c);
+    if (c->n_ctx == 0) die("the context is empty: there is nothing to show");
+    if (n_pairs == 0) die("this model evicts from no layer: there is nothing to show");
+    float *score = read_context(c, o->ratio < 1, &in.progress);
+    uint8_t *keep = allocate(n_pairs, 1);
+    memset(keep, 1, n_pairs);
+    long kept = score ? context_select(c, score, o->ratio, keep, err) : (long)n_pairs;
+    if (kept < 0) die("%s", err);
+    int *layers = allocate(s->model.config.n_layers, sizeof *layers);
+    ChartMap map = {.model = s->model.name,
+                    .policy = c->policy->name,
+                    .level = c->level->name,
+                    .tok = s->tok,
+                    .ids = c->ids + c->n_prefix,
+                    .layer = layers,
+                    .keep = keep,
+                    .n_ctx = c->n_ctx,
+                    .n_layers = kvcache_scored_layers(&s->kv.shape, layers),
+                    .n_kv_heads = s->kv.shape.n_kv_heads,
+                    .n_kept = kept};
+    if (interrupted) die_interrupted();
+    if (chart_map(&map, o->out, err) != 0) die("%s: %s", o->out, err);
+    check_interrupted(o->out);
+    if (o->json)
+        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n",
+                   c->n_ctx, (double)kept / n_pairs, kept, n_pairs, o->out);
+    if (!o->quiet) fprintf(stderr, "[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
+    free(layers);
+    free(keep);
+    free(score);
+    close_reading(&in);
+    return 0;
+}

@@ -1,0 +1,329 @@
+// flags.c: the table of flags, how words become Options, and what -h prints.
+//
+// One flag, one row. A flag that means different things to different commands has a row for each
+// meaning: that which a command's -h lists counts, else one that the command merely accepts.
+#include "cli/flags.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli/output.h"
+#include "policies.h"
+
+// ---- the table ----
+
+static const Options defaults = {.n = -1,
+                                 .seed = -1,
+                                 .n_prefix = -1,
+                                 .temp = -1,
+                                 .top_p = 0.95,
+                                 .window = 128,
+                                 .lambda = 1e-3,
+                                 .demote = -1,
+                                 .depths = {{0, 1024}, 2},
+                                 .ratios = {{1, 0.3}, 2},
+                                 .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
+                                 .kvs = "f16",
+                                 .prompts = {{512}, 1},
+                                 .batches = {{1, 4}, 2}};
+
+// In Options: bool, const char *, long, double, int (which of the choices), BenchList.
+typedef enum { SWITCH, TEXT, COUNT, REAL, CHOICE, LIST } FlagKind;
+
+typedef struct {
+    const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
+    FlagKind kind;
+    size_t at;            // where in Options its value goes
+    double lo, hi;        // of COUNT, REAL and LIST
+    const char *choices;  // of CHOICE, "full|local"
+    unsigned takes;       // commands whose -h lists it
+    unsigned also;        // others that accept it, so that one set of flags fits a whole script
+    const char *help;
+} Flag;
+
+#define AT(field) offsetof(Options, field)
+#define RANGE(from, to) .lo = (from), .hi = (to)
+#define RATIO_MIN 1e-6
+// clang-format off: a table
+static const Flag flags[] = {
+    {"-p", "TEXT", TEXT, AT(prompt), .takes = READS, .help = "the text; - reads stdin"},
+    {"-p", "TEXT", TEXT, AT(prompt), .takes = TOKENIZE, .help = "the text (default: stdin)"},
+    {"-f", "FILE", TEXT, AT(file), .takes = READS, .help = "a file with the text; - reads stdin"},
+    {"-f", "FILE", TEXT, AT(file), .takes = TOKENIZE, .help = "a file with the text or the ids"},
+    {"-f", "FILE", TEXT, AT(file), .takes = ASK,
+     .help = "questions, one a line; the start of the answer may follow after a tab"},
+    {"--ids", "FILE", TEXT, AT(ids), .takes = READS | TOKENIZE,
+     .help = "token ids instead of a text, decimal, white space between"},
+    {"--n-prefix", "N", COUNT, AT(n_prefix), RANGE(0, INT_MAX), .takes = CONTEXT,
+     .help = "with --ids: the first N are the protected prefix (default 0)"},
+    {"-o", "OUT", TEXT, AT(out), .takes = CONTEXT | LOGITS, .help = "the file to write"},
+    {"-c", "CACHE", TEXT, AT(cache), .takes = CHAT | LOGITS,
+     .help = "continue after a saved context"},
+    {"--policy", "NAME", TEXT, AT(policy), .takes = CONTEXT | BENCH | STREAMS,
+     .help = "who scores (default: expected with a profile or while tokens come, else kvzip):"},
+    {"--ratio", "R", REAL, AT(ratio), RANGE(RATIO_MIN, 1), .takes = COMPRESS | MAP, .also = SCORE,
+     .help = "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
+    {"--ratio", "R", REAL, AT(ratio), RANGE(RATIO_MIN, 1), .takes = GENERATE | CHAT,
+     .help = "evict as tokens come: share of the pairs that stays (default: all)"},
+    {"--budget", "N", COUNT, AT(budget), RANGE(1, INT_MAX), .takes = STREAMS,
+     .help = "evict as tokens come: pairs that stay, per head on average, however many tokens "
+             "there are"},
+    {"--stream", NULL, SWITCH, AT(stream), .takes = COMPRESS,
+     .help = "evict to --ratio while reading: the whole cache is never in memory"},
+    {"--stream", NULL, SWITCH, AT(stream), .takes = EVAL,
+     .help = "evict while a context is read, not once it is there"},
+    {"--window", "N", COUNT, AT(window), RANGE(0, INT_MAX), .takes = STREAMS | EVAL,
+     .help = "newest pairs of each head, which are not evicted as tokens come (default 128)"},
+    {"--level", "NAME", TEXT, AT(level), .takes = COMPRESS | MAP | BENCH | STREAMS, .also = SCORE,
+     .help = "which pairs compete for a place (default: profile where there is one, else pair):"},
+    {"--demote", "TYPE", CHOICE, AT(demote), .takes = COMPRESS, .also = SCORE | MAP,
+     .choices = "q2", .help = "keep what would be evicted at 2 bits"},
+    {"--set", "K=V,..", TEXT, AT(set), .takes = CONTEXT | BENCH | EVAL | STREAMS,
+     .help = "parameters of the policy and the level, as listed there"},
+    {"--policy", "NAME,..", TEXT, AT(policy), .takes = EVAL,
+     .help = "who scores (default: expected with a profile or --stream, else kvzip):"},
+    {"--level", "NAME,..", TEXT, AT(level), .takes = EVAL,
+     .help = "which pairs compete for a place (default: profile where there is one, else pair):"},
+    {"--ratio", "R,..", LIST, AT(shares), RANGE(RATIO_MIN, 1), .takes = EVAL,
+     .help = "shares of the context's pairs that stay (default 1,0.7,0.5,0.3,0.2,0.1)"},
+    {"--kv", "TYPE,..", TEXT, AT(kvs), .takes = EVAL,
+     .help = "as below; with +q2 what is evicted stays at 2 bits; the first one's full cache "
+             "is the yardstick"},
+    {"-o", "FILE", TEXT, AT(out), .takes = EVAL,
+     .help = "results, added as they come; what is there already is not done again"},
+    {"--chart", "FILE", TEXT, AT(chart), .takes = EVAL, .help = "an SVG of the results"},
+    {"--shard", "I/N", TEXT, AT(shard), .takes = EVAL,
+     .help = "only every N-th context, from the I-th on"},
+    {"--merge", NULL, SWITCH, AT(merge), .takes = EVAL,
+     .help = "the arguments are files of results, of shards for example: one table of all"},
+    {"--ppl", "FILE", TEXT, AT(ppl), .takes = EVAL,
+     .help = "perplexity of a text, with the windows of llama-perplexity, instead of tasks"},
+    {"--profile", "FILE", TEXT, AT(profile), .takes = CONTEXT | BENCH | EVAL | STREAMS,
+     .help = "what `run calibrate` learned about the model (default: what the model file carries)"},
+    {"-f", "FILE", TEXT, AT(file), .takes = CALIBRATE,
+     .help = "sample text, parts between lines of ==== (default: eval/calibration.txt beside "
+             "the program)"},
+    {"-o", "FILE", TEXT, AT(out), .takes = CALIBRATE, .help = "the profile to write"},
+    {"--lambda", "X", REAL, AT(lambda), RANGE(1e-12, 1e12), .takes = CALIBRATE,
+     .help = "ridge of the regression, as a share of each feature's own square (default 0.001)"},
+    {"--into", NULL, SWITCH, AT(into), .takes = CALIBRATE,
+     .help = "-o is a copy of the model that carries the profile; it may be MODEL itself"},
+    {"--ref-ties", NULL, SWITCH, AT(ref_ties), .takes = COMPRESS | MAP, .also = SCORE,
+     .help = "the authors' threshold rule, which drops ties, instead of the exact count"},
+    {"--chunk", "N", COUNT, AT(chunk), RANGE(1, INT_MAX),
+     .takes = CONTEXT | BENCH | EVAL | CALIBRATE,
+     .help = "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
+    {"--score-attn", "HOW", CHOICE, AT(score_attn), .takes = CONTEXT | EVAL, .also = BENCH,
+     .choices = "full|local",
+     .help = "the repeated text sees all of the context (default), or its own part"},
+    {"--system", "TEXT", TEXT, AT(system), .takes = CHAT | CONTEXT | EVAL | CALIBRATE,
+     .help = "system text of the chat"},
+    {"--task", "TEXT", TEXT, AT(task), .takes = CONTEXT | EVAL | CALIBRATE,
+     .help = "what stands before the context instead of a request to answer briefly"},
+    {"--raw", NULL, SWITCH, AT(raw), .takes = ASK | CONTEXT | EVAL | CALIBRATE,
+     .help = "no chat template: context and questions are taken as they are"},
+    {"--answer-prefix", "TEXT", TEXT, AT(answer_prefix), .takes = ASK,
+     .help = "the start of every answer, which small models need"},
+    {"--stop", "TEXT", TEXT, AT(stop), .takes = ANSWERS | EVAL,
+     .help = "end an answer after this text"},
+    {"--keep", NULL, SWITCH, AT(keep), .takes = ASK,
+     .help = "each question sees the ones before it and their answers"},
+    {"--batch", "N", COUNT, AT(batch), RANGE(1, MAX_BATCH), .takes = ASK,
+     .help = "questions answered together (default 8; 1 with --keep); the answers are those of "
+             "one at a time"},
+    {"--ignore-eos", NULL, SWITCH, AT(ignore_eos), .takes = ANSWERS,
+     .help = "do not stop at stop tokens"},
+    {"--special", NULL, SWITCH, AT(special), .takes = TOKENIZE,
+     .help = "recognize the text of special tokens"},
+    {"--bos", NULL, SWITCH, AT(bos), .takes = TOKENIZE,
+     .help = "add what the model's tokenizer adds"},
+    {"--decode", NULL, SWITCH, AT(decode), .takes = TOKENIZE,
+     .help = "ids to bytes, nothing added"},
+    {"--prompt", "N,..", LIST, AT(prompts), RANGE(1, 1 << 24), .takes = BENCH,
+     .help = "prefill lengths (default 512)"},
+    {"--depth", "D,..", LIST, AT(depths), RANGE(0, 1 << 24), .takes = BENCH,
+     .help = "tokens read before decoding (default 0,1024)"},
+    {"--ratio", "R,..", LIST, AT(ratios), RANGE(RATIO_MIN, 1), .takes = BENCH,
+     .help = "shares of them kept (default 1,0.3)"},
+    {"--batch", "B,..", LIST, AT(batches), RANGE(1, MAX_BATCH), .takes = BENCH,
+     .help = "sequences decoding together (default 1,4)"},
+    {"-n", "N", COUNT, AT(n), RANGE(0, INT_MAX), .takes = GENERATE, .also = ALL,
+     .help = "tokens at most (default 256)"},
+    {"-n", "N", COUNT, AT(n), RANGE(0, INT_MAX), .takes = CHAT, .also = ALL,
+     .help = "tokens of an answer at most (default 512)"},
+    {"-n", "N", COUNT, AT(n), RANGE(0, INT_MAX), .takes = ASK, .also = ALL,
+     .help = "tokens of an answer at most (default 96)"},
+    {"-n", "N", COUNT, AT(n), RANGE(1, 4096), .takes = BENCH, .also = ALL,
+     .help = "tokens of a decode run (default 32)"},
+    {"-n", "N", COUNT, AT(n), RANGE(1, 65536), .takes = EVAL, .also = ALL,
+     .help = "tokens of an answer at most (default 96), or of a window of --ppl (default 512)"},
+    {"--temp", "T", REAL, AT(temp), RANGE(0, 100), .takes = GENERATE | CHAT, .also = ALL,
+     .help = "temperature (default 0.7; 0: always the likeliest token)"},
+    {"--temp", "T", REAL, AT(temp), RANGE(0, 100), .takes = ASK, .also = ALL,
+     .help = "temperature (default 0: the likeliest token)"},
+    {"--top-p", "P", REAL, AT(top_p), RANGE(0, 1), .takes = ANSWERS, .also = ALL,
+     .help = "sample from the likeliest tokens that have this share (default 0.95)"},
+    {"--seed", "S", COUNT, AT(seed), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
+     .help = "of the sampling (default: the clock)"},
+    {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
+     .help = "threads (default: one per core)"},
+    {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,
+     .help = "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
+    {"--kv", "TYPE", TEXT, AT(kv), .takes = RUNS & ~EVAL, .also = ALL & ~EVAL,
+     .help = "numbers of the cache: f16 (default), f32, q8, q4, q2, or keys/values, as in q8/q4"},
+    {"--json", NULL, SWITCH, AT(json), .takes = ALL, .also = ALL, .help = "one JSON object a line"},
+    {"-q", NULL, SWITCH, AT(quiet), .takes = ALL, .also = ALL, .help = "no progress, no figures"},
+};
+// clang-format on
+enum { N_FLAGS = sizeof flags / sizeof *flags };
+
+// ---- parsing ----
+
+// The row of `name` that the command lists, or else one that it accepts.
+static const Flag *flag_find(const char *name, size_t len, unsigned command) {
+    const Flag *found = NULL;
+    for (int i = 0; i < N_FLAGS; i++) {
+        const Flag *f = &flags[i];
+        if (strlen(f->name) != len || memcmp(f->name, name, len) != 0) continue;
+        if (f->takes & command) return f;
+        if (!found && (f->also & command)) found = f;
+    }
+    return found;
+}
+
+static bool parse_number(const char *text, const Flag *f, double *v) {
+    char *end;
+    errno = 0;
+    *v = f->kind == COUNT ? (double)strtol(text, &end, 10) : strtod(text, &end);
+    return errno == 0 && end != text && *end == '\0' && *v >= f->lo && *v <= f->hi;
+}
+
+static bool parse_list(const char *text, const Flag *f, BenchList *list) {
+    char item[64];
+    for (list->n = 0; list->n < BENCH_LIST; text++) {
+        size_t len = strcspn(text, ",");
+        if (len >= sizeof item) return false;
+        memcpy(item, text, len);
+        item[len] = '\0';
+        if (!parse_number(item, f, &list->v[list->n++])) return false;
+        text += len;
+        if (*text == '\0') return true;
+    }
+    return false;
+}
+
+static bool parse_choice(const char *text, const char *choices, int *index) {
+    size_t len = strlen(text);
+    for (*index = 0;; (*index)++) {
+        size_t n = strcspn(choices, "|");
+        if (n == len && memcmp(choices, text, n) == 0) return true;
+        if (choices[n] == '\0') return false;
+        choices += n + 1;
+    }
+}
+
+// The value of a flag, NULL of a switch, goes to its place in o.
+static void flag_set(Options *o, const Flag *f, const char *value) {
+    void *at = (char *)o + f->at;
+    double v = 0;
+    switch (f->kind) {
+    case SWITCH:
+        *(bool *)at = true;
+        break;
+    case TEXT:
+        *(const char **)at = value;
+        break;
+    case CHOICE:
+        if (!parse_choice(value, f->choices, (int *)at))
+            die_usage(o->command, "%s %s: needs one of %s", f->name, value, f->choices);
+        break;
+    case LIST:
+        if (!parse_list(value, f, (BenchList *)at))
+            die_usage(o->command, "%s %s: needs at most %d numbers from %.10g to %.10g", f->name,
+                      value, BENCH_LIST, f->lo, f->hi);
+        break;
+    default:
+        if (!parse_number(value, f, &v))
+            die_usage(o->command, "%s %s: needs a %s from %.10g to %.10g", f->name, value,
+                      f->kind == COUNT ? "whole number" : "number", f->lo, f->hi);
+        if (f->kind == COUNT)
+            *(long *)at = (long)v;
+        else
+            *(double *)at = v;
+    }
+}
+
+// The flag argv[*i] and its value, which may be the next word: then *i moves on.
+static void parse_flag(Options *o, int argc, char **argv, int *i) {
+    const char *arg = argv[*i];
+    const char *value = arg[1] == '-' ? strchr(arg, '=') : NULL;
+    size_t len = value ? (size_t)(value - arg) : strlen(arg);
+    const Flag *f = flag_find(arg, len, o->bit);
+    if (!f) die_usage(o->command, "unknown flag %s", arg);
+    if (value) value++;
+    if (value && f->kind == SWITCH) die_usage(o->command, "%s takes no value", f->name);
+    if (!value && f->kind != SWITCH) {
+        if (*i + 1 == argc) die_usage(o->command, "%s: its value %s is missing", f->name, f->value);
+        value = argv[++*i];
+    }
+    flag_set(o, f, value);
+}
+
+void parse_options(Options *o, const Command *c, int argc, char **argv) {
+    *o = defaults;
+    o->command = c->name;
+    o->bit = c->bit;
+    o->args = argv;
+    bool only_args = false;
+    for (int i = 0; i < argc; i++) {
+        if (only_args || argv[i][0] != '-' || argv[i][1] == '\0')
+            o->args[o->n_args++] = argv[i];
+        else if (strcmp(argv[i], "--") == 0)
+            only_args = true;
+        else
+            parse_flag(o, argc, argv, &i);
+    }
+    if (o->ratio == 0 && (c->bit & CONTEXT)) o->ratio = 0.3;
+    if (o->chunk == 0 && c->bit != BENCH) o->chunk = default_chunk(o->score_attn == 1);
+    if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);
+    if (o->n_args > c->max_args)
+        die_usage(c->name, "unexpected argument '%s'", o->args[c->max_args]);
+}
+
+// ---- help ----
+
+static void help_row(const char *name, const char *help, const Param *params) {
+    out("  %-22s  %s: %s\n", "", name, help);
+    for (int i = 0; i < MAX_PARAMS && params[i].name; i++)
+        out("  %-22s    %s=%g: %s\n", "", params[i].name, params[i].value, params[i].help);
+}
+
+void print_help(const Command *c) {
+    out("usage: run %s %s [flags]\n  %s\n\nflags:\n", c->name, c->args, c->help);
+    for (int i = 0; i < N_FLAGS; i++) {
+        const Flag *f = &flags[i];
+        if (!(f->takes & c->bit)) continue;
+        char head[32];
+        snprintf(head, sizeof head, "%s %s", f->name, f->value ? f->value : "");
+        out("  %-22s%s%s%s\n", head, f->choices ? f->choices : "", f->choices ? ": " : "", f->help);
+        if (f->at == AT(policy))
+            for (const Policy *p = policies; p->name; p++) help_row(p->name, p->help, p->params);
+        if (f->at == AT(level))
+            for (const Level *l = levels; l->name; l++) help_row(l->name, l->help, l->params);
+    }
+    out("  %-22s%s\n\nexamples:\n%s", "-h", "this text", c->examples);
+}
+
+bool asks_for_help(const char *arg) { return strcmp(arg, "-h") == 0 || strcmp(arg, "--help") == 0; }
+
+bool wants_help(const Command *c, int argc, char **argv) {
+    for (int i = 0; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        const Flag *f = flag_find(argv[i], strlen(argv[i]), c->bit);
+        if (asks_for_help(argv[i])) return true;
+        if (f && f->kind == TEXT) i++;
+    }
+    return false;
+}

@@ -1,0 +1,98 @@
+// flags.h: what the words after `run COMMAND` say.
+//
+// A command is one row of the table in run.c; a flag is one row of the table in flags.c, which
+// drives parsing and -h alike.
+#ifndef FLAGS_H
+#define FLAGS_H
+#include <stdbool.h>
+
+#include "bench/bench.h"
+
+enum { MAX_BATCH = 64 };  // answers written together, at most
+
+// The commands, and what they have in common. A flag's row names those that take it.
+enum {
+    GENERATE = 1 << 0,
+    CHAT = 1 << 1,
+    COMPRESS = 1 << 2,
+    ASK = 1 << 3,
+    SCORE = 1 << 4,
+    LOGITS = 1 << 5,
+    TOKENIZE = 1 << 6,
+    INFO = 1 << 7,
+    BENCH = 1 << 8,
+    EVAL = 1 << 9,
+    CALIBRATE = 1 << 10,
+    MAP = 1 << 11,
+    ALL = (1 << 12) - 1,
+    ANSWERS = GENERATE | CHAT | ASK,
+    CONTEXT = COMPRESS | SCORE | MAP,
+    STREAMS = GENERATE | CHAT | COMPRESS,  // may evict while tokens come
+    RUNS = ALL & ~(TOKENIZE | INFO),       // runs a model
+    READS = GENERATE | CONTEXT | LOGITS    // runs it over a given text
+};
+
+// The values of all flags; what is not given is NULL, 0 or false where no default stands in
+// flags.c. -h says what each is for.
+typedef struct {
+    // what is read and written
+    const char *prompt, *file, *ids;  // -p, -f, --ids: a text, the files of a text or of token ids
+    const char *out;                  // -o
+    const char *cache;                // -c
+    const char *isa;
+    const char *ppl, *chart, *shard, *profile;
+    // what stands around the text
+    const char *system, *task, *answer_prefix;
+    bool raw, special, bos, decode;
+    long n_prefix;  // -1: not given
+    // how a context is compressed
+    const char *policy, *level, *set;  // names and parameters; of eval, several between commas
+    const char *kv, *kvs;              // --kv of one cache, and of eval's
+    double ratio;                      // 0: not given
+    long budget;                       // pairs per head; 0: not given
+    long window, chunk;                // chunk 0: not given
+    int score_attn;                    // 0 full, 1 local
+    int demote;                        // 0: to q2; -1: not given
+    bool ref_ties, stream;
+    double lambda;  // ridge of calibrate
+    bool into;      // calibrate: the output is a copy of the model
+    // how an answer is made
+    long n;              // tokens at most; -1: not given
+    double temp, top_p;  // temp -1: not given
+    long seed;           // -1: not given
+    const char *stop;
+    bool ignore_eos, keep;
+    long batch;  // 0: not given
+    // what bench and eval go through
+    BenchList prompts, depths, ratios, batches;
+    BenchList shares;  // --ratio of eval
+    bool merge;
+    // the program
+    long threads;  // 0: one per core
+    bool json, quiet;
+    const char *program;  // argv[0]
+    const char *command;  // its name
+    unsigned bit;         // of the command
+    char **args;          // [n_args] what is no flag: MODEL, CACHE, questions
+    int n_args;
+} Options;
+
+typedef struct {
+    const char *name;
+    unsigned bit;
+    const char *args;  // what follows the name, for the usage
+    int min_args, max_args;
+    int (*run)(const Options *o);  // returns the exit code
+    const char *help;              // one line
+    const char *examples;          // after the flags
+} Command;
+
+// Fills o from argv [argc], which begins after the command's name. What is no flag is moved to the
+// front of argv and becomes o->args. Wrong usage is the end.
+void parse_options(Options *o, const Command *c, int argc, char **argv);
+
+bool asks_for_help(const char *arg);
+// Whether -h is anywhere in argv [argc], unless it is the value of a flag or comes after --.
+bool wants_help(const Command *c, int argc, char **argv);
+void print_help(const Command *c);  // its arguments, its flags, examples; to stdout
+#endif

@@ -1,0 +1,103 @@
+// input.c: what comes into the program.
+#define _POSIX_C_SOURCE 200809L
+#include "cli/input.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cli/output.h"
+
+// ---- texts and ids ----
+
+Buffer read_all(const char *path) {
+    Buffer b = {0};
+    char block[1 << 16];
+    bool is_stdin = strcmp(path, "-") == 0;
+    FILE *f = is_stdin ? stdin : fopen(path, "rb");
+    if (!f) die("%s: %s", path, strerror(errno));
+    add_text(&b, "", 0);
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) add_text(&b, block, n);
+    if (ferror(f)) die("%s: %s", is_stdin ? "stdin" : path, strerror(errno));
+    if (!is_stdin) fclose(f);
+    return b;
+}
+
+Buffer read_text(const Options *o, const char *fallback) {
+    Buffer b = {0};
+    if ((o->prompt != NULL) + (o->file != NULL) + (o->ids != NULL) > 1)
+        die_usage(o->command, "only one of -p, -f and --ids can be given");
+    if (o->prompt && strcmp(o->prompt, "-") != 0) {
+        add_text(&b, o->prompt, strlen(o->prompt));
+        return b;
+    }
+    const char *path = o->prompt ? o->prompt : o->file ? o->file : o->ids ? o->ids : fallback;
+    if (!path) die_usage(o->command, "needs -p TEXT, -f FILE or --ids FILE");
+    return read_all(path);
+}
+
+const char *piped_input(void) { return isatty(STDIN_FILENO) ? NULL : "-"; }
+
+static void push_id(Ids *ids, int id) {
+    if (ids_push(ids, id) != 0) die_memory();
+}
+
+void parse_ids(const Buffer *text, const char *from, int vocab, Ids *ids) {
+    const char *p = text->s, *end = text->s + text->n;
+    while (p < end) {
+        if (isspace((unsigned char)*p)) {
+            p++;
+            continue;
+        }
+        long id = 0;
+        const char *start = p;
+        while (p < end && isdigit((unsigned char)*p) && id < vocab) id = 10 * id + (*p++ - '0');
+        if (id >= vocab || (p < end && !isspace((unsigned char)*p))) {
+            while (p < end && !isspace((unsigned char)*p)) p++;
+            die("%s: '%.*s' at byte %ld is not a token id from 0 to %d", from,
+                (int)(p - start > 40 ? 40 : p - start), start, (long)(start - text->s), vocab - 1);
+        }
+        push_id(ids, (int)id);
+    }
+}
+
+void encode(const Tokenizer *tok, const char *text, size_t n, unsigned how, Ids *ids) {
+    if (tokenizer_encode(tok, text, n, how, ids) != 0) die_memory();
+}
+
+// ---- files to write ----
+
+static bool same_file(const char *path, const struct stat *other) {
+    struct stat st;
+    return path && stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
+}
+
+void check_writable(const Options *o, const char *path) {
+    struct stat st;
+    const char *slash = strrchr(path, '/');
+    Buffer dir = {0};
+    add_text(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+    if (stat(dir.s, &st) != 0 || access(dir.s, W_OK | X_OK) != 0)
+        die("%s: cannot be written: %s", path, strerror(errno));
+    free(dir.s);
+    if (stat(path, &st) != 0) {
+        if (errno != ENOENT) die("%s: cannot be written: %s", path, strerror(errno));
+        return;
+    }
+    if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", path);
+    const char *model = o->into ? NULL : o->args[0];  // into itself: the old file stays mapped
+    const char *const inputs[] = {model, o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids,
+                                  o->cache};
+    for (int i = 0; i < 5; i++)
+        if (same_file(inputs[i], &st))
+            die("%s: is read by this command: it cannot be written", path);
+}
+
+void check_output(const Options *o) {
+    if (!o->out) die_usage(o->command, "needs -o OUT");
+    check_writable(o, o->out);
+}

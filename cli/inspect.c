@@ -1,0 +1,286 @@
+// inspect.c: logits, tokenize and info: what a model computes and what files hold.
+#include <ctype.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli/commands.h"
+#include "cli/input.h"
+#include "cli/output.h"
+#include "cli/session.h"
+#include "json.h"
+#include "kvfile.h"
+
+// ---- logits and tokenize ----
+
+// Declares the file and fills it block by block: memory does not grow with the number of tokens.
+static int write_logits(Session *s, TensorWriter *w, const Ids *ids, int seq, char *err) {
+    size_t vocab = s->model.config.vocab_size;
+    Row rows[MAX_ROWS];
+    if (tensors_write_begin(w, s->o->out, err) != 0 ||
+        tensors_write_meta(w, "format", "kvzip.c logits 1", err) != 0 ||
+        tensors_write_meta(w, "fingerprint", s->model.fingerprint, err) != 0 ||
+        tensors_write_declare(w, "logits", T_F32, 2, (size_t[]){ids->n, vocab}, err) != 0 ||
+        tensors_write_declare(w, "ids", T_I32, 1, (size_t[]){ids->n}, err) != 0)
+        return -1;
+    Progress p = progress_begin(s);
+    int rc = 0;
+    for (int done = 0; done < ids->n && rc == 0; done += s->state.max_logits) {
+        int n = ids->n - done < s->state.max_logits ? ids->n - done : s->state.max_logits;
+        for (int i = 0; i < n; i++) rows[i] = (Row){seq, ids->id[done + i], true};
+        rc = forward(&s->state, &s->kv, rows, n, err);
+        if (rc == 0) rc = tensors_write_put(w, s->state.logits, n * vocab * sizeof(float), err);
+        if (progress_step(&p, "logits", done + n, ids->n) != 0) rc = fail(err, "interrupted");
+    }
+    progress_end(&p);
+    if (rc != 0 || tensors_write_put(w, ids->id, ids->n * sizeof(int32_t), err) != 0) return -1;
+    return tensors_write_commit(w, err);
+}
+
+int cmd_logits(const Options *o) {
+    enum { BLOCK = 64 };  // rows of logits in memory
+    Session s;
+    Ids ids = {0};
+    TensorWriter w = {0};
+    char err[ERR_LEN];
+    check_output(o);
+    Buffer text = read_text(o, piped_input());
+    catch_signals();
+    open_session(&s, o, o->cache, BLOCK);
+    input_ids(&s, &text, o->cache ? 0 : TOK_BOS, &ids);
+    if (ids.n == 0) die("no tokens given");
+    int seq = o->cache ? 0 : new_sequence(&s);
+    warn_length(&s, (long)s.kv.seqs[seq].next_pos + ids.n);
+    if (write_logits(&s, &w, &ids, seq, err) != 0) {
+        tensors_write_abort(&w);
+        if (interrupted) die_interrupted();
+        die("%s: %s", o->out, err);
+    }
+    check_interrupted(o->out);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return 0;
+}
+
+int cmd_tokenize(const Options *o) {
+    char err[ERR_LEN];
+    TensorFile file;
+    Ids ids = {0};
+    if (o->ids && !o->decode) die_usage(o->command, "--ids goes with --decode");
+    Buffer text = read_text(o, "-");
+    if (tensors_open(&file, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    Tokenizer *tok =
+        tokenizer_open(&file, err);  // all that is needed of a model: its tokenizer alone will do
+    if (!tok) die("%s: %s", o->args[0], err);
+    if (o->decode) {
+        const char *from = o->ids ? o->ids : o->file ? o->file : "the ids";
+        parse_ids(&text, from, tokenizer_n_vocab(tok), &ids);
+        size_t n;
+        char *bytes = tokenizer_decode(tok, ids.id, ids.n, &n);
+        if (!bytes) die_memory();
+        out_bytes(bytes, n);
+        free(bytes);
+    } else {
+        encode(tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0), &ids);
+        if (o->json) json_print(stdout, "{'ids': [");
+        for (int i = 0; i < ids.n; i++) out("%s%d", i == 0 ? "" : o->json ? ", " : " ", ids.id[i]);
+        out_bytes(o->json ? "]}\n" : "\n", o->json ? 3 : 1);
+    }
+    free(text.s);
+    ids_free(&ids);
+    tokenizer_close(tok);
+    tensors_close(&file);
+    return 0;
+}
+
+// ---- info ----
+
+// One fact about a file: a line of text or a field of a JSON object.
+typedef struct {
+    const char *key, *text;  // text NULL: a number
+    double number;
+    bool bytes;
+} Fact;
+
+static void print_facts(const Options *o, const Fact *f, int n) {
+    char size[32];
+    for (int i = 0; i < n; i++) {
+        if (o->json)
+            json_print(stdout, i ? ", %s: " : "{%s: ", f[i].key);
+        else
+            out("%-18s ", f[i].key);
+        if (o->json && f[i].text)
+            json_print(stdout, "%s", f[i].text);
+        else if (f[i].text)
+            out("%s", f[i].text);
+        else if (o->json)
+            json_print(stdout, "%g", f[i].number);
+        else if (f[i].bytes)
+            out("%s", size_text(size, f[i].number));
+        else
+            out("%.6g", f[i].number);
+        if (!o->json) out_bytes("\n", 1);
+    }
+}
+
+enum { EMBEDDING, ATTENTION, FFN, HEAD, TOKENIZER, OTHER, PARTS };
+
+static int part_of(const char *name) {
+    if (strncmp(name, "tok_embed", 9) == 0) return EMBEDDING;
+    if (strncmp(name, "wcls", 4) == 0) return HEAD;
+    if (strncmp(name, "tok.", 4) == 0) return TOKENIZER;
+    if (strncmp(name, "layers.", 7) != 0) return OTHER;
+    name += 7 + strspn(name + 7, "0123456789");
+    if (strncmp(name, ".w", 2) != 0) return OTHER;
+    return isdigit((unsigned char)name[2]) ? FFN : ATTENTION;
+}
+
+// "q8 x 210, f32 x 1": the types of the matrices.
+static void types_text(const Model *m, char *text, size_t room) {
+    static const char *const names[W_TYPES] = {"f32", "f16", "bf16", "q8", "q4"};
+    int count[W_TYPES] = {0};
+    count[m->tok_embed.type]++;
+    if (m->wcls.data != m->tok_embed.data) count[m->wcls.type]++;
+    for (int l = 0; l < m->config.n_layers; l++) {
+        const Layer *w = &m->layers[l];
+        const Matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
+        for (int i = 0; i < 7; i++) count[all[i]->type]++;
+    }
+    text[0] = '\0';
+    for (int t = 0; t < W_TYPES; t++) {
+        size_t n = strlen(text);
+        if (count[t]) snprintf(text + n, room - n, "%s%s x %d", n ? ", " : "", names[t], count[t]);
+    }
+}
+
+static void info_model(const Options *o) {
+    Session s;
+    RunState state;
+    char err[ERR_LEN], types[128];
+    size_t part[PARTS] = {0};
+    kernels_init(NULL);  // which says how pages are packed
+    open_model(&s, o);
+    for (int i = 0; i < s.model.file.n_tensors; i++)
+        part[part_of(s.model.file.tensors[i].name)] += s.model.file.tensors[i].bytes;
+    if (state_open(&state, &s.model, NULL, MAX_ROWS, 1, err) != 0) die("%s", err);
+    types_text(&s.model, types, sizeof types);
+    const Config *c = &s.model.config;
+    KVShape k = model_kv_shape(&s.model);
+    const Fact facts[] = {
+        {"model", s.model.name, 0, false},
+        {"fingerprint", s.model.fingerprint, 0, false},
+        {"layers", NULL, c->n_layers, false},
+        {"sliding_layers", NULL, c->n_layers - kvcache_scored_layers(&k, NULL), false},
+        {"heads", NULL, c->n_heads, false},
+        {"kv_heads", NULL, c->n_kv_heads, false},
+        {"head_dim", NULL, c->head_dim, false},
+        {"dim", NULL, c->dim, false},
+        {"hidden_dim", NULL, c->hidden_dim, false},
+        {"vocab_size", NULL, c->vocab_size, false},
+        {"seq_len", NULL, c->seq_len, false},
+        {"matrices", types, 0, false},
+        {"embedding", NULL, part[EMBEDDING], true},
+        {"attention", NULL, part[ATTENTION], true},
+        {"ffn", NULL, part[FFN], true},
+        {"head", NULL, part[HEAD], true},
+        {"tokenizer", NULL, part[TOKENIZER], true},
+        {"other", NULL, part[OTHER], true},
+        {"file", NULL, s.model.file.map_bytes, true},
+        {"cache_token_f16", NULL, kvcache_token_bytes(&k, kvcache_both(KV_F16)), true},
+        {"cache_token_f32", NULL, kvcache_token_bytes(&k, kvcache_both(KV_F32)), true},
+        {"cache_token_q8", NULL, kvcache_token_bytes(&k, kvcache_both(KV_Q8)), true},
+        {"cache_token_q4", NULL, kvcache_token_bytes(&k, kvcache_both(KV_Q4)), true},
+        {"cache_token_read", NULL, kvcache_read_bytes(&k), true},
+        {"cache_windows_f16", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F16)), true},
+        {"cache_windows_f32", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F32)), true},
+        {"scratch", NULL, state.bytes, true},
+    };
+    print_facts(o, facts, sizeof facts / sizeof *facts);
+    out(o->json ? "}\n"
+                : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
+                  "+ scratch;\nreading them takes n x cache_token_read more, except into an f32 "
+                  "cache\n");
+    state_close(&state);
+    close_session(&s);
+}
+
+static void print_heads(const Options *o, const CacheFacts *c) {
+    out(o->json ? ", \"kept_pairs\": [" : "kept pairs of the context, per layer and head\n");
+    for (int l = 0; l < c->n_layers; l++) {
+        out(o->json ? "%s[" : "%s%5d ", o->json && l ? ", " : "", l);
+        for (int g = 0; g < c->n_kv_heads; g++)
+            out(o->json ? "%s%d" : "%s %6d", o->json && g ? ", " : "",
+                c->kept_pairs[l * c->n_kv_heads + g]);
+        out(o->json ? "]" : "\n");
+    }
+    if (o->json) out("]}\n");
+}
+
+static void info_cache(const Options *o, const TensorFile *f) {
+    CacheFacts c;
+    char err[ERR_LEN], settled[KV_NAME];
+    if (kvfile_facts(&c, f, err) != 0) die("%s: %s", f->path, err);
+    const double *bytes = c.bytes;
+    const Fact facts[] = {
+        {"cache_of", c.info.model, 0, false},
+        {"fingerprint", c.info.fingerprint, 0, false},
+        {"policy", c.info.policy, 0, false},
+        {"ratio", NULL, c.info.ratio, false},
+        {"kept", NULL, c.n_scored > 0 ? c.kept / c.n_scored : 1, false},
+        {"demoted", NULL, c.n_scored > 0 ? c.demoted / c.n_scored : 0, false},
+        {"n_prefix", NULL, c.info.n_prefix, false},
+        {"n_ctx", NULL, c.info.n_ctx, false},
+        {"next_pos", NULL, c.next_pos, false},
+        {"type", c.types[PAGE_FULL].k == KV_F32 ? "F32" : "F16", 0, false},
+        {"kv", kvcache_types_name(c.types[PAGE_SETTLED], settled), 0, false},
+        {"pairs", NULL, c.pairs, false},
+        {"full_pairs", NULL, c.full_pairs, false},
+        {"new_bytes", NULL, bytes[PAGE_FULL], true},
+        {"settled_bytes", NULL, bytes[PAGE_SETTLED], true},
+        {"demoted_bytes", NULL, bytes[PAGE_DEMOTED], true},
+        {"bytes", NULL, bytes[PAGE_FULL] + bytes[PAGE_SETTLED] + bytes[PAGE_DEMOTED], true},
+        {"full_bytes", NULL, c.full_bytes, true},
+        {"file", NULL, f->map_bytes, true},
+    };
+    print_facts(o, facts, sizeof facts / sizeof *facts);
+    print_heads(o, &c);
+    kvfile_facts_free(&c);
+}
+
+static void info_tensors(const Options *o, const TensorFile *f) {
+    char size[32];
+    if (o->json) out("{\"tensors\": [");
+    for (int i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        if (o->json)
+            json_print(stdout,
+                       i ? ", {'name': %s, 'dtype': %s, 'shape': ["
+                         : "{'name': %s, 'dtype': %s, 'shape': [",
+                       t->name, dtype_name(t->dtype));
+        else
+            out("%-32s %-4s [", t->name, dtype_name(t->dtype));
+        for (int d = 0; d < t->n_dims; d++) out("%s%zu", d ? ", " : "", t->shape[d]);
+        if (o->json)
+            json_print(stdout, "], 'bytes': %zu}", t->bytes);
+        else
+            out("] %s\n", size_text(size, t->bytes));
+    }
+    if (o->json) out("]}\n");
+}
+
+int cmd_info(const Options *o) {
+    TensorFile f;
+    char err[ERR_LEN];
+    if (tensors_open(&f, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    const char *format = tensors_meta(&f, "format");
+    if (format && strcmp(format, "kvzip.c model 1") == 0)
+        info_model(o);
+    else if (kvfile_is(&f))
+        info_cache(o, &f);
+    else
+        info_tensors(o, &f);
+    tensors_close(&f);
+    return 0;
+}

@@ -1,0 +1,420 @@
+// measure.c: bench, eval and calibrate: their flags become the structs of bench/, eval/ and
+// policies/calibrate.h, and their results tables or JSON.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench/bench.h"
+#include "cli/commands.h"
+#include "cli/input.h"
+#include "cli/output.h"
+#include "cli/session.h"
+#include "eval/chart.h"
+#include "eval/eval.h"
+#include "json.h"
+#include "policies/calibrate.h"
+
+// ---- bench ----
+
+static void print_peaks(void *arg, const BenchPeaks *p) {
+    const Session *s = arg;
+    const double *g = p->gflop_per_s;
+    if (s->o->json) {
+        json_print(stdout, "{'work': 'peak', 'threads': %d, 'gb_per_s': %g, ",
+                   pool_threads(s->pool), p->gb_per_s);
+        json_print(stdout, "'f32_gflop_per_s': %g, 'q8_gflop_per_s': %g, ", g[W_F32], g[W_Q8]);
+        json_print(stdout, "'q4_gflop_per_s': %g, 'attention_gflop_per_s': %g}\n", g[W_Q4],
+                   p->attention);
+    } else {
+        out("peaks: %.1f GB/s read; GFLOP/s: %.0f f32, %.0f q8, %.0f q4, %.0f attention\n\n",
+            p->gb_per_s, g[W_F32], g[W_Q8], g[W_Q4], p->attention);
+        out("work              n  depth  ratio batch   tokens/s   seconds    GB/s  GFLOP/s");
+        out("  share of peak  cache\n");
+    }
+    out_flush();
+}
+
+static void print_bench(void *arg, const BenchRow *r) {
+    const Session *s = arg;
+    char size[32] = "", what[32];
+    if (s->o->json) {
+        json_print(stdout,
+                   "{'work': %s, 'n': %d, 'depth': %d, 'ratio': %g, 'batch': %d, 'threads': %d, ",
+                   r->work, r->n, r->depth, r->ratio, r->batch, pool_threads(s->pool));
+        json_print(stdout, "'tokens_per_s': %g, 'seconds': %g, 'gb_per_s': %g, 'gflop_per_s': %g, ",
+                   r->tokens_per_s, r->seconds, r->gb_per_s, r->gflop_per_s);
+        json_print(stdout, "'share': %g, 'bound': %s, 'to_prefill': %g, ", r->share, r->bound,
+                   r->to_prefill);
+        json_print(stdout, "'cache_bytes': %zu, 'score_attn': %s}\n", r->cache_bytes,
+                   r->score_attn);
+    } else {
+        snprintf(what, sizeof what, "%s %s", r->work, r->score_attn ? r->score_attn : "");
+        if (r->cache_bytes > 0) size_text(size, r->cache_bytes);
+        out("%-12s %6d %6d %6.3g %5d %10.1f %9.4f", what, r->n, r->depth, r->ratio, r->batch,
+            r->tokens_per_s, r->seconds);
+        if (r->gb_per_s > 0)
+            out(" %7.2f", r->gb_per_s);
+        else
+            out(" %7s", "");
+        if (r->bound)
+            out(" %8.1f   %3.0f%% %-7s", r->gflop_per_s, 100 * r->share, r->bound);
+        else
+            out("%22s", "");
+        out("  %s", size);
+        if (r->to_prefill > 0) out("  %.2f x prefill", r->to_prefill);
+        out("\n");
+    }
+    out_flush();
+}
+
+int cmd_bench(const Options *o) {
+    Session s;
+    char err[ERR_LEN], size[32];
+    int most = 1;
+    for (int i = 0; i < o->batches.n; i++)
+        if (o->batches.v[i] > most) most = (int)o->batches.v[i];
+    char kv_name[KV_NAME];
+    open_session(&s, o, NULL, most);
+    Context method = chosen_method(&s);
+    Bench b = {.state = &s.state,
+               .tok = s.tok,
+               .kv = s.kv.types,
+               .method = method,
+               .n = o->n < 0 ? 32 : (int)o->n,
+               .prompts = o->prompts,
+               .depths = o->depths,
+               .ratios = o->ratios,
+               .batches = o->batches,
+               .peaks = print_peaks,
+               .row = print_bench,
+               .arg = &s};
+    if (!o->json) {
+        out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,
+            size_text(size, bench_weight_bytes(&s.model)), pool_threads(s.pool), kern.name,
+            kvcache_types_name(s.kv.types, kv_name));
+    }
+    out_flush();
+    if (bench_run(&b, err) != 0) die("%s", err);
+    close_session(&s);
+    return 0;
+}
+
+// ---- eval ----
+
+static int perplexity_step(void *arg, int window, int n_windows, double ppl) {
+    Progress *p = arg;
+    if (p->on) fprintf(stderr, "\rwindow %d of %d: %.4f \033[K", window, n_windows, ppl);
+    p->shown = now();
+    return interrupted != 0;
+}
+
+static int eval_text(const Options *o) {
+    Session s;
+    char err[ERR_LEN];
+    PerplexityResult r;
+    if (o->n_args != 1) die_usage(o->command, "--ppl needs MODEL alone, not '%s'", o->args[1]);
+    char kv_name[KV_NAME];
+    KVTypes kv = get_kv(o, o->kvs);
+    Buffer text = read_all(o->ppl);
+    catch_signals();
+    open_session(&s, o, NULL, MAX_BATCH);
+    Progress progress = progress_begin(&s);
+    Perplexity p = {.state = &s.state,
+                    .tok = s.tok,
+                    .kv = kv,
+                    .window = o->n < 0 ? 512 : (int)o->n,
+                    .progress = perplexity_step,
+                    .arg = &progress};
+    double start = now();
+    int rc = eval_perplexity(&p, text.s, text.n, &r, err);
+    progress_end(&progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s: %s", o->ppl, err);
+    if (o->json) {
+        json_print(stdout,
+                   "{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
+                   o->ppl, kvcache_types_name(kv, kv_name), p.window, r.value, r.low);
+        json_print(stdout, "'high': %g, 'error': %g, 'n': %d, 'seconds': %g}\n", r.high, r.error,
+                   r.n, now() - start);
+    } else {
+        out("perplexity %.4f +- %.5f over %d tokens in windows of %d\n", r.value, r.error, r.n,
+            p.window);
+    }
+    out_flush();
+    free(text.s);
+    close_session(&s);
+    return 0;
+}
+
+static bool same_table(const EvalRow *a, const EvalRow *b) {
+    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0;
+}
+
+static bool same_line(const EvalRow *a, const EvalRow *b) {
+    return same_table(a, b) && strcmp(a->policy, b->policy) == 0 &&
+           strcmp(a->level, b->level) == 0 && strcmp(a->kv, b->kv) == 0;
+}
+
+// The first row that is in the same table, or on the same line of it, as rows[i] is i itself.
+static bool is_first(const EvalRow *rows, int i, bool (*same)(const EvalRow *a, const EvalRow *b)) {
+    int first = 0;
+    while (!same(&rows[first], &rows[i])) first++;
+    return first == i;
+}
+
+// The different ratios of all rows, from the largest down; returns how many.
+static int table_columns(const EvalRow *rows, int n, double *column, int most) {
+    int n_columns = 0;
+    for (double last = INFINITY, next; n_columns < most; column[n_columns++] = last = next) {
+        next = -1;
+        for (int i = 0; i < n; i++)
+            if (rows[i].ratio < last && rows[i].ratio > next) next = rows[i].ratio;
+        if (next < 0) break;
+    }
+    return n_columns;
+}
+
+static void print_cell(const EvalRow *row, bool share) {
+    char text[64];
+    snprintf(text, sizeof text, share ? "%.1f ±%.1f" : "%.4f ±%.4f", (share ? 100 : 1) * row->value,
+             (share ? 50 : 0.5) * (row->high - row->low));
+    out("%17s", text);  // one byte more than it shows
+}
+
+// One line per policy, one column per ratio; ± is half the width of the 95% interval.
+static void print_table(const EvalRow *rows, int n, int first, const double *column,
+                        int n_columns) {
+    const EvalRow *head = &rows[first];
+    bool share = strcmp(head->metric, "kl") != 0 && strcmp(head->metric, "nll") != 0;
+    char name[64];
+    snprintf(name, sizeof name, "%s, %s, %d answers", head->metric, share ? "%" : "nat/token",
+             head->n);
+    out("%s\n%-30s", head->task, name);
+    for (int k = 0; k < n_columns; k++) out("%16g", column[k]);
+    out_bytes("\n", 1);
+    for (int i = first; i < n; i++) {
+        if (!same_table(&rows[i], head) || !is_first(rows, i, same_line)) continue;
+        snprintf(name, sizeof name, "  %s %s %s", rows[i].policy, rows[i].level, rows[i].kv);
+        out("%-30s", name);
+        for (int k = 0; k < n_columns; k++) {
+            int j = i;
+            while (j < n && !(same_line(&rows[j], &rows[i]) && rows[j].ratio == column[k])) j++;
+            if (j < n)
+                print_cell(&rows[j], share);
+            else
+                out("%16s", "");
+        }
+        out_bytes("\n", 1);
+    }
+}
+
+static void print_rows(const Options *o, const EvalResults *results) {
+    enum { COLUMNS = 16 };
+    char err[ERR_LEN];
+    double column[COLUMNS];
+    EvalRow *rows;
+    int n;
+    if (eval_rows(results, &rows, &n, err) != 0) die("%s", err);
+    int n_columns = table_columns(rows, n, column, COLUMNS);
+    for (int i = 0; i < n; i++) {
+        const EvalRow *r = &rows[i];
+        if (o->json) {
+            json_print(
+                stdout,
+                "{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ",
+                r->task, r->policy, r->level, r->ratio, r->kept, r->kv);
+            json_print(stdout, "'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n",
+                       r->metric, r->value, r->low, r->high, r->n);
+        } else if (is_first(rows, i, same_table)) {
+            print_table(rows, n, i, column, n_columns);
+        }
+    }
+    out_flush();
+    if (o->chart && chart_curves(rows, n, o->chart, err) != 0) die("%s: %s", o->chart, err);
+    free(rows);
+}
+
+static int eval_merge(const Options *o) {
+    EvalResults results = {0};
+    char err[ERR_LEN];
+    for (int i = 0; i < o->n_args; i++)
+        if (eval_results_open(&results, o->args[i], false, err) != 0)
+            die("%s: %s", o->args[i], err);
+    if (o->out) check_output(o);
+    if (o->chart) check_writable(o, o->chart);
+    if (o->out && eval_results_save(&results, o->out, err) != 0) die("%s: %s", o->out, err);
+    print_rows(o, &results);
+    eval_results_close(&results);
+    return 0;
+}
+
+// The next of the names between commas, or NULL. The result is malloc'ed.
+static char *next_name(const char **list) {
+    if (!*list || !**list) return NULL;
+    size_t n = strcspn(*list, ",");
+    char *name = copy_text(*list, n);
+    *list += n + ((*list)[n] == ',');
+    return name;
+}
+
+// "q8/q4", or with "+q2" for demoting; the name is kept.
+static EvalKV get_eval_kv(const Options *o, const char *name) {
+    static const char demote[] = "+q2";
+    size_t n = strlen(name), end = sizeof demote - 1;
+    EvalKV kv = {.demote = n > end && strcmp(name + n - end, demote) == 0, .name = name};
+    char *types = copy_text(name, kv.demote ? n - end : n);
+    kv.types = get_kv(o, types);
+    free(types);
+    return kv;
+}
+
+// What is compared with what, from the flags.
+static void eval_lists(const Session *s, Eval *e) {
+    const Options *o = s->o;
+    const char *policy = o->policy ? o->policy : default_policy(s);
+    const char *level = o->level ? o->level : default_level(s), *kv = o->kvs;
+    char *name;
+    char err[ERR_LEN];
+    for (; e->n_policies < EVAL_LIST && (name = next_name(&policy)); free(name))
+        e->policy[e->n_policies++] = get_policy(o, name);
+    for (; e->n_levels < EVAL_LIST && (name = next_name(&level)); free(name))
+        e->level[e->n_levels++] = get_level(o, name);
+    for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); e->n_kvs++)
+        e->kv[e->n_kvs] = get_eval_kv(o, name);
+    for (; e->n_ratios < o->shares.n; e->n_ratios++)
+        e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
+    if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
+    for (int i = 0; e->stream && i < e->n_policies; i++)
+        if (!policy_is_live(e->policy[i]))
+            die_usage(o->command, "--stream: policy %s looks back at the whole context",
+                      e->policy[i]->name);
+    for (int i = 0; e->stream && i < e->n_levels; i++)
+        if (e->level[i]->pool == LEVEL_HEAD)
+            die_usage(o->command, "--stream: level %s keeps whole heads", e->level[i]->name);
+    for (int i = 0; e->stream && i < e->n_kvs; i++)
+        if (e->kv[i].demote)
+            die_usage(o->command, "--kv %s keeps what --stream evicts: choose one", e->kv[i].name);
+    if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
+    e->n_shards = 1;
+    char end;
+    if (o->shard && (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 ||
+                     e->shard < 1 || e->shard > e->n_shards))
+        die_usage(o->command, "--shard %s: needs I/N, I from 1 to N", o->shard);
+    if (o->shard) e->shard--;
+}
+
+static int ask_ids(void *arg, const EvalQuestion *q, Ids *ids) {
+    char err[ERR_LEN];
+    return talk_ask(arg, q->question, q->answer_prefix, ids, err);
+}
+
+static int eval_step(void *arg, long done, long total) {
+    return progress_step(arg, "eval", done, total);
+}
+
+int cmd_eval(const Options *o) {
+    Session s;
+    EvalTasks tasks;
+    EvalResults results = {0};
+    Ids prefix = {0};
+    char err[ERR_LEN];
+    if (o->merge) return eval_merge(o);
+    if (o->ppl) return eval_text(o);
+    if (o->n_args != 2) die_usage(o->command, "needs MODEL TASKS.jsonl");
+    Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n,
+              .stop = o->stop,
+              .set = o->set,
+              .stream = o->stream,
+              .window = (int)o->window,
+              .settings = o->raw};
+    if (o->out) check_output(o);
+    if (o->chart) check_writable(o, o->chart);
+    if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
+    if (o->out && eval_results_open(&results, o->out, true, err) != 0) die("%s: %s", o->out, err);
+    catch_signals();
+    open_session(&s, o, NULL, MAX_BATCH);
+    open_profile(&s);
+    eval_lists(&s, &e);
+    prefix_ids(&s, &prefix);
+    Talk talk = {.tok = s.tok, .raw = o->raw, .on_context = true};
+    Progress progress = progress_begin(&s);
+    progress.unit = "answers";
+    e.state = &s.state, e.prefix = &prefix, e.ask = ask_ids, e.ask_arg = &talk;
+    e.progress = eval_step, e.progress_arg = &progress;
+    e.context = (Context){.tok = s.tok,
+                          .chunk = (int)o->chunk,
+                          .local = o->score_attn == 1,
+                          .profile = s.has_profile ? &s.profile : NULL,
+                          .postfix = repeat_postfix(&s)};
+    int rc = eval_run(&e, &tasks, &results, err);
+    progress_end(&progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s", err);
+    print_rows(o, &results);
+    eval_results_close(&results);
+    for (int k = 0; k < e.n_kvs; k++) free((char *)e.kv[k].name);
+    eval_tasks_close(&tasks);
+    ids_free(&prefix);
+    close_session(&s);
+    return 0;
+}
+
+// ---- calibrate ----
+
+// The sample text that ships with the program lies beside it.
+static Buffer sample_text(const Options *o) {
+    const char *slash = strrchr(o->program, '/');
+    char path[4096];
+    if (o->file) return read_all(o->file);
+    int n = snprintf(path, sizeof path, "%.*s/eval/calibration.txt",
+                     slash ? (int)(slash - o->program) : 1, slash ? o->program : ".");
+    if (n >= (int)sizeof path) die("%s: the path is too long", o->program);
+    return read_all(path);
+}
+
+int cmd_calibrate(const Options *o) {
+    Session s;
+    Ids prefix = {0};
+    char err[ERR_LEN];
+    CalibrateResult r;
+    check_output(o);
+    Buffer text = sample_text(o);
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    prefix_ids(&s, &prefix);
+    Progress progress = progress_begin(&s);
+    Calibrate c = {.context = {.state = &s.state,
+                               .kv = &s.kv,
+                               .tok = s.tok,
+                               .chunk = (int)o->chunk,
+                               .local = true,
+                               .postfix = repeat_postfix(&s)},
+                   .prefix = &prefix,
+                   .lambda = o->lambda,
+                   .path = o->out,
+                   .into = o->into,
+                   .progress = progress_step,
+                   .progress_arg = &progress};
+    int rc = calibrate_run(&c, text.s, text.n, &r, err);
+    progress_end(&progress);
+    if (interrupted) die_interrupted();
+    if (rc != 0) die("%s", err);
+    if (o->json) {
+        json_print(
+            stdout,
+            "{'n_texts': %d, 'n_tokens': %d, 'longest': %d, 'explained': %g, 'seconds': %g, ",
+            r.n_texts, r.n_tokens, r.longest, r.explained, r.seconds);
+        json_print(stdout, "'path': %s}\n", o->out);
+        out_flush();
+    }
+    if (!o->quiet)
+        fprintf(stderr,
+                "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
+                "log scores; %.1f s; saved as %s]\n",
+                r.n_texts, r.n_tokens, r.longest, 100 * r.explained, r.seconds, o->out);
+    free(text.s);
+    ids_free(&prefix);
+    close_session(&s);
+    return 0;
+}

@@ -1,0 +1,107 @@
+// output.c: what leaves the program.
+//
+// Results go to stdout, figures and warnings to stderr. Only run.c and this folder print or exit:
+// all other code returns -1 and leaves a sentence in err, which ends up in die().
+#define _POSIX_C_SOURCE 200809L
+#include "cli/output.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+// ---- endings ----
+
+volatile sig_atomic_t interrupted;
+
+static void on_signal(int sig) { interrupted = sig; }
+
+// Without SA_RESTART, so that a read at the chat's prompt returns.
+void catch_signals(void) {
+    struct sigaction sa = {.sa_handler = on_signal};
+    sigemptyset(&sa.sa_mask);
+    sigaction(SIGINT, &sa, NULL);
+    sigaction(SIGTERM, &sa, NULL);
+    sigaction(SIGHUP, &sa, NULL);
+}
+
+void die(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("run: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+    exit(1);
+}
+
+void die_usage(const char *command, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fprintf(stderr, "run: %s%s", command ? command : "", command ? ": " : "");
+    vfprintf(stderr, fmt, ap);
+    fprintf(stderr, " (run %s%s-h shows the usage)\n", command ? command : "", command ? " " : "");
+    va_end(ap);
+    exit(2);
+}
+
+void die_memory(void) { die("out of memory"); }
+
+int exit_code(void) { return interrupted ? 128 + interrupted : 0; }
+
+void die_interrupted(void) {
+    fputs("run: interrupted\n", stderr);
+    exit(exit_code());
+}
+
+void check_interrupted(const char *path) {
+    if (!interrupted) return;
+    unlink(path);
+    die_interrupted();
+}
+
+void die_stdout(void) { die("stdout: %s", strerror(errno)); }
+
+void *allocate(size_t n, size_t size) {
+    void *p = calloc(n ? n : 1, size);
+    if (!p) die_memory();
+    return p;
+}
+
+void add_text(Buffer *b, const char *s, size_t n) {
+    if (buffer_add(b, s, n) != 0) die_memory();
+}
+
+char *copy_text(const char *s, size_t n) {
+    Buffer b = {0};
+    add_text(&b, s, n);
+    return b.s;
+}
+
+// ---- stdout ----
+
+void out_bytes(const void *p, size_t n) {
+    if (n > 0 && fwrite(p, 1, n, stdout) != n) die_stdout();
+}
+
+void out_flush(void) {
+    if (ferror(stdout) || fflush(stdout) != 0) die_stdout();
+}
+
+void out(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    int n = vprintf(fmt, ap);
+    va_end(ap);
+    if (n < 0) die_stdout();
+}
+
+const char *size_text(char buf[32], double bytes) {
+    static const char *const unit[] = {"B", "KB", "MB", "GB", "TB"};
+    int u = 0;
+    for (; bytes >= 1000 && u < 4; u++) bytes /= 1000;
+    snprintf(buf, 32, u == 0 ? "%.0f %s" : "%.1f %s", bytes, unit[u]);
+    return buf;
+}

@@ -1,0 +1,44 @@
+// output.h: what leaves the program: results on stdout, sentences on stderr, the exit code, and how
+// Ctrl-C is noticed.
+#ifndef OUTPUT_H
+#define OUTPUT_H
+#include <signal.h>
+#include <stddef.h>
+
+#include "util.h"
+
+#define NORETURN __attribute__((noreturn))
+#define PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+
+// ---- endings ----
+
+extern volatile sig_atomic_t interrupted;  // the signal that asked us to stop, or 0
+
+// From here on SIGINT, SIGTERM and SIGHUP only set `interrupted`. Work stops at its next step,
+// leaves no half-written file, and main exits with 128 + signal.
+void catch_signals(void);
+
+// "run: <sentence>" on stderr and exit 1.
+NORETURN PRINTF(1, 2) void die(const char *fmt, ...);
+// The same for wrong usage of a command (NULL: of the program), with a hint, and exit 2.
+NORETURN PRINTF(2, 3) void die_usage(const char *command, const char *fmt, ...);
+NORETURN void die_memory(void);
+NORETURN void die_stdout(void);       // stdout could not be written, for the reason in errno
+NORETURN void die_interrupted(void);  // the end of a command that a signal stopped
+// Ends an interrupted command, which leaves no file: what is at path goes.
+void check_interrupted(const char *path);
+int exit_code(void);  // 0, or 128 + the signal
+
+void *allocate(size_t n, size_t size);              // zeroed, or the end
+void add_text(Buffer *b, const char *s, size_t n);  // buffer_add, or the end
+char *copy_text(const char *s, size_t n);           // malloc'ed, with a NUL, or the end
+
+// ---- stdout ----
+
+PRINTF(1, 2) void out(const char *fmt, ...);  // printf, or the end
+void out_bytes(const void *p, size_t n);
+void out_flush(void);
+
+// "1.5 MB"; returns buf.
+const char *size_text(char buf[32], double bytes);
+#endif

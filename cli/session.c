@@ -1,0 +1,264 @@
+// session.c: what is open while a command runs.
+//
+// Commands open what they need in one line and close all of it in another; what cannot be opened is
+// the end of the program, so that none of them has to ask.
+#define _POSIX_C_SOURCE 200809L
+#include "cli/session.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cli/input.h"
+#include "cli/output.h"
+
+void warn(const Session *s, const char *fmt, ...) {
+    va_list ap;
+    if (s->o->quiet) return;
+    va_start(ap, fmt);
+    fputs("run: warning: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+}
+
+void open_model(Session *s, const Options *o) {
+    char err[ERR_LEN];
+    *s = (Session){.o = o};
+    if (model_open(&s->model, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    s->tok = tokenizer_open(&s->model.file, err);
+    if (!s->tok) die("%s: %s", o->args[0], err);
+}
+
+// Workers are made with signals blocked: one that arrives wakes the thread that reads the prompt.
+static ThreadPool *open_pool(long n) {
+    sigset_t block, before;
+    sigfillset(&block);
+    pthread_sigmask(SIG_SETMASK, &block, &before);
+    ThreadPool *pool = pool_open(n > 0 ? (int)n : cores_online());
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!pool) die("-j %ld: the threads cannot be made", n > 0 ? n : (long)cores_online());
+    return pool;
+}
+
+KVTypes get_kv(const Options *o, const char *name) {
+    KVTypes types;
+    if (kvcache_types_parse(name, &types) == 0) return types;
+    die_usage(o->command, "--kv %s: needs f16, f32, q8, q4, q2 or keys/values, as in q8/q4", name);
+}
+
+static void open_cache(Session *s, const char *path) {
+    char err[ERR_LEN];
+    KVShape shape = model_kv_shape(&s->model);
+    KVTypes types = get_kv(s->o, s->o->kv ? s->o->kv : "f16");
+    if (!path) {
+        if (kvcache_open(&s->kv, &shape, types, s->pool, err) != 0) die("%s", err);
+        return;
+    }
+    KVModel model = {shape, s->model.fingerprint};
+    if (kvfile_load(&s->kv, path, &model, s->pool, &s->info, err) != 0) die("%s: %s", path, err);
+    char name[KV_NAME];
+    if (s->o->kv && (s->kv.types.k != types.k || s->kv.types.v != types.v))
+        warn(s, "%s holds %s pairs, --kv does not change that", path,
+             kvcache_types_name(s->kv.types, name));
+}
+
+void open_session(Session *s, const Options *o, const char *path, int max_logits) {
+    char err[ERR_LEN];
+    if (kernels_init(o->isa) != 0)
+        die_usage(o->command, "--isa %s: this machine or this program has no such set",
+                  o->isa ? o->isa : "");
+    open_model(s, o);
+    s->pool = open_pool(o->threads);
+    if (state_open(&s->state, &s->model, s->pool, MAX_ROWS, max_logits, err) != 0) die("%s", err);
+    open_cache(s, path);
+}
+
+void close_session(Session *s) {
+    answer_close(&s->answerer);
+    stream_close(&s->stream);
+    profile_close(&s->profile);
+    kvcache_close(&s->kv);
+    state_close(&s->state);
+    tokenizer_close(s->tok);
+    model_close(&s->model);
+    pool_close(s->pool);
+}
+
+int new_sequence(Session *s) {
+    char err[ERR_LEN];
+    int seq = kvcache_new(&s->kv, err);
+    if (seq < 0) die("%s", err);
+    return seq;
+}
+
+void open_answers(Session *s, double temp) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    s->sampling =
+        (Sampling){.temp = o->temp < 0 ? temp : o->temp,
+                   .top_p = o->top_p,
+                   .random = o->seed >= 0 ? (uint64_t)o->seed
+                                          : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid()};
+    if (answer_open(&s->answerer, &s->state, &s->kv, s->tok, err) != 0) die("%s", err);
+}
+
+void warn_length(Session *s, long positions) {
+    if (s->warned || positions <= s->model.config.seq_len) return;
+    s->warned = true;
+    warn(s, "%ld positions, but the model was trained for %d", positions, s->model.config.seq_len);
+}
+
+// ---- progress ----
+
+Progress progress_begin(const Session *s) {
+    return (Progress){.on = !s->o->quiet && isatty(STDERR_FILENO), .last = now()};
+}
+
+int progress_step(void *arg, const char *what, long done, long total) {
+    static const char full[] = "##############################";
+    enum { WIDTH = sizeof full - 1 };
+    Progress *p = arg;
+    double t = now();
+    if (p->what != what) p->start = p->last;
+    p->what = what;
+    p->last = t;
+    double elapsed = t - p->start;
+    if (done > total) done = total;
+    if (p->on && done > 0 && elapsed >= 0.5 && t - p->shown >= 0.1) {
+        int bar = (int)(WIDTH * done / total), left = (int)(elapsed / done * (total - done) + 0.5);
+        fprintf(stderr, "\r%-8s [%.*s%*s] %3ld%%  %.0f %s/s  %d:%02d left \033[K", what, bar, full,
+                WIDTH - bar, "", 100 * done / total, done / elapsed, p->unit ? p->unit : "tokens",
+                left / 60, left % 60);
+        p->shown = t;
+    }
+    return interrupted != 0;
+}
+
+void progress_end(const Progress *p) {
+    if (p->on && p->shown > 0) fputs("\r\033[K", stderr);
+}
+
+// ---- texts ----
+
+// What KVzip's authors put before every context (arXiv 2505.23416, their code).
+static const char TASK[] =
+    "Given the context, answer to the following question or request without explanation.\n\n";
+
+void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *ids) {
+    if (s->o->ids)
+        parse_ids(text, s->o->ids, s->model.config.vocab_size, ids);
+    else
+        encode(s->tok, text->s, text->n, how, ids);
+}
+
+// Our own task text is part of the template and tokenized with it, as the authors do; a user's text
+// never becomes a special token.
+void prefix_ids(const Session *s, Ids *ids) {
+    const Options *o = s->o;
+    const ChatTemplate *chat = tokenizer_chat(s->tok);
+    const char *task = o->task ? o->task : TASK;
+    Buffer text = {0};
+    if (o->raw) {
+        encode(s->tok, "", 0, TOK_BOS, ids);
+        return;
+    }
+    if (o->system) {
+        if (!chat->present) die("--system: %s has no chat template", o->args[0]);
+        if (tokenizer_turn(s->tok, 's', o->system, true, false, ids) != 0) die_memory();
+        add_text(&text, chat->user_prefix_after_system, strlen(chat->user_prefix_after_system));
+    } else {
+        add_text(&text, chat->kvzip_prefix, strlen(chat->kvzip_prefix));
+    }
+    if (!o->task) add_text(&text, task, strlen(task));
+    encode(s->tok, text.s, text.n, TOK_SPECIAL, ids);
+    if (o->task) encode(s->tok, task, strlen(task), 0, ids);
+    free(text.s);
+}
+
+const char *repeat_postfix(const Session *s) {
+    return s->o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix;
+}
+
+// ---- the method: who scores, and who competes with whom ----
+
+static void add_name(Buffer *names, const char *name) {
+    add_text(names, " ", 1);
+    add_text(names, name, strlen(name));
+}
+
+const Policy *get_policy(const Options *o, const char *name) {
+    const Policy *policy = policy_find(name);
+    if (policy) return policy;
+    Buffer names = {0};
+    for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
+    die_usage(o->command, "--policy %s: there are%s", name, names.s);
+}
+
+const Level *get_level(const Options *o, const char *name) {
+    const Level *level = level_find(name);
+    if (level) return level;
+    Buffer names = {0};
+    for (const Level *l = levels; l->name; l++) add_name(&names, l->name);
+    die_usage(o->command, "--level %s: there are%s", name, names.s);
+}
+
+void open_profile(Session *s) {
+    char err[ERR_LEN];
+    const char *path = s->o->profile;
+    if (!path && !profile_carried(&s->model)) return;
+    if (profile_open(&s->profile, &s->model, path, err) != 0)
+        die("%s: %s", path ? path : s->o->args[0], err);
+    s->has_profile = true;
+}
+
+bool wants_stream(const Options *o) {
+    return o->budget > 0 || o->stream || (!(o->bit & CONTEXT) && o->ratio > 0);
+}
+
+const char *default_policy(const Session *s) {
+    bool shares = s->has_profile && (!s->o->level || strcmp(s->o->level, "profile") == 0);
+    return shares || wants_stream(s->o) ? "expected" : "kvzip";
+}
+
+const char *default_level(const Session *s) {
+    return s->has_profile && !s->o->policy ? "profile" : "pair";
+}
+
+Context chosen_method(Session *s) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    open_profile(s);
+    Context c = {.chunk = (int)o->chunk,
+                 .local = o->score_attn == 1,
+                 .ref_ties = o->ref_ties,
+                 .profile = s->has_profile ? &s->profile : NULL};
+    const Policy *policy = get_policy(o, o->policy ? o->policy : default_policy(s));
+    const Level *level = get_level(o, o->level ? o->level : default_level(s));
+    if (context_set(&c, policy, level, o->set, err) != 0)
+        die_usage(o->command, "--set %s: %s", o->set, err);
+    return c;
+}
+
+void start_stream(Session *s, Context *c) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    if (stream_open(&s->stream, c, o->ratio, o->budget, (int)o->window, err) != 0) die("%s", err);
+    s->streams = true;
+    s->answerer.after = stream_after, s->answerer.after_arg = &s->stream;
+}
+
+// The first tokens stay because models look there when nothing else fits (arXiv 2309.17453).
+void stream_sequence(Session *s, int seq) {
+    enum { SINK = 4 };
+    if (!wants_stream(s->o)) return;
+    s->context = chosen_method(s);
+    s->context.state = &s->state, s->context.kv = &s->kv, s->context.tok = s->tok;
+    s->context.seq = seq, s->context.n_prefix = SINK;
+    start_stream(s, &s->context);
+}

@@ -1,0 +1,92 @@
+// session.h: everything that is open while a command runs, and how far its work has come.
+#ifndef SESSION_H
+#define SESSION_H
+#include "answer.h"
+#include "cli/flags.h"
+#include "kvfile.h"
+#include "model.h"
+#include "policies.h"
+#include "policies/stream.h"
+#include "tokenizer.h"
+
+typedef struct {
+    const Options *o;
+    ThreadPool *pool;
+    Model model;
+    Tokenizer *tok;
+    RunState state;
+    KVCache kv;
+    KVInfo info;  // of a loaded cache
+    bool warned;  // about positions that the model was not trained for
+    // answers (open_answers)
+    Answerer answerer;
+    Sampling sampling;  // of all answers
+    // how contexts are compressed (chosen_method)
+    Profile profile;  // of --profile, or the model's own
+    bool has_profile;
+    Context context;  // what is evicted while tokens come, when `streams`
+    Stream stream;
+    bool streams;
+} Session;
+
+// Each of these succeeds or ends the program.
+
+// Model and tokenizer alone.
+void open_model(Session *s, const Options *o);
+// Model, threads, scratch and a cache: empty, or the saved one at path. max_logits: rows of logits
+// of a forward call, at most.
+void open_session(Session *s, const Options *o, const char *path, int max_logits);
+void close_session(Session *s);
+
+// For commands that write: answers are sampled at --temp, or at `temp` where that is not given.
+void open_answers(Session *s, double temp);
+
+int new_sequence(Session *s);
+KVTypes get_kv(const Options *o, const char *name);  // what --kv calls `name`
+
+// A sentence on stderr, without -q.
+void warn(const Session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+void warn_length(Session *s, long positions);  // once, when the model was trained for fewer
+
+// ---- texts ----
+
+// Appends the ids of text, which is what -p, -f or --ids gave. how: TOK_BOS or 0.
+void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *ids);
+// Appends what stands before a context: the chat's beginning and the task.
+void prefix_ids(const Session *s, Ids *ids);
+// The turn change between the repeat request and the repeated text.
+const char *repeat_postfix(const Session *s);
+
+// ---- the method: who scores, and who competes with whom ----
+
+const Policy *get_policy(const Options *o, const char *name);
+const Level *get_level(const Options *o, const char *name);
+void open_profile(Session *s);  // the one that --profile names or the model carries, if any
+// Where the flags leave it open: with a profile expected attention within the profile's shares,
+// else KVzip with its repeat passes, which need the whole context.
+const char *default_policy(const Session *s);
+const char *default_level(const Session *s);
+
+// A context that knows how it will be compressed, and nothing else yet.
+Context chosen_method(Session *s);
+bool wants_stream(const Options *o);  // whether pairs are evicted before all tokens are there
+// From here on c->seq, of which the first c->n_prefix pairs stay, is evicted while it grows.
+void start_stream(Session *s, Context *c);
+// The same for commands that write, where the flags want it: the first tokens stay.
+void stream_sequence(Session *s, int seq);
+
+// ---- progress ----
+
+typedef struct {
+    bool on;           // on a terminal, not with -q
+    const char *unit;  // of what is counted; NULL: tokens
+    const char *what;  // the work that started at `start`
+    double start, last, shown;
+} Progress;
+
+Progress progress_begin(const Session *s);
+// Called as work goes on, arg a Progress; nonzero asks it to stop. Redraws the bar, ten times a
+// second at most and not for what takes no time.
+int progress_step(void *arg, const char *what, long done, long total);
+void progress_end(const Progress *p);
+#endif

@@ -1,0 +1,349 @@
+// talk.c: generate, ask and chat: where questions come from, and how answers are shown.
+//
+// A reply is made the same way everywhere: its prompt is read with a bar, then answer_step writes a
+// token at a time, and what is new is printed between two steps. Questions of ask are answered
+// together, each on its own fork of the context; a conversation is one fork after the other.
+#define _POSIX_C_SOURCE 200809L
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "answer.h"
+#include "cli/commands.h"
+#include "cli/input.h"
+#include "cli/output.h"
+#include "cli/session.h"
+#include "json.h"
+
+enum { ASK_BATCH = 8 };            // questions that ask answers together
+static const double CHATTY = 0.7;  // temperature of generate and chat
+
+// ---- replies ----
+
+// A reply as the flags want it; prompt and limit are left to fill in.
+static Reply new_reply(Session *s, int seq, const Ids *prompt, int limit) {
+    return (Reply){.seq = seq,
+                   .prompt = prompt->id,
+                   .n_prompt = prompt->n,
+                   .limit = limit,
+                   .stop = s->o->stop,
+                   .ignore_stop = s->o->ignore_eos,
+                   .sampling = &s->sampling};
+}
+
+// One step of replies [n]; returns how many are not done yet.
+static int step(Session *s, Reply *const *r, int n) {
+    char err[ERR_LEN];
+    int left = answer_step(&s->answerer, r, n, err);
+    if (left < 0) die("%s", err);
+    return left;
+}
+
+// Reads the reply's prompt and takes the first token, unless it is interrupted.
+static void read_prompt(Session *s, Reply *r) {
+    Progress p = progress_begin(s);
+    warn_length(s, (long)s->kv.seqs[r->seq].next_pos + r->n_prompt);
+    do step(s, &r, 1);
+    while (progress_step(&p, "read", r->n_fed, r->n_prompt) == 0 && r->n_fed < r->n_prompt);
+    progress_end(&p);
+}
+
+// Goes on with replies [n] together until all are done or the user stops them, and calls show after
+// every step.
+static void write_replies(Session *s, Reply *const *r, int n, void (*show)(Reply *r)) {
+    char err[ERR_LEN];
+    for (int left = 1; left > 0 && !interrupted;) {
+        for (int i = 0; i < n; i++)
+            if (!r[i]->done) warn_length(s, (long)s->kv.seqs[r[i]->seq].next_pos + 1);
+        left = step(s, r, n);
+        for (int i = 0; i < n && show; i++) show(r[i]);
+    }
+    for (int i = 0; i < n; i++) {
+        if (reply_flush(&s->answerer, r[i], err) != 0) die("%s", err);
+        if (show) show(r[i]);
+    }
+}
+
+// Prints what is new of text [n].
+static void show_text(Reply *r, const char *text, size_t n) {
+    if (n <= r->shown) return;
+    out_bytes(text + r->shown, n - r->shown);
+    out_flush();
+    r->shown = n;
+}
+
+static void show_all(Reply *r) { show_text(r, r->text.s, r->text.n); }
+
+static void show_stripped(Reply *r) {
+    size_t n;
+    const char *text = stripped(r->text.s, r->text.n, &n);
+    show_text(r, text, n);
+}
+
+// Tokens per second of the steps that wrote; the first token came with the prompt.
+static double reply_rate(const Reply *r) {
+    return r->n_fed > r->n_prompt ? (r->n_fed - r->n_prompt) / r->write_s : 0;
+}
+
+static void reply_figures(const Session *s, const Reply *r) {
+    if (s->o->quiet) return;
+    fprintf(stderr, "[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s]\n",
+            r->n_prompt, r->read_s, r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
+}
+
+// ---- generate ----
+
+int cmd_generate(const Options *o) {
+    Session s;
+    char err[ERR_LEN];
+    void (*show)(Reply * r) = o->json ? NULL : show_all;
+    Ids ids = {0};
+    Buffer text = read_text(o, piped_input());
+    catch_signals();
+    open_session(&s, o, NULL, 1);
+    input_ids(&s, &text, TOK_BOS, &ids);
+    if (ids.n == 0) die("nothing to continue: the prompt is empty");
+    open_answers(&s, CHATTY);
+    Reply r = new_reply(&s, new_sequence(&s), &ids, o->n < 0 ? 256 : (int)o->n);
+    if (reply_begin(&r, "", err) != 0) die("%s", err);
+    stream_sequence(&s, r.seq);
+    read_prompt(&s, &r);
+    if (show) show(&r);
+    write_replies(&s, (Reply *[]){&r}, 1, show);
+    if (o->json) {
+        json_print(stdout, "{'text': %.*s, 'ids': [", (int)r.text.n, r.text.s);
+        for (int i = 0; i < r.ids.n; i++) out(i ? ", %d" : "%d", r.ids.id[i]);
+        json_print(stdout, "], 'n_prompt': %d, 'n_answer': %d, 'prefill_s': %g, ", r.n_prompt,
+                   r.ids.n, r.read_s);
+        json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r.read_s + r.write_s,
+                   reply_rate(&r));
+    } else if (r.text.n > 0 && r.text.s[r.text.n - 1] != '\n') {
+        out_bytes("\n", 1);
+    }
+    out_flush();
+    reply_figures(&s, &r);
+    reply_free(&r);
+    free(text.s);
+    ids_free(&ids);
+    close_session(&s);
+    return exit_code();
+}
+
+// ---- questions ----
+
+typedef struct {
+    char *text, *prefix;  // the start of the answer, "" where there is none
+    Ids ids;              // what asks it
+    Reply reply;
+} Question;
+
+static void question_free(Question *q) {
+    free(q->text);
+    free(q->prefix);
+    ids_free(&q->ids);
+    reply_free(&q->reply);
+}
+
+// Where questions come from: arguments first, then the lines of a file.
+typedef struct {
+    char **args;
+    int n_args, at;
+    FILE *file;  // NULL: arguments only
+    const char *name;
+    bool person;         // somebody types them
+    const char *prefix;  // where a line has none of its own
+    char *line;
+    size_t cap;
+} Questions;
+
+// The next line, without its newline. A first Ctrl-C at the prompt is forgiven, a second ends all.
+static bool read_line(Questions *q, size_t *n) {
+    for (int tries = 0; tries < 2; tries++) {
+        if (q->person) fputs("> ", stderr);
+        ssize_t got = getline(&q->line, &q->cap, q->file);
+        if (got >= 0) {
+            *n = (size_t)got;
+            while (*n > 0 && (q->line[*n - 1] == '\n' || q->line[*n - 1] == '\r')) (*n)--;
+            return true;
+        }
+        if (!interrupted && ferror(q->file)) die("%s: %s", q->name, strerror(errno));
+        if (q->person) fputc('\n', stderr);
+        if (interrupted != SIGINT || !q->person) return false;
+        interrupted = 0;
+        clearerr(q->file);
+        if (tries == 0) fputs("(Ctrl-C again or Ctrl-D ends)\n", stderr);
+    }
+    return false;
+}
+
+// Blank ones are left out. In a line the start of the answer may follow after a tab.
+static bool next_question(Questions *q, Question *next) {
+    size_t n, length;
+    while (q->at < q->n_args || q->file) {
+        const char *s, *prefix = q->prefix ? q->prefix : "";
+        size_t n_prefix = strlen(prefix);
+        if (q->at < q->n_args) {
+            s = q->args[q->at++];
+            n = strlen(s);
+        } else {
+            if (!read_line(q, &n)) return false;
+            s = q->line;
+            const char *tab = memchr(s, '\t', n);
+            if (tab) {
+                prefix = tab + 1;
+                n_prefix = (size_t)(s + n - prefix);
+                n = (size_t)(tab - s);
+            }
+        }
+        stripped(s, n, &length);
+        if (length == 0) continue;
+        *next = (Question){.text = copy_text(s, n), .prefix = copy_text(prefix, n_prefix)};
+        return true;
+    }
+    return false;
+}
+
+static void print_reply(const Session *s, const Question *q) {
+    size_t n;
+    const Reply *r = &q->reply;
+    const char *text = stripped(r->text.s, r->text.n, &n);
+    if (s->o->json) {
+        json_print(stdout, "{'question': %s, 'answer': %.*s, 'n_prompt': %d, 'n_answer': %d, ",
+                   q->text, (int)n, text, r->n_prompt, r->ids.n);
+        json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r->read_s + r->write_s,
+                   reply_rate(r));
+    } else {
+        out_bytes(text + r->shown, n - r->shown);
+        out_bytes("\n", 1);
+    }
+    out_flush();
+    reply_figures(s, r);
+}
+
+// Several questions and their answers, or a conversation.
+typedef struct {
+    Session *s;
+    Talk talk;
+    Questions from;
+    int batch;      // questions answered together
+    int limit;      // tokens of an answer at most
+    bool keep;      // each question sees the ones before it
+    bool tolerant;  // Ctrl-C ends an answer but not the rest, even where nobody types
+} Exchange;
+
+// Reads a question on its own fork of the context and begins the answer.
+static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
+    Session *s = x->s;
+    char err[ERR_LEN];
+    int seq = kvcache_fork(&s->kv, x->talk.seq, err);
+    if (seq < 0 || talk_ask(&x->talk, q->text, q->prefix, &q->ids, err) != 0) die("%s", err);
+    q->reply = new_reply(s, seq, &q->ids, x->limit);
+    if (reply_begin(&q->reply, q->prefix, err) != 0) die("%s", err);
+    if (s->streams) s->context.seq = seq;
+    read_prompt(s, &q->reply);
+    if (show) show(&q->reply);
+}
+
+// Answers n questions together, each on its own fork of the context. In a conversation it is one,
+// and the fork takes the context's place, unless it was stopped before the answer began.
+static void answer(Exchange *x, Question *q, int n) {
+    Session *s = x->s;
+    char err[ERR_LEN];
+    Reply *r[MAX_BATCH];
+    void (*show)(Reply * r) = n == 1 && !s->o->json ? show_stripped : NULL;
+    for (int i = 0; i < n; i++) {
+        put_question(x, &q[i], show);
+        r[i] = &q[i].reply;
+    }
+    write_replies(s, r, n, show);
+    for (int i = 0; i < n; i++) {
+        print_reply(s, &q[i]);
+        bool stays = x->keep && (r[i]->ids.n > 0 || !interrupted || s->streams);
+        kvcache_drop(&s->kv, stays ? x->talk.seq : r[i]->seq);
+        if (stays && talk_answered(&x->talk, r[i], err) != 0) die("%s", err);
+        question_free(&q[i]);
+    }
+}
+
+// Until the questions end; returns how many there were.
+static int converse(Exchange *x) {
+    Question q[MAX_BATCH];
+    int asked = 0, batch = x->from.person ? 1 : x->batch;
+    bool tolerant = x->from.person || x->tolerant,
+         echo = !tolerant && !x->s->o->quiet && !x->s->o->json;
+    while (!interrupted) {
+        int n = 0;
+        while (n < batch && next_question(&x->from, &q[n])) {
+            if (echo) fprintf(stderr, "> %s\n", q[n].text);
+            n++;
+        }
+        if (n == 0) break;
+        answer(x, q, n);
+        asked += n;
+        if (interrupted == SIGINT && tolerant) interrupted = 0;
+    }
+    free(x->from.line);
+    talk_free(&x->talk);
+    return asked;
+}
+
+// The questions of the command line: arguments, -f or stdin.
+static Questions given_questions(const Options *o) {
+    bool from_stdin = (o->n_args == 2 && !o->file) || (o->file && strcmp(o->file, "-") == 0);
+    Questions from = {.args = o->args + 2, .n_args = o->n_args - 2, .prefix = o->answer_prefix};
+    if (!o->file && !from_stdin) return from;
+    from.name = from_stdin ? "stdin" : o->file;
+    from.file = from_stdin ? stdin : fopen(o->file, "r");
+    from.person = from_stdin && isatty(STDIN_FILENO);
+    if (!from.file) die("%s: %s", o->file, strerror(errno));
+    return from;
+}
+
+int cmd_ask(const Options *o) {
+    Session s;
+    if (o->keep && o->batch > 1) die_usage(o->command, "--keep and --batch do not go together");
+    Exchange x = {.s = &s,
+                  .from = given_questions(o),
+                  .batch = o->batch  ? (int)o->batch
+                           : o->keep ? 1
+                                     : ASK_BATCH,
+                  .limit = o->n < 0 ? 96 : (int)o->n,
+                  .keep = o->keep};
+    catch_signals();
+    open_session(&s, o, o->args[1], x.batch);
+    open_answers(&s, 0);
+    x.talk = (Talk){.tok = s.tok, .raw = o->raw, .on_context = true};
+    int asked = converse(&x);
+    if (x.from.file && x.from.file != stdin) fclose(x.from.file);
+    close_session(&s);
+    if (asked == 0 && !x.from.person && !interrupted)
+        die("%s: no question in it", x.from.file ? x.from.name : "arguments");
+    return exit_code();
+}
+
+int cmd_chat(const Options *o) {
+    Session s;
+    Exchange x = {.s = &s,
+                  .from = {.file = stdin, .name = "stdin", .person = isatty(STDIN_FILENO)},
+                  .batch = 1,
+                  .limit = o->n < 0 ? 512 : (int)o->n,
+                  .keep = true,
+                  .tolerant = true};
+    if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
+    catch_signals();
+    open_session(&s, o, o->cache, 1);
+    open_answers(&s, CHATTY);
+    if (!tokenizer_chat(s.tok)->present) warn(&s, "%s has no chat template", o->args[0]);
+    x.talk =
+        (Talk){.tok = s.tok, .system = o->system, .raw = o->raw, .on_context = o->cache != NULL};
+    if (!o->cache) x.talk.seq = new_sequence(&s);
+    if (o->cache && wants_stream(o))
+        die_usage(o->command, "-c: its pairs have been chosen already");
+    stream_sequence(&s, x.talk.seq);
+    converse(&x);
+    close_session(&s);
+    return exit_code();
+}
