@@ -4,7 +4,6 @@
 
 #include <ctype.h>
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -15,15 +14,11 @@
 // ---- texts and ids ----
 
 Buffer read_all(const char *path) {
+    char err[ERR_LEN];
     Buffer b = {0};
-    char block[1 << 16];
-    bool is_stdin = strcmp(path, "-") == 0;
-    FILE *f = is_stdin ? stdin : fopen(path, "rb");
-    if (!f) die("%s: %s", path, strerror(errno));
-    add_text(&b, "", 0);
-    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) add_text(&b, block, n);
-    if (ferror(f)) die("%s: %s", is_stdin ? "stdin" : path, strerror(errno));
-    if (!is_stdin) fclose(f);
+    b.s = file_read(path, &b.n, err);
+    if (!b.s) die("%s: %s", strcmp(path, "-") == 0 ? "stdin" : path, err);
+    b.cap = b.n + 1;
     return b;
 }
 

@@ -127,6 +127,7 @@ static void print_facts(const Options *o, const Fact *f, int n) {
 
 enum { EMBEDDING, ATTENTION, FFN, HEAD, TOKENIZER, OTHER, PARTS };
 
+// Which part of the model a tensor belongs to.
 static int part_of(const char *name) {
     if (strncmp(name, "tok_embed", 9) == 0) return EMBEDDING;
     if (strncmp(name, "wcls", 4) == 0) return HEAD;

@@ -269,6 +269,31 @@ static EvalKV get_eval_kv(const Options *o, const char *name) {
     return kv;
 }
 
+// Whether all that is compared can be evicted while a context is read.
+static void check_live(const Options *o, const Eval *e) {
+    for (int i = 0; i < e->n_policies; i++)
+        if (!policy_is_live(e->policy[i]))
+            die_usage(o->command, "--stream: policy %s looks back at the whole context",
+                      e->policy[i]->name);
+    for (int i = 0; i < e->n_levels; i++)
+        if (e->level[i]->pool == LEVEL_HEAD)
+            die_usage(o->command, "--stream: level %s keeps whole heads", e->level[i]->name);
+    for (int i = 0; i < e->n_kvs; i++)
+        if (e->kv[i].demote)
+            die_usage(o->command, "--kv %s keeps what --stream evicts: choose one", e->kv[i].name);
+}
+
+// --shard I/N, I from 1; without it all contexts are one shard.
+static void set_shard(const Options *o, Eval *e) {
+    char end;
+    e->n_shards = 1;
+    if (!o->shard) return;
+    if (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 || e->shard < 1 ||
+        e->shard > e->n_shards)
+        die_usage(o->command, "--shard %s: needs I/N, I from 1 to N", o->shard);
+    e->shard--;
+}
+
 // What is compared with what, from the flags.
 static void eval_lists(const Session *s, Eval *e) {
     const Options *o = s->o;
@@ -285,23 +310,9 @@ static void eval_lists(const Session *s, Eval *e) {
     for (; e->n_ratios < o->shares.n; e->n_ratios++)
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
     if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
-    for (int i = 0; e->stream && i < e->n_policies; i++)
-        if (!policy_is_live(e->policy[i]))
-            die_usage(o->command, "--stream: policy %s looks back at the whole context",
-                      e->policy[i]->name);
-    for (int i = 0; e->stream && i < e->n_levels; i++)
-        if (e->level[i]->pool == LEVEL_HEAD)
-            die_usage(o->command, "--stream: level %s keeps whole heads", e->level[i]->name);
-    for (int i = 0; e->stream && i < e->n_kvs; i++)
-        if (e->kv[i].demote)
-            die_usage(o->command, "--kv %s keeps what --stream evicts: choose one", e->kv[i].name);
+    if (e->stream) check_live(o, e);
     if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
-    e->n_shards = 1;
-    char end;
-    if (o->shard && (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 ||
-                     e->shard < 1 || e->shard > e->n_shards))
-        die_usage(o->command, "--shard %s: needs I/N, I from 1 to N", o->shard);
-    if (o->shard) e->shard--;
+    set_shard(o, e);
 }
 
 static int ask_ids(void *arg, const EvalQuestion *q, Ids *ids) {
@@ -313,14 +324,32 @@ static int eval_step(void *arg, long done, long total) {
     return progress_step(arg, "eval", done, total);
 }
 
-int cmd_eval(const Options *o) {
+// Runs e, of which lists and limits are there, on the session's model.
+static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *results, char *err) {
+    Ids prefix = {0};
+    Talk talk = {.tok = s->tok, .raw = s->o->raw, .on_context = true};
+    prefix_ids(s, &prefix);
+    Progress progress = progress_begin(s);
+    progress.unit = "answers";
+    e->state = &s->state, e->prefix = &prefix, e->ask = ask_ids, e->ask_arg = &talk;
+    e->progress = eval_step, e->progress_arg = &progress;
+    e->context = (Context){.tok = s->tok,
+                           .chunk = (int)s->o->chunk,
+                           .local = s->o->score_attn == 1,
+                           .profile = s->has_profile ? &s->profile : NULL,
+                           .postfix = repeat_postfix(s)};
+    int rc = eval_run(e, tasks, results, err);
+    progress_end(&progress);
+    ids_free(&prefix);
+    return rc;
+}
+
+// Answers the questions of a file.
+static int eval_tasks(const Options *o) {
     Session s;
     EvalTasks tasks;
     EvalResults results = {0};
-    Ids prefix = {0};
     char err[ERR_LEN];
-    if (o->merge) return eval_merge(o);
-    if (o->ppl) return eval_text(o);
     if (o->n_args != 2) die_usage(o->command, "needs MODEL TASKS.jsonl");
     Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n,
               .stop = o->stop,
@@ -336,28 +365,21 @@ int cmd_eval(const Options *o) {
     open_session(&s, o, NULL, MAX_BATCH);
     open_profile(&s);
     eval_lists(&s, &e);
-    prefix_ids(&s, &prefix);
-    Talk talk = {.tok = s.tok, .raw = o->raw, .on_context = true};
-    Progress progress = progress_begin(&s);
-    progress.unit = "answers";
-    e.state = &s.state, e.prefix = &prefix, e.ask = ask_ids, e.ask_arg = &talk;
-    e.progress = eval_step, e.progress_arg = &progress;
-    e.context = (Context){.tok = s.tok,
-                          .chunk = (int)o->chunk,
-                          .local = o->score_attn == 1,
-                          .profile = s.has_profile ? &s.profile : NULL,
-                          .postfix = repeat_postfix(&s)};
-    int rc = eval_run(&e, &tasks, &results, err);
-    progress_end(&progress);
+    int rc = run_eval(&s, &e, &tasks, &results, err);
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s", err);
     print_rows(o, &results);
     eval_results_close(&results);
     for (int k = 0; k < e.n_kvs; k++) free((char *)e.kv[k].name);
     eval_tasks_close(&tasks);
-    ids_free(&prefix);
     close_session(&s);
     return 0;
+}
+
+int cmd_eval(const Options *o) {
+    if (o->merge) return eval_merge(o);
+    if (o->ppl) return eval_text(o);
+    return eval_tasks(o);
 }
 
 // ---- calibrate ----
@@ -371,6 +393,21 @@ static Buffer sample_text(const Options *o) {
                      slash ? (int)(slash - o->program) : 1, slash ? o->program : ".");
     if (n >= (int)sizeof path) die("%s: the path is too long", o->program);
     return read_all(path);
+}
+
+static void calibrate_figures(const Options *o, const CalibrateResult *r) {
+    if (o->json) {
+        json_print(stdout, "{'n_texts': %d, 'n_tokens': %d, 'longest': %d, ", r->n_texts,
+                   r->n_tokens, r->longest);
+        json_print(stdout, "'explained': %g, 'seconds': %g, 'path': %s}\n", r->explained,
+                   r->seconds, o->out);
+        out_flush();
+    }
+    if (!o->quiet)
+        fprintf(stderr,
+                "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
+                "log scores; %.1f s; saved as %s]\n",
+                r->n_texts, r->n_tokens, r->longest, 100 * r->explained, r->seconds, o->out);
 }
 
 int cmd_calibrate(const Options *o) {
@@ -400,19 +437,7 @@ int cmd_calibrate(const Options *o) {
     progress_end(&progress);
     if (interrupted) die_interrupted();
     if (rc != 0) die("%s", err);
-    if (o->json) {
-        json_print(
-            stdout,
-            "{'n_texts': %d, 'n_tokens': %d, 'longest': %d, 'explained': %g, 'seconds': %g, ",
-            r.n_texts, r.n_tokens, r.longest, r.explained, r.seconds);
-        json_print(stdout, "'path': %s}\n", o->out);
-        out_flush();
-    }
-    if (!o->quiet)
-        fprintf(stderr,
-                "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
-                "log scores; %.1f s; saved as %s]\n",
-                r.n_texts, r.n_tokens, r.longest, 100 * r.explained, r.seconds, o->out);
+    calibrate_figures(o, &r);
     free(text.s);
     ids_free(&prefix);
     close_session(&s);
