@@ -1,0 +1,180 @@
+// Answers: a reply gives the same tokens alone, in any company, and read in blocks of any size; it
+// ends where its limit, its stop text or a stop token says; and a talk keeps what the cache lacks.
+#include "answer.h"
+
+#include "fixture.h"
+
+enum { N = 6, LIMIT = 12 };
+
+typedef struct {
+    Fixture *f;
+    Answerer a;
+    Ids prompt[N];  // of different lengths
+} Room;
+
+static bool open_room(Room *room, Fixture *f) {
+    *room = (Room){.f = f};
+    for (int i = 0; i < N; i++)
+        for (int t = 0; t < 2 + 7 * i; t++)
+            CHECK(ids_push(&room->prompt[i], (5 + 3 * t * (i + 1)) % f->model.config.vocab_size) ==
+                  0);
+    return CHECK(answer_open(&room->a, &f->state, &f->kv, f->tok, err) == 0);
+}
+
+static void close_room(Room *room) {
+    for (int i = 0; i < N; i++) ids_free(&room->prompt[i]);
+    answer_close(&room->a);
+}
+
+static Reply begin(Room *room, int i, Sampling *how) {
+    Reply r = {.seq = kvcache_new(&room->f->kv, err),
+               .prompt = room->prompt[i].id,
+               .n_prompt = room->prompt[i].n,
+               .limit = LIMIT + i,
+               .ignore_stop = true,
+               .sampling = how};
+    CHECK(r.seq >= 0 && reply_begin(&r, "", err) == 0);
+    return r;
+}
+
+static void finish(Room *room, Reply *const *r, int n) {
+    int left;
+    while ((left = answer_step(&room->a, r, n, err)) > 0) continue;
+    if (!CHECK(left == 0)) printf("%s\n", err);
+}
+
+static void end_reply(Room *room, Reply *r) {
+    kvcache_drop(&room->f->kv, r->seq);
+    reply_free(r);
+}
+
+static bool same_answer(const Reply *a, const Reply *b) {
+    return a->ids.n == b->ids.n &&
+           memcmp(a->ids.id, b->ids.id, (size_t)a->ids.n * sizeof *a->ids.id) == 0 &&
+           a->text.n == b->text.n && memcmp(a->text.s, b->text.s, a->text.n) == 0;
+}
+
+// One joins at every step and leaves when it is done; max_rows and max_logits make some wait.
+static void test_company(Room *room, const Reply *alone, int max_rows, int max_logits) {
+    RunState *s = &room->f->state;
+    int rows = s->max_rows, logits = s->max_logits, n = 0, left = 1;
+    Reply r[N], *all[N];
+    s->max_rows = max_rows, s->max_logits = max_logits;
+    while (left > 0 || n < N) {
+        if (n < N) {
+            r[n] = begin(room, n, NULL);
+            all[n] = &r[n];
+            n++;
+        }
+        left = answer_step(&room->a, all, n, err);
+        if (!CHECK(left >= 0)) break;
+    }
+    s->max_rows = rows, s->max_logits = logits;
+    for (int i = 0; i < N; i++) {
+        CHECK(r[i].done && r[i].ids.n == LIMIT + i && same_answer(&r[i], &alone[i]));
+        CHECK(r[i].n_fed == r[i].n_prompt + r[i].ids.n - 1);  // the last one is not fed
+        end_reply(room, &r[i]);
+    }
+}
+
+// Tokens that are there before the first step are read like a prompt.
+static void test_forced(Room *room, const Reply *alone) {
+    Reply r = begin(room, 3, NULL);
+    for (int i = 0; i < 5; i++) CHECK(reply_take(&room->a, &r, alone->ids.id[i], err) == 0);
+    finish(room, (Reply *[]){&r}, 1);
+    CHECK(same_answer(&r, alone));
+    end_reply(room, &r);
+}
+
+// The answer ends right after the stop text, which may lie across tokens but not in the prefix.
+static void test_stop(Room *room, const Reply *alone) {
+    for (size_t at = 0; at + 3 <= alone->text.n; at++) {
+        char stop[4] = {0};
+        memcpy(stop, alone->text.s + at, 3);
+        if (strlen(stop) < 3) continue;
+        size_t first = 0;
+        while (memcmp(alone->text.s + first, stop, 3) != 0) first++;
+        Reply r = begin(room, 3, NULL);
+        r.stop = stop;
+        CHECK(buffer_add(&r.text, stop, 3) == 0);
+        r.n_prefix = 3;
+        finish(room, (Reply *[]){&r}, 1);
+        CHECK(r.done && r.text.n == 3 + first + 3 && r.text.s[r.text.n] == '\0');
+        CHECK(memcmp(r.text.s + 3, alone->text.s, first + 3) == 0);
+        end_reply(room, &r);
+    }
+}
+
+static void test_ends(Room *room) {
+    Reply none = begin(room, 1, NULL), empty = begin(room, 1, NULL), r = begin(room, 1, NULL);
+    none.limit = 0;
+    finish(room, (Reply *[]){&none}, 1);
+    CHECK(none.done && none.ids.n == 0 && none.n_fed == none.n_prompt);
+    empty.n_prompt = 0;
+    CHECK(answer_step(&room->a, (Reply *[]){&empty}, 1, err) == -1);
+    CHECK(strstr(err, "empty") != NULL);
+    int id = 0, vocab = room->f->model.config.vocab_size;
+    while (id < vocab && !tokenizer_is_stop(room->f->tok, id)) id++;
+    r.ignore_stop = false;
+    CHECK(r.stop_id == -1);
+    if (id < vocab) {
+        CHECK(reply_take(&room->a, &r, id, err) == 0);
+        CHECK(r.done && r.ids.n == 0 && r.stop_id == id);
+    }
+    end_reply(room, &none), end_reply(room, &empty), end_reply(room, &r);
+}
+
+// The same seed draws the same tokens; a share of next to nothing is the likeliest token.
+static void test_sampling(Room *room, const Reply *alone) {
+    Sampling a = {.temp = 1.5, .top_p = 0.95, .random = 7}, b = a, c = {1.5, 1e-9, 1};
+    Reply x = begin(room, 2, &a), y = begin(room, 2, &b), z = begin(room, 2, &c);
+    finish(room, (Reply *[]){&x, &y, &z}, 3);
+    CHECK(same_answer(&x, &y));
+    CHECK(!same_answer(&x, alone) && same_answer(&z, alone));
+    end_reply(room, &x), end_reply(room, &y), end_reply(room, &z);
+}
+
+// After a turn the pending ids are those the cache lacks, and the next question begins with them.
+static void test_talk(Room *room) {
+    Talk t = {.tok = room->f->tok, .raw = true, .on_context = true};
+    Ids ids = {0};
+    CHECK(talk_ask(&t, "Who?", "It was", &ids, err) == 0 && ids.n > 0);
+    Reply r = begin(room, 0, NULL);
+    finish(room, (Reply *[]){&r}, 1);
+    CHECK(talk_answered(&t, &r, err) == 0);
+    CHECK(t.seq == r.seq && t.n_turns == 1);
+    CHECK(t.pending.n == 1 && t.pending.id[0] == r.ids.id[r.ids.n - 1]);
+    int n = ids.n;
+    ids.n = 0;
+    CHECK(talk_ask(&t, "Who?", "It was", &ids, err) == 0);
+    CHECK(ids.n == n + 1 && ids.id[0] == t.pending.id[0]);
+    ids_free(&ids);
+    talk_free(&t);
+    end_reply(room, &r);
+}
+
+int main(int argc, char **argv) {
+    Fixture f;
+    Room room;
+    if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) return 1;
+    if (!fixture_open(&f, "smol", "smol.kvz", KV_F32, 2) || !open_room(&room, &f))
+        return test_end("test_answer");
+    Reply alone[N];
+    for (int i = 0; i < N; i++) {
+        alone[i] = begin(&room, i, NULL);
+        finish(&room, (Reply *[]){&alone[i]}, 1);
+        CHECK(alone[i].ids.n == LIMIT + i);
+    }
+    test_company(&room, alone, MAX_ROWS, 16);
+    test_company(&room, alone, 7, 16);
+    test_company(&room, alone, 16, 2);
+    test_forced(&room, &alone[3]);
+    test_stop(&room, &alone[3]);
+    test_ends(&room);
+    test_sampling(&room, &alone[2]);
+    test_talk(&room);
+    for (int i = 0; i < N; i++) end_reply(&room, &alone[i]);
+    close_room(&room);
+    fixture_close(&f);
+    return test_end("test_answer");
+}
