@@ -18,6 +18,7 @@ typedef struct {
     uint64_t random;  // state of the generator (random_next); a seed to begin with
 } Sampling;
 
+// A token and what it weighs among those that may be drawn.
 typedef struct {
     float p;
     int id;
@@ -79,7 +80,8 @@ void reply_free(Reply *r);  // its memory, not its sequence; safe on a zeroed st
 // One forward call for those of the replies [n] that are not done: each feeds ids that the cache
 // lacks, and takes its next token once it lacks none. Every reply gets a row; the first ones get as
 // many as they can use, of the state's max_rows. Those beyond max_logits or max_rows wait. A reply
-// gives the same tokens alone and among others. Returns how many are not done yet, or -1 with err.
+// gives the same tokens alone and among others, unless it shares a Sampling with them. Returns how
+// many are not done yet, or -1 with err.
 int answer_step(const Answerer *a, Reply *const *r, int n, char *err);
 
 // ---- turns ----
