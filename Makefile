@@ -33,9 +33,21 @@ $(BUILD)/%.o: %.c
 $(BUILD)/test_%: tests/test_%.c $(BUILD)/libkvzip.a
 	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.a,$^) $(LDLIBS)
 
+# ---- tutorial ----
+
+# Attention in six programs (docs/tutorial/README.md), in order.
+TUTORIAL = $(patsubst docs/%.c,$(BUILD)/%,$(sort $(wildcard docs/tutorial/*.c)))
+
+$(BUILD)/tutorial/%: docs/tutorial/%.c
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $< $(LDLIBS)
+
+tutorial: $(TUTORIAL)
+	@for step in $(TUTORIAL); do echo "== $$step"; $$step || exit 1; done
+
 # ---- tests ----
 
-tests: $(TESTS:%=$(BUILD)/%)
+tests: $(TESTS:%=$(BUILD)/%) $(TUTORIAL)
 
 test: run tests
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) sh tests/run.sh $(TESTS)
@@ -101,6 +113,7 @@ help:
 	@echo "make            build ./run"
 	@echo "make demo       fetch, convert and calibrate SmolLM2-135M-Instruct once, compress a document, ask it eight questions"
 	@echo "make test       build and run all tests; no download needed"
+	@echo "make tutorial   attention in six programs, from the definition to KVzip (docs/tutorial)"
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
 	@echo "make valgrind   C tests under valgrind"
@@ -110,4 +123,4 @@ help:
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tests test asan valgrind neon blas fuzz venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind neon blas fuzz venv clean help force
