@@ -27,7 +27,7 @@ for t in "$@"; do
 done
 
 if [ -z "${C_ONLY:-}" ]; then
-    for t in test_cli test_tasks; do
+    for t in test_cli test_tasks test_tutorial; do
         "$PYTHON" tests/$t.py >"$out" 2>&1
         status=$?
         cat "$out"
