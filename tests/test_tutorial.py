@@ -158,22 +158,18 @@ def check_text(readme, printed):
     check(seen == PROGRAMS, "one section for each program, in order")
 
 
-def sources():
-    folders = [".", "kernels", "policies"]
-    return [os.path.join(d, f) for d in folders for f in os.listdir(os.path.join(ROOT, d)) if f.endswith((".c", ".h"))]
-
-
 def check_names(readme):
-    """What "In the project" names stands in the file that is linked next."""
-    everything = "".join(text_of(f) for f in sources())
+    """Links lead to files, and what "In the project" names stands in the file that is linked next."""
+    for link in re.findall(r"\]\(([^):]+)\)", readme):
+        check(os.path.exists(os.path.join(HERE, link)), f"README.md: there is no {link}")
     for paragraph in re.findall(r"^In the project: .*?\n\n", readme, flags=re.M | re.S):
         names = []
         for name, link in re.findall(r"`(\w+)`|\]\(([^)]+)\)", paragraph):
             if name:
                 names.append(name)
                 continue
-            path = os.path.normpath(os.path.join(HERE, link))
-            text = text_of(path) if os.path.exists(path) else everything
+            path = os.path.join(HERE, link)
+            text = text_of(path) if os.path.exists(path) else ""
             for n in names:
                 check(re.search(r"\b%s\b" % n, text), f"README.md: {link} has no {n}")
             names = []
