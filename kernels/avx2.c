@@ -1,4 +1,8 @@
 // avx2.c: AVX2 with FMA and F16C: x86-64 since Haswell (2013).
+//
+// 16 registers of 8 floats. Products keep a tile of results in registers while the inner dimension
+// passes; q8 and q4 weights meet their inputs in products of 16-bit integers or of bytes. Shapes
+// that no vector fits end in scalar.c.
 #include "kernels/x86.h"
 
 #ifdef __x86_64__
@@ -131,6 +135,7 @@ TARGET static void max_into(float *run, const float *s, float b) {
 
 // ---- inputs in 8 and 16 bits ----
 
+// A row of q16.
 INLINE void quantize_words(const Activations *a, int t) {
     const float *x = a->x + (size_t)t * a->stride;
     float max = abs_max(x, a->stride);
@@ -183,6 +188,7 @@ INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const bool
     for (; j < g->cols; j += 8) gemm_tile(g, i, j, R, 1, half);
 }
 
+// g is a copy: stores through vectors may alias any other struct, whose fields would be read again.
 INLINE void gemm(const Gemm g, const bool half) {
     int i = 0;
     for (; i + 6 <= g.n; i += 6) gemm_rows(&g, i, 6, 2, half);
@@ -250,9 +256,9 @@ INLINE void load_codes(const uint8_t *block, const int n, const CodeType type, _
     *odd = _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(shift + 8)), mask);
 }
 
-// R rows by C eights of columns; C = 4 is a whole block. Folding keeps the core from running ahead
-// to the next codes, so these are fetched, into the second-level cache: into the first, they would
-// wait for its few fill buffers (q8 pages at depth 8192: 15% slower than f16 instead of faster).
+// R rows by C eights of columns; C = 4 is a whole block. Folding fills the out-of-order window, so
+// that loads of the next codes start late: these are fetched ahead, into the second-level cache,
+// since the first has few fill buffers and the product itself would wait for them.
 INLINE void codes_tile(const FoldedGemm *g, int i, int j, const int R, const int C,
                        const CodeType type) {
     const size_t block = CODE_LINE >> type, rows = (size_t)g->b->rows;
@@ -297,6 +303,7 @@ INLINE void codes_rows(const FoldedGemm *g, int i, const int R, const CodeType t
     for (; j < g->b->cols; j += 8) codes_tile(g, i, j, R, 1, type);
 }
 
+// As many rows at a time as registers hold.
 INLINE void codes_gemm(const FoldedGemm *g, const CodeType type) {
     for (int i = 0, step; i < g->n; i += step) {
         step = fold_step(g->n - i);
@@ -476,6 +483,7 @@ INLINE __m256i madd_quad(__m256i acc, __m128i w, __m256i a) {
     return add_in_order(acc, _mm256_madd_epi16(_mm256_cvtepi8_epi16(w), a));
 }
 
+// Four inputs, four times.
 INLINE __m256i load_quad(const int16_t *q) {
     long long quad;
     memcpy(&quad, q, 8);

@@ -1,4 +1,7 @@
 // avx2vnni.c: AVX2 with VNNI: laptops without AVX-512, from Alder Lake (2021) on.
+//
+// One instruction, vpdpbusd, adds four products of bytes to a 32-bit sum. All else is AVX2's. It is
+// encoded as VEX on such laptops and as EVEX where there is AVX-512, where this set runs as well.
 #include "kernels/x86.h"
 
 #ifdef __x86_64__
@@ -20,7 +23,6 @@ AVX2 static float peak_vex(int rounds) { return peak_bytes(rounds, VNNI_VEX); }
 
 static const Peak int_evex = {2 * 32 * CHAINS, peak_evex}, int_vex = {2 * 32 * CHAINS, peak_vex};
 
-// What differs from AVX2's table.
 void adapt_avx2vnni(Kernels *k, const Features *f) {
     bool evex = f->avx512vnni;
     k->matmul[W_Q8] = evex ? matmul_q8_evex : matmul_q8_vex;

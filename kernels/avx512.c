@@ -1,5 +1,8 @@
-// avx512.c: AVX-512 with VNNI: x86-64 servers, and laptops from Ice Lake (2019) and Zen 4 (2022)
-// on.
+// avx512.c: AVX-512 with VNNI, and BF16: servers, laptops from Ice Lake (2019) and Zen 4 (2022) on.
+//
+// 32 registers of 16 floats. q8 and q4 products add four products of bytes with one instruction
+// (vpdpbusd); attention multiplies pairs of bf16 where the machine can (vdpbf16ps). What gains
+// nothing from wider registers is AVX2's, and so are shapes that these do not fit.
 #include "kernels/x86.h"
 
 #ifdef __x86_64__
@@ -30,6 +33,7 @@ INLINE __m512 exp_lanes(__m512 x) {
     return _mm512_maskz_scalef_ps(in_range, p, n);
 }
 
+// x / (1 + exp(-u)) * y
 INLINE __m512 gate(__m512 x, __m512 u, __m512 y) {
     __m512 e = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), u));
     return _mm512_mul_ps(_mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), y);
@@ -57,6 +61,7 @@ TARGET static void gelu_mul(float *x, const float *y, int n) {
 
 // ---- scores ----
 
+// Of floats, or of integers.
 INLINE __m512 max_or_sum(__m512 a, __m512 b, const bool sum) {
     if (!sum) return _mm512_max_ps(a, b);
     __m512i s = _mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b));
@@ -82,6 +87,7 @@ INLINE __m512 reduce16(__m512 *v, const bool sum) {
     return v[0];
 }
 
+// The largest of columns j, j + 16, j + 32 and j + 48 of a row of 64.
 INLINE __m512 max_columns(const float *s) {
     __m512 a = _mm512_max_ps(_mm512_loadu_ps(s), _mm512_loadu_ps(s + 16));
     __m512 b = _mm512_max_ps(_mm512_loadu_ps(s + 32), _mm512_loadu_ps(s + 48));
@@ -132,8 +138,8 @@ INLINE __m512 group_scales(float row_max, __m512 group_max) {
     return _mm512_mask_mul_ps(scale, fits, scale, _mm512_set1_ps(0.75f));
 }
 
-// Up to 16 groups of a row. The quotients pass through memory that no mask touches: what was stored
-// under one reaches no load until it is in the cache.
+// Up to 16 groups of a row. The inverses pass through memory without a mask: a masked store is not
+// forwarded to the loads that follow (store forwarding).
 INLINE void quantize_groups(const Activations *a, size_t group, int n, float row_max) {
     const float *x = a->x + group * QGROUP;
     int8_t *q = a->q + group * QGROUP;
@@ -186,7 +192,7 @@ INLINE __m512 load16(const void *b, size_t i, const bool half) {
     return _mm512_loadu_ps((const float *)b + i);
 }
 
-// As gemm_tile: R * C + C + 1 <= 32.
+// As in avx2.c: R * C + C + 1 <= 32.
 INLINE void gemm_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
     const size_t ldb = (size_t)g->cols;
     float *c = g->c + (size_t)i * g->ldc + j;
@@ -219,6 +225,7 @@ INLINE void gemm_rows(const Gemm *g, int i, const int R, const int C, const bool
     for (; j < g->cols; j += 16) gemm_tile(g, i, j, R, 1, half);
 }
 
+// A copy, as in avx2.c.
 INLINE void gemm(const Gemm g, const bool half) {
     int i = 0;
     if (g.cols < 64) {
@@ -245,8 +252,8 @@ TARGET static void gemm_f16(const Gemm *g) {
 
 // ---- codes ----
 
-// As in avx2.c, but of each eight integers the high bytes come before the low ones. No masks: what
-// was stored under one reaches no load until it is in the cache.
+// As in avx2.c, but of each eight integers the high bytes come before the low ones. No masks, as
+// above.
 INLINE void fold(Folded *f, int r, const float *a, const Codes *b) {
     float x[CODE_ROWS];
     __m512 max = _mm512_setzero_ps(), bias = max;
@@ -416,19 +423,18 @@ INLINE void scale_table(__m512i *table, __m512 scale) {
 }
 
 INLINE __m512 table_product(const __m512i *table, float scale) {
-    __m512i s = table[bits(scale) / HALF_BIT % 2];
-    return _mm512_castsi512_ps(_mm512_add_epi32(s, _mm512_set1_epi32((int)bits(scale))));
+    __m512i s = table[float_bits(scale) / HALF_BIT % 2];
+    return _mm512_castsi512_ps(_mm512_add_epi32(s, _mm512_set1_epi32((int)float_bits(scale))));
 }
 
 // Bytes of weights that a few tokens' products fetch ahead, into the second-level cache: reading
-// and multiplying take equally long then, and each waited for the other. 1.1 to 1.2 times as fast.
+// and multiplying take equally long then, and each would wait for the other.
 enum { AHEAD = 16384 };
 
 // T tokens against P panels, straight from the file. vpdpbusd multiplies unsigned by signed bytes,
 // so weights are made unsigned and each sum starts at -128 * sum(q). The same integers as
 // everywhere. For many tokens P is 2: 12 products of a quad of columns take 8 loads then instead of
-// 13, and vpdpbusd does not wait for the scales' products, which are additions. Hot it reaches 83%
-// of vpdpbusd's peak, where one panel and multiplications reach 74%.
+// 13, and the scales' products are additions, which leave the multiplier to vpdpbusd.
 INLINE void vnni_tile(const IntPanel *p, int t, const bool q4, const bool offset, const int T,
                       const int P) {
     float *out = p->out;
@@ -536,7 +542,7 @@ TARGET static float peak_int(int rounds) {
 static const Peak f32_peak = {2 * 16 * CHAINS, peak_f32};
 static const Peak int_peak = {2 * 64 * CHAINS, peak_int};
 
-// ---- AVX-512 with BF16: attention of many rows, twice as fast as in f32 ----
+// ---- products of bf16, for attention ----
 
 #define BF16_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c"
 #define BF16 __attribute__((target(BF16_TARGET)))
@@ -556,12 +562,15 @@ static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5
                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
-// bf16 has the exponents of f32, 112 = 127 - 15 above those of half precision, and three bits less
-// after the point: the bits of a half, three to the right, are 2^-112 of it in bf16. So pages are
-// multiplied as they come out of that shift, by rows 2^112 times as large, which like halves stay
-// below 2^16. Multiplying by 2^12 and keeping the high half is the shift and rounds, ties upward;
-// the sign, which it repeats, is cut out. Halves below 2^-14 become 0. Of a page the keys or
-// values times 3 rows take 180 ns where the way by f32 took 255, times 12 rows 550 for 650.
+// Half precision becomes bf16 by a shift, without its way through f32:
+//
+//   half h             s eeeee mmmmmmmmmm        2^(e - 15) * 1.m
+//   h >> 3             s sss eeeee mmmmmmm       the sign repeats
+//   and 0x8fff         s 000 eeeee mmmmmmm       as bf16: 2^(e - 127) * 1.m = h * 2^-112
+//
+// So rows are made 2^112 times as large; like halves they stay below 2^16. The shift is the high
+// half of a multiplication by 2^12, which rounds, ties upward. Halves below 2^-14, whose e is 0,
+// are read as 0.
 static const float ROWS_BY = 0x1p112f;
 
 BF16_INLINE __m512i halves_to_bf16(__m512i h) {
@@ -569,6 +578,7 @@ BF16_INLINE __m512i halves_to_bf16(__m512i h) {
     return _mm512_and_si512(h, _mm512_set1_epi16((short)0x8fff));
 }
 
+// Sixteen numbers of b in half precision, which f32 is rounded to.
 BF16_INLINE __m256i load_halves(const void *b, size_t at, const bool half) {
     if (half) return _mm256_loadu_si256((const void *)((const uint16_t *)b + at));
     return _mm512_cvtps_ph(_mm512_loadu_ps((const float *)b + at), _MM_FROUND_TO_NEAREST_INT);
@@ -608,8 +618,8 @@ BF16 static void pack_f32_bf16(void *packed, const float *b, int inner, int cols
 // As gemm_tile, on pairs of the inner dimension: a [R][inner] bf16, b packed or, for so few rows
 // that packing it would not pay, in half precision as it lies. Such pages lie far apart, and the
 // hardware fetches ahead only within 4 KB, so that each product fetches the lines of the page that
-// follows, into the second-level cache: decoding at depth 8192 is 1.36 times as fast. Into the
-// first-level cache it is slower than without, and so are all lines at once.
+// follows, a few at a time, into the second-level cache: the first-level cache has too few fill
+// buffers.
 BF16_INLINE void bf16_tile(const Gemm *g, int i, int j, const int R, const int C, const bool half) {
     const size_t ldb = (size_t)g->cols;
     float *c = g->c + (size_t)i * g->ldc + j;
@@ -657,6 +667,7 @@ BF16_INLINE void gemm_bf16(const Gemm g, const bool half) {
     for (; i < g.n; i++) bf16_rows(&g, i, 1, 4, half);
 }
 
+// [n][inner] bf16, times 2^112.
 BF16 static const void *pack_rows_bf16(uint16_t *room, const float *a, int n, int inner, int cols) {
     if (!fits_bf16(inner, cols)) return a;
     const __m512 by = _mm512_set1_ps(ROWS_BY);
@@ -689,8 +700,8 @@ BF16_INLINE __m512 exp2_rough(__m512 y) {
     return _mm512_scalef_ps(p, y);
 }
 
-// Half the time of exp64 and pack_rows: the weights do not pass through memory in between. 2^112
-// is a term of the exponent.
+// exp64 and pack_rows in one, so that the weights do not pass through memory in between. 2^112 is a
+// term of the exponent.
 BF16 static const void *exp_packed_bf16(uint16_t *room, float *s, const float *max, float *sum,
                                         int n, int cols) {
     if (!fits_bf16(PAGE, cols)) {
@@ -728,8 +739,6 @@ BF16 static float peak_bf16(int rounds) {
 
 static const Peak bf16_peak = {2 * 32 * CHAINS, peak_bf16};
 
-// Twelve sequences' rows, or the query heads of one, over a page: 1.65 and 1.4 times as fast as in
-// f32.
 BF16 static void gemm_f16_bf16(const Gemm *g) {
     if (fits_bf16(g->inner, g->cols))
         gemm_bf16(*g, true);

@@ -1,4 +1,7 @@
 // blas.c: float weights by OpenBLAS, when built with BLAS=1.
+//
+// Panels are unpacked, some columns at a time, to the row-major matrix that sgemm reads. The pool
+// shares the panels, so OpenBLAS must make no threads of its own.
 #include "kernels/blas.h"
 #include "kernels/simd.h"
 #include "util.h"
@@ -7,7 +10,7 @@
 #include <cblas.h>
 void openblas_set_num_threads(int n);  // in OpenBLAS's own cblas.h, not in others
 
-void blas_init(void) { openblas_set_num_threads(1); }  // the pool splits the panels
+void blas_init(void) { openblas_set_num_threads(1); }
 
 // Columns c0 .. c0 + cols of a panel as f32 [cols][ld], 16 of ld filled.
 static void unpack_columns(float *out, size_t ld, const Matrix *w, int panel, int c0, int cols) {
@@ -22,7 +25,7 @@ static void unpack_columns(float *out, size_t ld, const Matrix *w, int panel, in
         if (w->type == W_F16)
             kern.f16_to_f32(pair, in, 2 * PANEL);
         else
-            for (int i = 0; i < 2 * PANEL; i++) pair[i] = from_bits((uint32_t)in[i] << 16);
+            for (int i = 0; i < 2 * PANEL; i++) pair[i] = bits_float((uint32_t)in[i] << 16);
         for (int r = 0; r < PANEL; r++) out[r] = pair[2 * r], out[ld + r] = pair[2 * r + 1];
     }
 }

@@ -1,12 +1,10 @@
-// kernels.h: the arithmetic, one table of functions per instruction set, and the thread pool.
+// kernels.h: the arithmetic, as one table of functions that each instruction set fills.
 //
-// Weights lie in panels of 16 rows. A 64-byte line of a panel holds 4 bytes of each of the 16 rows,
-// so k = 1 column for f32, 2 for bf16 and f16, 4 for q8, 8 for q4: [rows/16][cols/k][16][k]. One
-// 512-bit load, two of 256 bits or four of 128 take a line and no instruction set needs a
-// horizontal sum. q8 and q4 carry one f16 scale per row and 32 columns, [rows/16][cols/32][16]; q4
-// may carry offsets of the same shape. A q4 line holds columns 0..3 in the low and 4..7 in the high
-// half of its bytes: w = scale * nibble + offset, where offset is -8 * scale when the file has
-// none.
+// Everything heavy is one of two products: weights times tokens (matmul), and rows times a page of
+// keys or values (gemm). scalar.c is their definition; the other files have the same functions
+// under the same names, each for its own instructions, and choose.c picks the set. The fact that
+// must stay true: the sum for one output runs over the columns in order, whatever the tile, so that
+// any batch and any number of threads give the same bits (batch invariance).
 #ifndef KERNELS_H
 #define KERNELS_H
 #include <math.h>
@@ -17,53 +15,94 @@
 #include "kernels/half.h"
 #include "kernels/threads.h"
 
-enum { PANEL = 16, QGROUP = 32, UNIT_STEPS = 15, PAGE = 64 };
+enum {
+    PANEL = 16,   // rows of a matrix that lie together
+    QGROUP = 32,  // columns that share a scale
+    PAGE = 64,    // pairs of a page of the cache
+};
 
 // ---- matrices ----
 
 typedef enum { W_F32, W_F16, W_BF16, W_Q8, W_Q4, W_TYPES } WType;
 
+// Weights in panels of 16 rows. A line of a panel is 64 bytes, 4 of each row, which hold k columns:
+//
+//           row 0               row 1                    row 15
+//   f32   | c0                | c0                | .. |   k = 1
+//   16    | c0      c1        | c0      c1        | .. |   k = 2, f16 and bf16
+//   q8    | c0   c1   c2   c3 | c0   c1   c2   c3 | .. |   k = 4
+//   q4    | c4c0 c5c1 c6c2 c7c3 ..                | .. |   k = 8, a byte's high half written first
+//
+// So one load of 512 bits, two of 256 or four of 128 take a line, and no instruction set needs a
+// horizontal sum. w = scale * q8, or scale * nibble + offset for q4, whose offset is -8 * scale
+// when the file has none. Scales and offsets are for one row and 32 columns.
 typedef struct {
     WType type;
-    int rows, cols;           // as the model means them
-    int panels, cols_padded;  // ceil(rows/16); cols rounded up to 32 (q8, q4) or k, padding is zero
-    const uint8_t *data;      // [panels][cols_padded/k][16][k]
-    const uint16_t *scale;    // f16 [panels][cols_padded/32][16], q8 and q4
-    const uint16_t *offset;   // f16, same shape, q4 only, may be NULL
+    int rows, cols;  // as the model means them
+    // ceil(rows/16); cols rounded up to 32 (q8, q4) or k, padding is zero
+    int panels, cols_padded;
+    const uint8_t *data;     // [panels][cols_padded/k][16][k]
+    const uint16_t *scale;   // f16 [panels][cols_padded/32][16], q8 and q4
+    const uint16_t *offset;  // f16, same shape, q4 only, may be NULL
 } Matrix;
+
+// Columns of a line of a panel: k.
+static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
+
+// Whether products with the type are of integers and read the rounded input.
+static inline bool wtype_ints(WType t) { return t == W_Q8 || t == W_Q4; }
 
 // The input of a matrix product, n rows. f32 and 16-bit weights read x, q8 and q4 weights read q,
 // or, q8 where the table says wide, q16.
 //
-// In q the group of 32 with a row's largest number uses all 8 bits. The scales of the others are
-// half of its own, or 3/4 of it, or halves of these, as small as the group fits: adding such a
-// scale's exponent to a weight's costs less than a multiplication. Perplexity is that of scales in
-// full precision (+0.4% over f32, of which weights 0.2%); without the 3/4 it would be 0.1% more,
-// with one scale for a row 3% more.
+// In q each group of 32 columns has a scale of its own, which is one of few: the group with the
+// row's largest number R uses all 8 bits, the others the smallest scale that their own largest
+// number G fits.
+//
+//   G / R            .. 1/4]      (1/4, 3/8]     (3/8, 1/2]   (1/2, 3/4]     (3/4, 1]
+//   scale            ..           3/4 * 2^14     2^14         3/4 * 2^15     2^15
+//
+//   scale as f32     0 | eeeeeeee | h000 .. 0    h = 0: 2^n, n = e - 127
+//                  sign  exponent   bit 22       h = 1: 1.5 * 2^n, which is 3/4 * 2^(n + 1)
+//
+// So a weight's scale times such a scale is an addition of exponents, once the weight's scale times
+// 1.5 is known too. With 2^n alone, or one scale for a row, rounding costs perplexity.
 typedef struct {
-    int cols,
-        stride;  // stride: elements from row to row of x and q, a multiple of 32, zero after cols
+    int cols;
+    int stride;  // elements from row to row of x, q and q16; a multiple of 32, zero after cols
     float *x;    // [n][stride]
-    bool for_q8, for_q4;  // the weights that will read it
-    int8_t *q;            // [n][stride]      round(x / (unit * scale)) in -127..127
-    float *unit;          // [n]             of a row
-    float *scale;         // [n][stride/32]  of 32 columns: 2^n or 1.5 * 2^n, 1 to 2^UNIT_STEPS
-    float *sum;           // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
-    int *shift;  // [n][stride/32]  -128 * sum of the group's q, for weights that were made unsigned
+    // Which weights will read it.
+    bool for_q8, for_q4;
+    int8_t *q;      // [n][stride]     round(x / (unit * scale)) in -127..127
+    float *unit;    // [n]             of a row: R / 127 / 2^UNIT_STEPS
+    float *scale;   // [n][stride/32]  of 32 columns: 2^n or 1.5 * 2^n, from 1 to 2^UNIT_STEPS
+    float *sum;     // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
+    int *shift;     // [n][stride/32]  -128 * sum of the group's q, for weights made unsigned
     int16_t *q16;   // [n][stride]  round(x / unit16) in -32767..32767
     float *unit16;  // [n]
 } Activations;
 
+enum { UNIT_STEPS = 15 };  // how often the largest scale can be halved
+
+// ---- codes ----
+
 // A matrix of small integers: entry [r][c] is scale[r] * code + min[r], or, for C_U8 without
-// minima, scale[r] * (code - 128). Four rows by 32 columns make a block, [rows/4][ceil(cols/32)] of
-// them; its first bytes hold rows 0 to 3 of column 0, the next four those of column 1, and so on:
-//   C_U8  128 bytes
-//   C_U4   64 bytes, columns 0 to 15 in the low and 16 to 31 in the high halves
-//   C_U2   32 bytes, columns 0 to 7, 8 to 15, 16 to 23 and 24 to 31, from the low bits up
-// So integer products that add four neighbours read a page of keys or values as it lies.
+// minima, scale[r] * (code - 128). Four rows by 32 columns make a block, which integer products
+// that add four neighbours read as it lies. Byte by byte, r0 being row 0, c8 column 8:
+//
+//   C_U8, 128 bytes   r0c0  r1c0  r2c0  r3c0  r0c1  r1c1 .. r3c31
+//   C_U4,  64 bytes   r0c0  r1c0 ..  r3c15 in the low halves, r0c16 .. r3c31 in the high halves
+//   C_U2,  32 bytes   bits 76      54      32     10
+//          byte 0        r0c24   r0c16   r0c8   r0c0
+//          byte 1        r1c24   r1c16   r1c8   r1c0
+//          byte 31       r3c31   r3c23   r3c15  r3c7
 typedef enum { C_U8, C_U4, C_U2 } CodeType;
 
-enum { CODE_COLS = 32, CODE_LINE = 128, CODE_ROWS = 256 };
+enum {
+    CODE_COLS = 32,   // columns of a block
+    CODE_LINE = 128,  // bytes of a C_U8 block
+    CODE_ROWS = 256,  // most rows of a matrix
+};
 
 typedef struct {
     CodeType type;
@@ -75,18 +114,14 @@ typedef struct {
     const uint8_t *ahead;
 } Codes;
 
+// Bytes of data of so many rows and columns.
 static inline size_t code_bytes(CodeType t, int rows, int cols) {
     return (size_t)rows / 4 * ((cols + CODE_COLS - 1) / CODE_COLS) * (CODE_LINE >> t);
 }
 
-// Rounds x, rows of it ld apart, to codes, scales and minima: each row gets the range it needs.
+// Rounds x [rows][cols], its rows ld apart, to codes, scales and minima: each row gets the range it
+// needs.
 void codes_round(const Codes *to, const float *x, size_t ld);
-
-// Columns of a line of a panel.
-static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t == W_Q4 ? 8 : 2; }
-
-// Whether a type's products are of integers and read the rounded input.
-static inline bool wtype_ints(WType t) { return t == W_Q8 || t == W_Q4; }
 
 // ---- products ----
 
@@ -109,9 +144,9 @@ typedef struct {
     size_t lda;
     const void *b;  // f32, half precision or packed, as the function says
     int n, inner, cols;
-    bool add;           // to c as it is; else c is overwritten
-    const void *ahead;  // gemm_f16: as many bytes as b that will be read later and are fetched
-                        // meanwhile, or b
+    bool add;  // to c as it is; else c is overwritten
+    // gemm_f16: as many bytes as b that will be read later and are fetched meanwhile, or b.
+    const void *ahead;
 } Gemm;
 
 // c [n][b's cols] (+)= a [n][b's rows] b.
@@ -138,12 +173,13 @@ typedef struct {
 typedef struct {
     const char *name;
 
+    // Weights of each type times tokens, one panel.
     void (*matmul[W_TYPES])(const PanelProduct *p);
     // The same for panels panel and panel + 1 at once, 32 rows; NULL where nothing is gained.
     void (*matmul_pair[W_TYPES])(const PanelProduct *p);
     // q8 products read q16: where bytes are widened to 16 bits before they are multiplied, as many
-    // bits of the input cost nothing, and then one unit a row is enough. SmolLM2 in q8 is a KL of
-    // 0.0012 from f32 with 16 bits, as with f32 inputs, and 0.0036 with 8.
+    // bits of the input cost nothing, and then one unit a row is enough. The next token's
+    // distribution is then as close to that of f32 weights as with inputs in f32.
     bool wide;
     // Of rows [t0, t1), from x, what products of this instruction set will read: q, unit, scale,
     // sum and shift, or q16 and unit16.
@@ -179,8 +215,8 @@ typedef struct {
     // out = b, rows ld apart; the same bits from every instruction set.
     void (*unpack_codes)(float *out, size_t ld, const Codes *b);
 
-    void (*rmsnorm)(float *out, const float *x, const float *w, int n,
-                    float eps);                         // arXiv 1910.07467
+    // out = x / sqrt(mean of x^2 + eps) * w; arXiv 1910.07467
+    void (*rmsnorm)(float *out, const float *x, const float *w, int n, float eps);
     void (*add)(float *x, const float *y, int n);       // x += y
     void (*scale)(float *x, float a, int n);            // x *= a
     void (*silu_mul)(float *x, const float *y, int n);  // x = silu(x) * y
@@ -190,8 +226,8 @@ typedef struct {
     // -inf, and its sum.
     void (*max_rows)(float *max, const float *s, int n);
     float (*exp64)(float *s, float m);
-    void (*max_into)(float *run, const float *s,
-                     float b);  // run[j] = max(run[j], s[j] + b) for 64 scores
+    // run[j] = max(run[j], s[j] + b) for 64 scores.
+    void (*max_into)(float *run, const float *s, float b);
 
     void (*f16_to_f32)(float *out, const uint16_t *in, size_t n);
     void (*f32_to_f16)(uint16_t *out, const float *in, size_t n);  // round to nearest even
@@ -201,12 +237,16 @@ typedef struct {
 // the row has seen no score yet, so that its weights are zeros.
 static inline float softmax_shift(float max) { return max == -INFINITY ? 0.0f : max; }
 
-extern Kernels kern;  // filled once by kernels_init, before threads start
+// The table that is used: filled once by kernels_init, before threads start, then read only.
+extern Kernels kern;
 
 // isa: "scalar", "avx2", "avx2vnni", "avx512", "neon", or NULL for the best this machine has.
 // Returns 0, or -1 when the machine (or this build) does not have it.
 int kernels_init(const char *isa);
-// The definition, and that of a wide product, for tests.
+
+// The definition, for tests.
 extern const Kernels kernels_scalar;
+
+// The definition of q8 products that read q16 (Kernels.wide), for tests.
 void matmul_wide_scalar(const PanelProduct *p);
 #endif

@@ -140,7 +140,7 @@ float matrix_at(const Matrix *w, int r, int c) {
     case W_F16:
         return f16_f32(((const uint16_t *)w->data)[line * 2 + j]);
     case W_BF16:
-        return from_bits((uint32_t)((const uint16_t *)w->data)[line * 2 + j] << 16);
+        return bits_float((uint32_t)((const uint16_t *)w->data)[line * 2 + j] << 16);
     case W_Q8:
         return f16_f32(w->scale[group]) * (float)((const int8_t *)w->data)[line * 4 + j];
     default: {

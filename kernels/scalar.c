@@ -1,4 +1,10 @@
-// scalar.c: the definition.
+// scalar.c: the arithmetic in plain C: the definition of every function of the table.
+//
+// Read this file to know what is computed; the other sets compute the same with other instructions,
+// under the same names and in the same order. Tests hold each of them against it for every tail
+// length. Weights are unpacked, some columns at a time, and multiplied with all tokens of a call
+// while they are in the first-level cache: floats to f32 [columns][16 rows], q8 and q4 to 16-bit
+// integers [columns/2][16 rows][2], which meet inputs that were rounded to integers (Activations).
 #include "kernels/simd.h"
 
 // ---- half precision ----
@@ -83,6 +89,7 @@ static void quantize(const Activations *a, int t0, int t1) {
 
 // ---- products of floats ----
 
+// Number i of b, in f32 or half precision.
 static float entry(const void *b, size_t i, bool half) {
     return half ? f16_f32(((const uint16_t *)b)[i]) : ((const float *)b)[i];
 }
@@ -108,6 +115,7 @@ static void pack_f16(void *packed, const uint16_t *b, int inner, int cols) {
 
 // ---- codes ----
 
+// The code of row r, column c; see Codes.
 static inline int code_at(const Codes *b, int r, int c) {
     const uint8_t *block = b->data + (r / 4 * code_blocks(b) + c / CODE_COLS) * code_block(b);
     int run = CODE_COLS >> b->type, i = c % CODE_COLS;  // columns that lie one after another
@@ -180,7 +188,7 @@ static void unpack_float(float *out, const Matrix *w, int panel, int c0, int col
     for (int c = 0; c < cols; c++) {
         for (int r = 0; r < PANEL; r++) {
             uint16_t h = in[(c / 2 * PANEL + r) * 2 + c % 2];
-            out[c * PANEL + r] = w->type == W_F16 ? f16_f32(h) : from_bits((uint32_t)h << 16);
+            out[c * PANEL + r] = w->type == W_F16 ? f16_f32(h) : bits_float((uint32_t)h << 16);
         }
     }
 }
@@ -197,6 +205,7 @@ static void matmul_float(const PanelProduct *p) {
 
 // ---- weights in 8 and 4 bits ----
 
+// A block of a panel as 16-bit integers, with its scales and offsets.
 static void unpack_int(IntBlock *b, const Matrix *w, int panel, int c0, int cols) {
     const uint8_t *line =
         w->data + ((size_t)panel * w->cols_padded + c0) * PANEL / (w->type == W_Q4 ? 2 : 1);
@@ -219,6 +228,7 @@ static void unpack_int(IntBlock *b, const Matrix *w, int panel, int c0, int cols
     }
 }
 
+// Row r of a block times a token, over the 32 columns from c0 on.
 static int dot_group(const IntBlock *b, int r, const Activations *x, size_t at, int c0, bool wide) {
     int dot = 0;
     for (int c = c0; c < c0 + QGROUP; c++)
@@ -226,6 +236,7 @@ static int dot_group(const IntBlock *b, int r, const Activations *x, size_t at, 
     return dot;
 }
 
+// Integers are summed over 32 columns, then scaled: no group's sum depends on its order.
 static inline void multiply_ints(const PanelProduct *p, bool wide) {
     const Matrix *w = p->w;
     const Activations *x = p->x;

@@ -1,4 +1,7 @@
-// simd.h: what instruction sets share.
+// simd.h: what the files of the instruction sets share, private to kernels/.
+//
+// Small functions that all of them need, which each compiles into its own loops, and how a set
+// offers itself to choose.c.
 #ifndef SIMD_H
 #define SIMD_H
 #include "kernels/kernels.h"
@@ -42,24 +45,27 @@ static inline float min_of(float a, float b) { return a < b ? a : b; }
 static inline float max_of(float a, float b) { return a > b ? a : b; }
 
 // 2^n for n in -126..127.
-static inline float exp2_int(int n) { return from_bits((uint32_t)(n + 127) << 23); }
+static inline float exp2_int(int n) { return bits_float((uint32_t)(n + 127) << 23); }
 
 // How x is rounded, a row's and its groups' largest numbers being known: see Activations.
 static inline float row_unit(float row_max) { return row_max / 127.0f * exp2_int(-UNIT_STEPS); }
 
+// How often group_max can be doubled before it passes row_max is the difference of their exponents,
+// one less where the mantissa of group_max is larger: the bits of a float, as an integer, subtract
+// to just that.
 static inline float group_scale(float row_max, float group_max) {
-    // How often group_max can be doubled before it passes row_max: the difference of their bits is
-    // that of the exponents, one less where the mantissa of group_max is larger.
-    uint32_t n = (bits(row_max) - bits(group_max)) >> 23;
+    uint32_t n = (float_bits(row_max) - float_bits(group_max)) >> 23;
     if (n >= UNIT_STEPS) return 1.0f;
     float scale = exp2_int(UNIT_STEPS - (int)n);
     return group_max * exp2_int((int)n) > 0.75f * row_max ? scale : 0.75f * scale;
 }
 
+// What x is multiplied with before it is rounded: 1 / (unit * scale).
 static inline float group_inverse(float row_max, float scale) {
     return row_max > 0.0f ? 127.0f / row_max * (exp2_int(UNIT_STEPS) / scale) : 0.0f;
 }
 
+// What belongs to a group, its q being rounded and summed.
 static inline void store_group(const Activations *a, size_t group, float scale, int sum) {
     a->scale[group] = scale;
     a->sum[group] = scale * (float)sum;
@@ -73,6 +79,7 @@ static inline float wide_inverse(float row_max) { return row_max > 1e-30f ? WIDE
 
 // ---- products of floats ----
 
+// Where nothing is better packed: rows stay as they are, b becomes f32.
 static inline size_t packed_bytes_f32(int inner, int cols) {
     return (size_t)inner * cols * sizeof(float);
 }
@@ -89,8 +96,9 @@ static inline void pack_f32(void *packed, const float *b, int inner, int cols) {
 
 // ---- codes ----
 
+// Bytes of a block, and blocks of four rows.
 static inline size_t code_block(const Codes *b) { return (size_t)CODE_LINE >> b->type; }
-static inline size_t code_blocks(const Codes *b) {  // of four rows
+static inline size_t code_blocks(const Codes *b) {
     return (size_t)((b->cols + CODE_COLS - 1) / CODE_COLS);
 }
 

@@ -1,4 +1,7 @@
-// x86.h: what AVX2, AVX2 with VNNI and AVX-512 share.
+// x86.h: what AVX2, AVX2 with VNNI and AVX-512 share, private to kernels/.
+//
+// Functions carry their instruction set as an attribute, so that one program is built without
+// -march and runs on every machine. All here need AVX2 only.
 #ifndef X86_H
 #define X86_H
 #ifdef __x86_64__
@@ -9,6 +12,7 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
+// The sum and the largest of 8 lanes.
 AVX2_INLINE float hsum(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -21,6 +25,7 @@ AVX2_INLINE float hmax(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
+// Eight numbers of b from i on, in f32 or half precision.
 AVX2_INLINE __m256 load8(const void *b, size_t i, const bool half) {
     if (half) return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)b + i)));
     return _mm256_loadu_ps((const float *)b + i);
@@ -43,7 +48,7 @@ AVX2_INLINE __m256i round16(const float *x, __m256 inv) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
 }
 
-// The groups' maxima rest where their scales will be.
+// A row. The groups' maxima rest where their scales will be.
 AVX2_INLINE void quantize_bytes(const Activations *a, int t) {
     const size_t first = (size_t)t * a->stride / QGROUP, end = first + a->stride / QGROUP;
     float max = 0.0f;
@@ -83,6 +88,7 @@ AVX2_INLINE void split_line(const uint8_t *line, const bool bf16, __m256 *even, 
     }
 }
 
+// A block of a panel of 16-bit weights as f32 [cols][16].
 AVX2 static inline void unpack_halves(float *out, const Matrix *w, int panel, int c0, int cols) {
     const uint8_t *line = w->data + ((size_t)panel * w->cols_padded + c0) * PANEL * 2;
     for (int c = 0; c < cols; c += 2, line += 64, out += 2 * PANEL) {
@@ -138,9 +144,10 @@ enum { KNOWS_VEX = true };  // so does the assembler of its time
 #define VPDPBUSD_VEX "%{vex%} vpdpbusd %2, %1, %0"
 #else
 enum { KNOWS_VEX = false };
-#define VPDPBUSD_VEX ""  // never reached: has_vnni_vex is false
+#define VPDPBUSD_VEX ""  // never reached: choose.c asks KNOWS_VEX
 #endif
 
+// acc += w . a, of four neighbours (MADDUBS: of two).
 AVX2_INLINE __m256i dot_bytes(__m256i acc, __m256i w, __m256i a, const ByteDot dot) {
     if (dot == MADDUBS) {
         acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a));
@@ -214,6 +221,7 @@ AVX2_INLINE void byte_tile(const IntPanel *p, int t, const bool q4, const bool o
     }
 }
 
+// A panel, four tokens at a time while they last.
 AVX2_INLINE void matmul_bytes(const PanelProduct *p, const bool q4, const bool offset,
                               const ByteDot dot) {
     const IntPanel ip = int_panel(p, 0);
