@@ -144,16 +144,41 @@ typedef struct {
 // How many of r's ids the cache does not hold.
 static int lacking(const Reply *r) { return r->n_prompt + r->ids.n - r->n_fed; }
 
-// Rows for the next ids of r, `most` of them or fewer; returns how many.
-static int feed(Step *s, Reply *r, int most) {
-    int n = min_int(lacking(r), most), end = r->n_fed + n;
+// How many of r's next ids go into a step that has room for this many. Alone r is read in blocks of
+// max_rows, counted from its start; in company a block may be cut, but never into runs so short
+// that attention adds up in another order: what r gives must not depend on its company.
+static int block_rows(const Answerer *a, const Reply *r, int room) {
+    int most = min_int(a->state->max_rows, MAX_ROWS);
+    int block = min_int(lacking(r), most - r->n_fed % most);
+    if (block <= room) return block;
+    int part = min_int(room, block - KV_LONG_RUN);
+    return part >= KV_LONG_RUN ? part : 0;
+}
+
+// Rows for the next n ids of r.
+static void feed(Step *s, Reply *r, int n) {
+    int end = r->n_fed + n;
     bool last = n == lacking(r);
     for (int i = r->n_fed; i < end; i++) {
         int id = i < r->n_prompt ? r->prompt[i] : r->ids.id[i - r->n_prompt];
         s->row[s->n_rows++] = (Row){r->seq, id, last && i == end - 1};
     }
     if (last) s->ready[s->n_ready++] = r;
-    return n;
+}
+
+// Chooses rows for the live replies [n]: one for each that writes, then blocks for those that read,
+// in their order, while there is room. fed [n]: how many each got.
+static int fill_step(Step *s, Reply *const *live, int n, int *fed, char *err) {
+    int room = min_int(s->a->state->max_rows, MAX_ROWS);
+    for (int reading = 0; reading < 2; reading++) {
+        for (int i = 0; i < n; i++) {
+            if (lacking(live[i]) == 0) return fail(err, "nothing to answer: the prompt is empty");
+            if ((lacking(live[i]) > 1) != reading) continue;
+            fed[i] = block_rows(s->a, live[i], room - s->n_rows);
+            if (fed[i] > 0) feed(s, live[i], fed[i]);
+        }
+    }
+    return 0;
 }
 
 static void find_best(void *step, int i) {
@@ -183,16 +208,13 @@ int answer_step(const Answerer *a, Reply *const *r, int n, char *err) {
     Reply *live[MAX_ROWS];
     int fed[MAX_ROWS], n_live = 0, left = 0;
     bool reads[MAX_ROWS];
-    int room = min_int(a->state->max_rows, MAX_ROWS), most = min_int(room, a->state->max_logits);
+    int most = min_int(min_int(a->state->max_rows, MAX_ROWS), a->state->max_logits);
     double start = now();
     for (int i = 0; i < n && n_live < most; i++)
         if (!r[i]->done) live[n_live++] = r[i];
     if (n_live == 0) return 0;
-    for (int i = 0; i < n_live; i++) {
-        if (lacking(live[i]) == 0) return fail(err, "nothing to answer: the prompt is empty");
-        reads[i] = live[i]->n_fed < live[i]->n_prompt;
-        fed[i] = feed(&s, live[i], room - s.n_rows - (n_live - 1 - i));
-    }
+    if (fill_step(&s, live, n_live, fed, err) != 0) return -1;
+    for (int i = 0; i < n_live; i++) reads[i] = live[i]->n_fed < live[i]->n_prompt;
     if (forward(a->state, a->kv, s.row, s.n_rows, err) != 0) return -1;
     for (int i = 0; i < n_live; i++) live[i]->n_fed += fed[i];
     if (a->after && a->after(a->after_arg, err) != 0) return -1;

@@ -78,10 +78,11 @@ int reply_flush(const Answerer *a, Reply *r, char *err);
 void reply_free(Reply *r);  // its memory, not its sequence; safe on a zeroed struct, and twice
 
 // One forward call for those of the replies [n] that are not done: each feeds ids that the cache
-// lacks, and takes its next token once it lacks none. Every reply gets a row; the first ones get as
-// many as they can use, of the state's max_rows. Those beyond max_logits or max_rows wait. A reply
-// gives the same tokens alone and among others, unless it shares a Sampling with them. Returns how
-// many are not done yet, or -1 with err.
+// lacks, and takes its next token once it lacks none. Those that write get a row each, those that
+// read share what is left of the state's max_rows, in their order; whoever finds no room, or is
+// beyond max_logits, waits. What a reply computes is the same to the bit alone and among others;
+// only draws from a shared Sampling depend on who draws before. Returns how many are not done yet,
+// or -1 with err.
 int answer_step(const Answerer *a, Reply *const *r, int n, char *err);
 
 // ---- turns ----

@@ -16,7 +16,6 @@
 #include <string.h>
 
 enum {
-    MANY_TOKENS = 9,           // runs from this length on read packed pages
     SPLITS = 32,               // ranges at most
     SPLIT_PAGES = 4,           // pages in a range at least
     PACKED_BESIDE = 32 << 20,  // bytes of packed pages for the other runs of a batch
@@ -50,7 +49,7 @@ void attend_close(KVCache *kv) {
 
 // Long runs read their pages packed, one layer's at a time; f32 pages stay as they are.
 static bool reads_packed(const KVCache *kv, int n_tokens) {
-    return n_tokens >= MANY_TOKENS && kv->type == KV_F16;
+    return n_tokens >= KV_LONG_RUN && kv->type == KV_F16;
 }
 
 // Of all kv heads of one layer, with so many pages each.

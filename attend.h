@@ -9,10 +9,10 @@
 #include "kvpages.h"
 
 enum {
-    TILE_ROWS = 64,    // query rows (tokens times group) that share one pass over the pages
-    SPLIT_TOKENS = 8,  // runs up to this length are split over page ranges as well
-    SPLIT_ROWS = 64,   // tokens of such runs, and runs, that are worked on together
-    SWEEP_PAGES = 4,   // whose scores one load of the rows raises
+    TILE_ROWS = 64,  // query rows (tokens times group) that share one pass over the pages
+    SPLIT_TOKENS = KV_LONG_RUN - 1,  // runs up to this length are split over page ranges
+    SPLIT_ROWS = 64,                 // tokens of such runs, and runs, that are worked on together
+    SWEEP_PAGES = 4,                 // whose scores one load of the rows raises
     MAX_RANGES = 5,
 };
 

@@ -137,10 +137,13 @@ KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
 
 // ---- one forward call ----
 
-// Consecutive rows of a batch that belong to one sequence.
+// Consecutive rows of a batch that belong to one sequence. Runs of KV_LONG_RUN rows and more give
+// the same bits however a sequence is cut into them; shorter ones are spread over page ranges,
+// whose sums come in another order.
 typedef struct {
     int seq, n;
 } KVRun;
+enum { KV_LONG_RUN = 9 };
 
 // Room for n more tokens in every layer: the only step that allocates, so the only one that can
 // fail. Before that, with kv->settling, full pages that 64 or more pairs follow settle. 0, or -1

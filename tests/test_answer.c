@@ -77,6 +77,52 @@ static void test_company(Room *room, const Reply *alone, int max_rows, int max_l
     }
 }
 
+// What is computed for a reply is the same to the bit in company: long prompts, cut where there is
+// no room for the next block of all of them. The cache holds what each layer gave to the next.
+static void test_bits(Fixture *f, int max_rows) {
+    enum { LONG = 600, MANY = 5 };
+    static int prompt[MANY][LONG];
+    float k[2][MAX_HEAD_DIM], v[2][MAX_HEAD_DIM];
+    const KVShape *shape = &f->kv.shape;
+    Answerer a;
+    Reply r[2][MANY] = {0}, *all[MANY];
+    int rows = f->state.max_rows, different = 0;
+    f->state.max_rows = max_rows;
+    CHECK(answer_open(&a, &f->state, &f->kv, f->tok, err) == 0);
+    for (int i = 0; i < MANY; i++) {
+        for (int t = 0; t < LONG; t++)
+            prompt[i][t] = (7 + 5 * t * (i + 2)) % f->model.config.vocab_size;
+        for (int in = 0; in < 2; in++) {
+            r[in][i] = (Reply){.seq = kvcache_new(&f->kv, err),
+                               .prompt = prompt[i],
+                               .n_prompt = LONG - 13 * i,
+                               .limit = 6,
+                               .ignore_stop = true};
+            CHECK(reply_begin(&r[in][i], "", err) == 0);
+        }
+        all[i] = &r[0][i];
+        while (answer_step(&a, all + i, 1, err) > 0) continue;
+        all[i] = &r[1][i];
+    }
+    while (answer_step(&a, all, MANY, err) > 0) continue;
+    for (int i = 0; i < MANY; i++) {
+        CHECK(r[1][i].done && same_answer(&r[0][i], &r[1][i]));
+        for (int h = 0; h < shape->n_layers * shape->n_kv_heads; h++) {
+            int l = h / shape->n_kv_heads, g = h % shape->n_kv_heads, d = shape->head_dim;
+            for (int t = 0; t < LONG - 13 * i + 5; t++) {
+                for (int in = 0; in < 2; in++)
+                    kvcache_pair(&f->kv, (KVHeadAt){r[in][i].seq, l, g}, t, k[in], v[in]);
+                different += memcmp(k[0], k[1], (size_t)d * sizeof(float)) != 0;
+                different += memcmp(v[0], v[1], (size_t)d * sizeof(float)) != 0;
+            }
+        }
+        for (int in = 0; in < 2; in++) kvcache_drop(&f->kv, r[in][i].seq), reply_free(&r[in][i]);
+    }
+    CHECK(different == 0);
+    f->state.max_rows = rows;
+    answer_close(&a);
+}
+
 // Tokens that are there before the first step are read like a prompt.
 static void test_forced(Room *room, const Reply *alone) {
     Reply r = begin(room, 3, NULL);
@@ -176,5 +222,10 @@ int main(int argc, char **argv) {
     for (int i = 0; i < N; i++) end_reply(&room, &alone[i]);
     close_room(&room);
     fixture_close(&f);
+    for (KVType type = KV_F16; type <= KV_F32; type++) {
+        if (!CHECK(fixture_open(&f, "smol", "smol-q8.kvz", type, 2))) break;
+        for (int max_rows = 90; max_rows <= 110; max_rows += 4) test_bits(&f, max_rows);
+        fixture_close(&f);
+    }
     return test_end("test_answer");
 }
