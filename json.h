@@ -51,8 +51,9 @@ typedef struct {
     int failed;
 } JsonFields;
 
+// The member called key, which must be of that kind; with `may` it may be absent, which gives NULL.
 const JsonNode *json_need(JsonFields *f, const char *key, JsonKind kind);
-const JsonNode *json_may(JsonFields *f, const char *key, JsonKind kind);  // NULL when absent
+const JsonNode *json_may(JsonFields *f, const char *key, JsonKind kind);
 
 // The same for strings; the result is NUL-terminated.
 char *json_need_text(JsonFields *f, const char *key);

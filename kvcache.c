@@ -352,12 +352,12 @@ static bool goes(const Evict *e, int t) {
 typedef struct {
     const KVCache *kv;
     const KVHead *old;
-    KVHead new;
-    int *from;      // [new.len] which old pair each new one is; rising in each of the two parts
+    KVHead next;
+    int *from;      // [next.len] which old pair each new one is; rising in each of the two parts
     int n_demoted;  // the first new pairs, whole pages of them
 } Eviction;
 
-static void list_pair(Eviction *v, int t) { v->from[v->new.len++] = t; }
+static void list_pair(Eviction *v, int t) { v->from[v->next.len++] = t; }
 
 // The survivors slide left.
 static void order_evicted(Eviction *v, const Evict *e) {
@@ -391,7 +391,7 @@ static KVPage *old_page(const Eviction *v, int t) { return &v->kv->pages[v->old-
 // Whether new page i is an old page in which nothing moves: it is listed again, not copied.
 static bool page_stays(const Eviction *v, int i) {
     const int *from = v->from + i * PAGE;
-    int n = min_int(v->new.len - i *PAGE, PAGE), last = from[n - 1];
+    int n = min_int(v->next.len - i * PAGE, PAGE), last = from[n - 1];
     if (from[0] % PAGE != 0 || last != from[0] + n - 1) return false;
     if (i * PAGE < v->n_demoted) return old_page(v, from[0])->class == PAGE_DEMOTED;
     return n == PAGE || last == v->old->len - 1;
@@ -399,15 +399,15 @@ static bool page_stays(const Eviction *v, int i) {
 
 // The new list of a head, its new pages still empty.
 static int plan_pages(KVCache *kv, Eviction *v, char *err) {
-    int n = pages_used(&v->new);
-    if (head_room(&v->new, n, err) != 0) return -1;
+    int n = pages_used(&v->next);
+    if (head_room(&v->next, n, err) != 0) return -1;
     for (int i = 0; i < n; i++) {
         bool stays = page_stays(v, i);
         PageClass class = i * PAGE < v->n_demoted ? PAGE_DEMOTED : PAGE_FULL;
         int id = stays ? v->old->page[v->from[i * PAGE] / PAGE] : page_take(kv, class, err);
         if (id < 0) return -1;
         if (stays) kv->pages[id].refs++;
-        v->new.page[v->new.n_pages++] = id;
+        v->next.page[v->next.n_pages++] = id;
     }
     return 0;
 }
@@ -446,8 +446,8 @@ static void fill_side(const Eviction *v, const KVPart *to, Side side, const int 
 static void fill_page(void *ctx, int page) {
     const Eviction *v = ctx;
     if (page_stays(v, page)) return;
-    KVPage *to = &v->kv->pages[v->new.page[page]];
-    const int *from = v->from + page * PAGE, n = min_int(v->new.len - page *PAGE, PAGE);
+    KVPage *to = &v->kv->pages[v->next.page[page]];
+    const int *from = v->from + page * PAGE, n = min_int(v->next.len - page * PAGE, PAGE);
     for (Side side = KEYS; side <= VALUES; side++) fill_side(v, part_of(to, side), side, from, n);
     for (int i = 0; i < PAGE; i++)
         to->pos[i] = i < n ? old_page(v, from[i])->pos[from[i] % PAGE] : -1;
@@ -463,11 +463,11 @@ static int evict_head(KVCache *kv, KVHead *h, const Evict *e, char *err) {
         order_evicted(&v, e);
     int status = plan_pages(kv, &v, err);
     if (status == 0) {
-        parallel_for(kv->pool, v.new.n_pages, fill_page, &v);
+        parallel_for(kv->pool, v.next.n_pages, fill_page, &v);
         KVHead old = *h;
-        *h = v.new, v.new = old;
+        *h = v.next, v.next = old;
     }
-    head_free(kv, &v.new);
+    head_free(kv, &v.next);
     free(v.from);
     return status;
 }

@@ -110,6 +110,7 @@ typedef struct {
     size_t at_bytes;  // how much of it has been put
 } TensorWriter;
 
+// Opens a temporary file beside path (file_begin); w starts from nothing.
 int tensors_write_begin(TensorWriter *w, const char *path, char *err);
 
 // Adds a string to the metadata; both are copied. An error once data has been put.

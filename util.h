@@ -21,8 +21,9 @@ double now(void);
 // generators, 2014); any state may start it.
 uint64_t random_next(uint64_t *state);
 
-// FNV-1a of data [n], going on from h (http://www.isthe.com/chongo/tech/comp/fnv/).
 #define HASH_START 0xcbf29ce484222325u
+// FNV-1a of data [n], going on from h, HASH_START at first
+// (http://www.isthe.com/chongo/tech/comp/fnv/).
 uint64_t hash_bytes(uint64_t h, const void *data, size_t n);
 
 // Writes code point c, at most 0x10ffff, as UTF-8; returns how many bytes, 1 to 4.

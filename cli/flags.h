@@ -91,7 +91,7 @@ typedef struct {
 // front of argv and becomes o->args. Wrong usage is the end.
 void parse_options(Options *o, const Command *c, int argc, char **argv);
 
-bool asks_for_help(const char *arg);
+bool asks_for_help(const char *arg);  // "-h" or "--help"
 // Whether -h is anywhere in argv [argc], unless it is the value of a flag or comes after --.
 bool wants_help(const Command *c, int argc, char **argv);
 void print_help(const Command *c);  // its arguments, its flags, examples; to stdout

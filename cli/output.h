@@ -36,8 +36,8 @@ char *copy_text(const char *s, size_t n);           // malloc'ed, with a NUL, or
 // ---- stdout ----
 
 PRINTF(1, 2) void out(const char *fmt, ...);  // printf, or the end
-void out_bytes(const void *p, size_t n);
-void out_flush(void);
+void out_bytes(const void *p, size_t n);      // or the end
+void out_flush(void);                         // or the end
 
 // "1.5 MB"; returns buf.
 const char *size_text(char buf[32], double bytes);

@@ -41,7 +41,7 @@ void close_session(Session *s);
 // For commands that write: answers are sampled at --temp, or at `temp` where that is not given.
 void open_answers(Session *s, double temp);
 
-int new_sequence(Session *s);
+int new_sequence(Session *s);                        // an empty sequence of the cache
 KVTypes get_kv(const Options *o, const char *name);  // what --kv calls `name`
 
 // A sentence on stderr, without -q.
@@ -59,6 +59,7 @@ const char *repeat_postfix(const Session *s);
 
 // ---- the method: who scores, and who competes with whom ----
 
+// The row of that name; another name is wrong usage.
 const Policy *get_policy(const Options *o, const char *name);
 const Level *get_level(const Options *o, const char *name);
 void open_profile(Session *s);  // the one that --profile names or the model carries, if any
@@ -84,6 +85,7 @@ typedef struct {
     double start, last, shown;
 } Progress;
 
+// The clock of the first work starts.
 Progress progress_begin(const Session *s);
 // Called as work goes on, arg a Progress; nonzero asks it to stop. Redraws the bar, ten times a
 // second at most and not for what takes no time.
