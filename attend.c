@@ -98,6 +98,7 @@ static int attend_ranges(const AttendBatch *batch, const AttendRun *run, Range *
     return 5;
 }
 
+// Whether some row of the run sees a pair of the page.
 static bool reads_page(const AttendBatch *batch, const AttendRun *run, const KVHead *h, int page) {
     int window = batch->kv->shape.window[batch->layer];
     int lo = h->dropped + page * PAGE, hi = lo + PAGE;
@@ -124,6 +125,7 @@ static void pack_unit(void *ctx, int unit) {
 
 // ---- long runs: blocks of tokens ----
 
+// out [head_dim] of a row's query head.
 static float *out_row(const AttendBatch *batch, int row, int h) {
     return batch->query->out + (size_t)row * batch->query->out_stride +
            h * batch->kv->shape.head_dim;
@@ -139,7 +141,7 @@ static void store_out(const Tile *t, const AttendBatch *batch, int g, int row) {
     }
 }
 
-// lse [rows][n_heads]
+// kv->lse [rows][n_heads]: log-sum-exp of the rows' scores so far, for the sweep.
 static void store_lse(const Tile *t, const AttendBatch *batch, int g, int row) {
     const KVCache *kv = batch->kv;
     for (int i = 0; i < t->n; i++) {
@@ -150,10 +152,12 @@ static void store_lse(const Tile *t, const AttendBatch *batch, int g, int row) {
     }
 }
 
+// Blocks of tokens, one tile each.
 static int run_blocks(const AttendBatch *batch, const AttendRun *run) {
     return (run->n + tokens_per_tile(batch->kv) - 1) / tokens_per_tile(batch->kv);
 }
 
+// The tokens from `token` on that fit a tile, over all the pairs they see.
 static void attend_block(const AttendBatch *batch, const AttendRun *run, int g, int token) {
     Tile t;
     Range ranges[MAX_RANGES];
@@ -181,6 +185,7 @@ static int split_pages(const KVHead *h) {
     return pages;
 }
 
+// Its pairs; empty beyond the head's last page.
 static Range split_range(const KVHead *h, int split) {
     int pages = split_pages(h), lo = h->dropped + split * pages * PAGE;
     return (Range){lo, min_int(lo + pages * PAGE, h->len)};
@@ -240,6 +245,7 @@ static int store_partial(const Tile *t, const AttendBatch *batch, const AttendRu
     return from + n;
 }
 
+// All tokens of run r, and of the runs that join it, over one range of pages.
 static void attend_split(const AttendBatch *batch, int r, int g, int split) {
     if (joins_tile(batch, g, split, r)) return;
     const AttendRun *run = batch->run;
@@ -280,6 +286,7 @@ static void merge_unit(void *ctx, int unit) {
 
 // ---- a batch ----
 
+// Units of work of a run: kv heads times ranges or blocks.
 static int run_units(const AttendBatch *batch, const AttendRun *run) {
     int parts = run->splits > 1 ? run->splits : run_blocks(batch, run);
     return batch->kv->shape.n_kv_heads * parts;

@@ -13,7 +13,7 @@ enum {
     SPLIT_TOKENS = KV_LONG_RUN - 1,  // runs up to this length are split over page ranges
     SPLIT_ROWS = 64,                 // tokens of such runs, and runs, that are worked on together
     SWEEP_PAGES = 4,                 // whose scores one load of the rows raises
-    MAX_RANGES = 5,
+    MAX_RANGES = 5,                  // that the pairs of a run are attended in while it scores
 };
 
 // Pairs [lo, hi) of a head.
@@ -21,7 +21,7 @@ typedef struct {
     int lo, hi;
 } Range;
 
-// A run of a batch, and how it is worked on.
+// A run of a batch (as KVRun), and how it is worked on.
 typedef struct {
     int seq, n;
     int row;          // of its first token, among the query's rows
@@ -65,8 +65,9 @@ typedef struct {
 
 // Tokens whose query heads of one kv head fit a tile.
 int tokens_per_tile(const KVCache *kv);
-// Bytes of one page, and of its keys alone, as the tiles of a long run read it.
+// Bytes of one page as the tiles of a long run read it: packed keys, then packed values.
 size_t packed_page_bytes(const KVShape *shape);
+// Packs a page of any kind so.
 void page_pack(const KVCache *kv, const KVPage *page, uint8_t *packed);
 
 // A tile with as many tokens of the run as fit, from token `token` on, and kv head g.

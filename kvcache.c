@@ -43,19 +43,21 @@ static int seq_copy(KVCache *kv, KVSeq *to, const KVSeq *from, char *err) {
     *to = (KVSeq){calloc((size_t)n_heads_total(kv), sizeof *to->head), from->next_pos};
     if (!to->head) return fail(err, "out of memory for a sequence");
     for (int i = 0; i < n_heads_total(kv); i++) {
-        const KVHead *a = &from->head[i];
-        KVHead *b = &to->head[i];
-        int n = pages_used(a);
-        if (head_room(b, n, err) != 0) {
+        const KVHead *src = &from->head[i];
+        KVHead *dst = &to->head[i];
+        int n = pages_used(src);
+        if (head_room(dst, n, err) != 0) {
             seq_free(kv, to);
             return -1;
         }
-        for (int j = 0; j < n; j++) kv->pages[b->page[j] = a->page[j]].refs++;
-        b->n_pages = n, b->len = a->len, b->dropped = a->dropped, b->settled = a->settled;
+        for (int j = 0; j < n; j++) kv->pages[dst->page[j] = src->page[j]].refs++;
+        dst->n_pages = n, dst->len = src->len;
+        dst->dropped = src->dropped, dst->settled = src->settled;
     }
     return 0;
 }
 
+// A free slot for a sequence, or -1.
 static int seq_slot(KVCache *kv, char *err) {
     for (int i = 0; i < kv->n_seqs; i++) {
         if (!kv->seqs[i].head) return i;
@@ -154,37 +156,9 @@ void kvcache_trim(KVCache *kv) {
     pages_trim(kv);
 }
 
-// ---- appending ----
+// ---- settling ----
 
-// The last, partly filled page of a head is about to be written: if others list it too, take a
-// copy.
-static int own_last_page(KVCache *kv, KVHead *h, char *err) {
-    int last = pages_used(h) - 1;
-    if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
-    int id = page_take(kv, PAGE_FULL, err);
-    if (id < 0) return -1;
-    const KVPage *from = &kv->pages[h->page[last]], *to = &kv->pages[id];
-    size_t half = kv->store[PAGE_FULL].page_bytes / 2;
-    memcpy(to->k.data, from->k.data, half);
-    memcpy(to->v.data, from->v.data, half);
-    memcpy(to->pos, from->pos, PAGE * sizeof(int));
-    page_unref(kv, h->page[last]);
-    h->page[last] = id;
-    return 0;
-}
-
-static int head_reserve(KVCache *kv, KVHead *h, int n, char *err) {
-    int need = pages_for(h->len - h->dropped + n);
-    if (own_last_page(kv, h, err) != 0 || head_room(h, need, err) != 0) return -1;
-    while (h->n_pages < need) {
-        int id = page_new(kv, err);
-        if (id < 0) return -1;
-        h->page[h->n_pages++] = id;
-    }
-    return 0;
-}
-
-// A page of a head that is to settle, and the page it becomes.
+// A page that is to settle: its place in a head's list, and the id of the page it becomes.
 typedef struct {
     int *listed, id;
 } Settle;
@@ -256,6 +230,37 @@ int kvcache_settle(KVCache *kv, int seq, char *err) {
     return 0;
 }
 
+// ---- appending ----
+
+// The last, partly filled page of a head is about to be written: if others list it too, take a
+// copy.
+static int own_last_page(KVCache *kv, KVHead *h, char *err) {
+    int last = pages_used(h) - 1;
+    if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
+    int id = page_take(kv, PAGE_FULL, err);
+    if (id < 0) return -1;
+    const KVPage *from = &kv->pages[h->page[last]], *to = &kv->pages[id];
+    size_t half = kv->store[PAGE_FULL].page_bytes / 2;
+    memcpy(to->k.data, from->k.data, half);
+    memcpy(to->v.data, from->v.data, half);
+    memcpy(to->pos, from->pos, PAGE * sizeof(int));
+    page_unref(kv, h->page[last]);
+    h->page[last] = id;
+    return 0;
+}
+
+// Pages for n more pairs.
+static int head_reserve(KVCache *kv, KVHead *h, int n, char *err) {
+    int need = pages_for(h->len - h->dropped + n);
+    if (own_last_page(kv, h, err) != 0 || head_room(h, need, err) != 0) return -1;
+    while (h->n_pages < need) {
+        int id = page_new(kv, err);
+        if (id < 0) return -1;
+        h->page[h->n_pages++] = id;
+    }
+    return 0;
+}
+
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
     if (kv->settling && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
     for (int i = 0; i < n_heads_total(kv); i++) {
@@ -271,13 +276,13 @@ static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k
     const KVPage *p = &kv->pages[h->page[i / PAGE]];
     p->pos[c] = pos;
     if (kv->type == KV_F32) {
-        float *pk = (float *)p->k.data;
-        for (int j = 0; j < d; j++) pk[j * PAGE + c] = k[j];
+        float *keys = (float *)p->k.data;
+        for (int j = 0; j < d; j++) keys[j * PAGE + c] = k[j];
         memcpy((float *)p->v.data + c * d, v, (size_t)d * sizeof(float));
     } else {
-        uint16_t half[MAX_HEAD_DIM], *pk = (uint16_t *)p->k.data;
+        uint16_t half[MAX_HEAD_DIM], *keys = (uint16_t *)p->k.data;
         kern.f32_to_f16(half, k, (size_t)d);
-        for (int j = 0; j < d; j++) pk[j * PAGE + c] = half[j];
+        for (int j = 0; j < d; j++) keys[j * PAGE + c] = half[j];
         kern.f32_to_f16((uint16_t *)p->v.data + c * d, v, (size_t)d);
     }
 }
@@ -289,6 +294,7 @@ typedef struct {
     const float *k, *v;
 } Append;
 
+// One kv head of one run.
 static void append_unit(void *ctx, int unit) {
     const Append *a = ctx;
     int g = unit % a->kv->shape.n_kv_heads, d = a->kv->shape.head_dim, row0 = 0;
@@ -305,14 +311,14 @@ static void append_unit(void *ctx, int unit) {
 void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k,
                     const float *v) {
     Append a = {kv, layer, runs, k, v};
-    bool many = n_runs > 1 || runs[0].n > SPLIT_TOKENS;
+    bool many = n_runs > 1 || runs[0].n > SPLIT_TOKENS;  // few are done before a thread wakes
     parallel_for(many ? kv->pool : NULL, n_runs * kv->shape.n_kv_heads, append_unit, &a);
 }
 
 // Whole pages that the next token can no longer see are let go.
 static void drop_window(KVCache *kv, KVHead *h, int window) {
-    int n = (h->len - window + 1 - h->dropped) /
-            PAGE;  // the next token sees itself and window - 1 before
+    int unseen = h->len - (window - 1) - h->dropped;  // the next token sees itself and window - 1
+    int n = unseen / PAGE;
     if (n <= 0) return;
     for (int i = 0; i < n; i++) page_unref(kv, h->page[i]);
     memmove(h->page, h->page + n, (size_t)(h->n_pages - n) * sizeof *h->page);

@@ -265,12 +265,14 @@ typedef struct {
     const void *data[GROUPS][GROUP_PARTS];  // NULL where a group has no pages
 } Saved;
 
+// Of all layers.
 static int n_saved_heads(const Saved *s) { return s->sizes[N_LAYERS] * s->sizes[N_KV_HEADS]; }
 
 static PageClass class_of(const Saved *s, int page) {
     return s->class ? (PageClass)s->class[page] : PAGE_FULL;
 }
 
+// Pages of a head; heads are counted over all layers.
 static int head_pages(const Saved *s, int head) {
     return pages_for(s->len[head] - s->dropped[head]);
 }
@@ -280,6 +282,7 @@ static const Tensor *get(const Saved *s, TensorSpec spec, char *err) {
     return tensors_get(s->file, err, spec.name, spec.type, spec.n_dims, n[0], n[1], n[2], n[3]);
 }
 
+// A list, of the sizes that are known so far. NULL with err.
 static const Tensor *get_list(const Saved *s, List list, char *err) {
     const Tensor *t = get(s, list_spec(list, s->sizes), err);
     for (int i = 0; t && i < t->n_dims; i++) {
@@ -365,7 +368,7 @@ static int read_heads(Saved *s, char *err) {
     return 0;
 }
 
-// Positions and classes of all pages. The last one of a head may be part full, and then it is new.
+// Positions and classes of all pages.
 static int read_pages(Saved *s, char *err) {
     bool classes = tensors_find(s->file, list_spec(CLASSES, s->sizes).name) != NULL;
     const Tensor *pos = get_list(s, POS, err), *class = NULL;
@@ -378,6 +381,7 @@ static int read_pages(Saved *s, char *err) {
     return 0;
 }
 
+// The last page of a head may be part full, and then it is a new one.
 static int check_last_pages(const Saved *s, char *err) {
     for (int i = 0, page = 0; i < n_saved_heads(s); i++) {
         page += head_pages(s, i);

@@ -57,13 +57,13 @@ typedef struct {
     KVInfo info;
     int next_pos;
     KVTypes types[PAGE_CLASSES];
-    double bytes[PAGE_CLASSES];      // of the pages of each class
-    double pairs;                    // in all heads
-    double full_pairs, full_bytes;   // had nothing been evicted, settled or demoted
-    double n_scored, kept, demoted;  // pairs of the context in layers without a window: all of
-                                     // them, those kept as they were, those demoted
+    double bytes[PAGE_CLASSES];     // of the pages of each class
+    double pairs;                   // in all heads
+    double full_pairs, full_bytes;  // had nothing been evicted, settled or demoted
+    // Pairs of the context in layers without a window: all; kept as they were; demoted.
+    double n_scored, kept, demoted;
     int n_layers, n_kv_heads;
-    int *kept_pairs;  // [n_layers][n_kv_heads] of the context, demoted ones not counted
+    int *kept_pairs;  // [n_layers][n_kv_heads] of the context, demoted ones not counted; allocated
 } CacheFacts;
 
 bool kvfile_is(const TensorFile *f);  // whether its metadata says that f is a saved cache
