@@ -763,6 +763,21 @@ def test_interrupted_chat(m):
     p.stderr.close()
 
 
+def small_stack():
+    resource.setrlimit(resource.RLIMIT_STACK, (256 << 10, 256 << 10))
+
+
+def test_small_stack(m, d):
+    """The stack that the system gives is not what attention needs: a shell's limit changes no bit."""
+    text, caches = d + "/stack.txt", []
+    write(text, "The mill stood by the river and the miller slept. " * 60)
+    for how in [{}, {"preexec_fn": small_stack}]:
+        cache = d + "/stack%d" % len(caches)
+        works("compress", m.path, "-f", text, "-o", cache, "-j", "2", "-q", **how)
+        caches.append(open(cache, "rb").read())
+    check(caches[0] == caches[1], "a cache made with a stack of 256 KB is another one")
+
+
 def main():
     smol, llama = Model("smol"), Model("llama")
     with tempfile.TemporaryDirectory() as d:
@@ -789,6 +804,7 @@ def main():
         test_map(Model("gemma3"), d)
         test_files(smol, llama, d)
         test_streams(smol)
+        test_small_stack(smol, d)
         test_interrupt(smol, d)
         test_interrupted_chat(smol)
     return end("test_cli")
