@@ -146,7 +146,9 @@ static int lacking(const Reply *r) { return r->n_prompt + r->ids.n - r->n_fed; }
 
 // How many of r's next ids go into a step that has room for this many. Alone r is read in blocks of
 // max_rows, counted from its start; in company a block may be cut, but never into runs so short
-// that attention adds up in another order: what r gives must not depend on its company.
+// that attention adds up in another order: what r gives must not depend on its company. With blocks
+// of 512 and 600 ids to read, room for 500 gives runs of 500, 12 and 88; room for 505 gives 503,
+// for the 9 after it must be a long run.
 static int block_rows(const Answerer *a, const Reply *r, int room) {
     int most = min_int(a->state->max_rows, MAX_ROWS);
     int block = min_int(lacking(r), most - r->n_fed % most);
@@ -265,7 +267,7 @@ int talk_ask(const Talk *t, const char *question, const char *prefix, Ids *ids, 
     if (rc == 0 && t->raw)
         rc = encode(t->tok, question, 0, ids);
     else if (rc == 0)
-        rc = (follows ? ask_context : ask_turn)(t, words, n, begins, ids);
+        rc = follows ? ask_context(t, words, n, begins, ids) : ask_turn(t, words, n, begins, ids);
     if (rc == 0) rc = encode(t->tok, prefix, 0, ids);
     return rc == 0 ? 0 : fail(err, "out of memory");
 }

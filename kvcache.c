@@ -4,8 +4,8 @@
 // that are old enough settle to fewer bits; evicting drops pairs and the survivors slide left into
 // fewer pages, so that from then on every head has its own length. A fork is another list of the
 // same pages. What must stay true: keys are stored after RoPE and never rotated again; a page that
-// more than one head lists is never written; only a full page (64 pairs) is ever other than
-// PAGE_FULL; the position counter knows nothing of evictions.
+// more than one head lists is never written; only a page of 64 pairs is ever other than
+// PAGE_EXACT; the position counter knows nothing of evictions.
 #include "kvcache.h"
 
 #include <stdlib.h>
@@ -50,7 +50,8 @@ static int seq_copy(KVCache *kv, KVSeq *to, const KVSeq *from, char *err) {
             seq_free(kv, to);
             return -1;
         }
-        for (int j = 0; j < n; j++) kv->pages[dst->page[j] = src->page[j]].refs++;
+        memcpy(dst->page, src->page, (size_t)n * sizeof *dst->page);
+        for (int j = 0; j < n; j++) kv->pages[src->page[j]].refs++;
         dst->n_pages = n, dst->len = src->len;
         dst->dropped = src->dropped, dst->settled = src->settled;
     }
@@ -130,7 +131,7 @@ KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h) {
 
 int kvcache_open(KVCache *kv, const KVShape *shape, KVTypes types, ThreadPool *pool, char *err) {
     *kv = (KVCache){.shape = *shape, .types = types, .pool = pool, .settling = true};
-    kv->type = class_types(types, PAGE_FULL).k;
+    kv->type = class_types(types, PAGE_EXACT).k;
     if (shape->head_dim > MAX_HEAD_DIM || shape->head_dim % 8) {
         return fail(err, "head_dim %d: the cache takes multiples of 8 up to %d", shape->head_dim,
                     MAX_HEAD_DIM);
@@ -180,11 +181,11 @@ static void settle_page(void *ctx, int unit) {
     }
 }
 
-// Full pages with 64 pairs or more after them.
+// Pages of 64 pairs with 64 pairs or more after them.
 static int pages_ripe(const KVHead *h) { return max_int((h->len - h->dropped) / PAGE - 1, 0); }
 
 static bool settles(const KVCache *kv, const KVHead *h, int page) {
-    return kv->pages[h->page[page]].class == PAGE_FULL;
+    return kv->pages[h->page[page]].class == PAGE_EXACT;
 }
 
 // Gives each of n pages that are to settle a page to become. On failure there are none.
@@ -237,10 +238,10 @@ int kvcache_settle(KVCache *kv, int seq, char *err) {
 static int own_last_page(KVCache *kv, KVHead *h, char *err) {
     int last = pages_used(h) - 1;
     if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
-    int id = page_take(kv, PAGE_FULL, err);
+    int id = page_take(kv, PAGE_EXACT, err);
     if (id < 0) return -1;
     const KVPage *from = &kv->pages[h->page[last]], *to = &kv->pages[id];
-    size_t half = kv->store[PAGE_FULL].page_bytes / 2;
+    size_t half = kv->store[PAGE_EXACT].page_bytes / 2;
     memcpy(to->k.data, from->k.data, half);
     memcpy(to->v.data, from->v.data, half);
     memcpy(to->pos, from->pos, PAGE * sizeof(int));
@@ -374,7 +375,11 @@ static void order_evicted(Eviction *v, const Evict *e) {
 }
 
 // Those that go come first, after the ones that were demoted before; less than a page of them stays
-// among the others.
+// among the others:
+//
+//   old   D D D D | k x k x x k x ..       D demoted before, x goes, k is kept
+//   new   D D D D | x x x x | k k k x ..   whole pages of x become 2 bits
+//                 before    n_demoted
 static void order_demoted(Eviction *v, const Evict *e) {
     const KVHead *h = v->old;
     int before = 0, going = 0;
@@ -409,7 +414,7 @@ static int plan_pages(KVCache *kv, Eviction *v, char *err) {
     if (head_room(&v->next, n, err) != 0) return -1;
     for (int i = 0; i < n; i++) {
         bool stays = page_stays(v, i);
-        PageClass class = i * PAGE < v->n_demoted ? PAGE_DEMOTED : PAGE_FULL;
+        PageClass class = i * PAGE < v->n_demoted ? PAGE_DEMOTED : PAGE_EXACT;
         int id = stays ? v->old->page[v->from[i * PAGE] / PAGE] : page_take(kv, class, err);
         if (id < 0) return -1;
         if (stays) kv->pages[id].refs++;
@@ -435,7 +440,7 @@ static void move_pairs(float *y, const float *x, const Move *m, int head_dim, Si
     }
 }
 
-// One side of a new page, its pairs from [n]. Full pages do not change a bit; what had settled is
+// One side of a new page, its pairs from [n]. Exact pages do not change a bit; what had settled is
 // read back.
 static void fill_side(const Eviction *v, const KVPart *to, Side side, const int *from, int n) {
     int d = v->kv->shape.head_dim;
@@ -555,7 +560,7 @@ size_t kvcache_full_bytes(const KVCache *kv, int seq) {
     size_t bytes = 0;
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
-        bytes += sizeof *h + pages_used(h) * listed_bytes(kv, PAGE_FULL);
+        bytes += sizeof *h + pages_used(h) * listed_bytes(kv, PAGE_EXACT);
     }
     return bytes;
 }
@@ -567,7 +572,7 @@ size_t kvcache_unevicted_bytes(const KVCache *kv, int seq, int n) {
         if (kv->shape.window[i / kv->shape.n_kv_heads] == 0)
             missing += (size_t)(pages_for(n) - pages_used(h));
     }
-    return kvcache_full_bytes(kv, seq) + missing * listed_bytes(kv, PAGE_FULL);
+    return kvcache_full_bytes(kv, seq) + missing * listed_bytes(kv, PAGE_EXACT);
 }
 
 // Of one head's pair and its position.

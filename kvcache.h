@@ -58,7 +58,7 @@ typedef struct {
     uint16_t *scale, *min;  // NULL where there are none
 } KVPart;
 
-typedef enum { PAGE_FULL, PAGE_SETTLED, PAGE_DEMOTED, PAGE_CLASSES } PageClass;
+typedef enum { PAGE_EXACT, PAGE_SETTLED, PAGE_DEMOTED, PAGE_CLASSES } PageClass;
 
 // 64 pairs of one (layer, kv head).
 typedef struct {
@@ -244,11 +244,12 @@ void kvcache_trim(KVCache *kv);
 
 // ---- looking inside ----
 
-// k, v [head_dim] (each may be NULL) of pair t as float; returns its position. The accessor for
-// norms and geometry.
+// k, v [head_dim] (each may be NULL) of pair t as float; returns its position. For
+// methods that look at norms and geometry.
 int kvcache_pair(const KVCache *kv, KVHeadAt at, int t, float *k, float *v);
-// The same for the 64 pairs from 64 b on: k [head_dim][64], one pair a column, and v
-// [64][head_dim]. Returns how many of them there are; the other columns mean nothing.
+// The same for the 64 pairs from 64 b on, of which a window must have left none behind: k
+// [head_dim][64], one pair a column, and v [64][head_dim]. Returns how many of them there are; the
+// other columns mean nothing.
 int kvcache_block(const KVCache *kv, KVHeadAt at, int b, float *k, float *v);
 
 // ---- bytes ----

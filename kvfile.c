@@ -3,7 +3,7 @@
 // Every tensor of the file stands in one of two tables, page_spec and list_spec, which writing and
 // reading share. Whoever reads a file goes through read_cache: it checks everything that can be
 // wrong, and loading then only hands out what was found. What must stay true: the same cache gives
-// the same bytes, and a file whose pages are all full is one of the first version.
+// the same bytes, and a file whose pages are all exact is one of the first version.
 #include "kvfile.h"
 
 #include <limits.h>
@@ -101,7 +101,7 @@ typedef struct {
     const KVInfo *info;
     TensorWriter *w;
     char *err;
-    bool plain;  // all pages are full
+    bool plain;  // all pages are exact
     int n_pages;
     Group groups[GROUPS];
     const Group *group;  // whose part is being written
@@ -122,7 +122,7 @@ static int each_page(Save *save, int (*fn)(Save *save, KVPage *p)) {
 }
 
 static int count_page(Save *save, KVPage *p) {
-    save->n_pages++, save->plain = save->plain && p->class == PAGE_FULL;
+    save->n_pages++, save->plain = save->plain && p->class == PAGE_EXACT;
     for (Side side = KEYS; side <= VALUES; side++)
         save->groups[group_index(part_of(p, side)->type, side)].n++;
     return 0;
@@ -195,8 +195,8 @@ static int declare(Save *save, TensorSpec s) {
     return tensors_write_declare(save->w, s.name, s.type, s.n_dims, sizes, save->err);
 }
 
-// Groups without pages are left out, but for that of full pages. The class of each page is left out
-// where all are full.
+// Groups without pages are left out, but for that of exact pages. The class of each page is left
+// out where all are exact.
 static bool group_in_file(const Save *save, const Group *g) {
     return g->n > 0 || g->type == save->kv->type;
 }
@@ -260,7 +260,7 @@ typedef struct {
     int sizes[SIZES];  // -1: not known yet
     int head_dim;
     const int32_t *pos, *len, *dropped, *window;
-    const uint8_t *class;                   // [pages], NULL: all full
+    const uint8_t *class;                   // [pages], NULL: all exact
     Group groups[GROUPS];                   // n: how many pages there are of each
     const void *data[GROUPS][GROUP_PARTS];  // NULL where a group has no pages
 } Saved;
@@ -269,7 +269,7 @@ typedef struct {
 static int n_saved_heads(const Saved *s) { return s->sizes[N_LAYERS] * s->sizes[N_KV_HEADS]; }
 
 static PageClass class_of(const Saved *s, int page) {
-    return s->class ? (PageClass)s->class[page] : PAGE_FULL;
+    return s->class ? (PageClass)s->class[page] : PAGE_EXACT;
 }
 
 // Pages of a head; heads are counted over all layers.
@@ -340,8 +340,8 @@ static int read_keys(Saved *s, char *err) {
     s->types = kvcache_both(k && k->dtype == T_F32 ? KV_F32 : KV_F16);
     if (name && kvcache_types_parse(name, &s->types) != 0)
         return fail(err, "its pages are of unknown type \"%s\"", name);
-    Group full = {KEYS, class_types(s->types, PAGE_FULL).k, -1};
-    k = get(s, page_spec(&full, DATA, s->head_dim), err);
+    Group exact = {KEYS, class_types(s->types, PAGE_EXACT).k, -1};
+    k = get(s, page_spec(&exact, DATA, s->head_dim), err);
     if (!k) return -1;
     if (k->shape[1] > MAX_HEAD_DIM)
         return fail(err, "keys of %zu numbers, more than %d", k->shape[1], MAX_HEAD_DIM);
@@ -385,7 +385,7 @@ static int read_pages(Saved *s, char *err) {
 static int check_last_pages(const Saved *s, char *err) {
     for (int i = 0, page = 0; i < n_saved_heads(s); i++) {
         page += head_pages(s, i);
-        if ((s->len[i] - s->dropped[i]) % PAGE != 0 && class_of(s, page - 1) != PAGE_FULL)
+        if ((s->len[i] - s->dropped[i]) % PAGE != 0 && class_of(s, page - 1) != PAGE_EXACT)
             return fail(err, "a page that is not full has settled");
     }
     return 0;
@@ -502,9 +502,9 @@ static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
         c->bytes[class] += (double)(kvcache_page_bytes(&shape, c->types[class]) + pos);
         if (class == PAGE_DEMOTED) demoted += PAGE;
     }
-    size_t full_page = kvcache_page_bytes(&shape, c->types[PAGE_FULL]) + pos;
+    size_t exact_page = kvcache_page_bytes(&shape, c->types[PAGE_EXACT]) + pos;
     c->pairs += live, c->full_pairs += full;
-    c->full_bytes += (double)pages_for(full) * (double)full_page;
+    c->full_bytes += (double)pages_for(full) * (double)exact_page;
     c->kept_pairs[head] = s->len[head] - demoted - s->info.n_prefix;
     if (!slides)
         c->n_scored += s->info.n_ctx, c->kept += c->kept_pairs[head], c->demoted += demoted;

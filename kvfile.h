@@ -4,7 +4,7 @@
 // A file of tensors.h. Pages stand in the order layer, kv head, page of the head; n of them are of
 // the type that a tensor's name says, d = head_dim, B = ceil(d / 32):
 //
-//   k           f16 or f32 [n][d][64]        keys of full pages, after RoPE
+//   k           f16 or f32 [n][d][64]        keys of exact pages, after RoPE
 //   v           f16 or f32 [n][64][d]        their values
 //   k_q8        u8  [n][d / 4][64 * 4]       codes of settled and demoted pages, four rows together
 //   v_q8        u8  [n][B][64 / 4][32 * 4]   as in kernels.h; k_q4, v_q4: half as many bytes,
@@ -17,7 +17,7 @@
 //   dropped     i32 [layers][kv heads]       of them left behind by a sliding window
 //   window      i32 [layers]                 0: all pairs are seen, and evicted from
 //   ids         i32 [n_prefix + n_ctx]       the tokens that were read
-//   page_class  u8  [pages]                  PageClass of each page; absent: all are full
+//   page_class  u8  [pages]                  PageClass of each page; absent: all are exact
 //
 // Metadata: format ("kvzip.c cache 1", or 2 with page_class), fingerprint and model (keys mean
 // nothing to another model), policy, ratio, n_prefix, n_ctx, next_pos, and kv, the types that pages

@@ -45,7 +45,7 @@ const char *kvcache_types_name(KVTypes types, char *name) {
 
 KVTypes class_types(KVTypes types, PageClass class) {
     bool f32 = types.k == KV_F32 || types.v == KV_F32;
-    if (class == PAGE_FULL) return kvcache_both(f32 ? KV_F32 : KV_F16);
+    if (class == PAGE_EXACT) return kvcache_both(f32 ? KV_F32 : KV_F16);
     return class == PAGE_SETTLED ? types : kvcache_both(KV_Q2);
 }
 
@@ -141,10 +141,10 @@ int page_take(KVCache *kv, PageClass class, char *err) {
 }
 
 int page_new(KVCache *kv, char *err) {
-    int id = page_take(kv, PAGE_FULL, err);
+    int id = page_take(kv, PAGE_EXACT, err);
     if (id < 0) return -1;
     KVPage *p = &kv->pages[id];
-    memset(p->k.data, 0, kv->store[PAGE_FULL].page_bytes);
+    memset(p->k.data, 0, kv->store[PAGE_EXACT].page_bytes);
     for (int i = 0; i < PAGE; i++) p->pos[i] = -1;
     return id;
 }

@@ -66,7 +66,7 @@ KVTypes class_types(KVTypes types, PageClass class);
 
 // A page of the class with one reference and old contents; its id, or -1 with err.
 int page_take(KVCache *kv, PageClass class, char *err);
-// An empty full page, zeroed: attention multiplies unused values by weights of 0. Its id, or -1.
+// An empty exact page, zeroed: attention multiplies unused values by weights of 0. Its id, or -1.
 int page_new(KVCache *kv, char *err);
 // One reference less; with the last one the page is free.
 void page_unref(KVCache *kv, int id);

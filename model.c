@@ -549,7 +549,9 @@ static int begin(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
     if (check_rows(s, kv, rows, n, err) != 0) return -1;
     int n_runs = find_runs(s, kv, rows, n);
     for (int r = 0; r < n_runs; r++) {
-        if (kvcache_reserve(kv, s->runs[r].seq, s->runs[r].n, err) != 0) return -1;
+        if (kvcache_reserve(kv, s->runs[r].seq, s->runs[r].n, err) == 0) continue;
+        kvcache_advance(kv, NULL, 0);  // what was reserved is wanted no more
+        return -1;
     }
     return n_runs;
 }

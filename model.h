@@ -102,7 +102,7 @@ void state_close(RunState *s);  // safe on a zeroed struct, and twice
 // Computes rows [n], n <= max_rows, at most max_logits of them with logits: appends to the rows'
 // sequences and attends over them. Rows of one sequence stand together, in order, and continue at
 // its next position. Allocates nothing but cache pages and room to pack them in. Returns 0, or -1
-// with err, and then no sequence has changed.
+// with err, and then no sequence has grown.
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
 
 // The rotation of layer l at an absolute position (RoPE, arXiv 2104.09864): cos and sin go to

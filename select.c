@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tensors.h"
+#include "util.h"
 
 // Order-preserving map of floats to integers: larger score, larger key.
 static uint32_t score_key(float f) {
@@ -128,6 +128,8 @@ static void keep_pools(uint8_t *keep, const float *score, const Selection *s, si
 long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *err) {
     size_t n = (size_t)s->n_layers * s->n_kv_heads * s->n_ctx;
     if (check_scores(score, s, err) != 0) return -1;
+    if (s->ref_ties && s->safeguard > 0.0)
+        return fail(err, "the authors' rule for ties knows no safeguard: choose one of them");
     if (s->ratio >= 1.0 || n == 0) {
         memset(keep, 1, n);
         return (long)n;

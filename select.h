@@ -25,6 +25,6 @@ typedef struct {
 
 // keep[i] = 1 for the pairs that stay, 0 for those that go; keep and score
 // [n_layers][n_kv_heads][n_ctx], larger scores stay. Returns the number kept, or -1 with err
-// (memory, a NaN score).
+// (memory, a NaN score, ref_ties together with a safeguard).
 long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *err);
 #endif

@@ -59,13 +59,13 @@ static void raise_scores(const AttendBatch *batch, int g, int base, float (*swep
     const KVShape *shape = &batch->kv->shape;
     int group = shape->n_heads / shape->n_kv_heads;
     size_t l = (size_t)kvcache_scored_index(shape, batch->layer);
-    float *score = s->score + (l * shape->n_kv_heads + g) * s->n_ctx - s->n_prefix;
+    float *score = s->score + (l * shape->n_kv_heads + g) * s->n_ctx;  // of pair n_prefix on
     for (int t = max_int(base, s->t0); t < min_int(base + PAGE, s->t1); t++) {
+        int at = t - s->n_prefix;
         for (int i = 0; i < group; i++) {
             float v = swept[i][t - base];
-            if (s->pair_log)
-                v += s->pair_log[(l * shape->n_heads + g * group + i) * s->n_ctx + t - s->n_prefix];
-            score[t] = s->sum ? score[t] + v : fmaxf(score[t], v);
+            if (s->pair_log) v += s->pair_log[(l * shape->n_heads + g * group + i) * s->n_ctx + at];
+            score[at] = s->sum ? score[at] + v : fmaxf(score[at], v);
         }
     }
 }

@@ -143,8 +143,8 @@ void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
 
 // ---- the online softmax ----
 
-// Of the page whose first pair is base, rows see the pairs in r up to their own, a window back. The
-// scores of all others become -inf, so that their weights are 0.
+// A row sees the pairs of r up to its own one, and with a window no further back than that. On the
+// page whose first pair is base the scores of all others become -inf, so that their weights are 0.
 static void hide_unseen(Tile *t, int base, Range r) {
     int last = t->first + (t->n - 1) / t->group;
     bool whole = r.lo <= base && min_int(r.hi, t->first + 1) >= base + PAGE;

@@ -13,8 +13,8 @@
 //   keep the pairs with the best scores                                          select_pairs
 //
 // The softmax behind a weight covers the protected prefix, the chunk and the pass's own pairs, not
-// the rest of the context: cheap, and a chunk's scores do not depend on what lies around it. No
-// question is involved. The price is the second pass, which takes about as long as the first one.
+// the rest of the context, which the pass sees but is not asked about. No question is involved. The
+// price is the second pass, which takes as long as the first one or longer.
 // KVzip+ multiplies each weight by what the pair's value adds to the output, |Wo_h v_j| / |x_t|.
 #include <math.h>
 #include <stdlib.h>

@@ -539,12 +539,13 @@ static void test_settle(KVTypes types, const int *window) {
         KVHead *h = kvcache_head(&kv, seq, i / KV, i % KV);
         for (int p = 0, left = h->len - h->dropped; left > 0; p++, left -= PAGE) {
             bool settled = left >= 2 * PAGE;
-            CHECK(class_of(&kv, h, p) == (settled ? PAGE_SETTLED : PAGE_FULL));
+            CHECK(class_of(&kv, h, p) == (settled ? PAGE_SETTLED : PAGE_EXACT));
             int b = p + h->dropped / PAGE, at[2] = {b, b};
             const KVPage *exact = &kv.pages[kvcache_head(&kv, full, i / KV, i % KV)->page[p]];
             if (left >= PAGE)
                 check_rounded(&kv, exact, &kv.pages[h->page[p]], pair, i / KV, i % KV, at);
-            if (settled) want -= kv.store[PAGE_FULL].page_bytes - kv.store[PAGE_SETTLED].page_bytes;
+            if (settled)
+                want -= kv.store[PAGE_EXACT].page_bytes - kv.store[PAGE_SETTLED].page_bytes;
         }
     }
     CHECK(kvcache_bytes(&kv, seq) == want);
@@ -568,7 +569,7 @@ static void test_settle_as_it_goes(void) {
         int first = h->page && ripe > 0 ? h->page[0] : -1;
         append_random(&kv, a, 1 + i * 3 % 29, NULL);
         for (int p = 0; first == h->page[0] && p < h->n_pages; p++)
-            wrong += class_of(&kv, h, p) != (p < ripe ? PAGE_SETTLED : PAGE_FULL);
+            wrong += class_of(&kv, h, p) != (p < ripe ? PAGE_SETTLED : PAGE_EXACT);
         CHECK(wrong == 0);
     }
     float *before = snapshot(&kv, a, &n);
@@ -725,7 +726,7 @@ static void test_head_dims(KVTypes types) {
             kvcache_advance(&kv, &run, 1);
         }
         KVHead *h = kvcache_head(&kv, seq, 0, 0);
-        CHECK(class_of(&kv, h, 1) == PAGE_SETTLED && class_of(&kv, h, 2) == PAGE_FULL);
+        CHECK(class_of(&kv, h, 1) == PAGE_SETTLED && class_of(&kv, h, 2) == PAGE_EXACT);
         double want[2 * MAX_HEAD_DIM], sum = 0;
         memset(want, 0, sizeof want);
         for (int t = 0; t < h->len; t++) {  // the last token's second head
@@ -822,7 +823,7 @@ static void check_facts(const KVCache *kv, int seq, const KVInfo *info) {
     }
     CHECK(c.pairs == pairs && c.kept + c.demoted == kept);
     CHECK(c.n_scored == (kv->shape.window[1] ? 1 : 2) * KV * info->n_ctx);
-    CHECK(c.bytes[PAGE_FULL] + c.bytes[PAGE_SETTLED] + c.bytes[PAGE_DEMOTED] == bytes);
+    CHECK(c.bytes[PAGE_EXACT] + c.bytes[PAGE_SETTLED] + c.bytes[PAGE_DEMOTED] == bytes);
     kvfile_facts_free(&c);
     tensors_close(&f);
 }
@@ -915,14 +916,14 @@ static void test_page_classes(void) {
     TensorFile t;
     CHECK(tensors_open(&t, path, err) == 0);
     const Tensor *class = tensors_get(&t, err, "page_class", T_U8, 1, L * KV * 4);
-    const uint8_t *c = class->data, want[4] = {PAGE_SETTLED, PAGE_SETTLED, PAGE_FULL, PAGE_FULL};
+    const uint8_t *c = class->data, want[4] = {PAGE_SETTLED, PAGE_SETTLED, PAGE_EXACT, PAGE_EXACT};
     for (int i = 0; i < L * KV; i++) CHECK(memcmp(c + 4 * i, want, 4) == 0);
     long at = (long)(c - t.map);
     tensors_close(&t);
     const struct {
         int page, class;
         const char *says;
-    } wrong[] = {{0, 7, "unknown class 7"}, {0, PAGE_FULL, "k"}, {0, PAGE_DEMOTED, "k_q"}};
+    } wrong[] = {{0, 7, "unknown class 7"}, {0, PAGE_EXACT, "k"}, {0, PAGE_DEMOTED, "k_q"}};
     for (int i = 0; i < 3; i++) {
         CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
         FILE *f = fopen(path, "r+b");
@@ -932,7 +933,7 @@ static void test_page_classes(void) {
     }
     CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
     FILE *f = fopen(path, "r+b");  // the right number of settled pages, but not the right ones
-    fseek(f, at + 1, SEEK_SET), fputc(PAGE_FULL, f);
+    fseek(f, at + 1, SEEK_SET), fputc(PAGE_EXACT, f);
     fseek(f, at + 3, SEEK_SET), fputc(PAGE_SETTLED, f), fclose(f);
     CHECK(kvfile_load(&back, path, &model, NULL, &got, err) == -1);
     CHECK(strstr(err, "not full") != NULL);

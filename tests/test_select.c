@@ -1,8 +1,8 @@
 // Which pairs stay: every level, the authors' ties, Ada-KV's safeguard, and scores that are not
 // numbers.
 #include "select.h"
-#include "tensors.h"
 #include "test.h"
+#include "util.h"
 
 static char err[ERR_LEN];
 
@@ -57,6 +57,10 @@ static void test_select(void) {
     nan[7] = NAN;
     Selection how = {1, 2, 5, 0.5, LEVEL_PAIR, false, 0.0, NULL};
     CHECK(select_pairs(keep, nan, &how, err) == -1);
+    // With a safeguard the authors' threshold would fall among pairs that cannot lose: none stayed.
+    CHECK(select_pairs(keep, low, &(Selection){1, 2, 5, 0.4, LEVEL_PAIR, true, 1.0, NULL}, err) ==
+          -1);
+    CHECK(strstr(err, "safeguard") != NULL);
     how.n_ctx = 0;
     CHECK(select_pairs(keep, nan, &how, err) == 0);
 }
