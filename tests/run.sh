@@ -42,6 +42,10 @@ if [ -z "${C_ONLY:-}" ]; then
         echo "test_export: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
         skipped=$((skipped + 1))
     fi
+    "$PYTHON" tests/test_docs.py >"$out" 2>&1
+    status=$?
+    cat "$out"
+    add $status test_docs
 fi
 
 echo "$passed passed, $failed failed$([ $skipped -gt 0 ] && echo ", $skipped skipped")"

@@ -38,7 +38,7 @@ static inline void toy_make(Toy *toy) {
     random_fill(toy->v[0][0], ALL * HEAD_DIM);
     for (int i = 0; i < ALL; i++) {
         int g = i / PAIRS, t = i % PAIRS;
-        toy->is_fact[i] = random_float() < (g == 0 ? -0.4f : -0.9f);  // 30% and 5%
+        toy->is_fact[i] = random_float() < (g == 0 ? -0.4f : -0.9f);  // of [-1, 1): 30% and 5%
         if (!toy->is_fact[i]) {
             blend(toy->k[g][t], key[g][t % TOPICS]);
             blend(toy->v[g][t], value[g][t % TOPICS]);
