@@ -361,6 +361,9 @@ static int read_heads(Saved *s, char *err) {
         int pairs = s->len[i], gone = s->dropped[i];
         if (gone < 0 || gone % PAGE || pairs < gone || pairs > 1 << 30)
             return fail(err, "a head of %d pairs less %d", pairs, gone);
+        int layer = i / s->sizes[N_KV_HEADS];
+        if (gone > 0 && s->window[layer] == 0)
+            return fail(err, "layer %d has no window, but %d of its pairs left one", layer, gone);
         n += head_pages(s, i);
     }
     if (n > INT_MAX) return fail(err, "heads of %ld pages", n);

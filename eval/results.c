@@ -180,18 +180,22 @@ static int add_text(EvalResults *r, char *text, char *err) {
 }
 
 int eval_results_open(EvalResults *r, const char *path, bool append, char *err) {
+    static const char start[] = "{\"settings\": ";
     size_t n = 0;
     char *text = file_read(path, &n, err);
     if (!text && !(append && errno == ENOENT)) return -1;
+    size_t seen = n < sizeof start ? n : sizeof start - 1;
+    bool ours = text && memcmp(text, start, seen) == 0;  // or the beginning of one of ours
     while (text && n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
-    if (append) {
-        r->log = fopen(path, "ab");
-        if (!r->log || ftruncate(fileno(r->log), (off_t)n) != 0) {
-            free(text);
-            return fail(err, "cannot be written: %s", strerror(errno));
-        }
+    if (text && n == 0 && !ours) {
+        free(text);
+        return fail(err, "not a file of results: it has no line of them");
     }
-    return text ? add_text(r, text, err) : 0;
+    if (text && add_text(r, text, err) != 0) return -1;  // before anything is cut
+    if (!append) return 0;
+    r->log = fopen(path, "ab");
+    if (r->log && ftruncate(fileno(r->log), (off_t)n) == 0) return 0;
+    return fail(err, "cannot be written: %s", strerror(errno));
 }
 
 void eval_results_close(EvalResults *r) {

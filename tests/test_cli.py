@@ -612,6 +612,14 @@ def test_eval(m, d):
     check(open(d + "/shard1", "rb").read() == before, "eval: --merge changes no input")
     fails(1, "not a regular file", *args, "--chart", "/dev/null")
     fails(1, "settings", *args[:-1], "--stop", "x", "-o", d + "/whole")
+    for text in [b"first line\nsecond line without newline", b"one line", b"{\"set", b"\x08\0\0\0\0\0\0\0{}"]:
+        ours = b"{\"settings\"".startswith(text)
+        write(d + "/notes", text)
+        if ours:
+            works(*args, "-o", d + "/notes")
+        else:
+            fails(1, "notes: ", *args, "-o", d + "/notes")
+            check(open(d + "/notes", "rb").read() == text, "eval -o: a file that is no file of results stays whole")
     bad = {"line 2": json.dumps(TASKS[0]) + "\n{", "\"questions\" is missing": '{"context": "a", "metric": "f1"}',
            "metric": json.dumps(dict(TASKS[0], metric="bleu"))}
     for words, text in bad.items():
@@ -778,6 +786,21 @@ def test_small_stack(m, d):
     check(caches[0] == caches[1], "a cache made with a stack of 256 KB is another one")
 
 
+def test_left_behind(m, d):
+    """Pairs that a window left behind, in a layer that has none: ask ended in a segmentation fault."""
+    works("compress", m.path, "-p", "The mill was built by Ann Grey. " * 20, "-o", d + "/whole.kvc", "-q")
+    with open(d + "/whole.kvc", "rb") as f:
+        data = bytearray(f.read())
+    n = struct.unpack_from("<Q", data)[0]
+    header = json.loads(bytes(data[8:8 + n]))
+    for name in ["len", "dropped"]:  # so that as many pages are there as the lengths need
+        at = 8 + n + header[name]["data_offsets"][0]
+        struct.pack_into("<i", data, at, struct.unpack_from("<i", data, at)[0] + 64)
+    write(d + "/left.kvc", bytes(data))
+    fails(1, "layer 0 has no window", "ask", m.path, d + "/left.kvc", "Who?")
+    fails(1, "layer 0 has no window", "info", d + "/left.kvc")
+
+
 def main():
     smol, llama = Model("smol"), Model("llama")
     with tempfile.TemporaryDirectory() as d:
@@ -805,6 +828,7 @@ def main():
         test_files(smol, llama, d)
         test_streams(smol)
         test_small_stack(smol, d)
+        test_left_behind(smol, d)
         test_interrupt(smol, d)
         test_interrupted_chat(smol)
     return end("test_cli")
