@@ -26,7 +26,7 @@ void answer_close(Answerer *a) {
 
 // ---- sampling ----
 
-static int argmax(const float *logits, int n) {
+int likeliest(const float *logits, int n) {
     int best = 0;
     for (int i = 1; i < n; i++)
         if (logits[i] > logits[best]) best = i;
@@ -186,7 +186,7 @@ static int fill_step(Step *s, Reply *const *live, int n, int *fed, char *err) {
 static void find_best(void *step, int i) {
     Step *s = step;
     int vocab = s->a->state->model->config.vocab_size;
-    s->best[i] = argmax(s->a->state->logits + (size_t)i * vocab, vocab);
+    s->best[i] = likeliest(s->a->state->logits + (size_t)i * vocab, vocab);
 }
 
 // Every reply that lacks nothing takes the token that its logits say, in their order.

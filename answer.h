@@ -40,6 +40,9 @@ typedef struct {
 int answer_open(Answerer *a, RunState *state, KVCache *kv, const Tokenizer *tok, char *err);
 void answer_close(Answerer *a);  // safe on a zeroed struct, and twice
 
+// The token with the largest of logits [n], the first of equals.
+int likeliest(const float *logits, int n);
+
 // ---- replies ----
 
 // The first fields are the caller's to fill in, the others start as zeros.

@@ -125,8 +125,6 @@ static int open_vector(const float **v, const TensorFile *f, const char *name, i
     return 0;
 }
 
-static bool reads_ints(const Matrix *w) { return w->type == W_Q8 || w->type == W_Q4; }
-
 static int open_layer(Model *m, int l, char *err) {
     const TensorFile *f = &m->file;
     const Config *c = &m->config;
@@ -533,7 +531,7 @@ static void classify(RunState *s, int n) {
     const Matrix *w = &s->model->wcls;
     Product p = {w, s->logits, c->vocab_size};
     Products j = {.x = &s->xb, .p = &p, .n_products = 1, .n = n};
-    if (reads_ints(w) && !(kern.wide && w->type == W_Q8)) {
+    if (wtype_ints(w->type) && !(kern.wide && w->type == W_Q8)) {
         each_row(s, n, rest_row, s);
         j.up = w, j.up_x = &s->rest, j.act = kern.add;
     }

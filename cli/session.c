@@ -5,8 +5,6 @@
 #define _POSIX_C_SOURCE 200809L
 #include "cli/session.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,13 +33,8 @@ void open_model(Session *s, const Options *o) {
     if (!s->tok) die("%s: %s", o->args[0], err);
 }
 
-// Workers are made with signals blocked: one that arrives wakes the thread that reads the prompt.
 static ThreadPool *open_pool(long n) {
-    sigset_t block, before;
-    sigfillset(&block);
-    pthread_sigmask(SIG_SETMASK, &block, &before);
     ThreadPool *pool = pool_open(n > 0 ? (int)n : cores_online());
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (!pool) die("-j %ld: the threads cannot be made", n > 0 ? n : (long)cores_online());
     return pool;
 }

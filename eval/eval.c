@@ -48,12 +48,6 @@ static int on_context(void *arg, const char *what, long done, long total) {
 
 // ---- parameters ----
 
-static bool has_param(const Param *params, const char *key, size_t n) {
-    for (int i = 0; i < MAX_PARAMS && params[i].name; i++)
-        if (strlen(params[i].name) == n && memcmp(params[i].name, key, n) == 0) return true;
-    return false;
-}
-
 // One --set serves several policies: each takes the keys that it or its level knows.
 static int set_method(const Eval *e, Context *c, const Policy *p, const Level *l, char *err) {
     char known[ERR_LEN];
@@ -61,7 +55,7 @@ static int set_method(const Eval *e, Context *c, const Policy *p, const Level *l
     *known = '\0';
     for (const char *s = e->set; s && *s; s += *s == ',') {
         size_t n = strcspn(s, ","), key = strcspn(s, "=,");
-        if (has_param(p->params, s, key) || has_param(l->params, s, key)) {
+        if (param_find(p->params, s, key) >= 0 || param_find(l->params, s, key) >= 0) {
             if (used + n + 2 > sizeof known) return fail(err, "too many parameters");
             used += (size_t)sprintf(known + used, "%s%.*s", used ? "," : "", (int)n, s);
         }
@@ -76,9 +70,9 @@ int eval_check_set(const Eval *e, char *err) {
         size_t key = strcspn(s, "=,");
         bool known = false;
         for (int i = 0; i < e->n_policies; i++)
-            known = known || has_param(e->policy[i]->params, s, key);
+            known = known || param_find(e->policy[i]->params, s, key) >= 0;
         for (int i = 0; i < e->n_levels; i++)
-            known = known || has_param(e->level[i]->params, s, key);
+            known = known || param_find(e->level[i]->params, s, key) >= 0;
         if (!known) return fail(err, "no policy or level here has a parameter '%.*s'", (int)key, s);
         s += strcspn(s, ",");
     }

@@ -11,16 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "answer.h"
 #include "kernels/kernels.h"
 
 // ---- rows ----
-
-static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
 
 // Sum of exp(x - max); where y is given also *diff = sum of exp(x - max) (x - y).
 static double exp_sum(const float *x, float max, const float *y, int n, double *diff) {
@@ -46,7 +40,7 @@ static void judge_row(void *ctx, int i) {
     int vocab = j->state->model->config.vocab_size, at = j->at[i];
     const float *x = j->state->logits + (size_t)i * vocab;
     Verdict *v = &it->verdict[at];
-    v->best = argmax(x, vocab);
+    v->best = likeliest(x, vocab);
     double log_sum = x[v->best] + log(exp_sum(x, x[v->best], NULL, vocab, NULL));
     v->nll = (float)(log_sum - x[it->full.id[at]]);
     v->kl = 0;

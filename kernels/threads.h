@@ -4,7 +4,8 @@
 
 typedef struct ThreadPool ThreadPool;
 
-// n_threads - 1 workers beside the caller, n_threads >= 1. NULL when threads cannot be made.
+// n_threads - 1 workers beside the caller, n_threads >= 1. Workers take no signals: one that
+// arrives is for the caller's thread and interrupts its reads. NULL when threads cannot be made.
 ThreadPool *pool_open(int n_threads);
 
 // Ends the workers and frees the pool; NULL is allowed.

@@ -19,33 +19,26 @@ add() { # exit status of the program whose output is in $out, its name
     passed=$((passed + ${p:-0})) failed=$((failed + f))
 }
 
-for t in "$@"; do
-    ${WRAP:-} "$BUILD/$t" ${ISA:-} >"$out" 2>&1
+run() { # name, command: shows what it prints, and adds its counts
+    name=$1
+    shift
+    "$@" >"$out" 2>&1
     status=$?
     cat "$out"
-    add $status "$t"
-done
+    add $status "$name"
+}
+
+for t in "$@"; do run "$t" ${WRAP:-} "$BUILD/$t" ${ISA:-}; done
 
 if [ -z "${C_ONLY:-}" ]; then
-    for t in test_cli test_tasks test_tutorial; do
-        "$PYTHON" tests/$t.py >"$out" 2>&1
-        status=$?
-        cat "$out"
-        add $status $t
-    done
+    for t in test_cli test_tasks test_tutorial; do run $t "$PYTHON" tests/$t.py; done
     if make venv PYTHON="$PYTHON" >"$BUILD/venv.out" 2>&1; then
-        .venv/bin/python tests/test_export.py >"$out" 2>&1
-        status=$?
-        cat "$out"
-        add $status test_export
+        run test_export .venv/bin/python tests/test_export.py
     else
         echo "test_export: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
         skipped=$((skipped + 1))
     fi
-    "$PYTHON" tests/test_docs.py >"$out" 2>&1
-    status=$?
-    cat "$out"
-    add $status test_docs
+    run test_docs "$PYTHON" tests/test_docs.py
 fi
 
 echo "$passed passed, $failed failed$([ $skipped -gt 0 ] && echo ", $skipped skipped")"

@@ -5,7 +5,6 @@ Every test runs ./run (or $RUN) on the committed fixtures (or those in $FIXTURES
 random weights, and compares with the values that another implementation computed for them. Needs
 nothing but Python's standard library. The last line says how many checks passed and failed.
 """
-import array
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from checks import check, end
+from checks import Tensors, check, end
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUN = os.environ.get("RUN", os.path.join(os.path.dirname(HERE), "run"))
@@ -28,32 +27,6 @@ LOGITS, SCORES = 3e-4, 1e-4  # tolerances of plain float32
 
 # ---- files ----
 
-KINDS = {"F32": "f", "I32": "i", "U8": "B", "F16": "H"}
-
-
-class Tensors:
-    """A safetensors file: self[name] is a flat array, shape[name] its sizes."""
-
-    def __init__(self, path):
-        with open(path, "rb") as f:
-            data = f.read()
-        n = struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8:8 + n])
-        self.meta = header.pop("__metadata__", {})
-        self.shape = {name: t["shape"] for name, t in header.items()}
-        self.dtype = {name: t["dtype"] for name, t in header.items()}
-        self.raw = {name: data[8 + n + t["data_offsets"][0]:8 + n + t["data_offsets"][1]]
-                    for name, t in header.items()}
-
-    def __getitem__(self, name):
-        return array.array(KINDS[self.dtype[name]], self.raw[name])
-
-    def ragged(self, name, i):
-        begin, end = self[name + "_offsets"][i:i + 2]
-        return self[name][begin:end]
-
-    def rows(self, name):
-        return self.shape[name + "_offsets"][0] - 1
 
 
 def write(path, text):
@@ -791,10 +764,8 @@ def test_left_behind(m, d):
     works("compress", m.path, "-p", "The mill was built by Ann Grey. " * 20, "-o", d + "/whole.kvc", "-q")
     with open(d + "/whole.kvc", "rb") as f:
         data = bytearray(f.read())
-    n = struct.unpack_from("<Q", data)[0]
-    header = json.loads(bytes(data[8:8 + n]))
     for name in ["len", "dropped"]:  # so that as many pages are there as the lengths need
-        at = 8 + n + header[name]["data_offsets"][0]
+        at = Tensors(d + "/whole.kvc").at[name]
         struct.pack_into("<i", data, at, struct.unpack_from("<i", data, at)[0] + 64)
     write(d + "/left.kvc", bytes(data))
     fails(1, "layer 0 has no window", "ask", m.path, d + "/left.kvc", "Who?")

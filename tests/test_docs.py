@@ -10,12 +10,11 @@ import math
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 
-from checks import check, end
+from checks import Tensors, check, end
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "eval/README.md", "docs/adding.md",
@@ -81,20 +80,6 @@ def check_readme(text):
 
 # ---- the README's policy ----
 
-def tensors(path):
-    """name -> shape and numbers, of the F32 and I32 tensors of a safetensors file."""
-    with open(path, "rb") as f:
-        data = f.read()
-    n = struct.unpack("<Q", data[:8])[0]
-    found = {}
-    for name, t in json.loads(data[8:8 + n]).items():
-        if name != "__metadata__" and t["dtype"] in ("F32", "I32"):
-            a, b = t["data_offsets"]
-            kind = "f" if t["dtype"] == "F32" else "i"
-            found[name] = t["shape"], struct.unpack(f"<{(b - a) // 4}{kind}", data[8 + n + a:8 + n + b])
-    return found
-
-
 def patched_source(folder, function, row):
     """A copy of the source with the policy in it."""
     src = os.path.join(folder, "src")
@@ -117,12 +102,13 @@ def run(src, *args):
 
 def check_scores(scores, cache):
     """scores are |v|^2 of each pair of the context, as the cache of all pairs holds them."""
-    (layers, heads, n), got = tensors(scores)["scores"]
-    t = tensors(cache)
-    (_, page, d), v = t["v"]
+    s, t = Tensors(scores), Tensors(cache)
+    layers, heads, n = s.shape["scores"]
+    _, page, d = t.shape["v"]
+    got, v, lengths = s["scores"], t["v"], t["len"]
     wrong = first = 0
     for h in range(layers * heads):
-        length = t["len"][1][h]
+        length = lengths[h]
         for i in range(n):
             at = (first * page + length - n + i) * d
             wrong += not math.isclose(got[h * n + i], sum(x * x for x in v[at:at + d]), rel_tol=1e-4)
