@@ -348,56 +348,6 @@ int tensors_meta_float(const TensorFile *f, const char *key, double lo, double h
     return 0;
 }
 
-// ---- files that are old or new ----
-
-static int file_fail(NewFile *f, char *err, const char *what) {
-    fail(err, "%s: %s", what, strerror(errno));
-    file_abort(f);
-    return -1;
-}
-
-int file_begin(NewFile *f, const char *path, char *err) {
-    struct stat st;
-    *f = (NewFile){0};
-    if (strlen(path) >= sizeof f->path)
-        return fail(err, "cannot create: %s", strerror(ENAMETOOLONG));
-    // A rename would replace a device or a pipe, not write to it.
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
-        return fail(err, "cannot create: not a regular file");
-    strcpy(f->path, path);
-    snprintf(f->tmp, sizeof f->tmp, "%s.%ld.tmp", path, (long)getpid());
-    f->file = fopen(f->tmp, "wb");
-    return f->file == NULL ? file_fail(f, err, "cannot create") : 0;
-}
-
-// Makes a rename durable. Some file systems cannot sync a directory; the file is whole either way.
-static void sync_directory_of(char *path) {
-    char *slash = strrchr(path, '/');
-    if (slash != NULL) slash[slash == path] = 0;  // keeps the root's own slash
-    int fd = open(slash == NULL ? "." : path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    fsync(fd);
-    close(fd);
-}
-
-int file_commit(NewFile *f, char *err) {
-    if (ferror(f->file) || fflush(f->file) != 0 || fsync(fileno(f->file)) != 0)
-        return file_fail(f, err, "cannot write");
-    int closed = fclose(f->file);
-    f->file = NULL;
-    if (closed != 0) return file_fail(f, err, "cannot write");
-    if (rename(f->tmp, f->path) != 0) return file_fail(f, err, "cannot rename");
-    sync_directory_of(f->path);
-    *f = (NewFile){0};
-    return 0;
-}
-
-void file_abort(NewFile *f) {
-    if (f->file != NULL) fclose(f->file);
-    if (f->tmp[0] != 0) unlink(f->tmp);
-    *f = (NewFile){0};
-}
-
 // ---- writing ----
 
 // Room for one more element behind n; p may move. Returns NULL when memory is out.
@@ -429,7 +379,7 @@ static char *copy_text(const char *s) {
 
 int tensors_write_begin(TensorWriter *w, const char *path, char *err) {
     *w = (TensorWriter){.at = -1};
-    return file_begin(&w->out, path, err);
+    return newfile_begin(&w->out, path, err);
 }
 
 int tensors_write_meta(TensorWriter *w, const char *key, const char *value, char *err) {
@@ -549,6 +499,7 @@ int tensors_write_put(TensorWriter *w, const void *data, size_t bytes, char *err
     if (w->out.file == NULL) return write_misuse(w, err, "nothing is being written", "");
     if (w->at < 0 && put_header(w, err) != 0) return -1;
     while (bytes > 0) {
+        if (interrupted) return write_misuse(w, err, "interrupted", "");
         if (advance(w, err) != 0) return -1;
         if (w->at == w->n_tensors) return write_misuse(w, err, "more data than declared", "");
         size_t n = w->tensors[w->at].bytes - w->at_bytes;
@@ -567,13 +518,13 @@ int tensors_write_commit(TensorWriter *w, char *err) {
     if (advance(w, err) != 0) return -1;
     if (w->at < w->n_tensors)
         return write_misuse(w, err, "data is missing: tensor ", w->tensors[w->at].name);
-    int status = file_commit(&w->out, err);
+    int status = newfile_commit(&w->out, err);
     tensors_write_abort(w);
     return status;
 }
 
 void tensors_write_abort(TensorWriter *w) {
-    file_abort(&w->out);
+    newfile_abort(&w->out);
     for (int i = 0; i < w->n_tensors; i++) free((void *)w->tensors[i].name);
     for (int i = 0; i < w->n_meta; i++) {
         free((void *)w->meta[i].key);

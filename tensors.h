@@ -1,5 +1,4 @@
-// tensors.h: the safetensors container. Models, caches and scores are all files of this kind. And
-// how any file is written so that it is never half there.
+// tensors.h: the safetensors container. Models, caches and scores are all files of this kind.
 //
 // A file is an 8-byte little-endian header length, a JSON header, and the data. The header gives
 // each tensor's dtype, shape and byte range, and strings under "__metadata__". Our own files start
@@ -10,8 +9,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 
+#include "newfile.h"
 #include "util.h"
 
 enum { TENSOR_MAX_DIMS = 8, TENSOR_ALIGN = 64 };
@@ -77,24 +76,6 @@ int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *
 int tensors_meta_float(const TensorFile *f, const char *key, double lo, double hi, float *out,
                        char *err);
 
-// ---- files that are old or new ----
-// What is written goes to "path.PID.tmp", which is synced and renamed over path at the end: path
-// itself is old or new, never half. Calls return 0, or -1 with err; one that fails has already
-// aborted, and aborting again does no harm.
-typedef struct {
-    char path[1024], tmp[1088];
-    FILE *file;  // to write to; NULL when nothing is being written
-} NewFile;
-
-// Opens the temporary file; a path that is there and no regular file is refused.
-int file_begin(NewFile *f, const char *path, char *err);
-
-// Syncs, closes and renames; fails as well if any write before it did.
-int file_commit(NewFile *f, char *err);
-
-// Removes the temporary file. Safe after a commit, and on a zeroed struct.
-void file_abort(NewFile *f);
-
 // ---- writing ----
 // Tensors are declared first, so that the header comes first; then their data is put in the same
 // order, in pieces of any size; then the file takes its place. Fillers ("pad.N") keep every tensor
@@ -110,7 +91,7 @@ typedef struct {
     size_t at_bytes;  // how much of it has been put
 } TensorWriter;
 
-// Opens a temporary file beside path (file_begin); w starts from nothing.
+// Opens a temporary file beside path (newfile_begin); w starts from nothing.
 int tensors_write_begin(TensorWriter *w, const char *path, char *err);
 
 // Adds a string to the metadata; both are copied. An error once data has been put.

@@ -66,8 +66,7 @@ static float *read_context(Context *c, bool scored, const Progress *progress) {
     float *score = scored ? allocate(context_scores(c), sizeof *score) : NULL;
     int rc = scored ? context_score(c, c->policy, score, err) : context_read(c, err);
     progress_end(progress);
-    if (interrupted) die_interrupted();
-    if (rc != 0) die("%s", err);
+    if (rc != 0) die_failed(err);
     return score;
 }
 
@@ -81,7 +80,7 @@ static void write_tensors(const char *path, const Meta *meta, int n_meta, const 
         rc = tensors_write_declare(&w, t[i].name, t[i].dtype, t[i].n_dims, t[i].shape, err);
     for (int i = 0; i < n && rc == 0; i++) rc = tensors_write_put(&w, t[i].data, t[i].bytes, err);
     if (rc == 0) rc = tensors_write_commit(&w, err);
-    if (rc != 0) die("%s: %s", path, err);
+    if (rc != 0) die_file(path, err);
 }
 
 int cmd_score(const Options *o) {
@@ -105,7 +104,6 @@ int cmd_score(const Options *o) {
                         {"ids", T_I32, 1, {in.ids.n}, in.ids.id, in.ids.n * sizeof(int32_t)},
                         {"layers", T_I32, 1, {n_scored}, layers, n_scored * sizeof(int32_t)}};
     write_tensors(o->out, meta, sizeof meta / sizeof *meta, tensors, 3);
-    check_interrupted(o->out);
     if (o->json)
         json_print(stdout,
                    "{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
@@ -193,9 +191,7 @@ static void save_context(Session *s, const Context *c, double kept) {
                    .ratio = s->o->budget > 0 ? kept : s->o->ratio,
                    .ids = c->ids,
                    .n_ids = c->n_prefix + c->n_ctx};
-    if (interrupted) die_interrupted();
-    if (kvfile_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die("%s: %s", s->o->out, err);
-    check_interrupted(s->o->out);
+    if (kvfile_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die_file(s->o->out, err);
 }
 
 static void compress_figures(const Options *o, const Context *c, const Shrunk *r) {
@@ -271,9 +267,7 @@ int cmd_map(const Options *o) {
                     .n_layers = kvcache_scored_layers(&s->kv.shape, layers),
                     .n_kv_heads = s->kv.shape.n_kv_heads,
                     .n_kept = kept};
-    if (interrupted) die_interrupted();
-    if (chart_map(&map, o->out, err) != 0) die("%s: %s", o->out, err);
-    check_interrupted(o->out);
+    if (chart_map(&map, o->out, err) != 0) die_file(o->out, err);
     if (o->json)
         json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n",
                    c->n_ctx, (double)kept / n_pairs, kept, n_pairs, o->out);

@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "cli/output.h"
@@ -66,30 +65,20 @@ void encode(const Tokenizer *tok, const char *text, size_t n, unsigned how, Ids 
 
 // ---- files to write ----
 
-static bool same_file(const char *path, const struct stat *other) {
-    struct stat st;
-    return path && stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
+void not_the_same(const char *path, const char *other, const char *how) {
+    if (other && newfile_same(path, other))
+        die("%s: is %s by this command: it cannot be written", path, how);
 }
 
 void check_writable(const Options *o, const char *path) {
-    struct stat st;
-    const char *slash = strrchr(path, '/');
-    Buffer dir = {0};
-    add_text(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
-    if (stat(dir.s, &st) != 0 || access(dir.s, W_OK | X_OK) != 0)
-        die("%s: cannot be written: %s", path, strerror(errno));
-    free(dir.s);
-    if (stat(path, &st) != 0) {
-        if (errno != ENOENT) die("%s: cannot be written: %s", path, strerror(errno));
-        return;
-    }
-    if (!S_ISREG(st.st_mode)) die("%s: cannot be written: not a regular file", path);
-    const char *model = o->into ? NULL : o->args[0];  // into itself: the old file stays mapped
-    const char *const inputs[] = {model, o->n_args > 1 ? o->args[1] : NULL, o->file, o->ids,
-                                  o->cache};
-    for (int i = 0; i < 5; i++)
-        if (same_file(inputs[i], &st))
-            die("%s: is read by this command: it cannot be written", path);
+    char err[ERR_LEN];
+    const char *const inputs[] = {o->file, o->ids, o->cache, o->profile, o->ppl},
+                      *other = path == o->out ? o->chart : o->out;
+    for (int i = o->into; i < o->n_args; i++)  // into itself: the old file stays mapped
+        not_the_same(path, o->args[i], "read");
+    for (int i = 0; i < 5; i++) not_the_same(path, inputs[i], "read");
+    not_the_same(path, other, "also written");
+    if (newfile_check(path, err) != 0) die_file(path, err);
 }
 
 void check_output(const Options *o) {

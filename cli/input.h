@@ -20,7 +20,9 @@ void parse_ids(const Buffer *text, const char *from, int vocab, Ids *ids);
 // tokenizer_encode, or the end.
 void encode(const Tokenizer *tok, const char *text, size_t n, unsigned how, Ids *ids);
 
-// The directory of path takes files, and path is none of the files that the command reads.
+// path and `other`, which the command reads or writes (how), are not the same file, or the end.
+void not_the_same(const char *path, const char *other, const char *how);
+// The file at path can be written, which is tried, and is none that the command reads.
 void check_writable(const Options *o, const char *path);
 void check_output(const Options *o);  // the same for -o, which must be given
 #endif

@@ -54,10 +54,8 @@ int cmd_logits(const Options *o) {
     warn_length(&s, (long)s.kv.seqs[seq].next_pos + ids.n);
     if (write_logits(&s, &w, &ids, seq, err) != 0) {
         tensors_write_abort(&w);
-        if (interrupted) die_interrupted();
-        die("%s: %s", o->out, err);
+        die_file(o->out, err);
     }
-    check_interrupted(o->out);
     free(text.s);
     ids_free(&ids);
     close_session(&s);

@@ -129,8 +129,7 @@ static int eval_text(const Options *o) {
     double start = now();
     int rc = eval_perplexity(&p, text.s, text.n, &r, err);
     progress_end(&progress);
-    if (interrupted) die_interrupted();
-    if (rc != 0) die("%s: %s", o->ppl, err);
+    if (rc != 0) die_file(o->ppl, err);
     if (o->json) {
         json_print(stdout,
                    "{'task': %s, 'kv': %s, 'window': %d, 'metric': 'ppl', 'value': %g, 'low': %g, ",
@@ -231,7 +230,7 @@ static void print_rows(const Options *o, const EvalResults *results) {
         }
     }
     out_flush();
-    if (o->chart && chart_curves(rows, n, o->chart, err) != 0) die("%s: %s", o->chart, err);
+    if (o->chart && chart_curves(rows, n, o->chart, err) != 0) die_file(o->chart, err);
     free(rows);
 }
 
@@ -239,11 +238,10 @@ static int eval_merge(const Options *o) {
     EvalResults results = {0};
     char err[ERR_LEN];
     for (int i = 0; i < o->n_args; i++)
-        if (eval_results_open(&results, o->args[i], false, err) != 0)
-            die("%s: %s", o->args[i], err);
+        if (eval_results_read(&results, o->args[i], err) != 0) die("%s: %s", o->args[i], err);
     if (o->out) check_output(o);
     if (o->chart) check_writable(o, o->chart);
-    if (o->out && eval_results_save(&results, o->out, err) != 0) die("%s: %s", o->out, err);
+    if (o->out && eval_results_save(&results, o->out, err) != 0) die_file(o->out, err);
     print_rows(o, &results);
     eval_results_close(&results);
     return 0;
@@ -360,14 +358,13 @@ static int eval_tasks(const Options *o) {
     if (o->out) check_output(o);
     if (o->chart) check_writable(o, o->chart);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
-    if (o->out && eval_results_open(&results, o->out, true, err) != 0) die("%s: %s", o->out, err);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
     open_profile(&s);
     eval_lists(&s, &e);
+    if (o->out && eval_results_open(&results, o->out, err) != 0) die("%s: %s", o->out, err);
     int rc = run_eval(&s, &e, &tasks, &results, err);
-    if (interrupted) die_interrupted();
-    if (rc != 0) die("%s", err);
+    if (rc != 0) die_failed(err);
     print_rows(o, &results);
     eval_results_close(&results);
     for (int k = 0; k < e.n_kvs; k++) free((char *)e.kv[k].name);
@@ -392,6 +389,7 @@ static Buffer sample_text(const Options *o) {
     int n = snprintf(path, sizeof path, "%.*s/eval/calibration.txt",
                      slash ? (int)(slash - o->program) : 1, slash ? o->program : ".");
     if (n >= (int)sizeof path) die("%s: the path is too long", o->program);
+    not_the_same(o->out, path, "read");
     return read_all(path);
 }
 
@@ -435,8 +433,7 @@ int cmd_calibrate(const Options *o) {
                    .progress_arg = &progress};
     int rc = calibrate_run(&c, text.s, text.n, &r, err);
     progress_end(&progress);
-    if (interrupted) die_interrupted();
-    if (rc != 0) die("%s", err);
+    if (rc != 0) die_failed(err);
     calibrate_figures(o, &r);
     free(text.s);
     ids_free(&prefix);

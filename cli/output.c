@@ -10,11 +10,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 // ---- endings ----
-
-volatile sig_atomic_t interrupted;
 
 static void on_signal(int sig) { interrupted = sig; }
 
@@ -56,10 +53,14 @@ void die_interrupted(void) {
     exit(exit_code());
 }
 
-void check_interrupted(const char *path) {
-    if (!interrupted) return;
-    unlink(path);
-    die_interrupted();
+void die_failed(const char *err) {
+    if (interrupted) die_interrupted();
+    die("%s", err);
+}
+
+void die_file(const char *path, const char *err) {
+    if (interrupted) die_interrupted();
+    die("%s: %s", path, err);
 }
 
 void die_stdout(void) { die("stdout: %s", strerror(errno)); }

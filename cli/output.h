@@ -2,9 +2,9 @@
 // Ctrl-C is noticed.
 #ifndef OUTPUT_H
 #define OUTPUT_H
-#include <signal.h>
 #include <stddef.h>
 
+#include "newfile.h"
 #include "util.h"
 
 #define NORETURN __attribute__((noreturn))
@@ -12,10 +12,8 @@
 
 // ---- endings ----
 
-extern volatile sig_atomic_t interrupted;  // the signal that asked us to stop, or 0
-
-// From here on SIGINT, SIGTERM and SIGHUP only set `interrupted`. Work stops at its next step,
-// leaves no half-written file, and main exits with 128 + signal.
+// From here on SIGINT, SIGTERM and SIGHUP only set `interrupted` to their number. Work stops at its
+// next step, files are as they were, and main exits with 128 + signal.
 void catch_signals(void);
 
 // "run: <sentence>" on stderr and exit 1.
@@ -25,8 +23,10 @@ NORETURN PRINTF(2, 3) void die_usage(const char *command, const char *fmt, ...);
 NORETURN void die_memory(void);
 NORETURN void die_stdout(void);       // stdout could not be written, for the reason in errno
 NORETURN void die_interrupted(void);  // the end of a command that a signal stopped
-// Ends an interrupted command, which leaves no file: what is at path goes.
-void check_interrupted(const char *path);
+// The end of a command whose work failed, or that a signal stopped meanwhile; of one whose file at
+// path could not be written.
+NORETURN void die_failed(const char *err);
+NORETURN void die_file(const char *path, const char *err);
 int exit_code(void);  // 0, or 128 + the signal
 
 void *allocate(size_t n, size_t size);              // zeroed, or the end

@@ -147,9 +147,9 @@ static void chart_draw(Chart *c) {
 
 int chart_curves(const EvalRow *rows, int n, const char *path, char *err) {
     NewFile out;
-    if (file_begin(&out, path, err) != 0) return -1;
+    if (newfile_begin(&out, path, err) != 0) return -1;
     chart_draw(&(Chart){.f = out.file, .rows = rows, .n = n});
-    return file_commit(&out, err);
+    return newfile_commit(&out, err);
 }
 
 // ---- survivors ----
@@ -231,7 +231,7 @@ static void map_text(FILE *f, const ChartMap *m) {
 
 int chart_map(const ChartMap *m, const char *path, char *err) {
     NewFile out;
-    if (file_begin(&out, path, err) != 0) return -1;
+    if (newfile_begin(&out, path, err) != 0) return -1;
     FILE *f = out.file;
     size_t n_pairs = (size_t)m->n_layers * m->n_kv_heads * m->n_ctx;
     fputs("<!doctype html><html lang='en'><meta charset='utf-8'><title>What stays</title>\n", f);
@@ -245,5 +245,5 @@ int chart_map(const ChartMap *m, const char *path, char *err) {
     map_text(f, m);
     fputs(map_script, f);
     fputs("</html>\n", f);
-    return file_commit(&out, err);
+    return newfile_commit(&out, err);
 }

@@ -7,13 +7,16 @@
 #include "eval/results.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "json.h"
-#include "tensors.h"
+#include "newfile.h"
 #include "util.h"
 
 enum { RESAMPLES = 1000 };
@@ -67,16 +70,11 @@ static int add_cell(EvalResults *r, EvalCell c, char *err) {
 
 // ---- writing ----
 
-static int written(FILE *f, char *err) {
-    return fflush(f) == 0 ? 0 : fail(err, "the results cannot be written: %s", strerror(errno));
-}
-
-static int put_settings(FILE *f, const char *settings, char *err) {
+static void put_settings(FILE *f, const char *settings) {
     json_print(f, "{'settings': %s}\n", settings);
-    return written(f, err);
 }
 
-static int put_cell(FILE *f, const EvalCell *c, char *err) {
+static void put_cell(FILE *f, const EvalCell *c) {
     json_print(f, "{'task': %s, 'metric': %s, 'policy': %s, 'level': %s, 'kv': %s", c->task,
                c->metric, c->policy, c->level, c->kv);
     json_print(f, ", 'context': %d, 'ratio': %.17g, 'kept': %.17g", c->context, c->ratio, c->kept);
@@ -87,17 +85,46 @@ static int put_cell(FILE *f, const EvalCell *c, char *err) {
         fputc(']', f);
     }
     fputs("}\n", f);
-    return written(f, err);
+}
+
+// Writes line [n] behind the log's last whole line. One that does not fit, on a full disk, is taken
+// back.
+static int append(EvalResults *r, const char *line, size_t n, char *err) {
+    size_t done = 0;
+    int why = ftruncate(r->log, r->log_end) == 0 ? 0 : errno;
+    while (why == 0 && done < n) {
+        ssize_t got = pwrite(r->log, line + done, n - done, r->log_end + (off_t)done);
+        if (got > 0)
+            done += (size_t)got;
+        else if (got == 0 || errno != EINTR)
+            why = got == 0 ? EIO : errno;
+    }
+    if (why == 0) return r->log_end += (off_t)n, 0;
+    fail(err, "the results cannot be written: %s", strerror(why));
+    return ftruncate(r->log, r->log_end), -1;
+}
+
+// Adds the settings, or where c is given the cell, to the log.
+static int log_line(EvalResults *r, const char *settings, const EvalCell *c, char *err) {
+    char *line = NULL;
+    size_t n = 0;
+    FILE *f = open_memstream(&line, &n);
+    if (f && c) put_cell(f, c);
+    if (f && !c) put_settings(f, settings);
+    bool whole = f && !ferror(f);
+    int rc = f && fclose(f) == 0 && whole ? append(r, line, n, err) : fail(err, "out of memory");
+    free(line);
+    return rc;
 }
 
 int eval_results_begin(EvalResults *r, const char *settings, char *err) {
     bool fresh = !r->settings;
     if (take_settings(r, settings, err) != 0) return -1;
-    return fresh && r->log ? put_settings(r->log, settings, err) : 0;
+    return fresh && r->logs ? log_line(r, settings, NULL, err) : 0;
 }
 
 int eval_results_add(EvalResults *r, EvalCell *c, char *err) {
-    if (r->log && put_cell(r->log, c, err) != 0) return -1;
+    if (r->logs && log_line(r, NULL, c, err) != 0) return -1;
     if (add_cell(r, *c, err) != 0) return -1;
     c->value = NULL;
     return 0;
@@ -105,12 +132,10 @@ int eval_results_add(EvalResults *r, EvalCell *c, char *err) {
 
 int eval_results_save(const EvalResults *r, const char *path, char *err) {
     NewFile out;
-    if (file_begin(&out, path, err) != 0) return -1;
-    int rc = r->settings ? put_settings(out.file, r->settings, err) : 0;
-    for (int i = 0; i < r->n && rc == 0; i++) rc = put_cell(out.file, &r->cell[i], err);
-    if (rc == 0) return file_commit(&out, err);
-    file_abort(&out);
-    return -1;
+    if (newfile_begin(&out, path, err) != 0) return -1;
+    if (r->settings) put_settings(out.file, r->settings);
+    for (int i = 0; i < r->n; i++) put_cell(out.file, &r->cell[i]);
+    return newfile_commit(&out, err);
 }
 
 // ---- reading ----
@@ -179,29 +204,48 @@ static int add_text(EvalResults *r, char *text, char *err) {
     return rc;
 }
 
-int eval_results_open(EvalResults *r, const char *path, bool append, char *err) {
+// Reads cells out of a file's text [n], which is taken over. Returns the bytes of its whole lines,
+// or -1 with err.
+static off_t take_text(EvalResults *r, char *text, size_t n, char *err) {
     static const char start[] = "{\"settings\": ";
-    size_t n = 0;
-    char *text = file_read(path, &n, err);
-    if (!text && !(append && errno == ENOENT)) return -1;
     size_t seen = n < sizeof start ? n : sizeof start - 1;
-    bool ours = text && memcmp(text, start, seen) == 0;  // or the beginning of one of ours
-    while (text && n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
-    if (text && n == 0 && !ours) {
+    bool ours = memcmp(text, start, seen) == 0;             // or the beginning of one of ours
+    while (n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
+    if (n == 0 && !ours) {
         free(text);
         return fail(err, "not a file of results: it has no line of them");
     }
-    if (text && add_text(r, text, err) != 0) return -1;  // before anything is cut
-    if (!append) return 0;
-    r->log = fopen(path, "ab");
-    if (r->log && ftruncate(fileno(r->log), (off_t)n) == 0) return 0;
-    return fail(err, "cannot be written: %s", strerror(errno));
+    return add_text(r, text, err) == 0 ? (off_t)n : -1;
+}
+
+int eval_results_read(EvalResults *r, const char *path, char *err) {
+    size_t n;
+    char *text = file_read(path, &n, err);
+    return text && take_text(r, text, n, err) >= 0 ? 0 : -1;
+}
+
+// Locked only once it has been read, because closing any descriptor of a file ends its lock; what
+// another process has added in between shows in its size.
+int eval_results_open(EvalResults *r, const char *path, char *err) {
+    size_t n;
+    struct stat st;
+    r->log = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (r->log < 0) return fail(err, "cannot be written: %s", strerror(errno));
+    r->logs = true;
+    char *text = file_read(path, &n, err);
+    if (!text) return -1;
+    if (!file_lock(r->log) || fstat(r->log, &st) != 0 || (size_t)st.st_size != n) {
+        free(text);
+        return fail(err, "another process is adding results to it");
+    }
+    r->log_end = take_text(r, text, n, err);
+    return r->log_end < 0 ? -1 : 0;
 }
 
 void eval_results_close(EvalResults *r) {
     for (int i = 0; i < r->n; i++) free(r->cell[i].value);
     for (int i = 0; i < r->n_texts; i++) free(r->text[i]);
-    if (r->log) fclose(r->log);
+    if (r->logs) close(r->log);
     free(r->cell);
     free(r->text);
     free(r->settings);

@@ -3,7 +3,7 @@
 #ifndef RESULTS_H
 #define RESULTS_H
 #include <stdbool.h>
-#include <stdio.h>
+#include <sys/types.h>
 
 enum { EVAL_COLUMNS = 4 };  // numbers of a question: value, same, kl, nll
 
@@ -24,7 +24,9 @@ typedef struct {
     EvalCell *cell;  // [n]
     int n, cap;
     char *settings;  // what all cells share: model, tasks and the like; NULL: not known yet
-    FILE *log;       // where new cells are added, or NULL
+    bool logs;       // whether new cells are added to a file,
+    int log;         // which is open and locked
+    off_t log_end;   // bytes of whole lines in it
     // [n_texts] the files read: cells' strings point in here, or into tasks and tables.
     char **text;
     int n_texts;
@@ -32,11 +34,14 @@ typedef struct {
 
 // ---- files ----
 
-// Reads cells from a file of results, if there is one; `append` keeps it open, so that eval_run
-// adds each cell as it is done. A last line that was cut off is dropped. Cells that are there
+// Reads cells from a file of results. A last line that was cut off is dropped. Cells that are there
 // already are left out, cells of another model or other settings refused. Returns 0, or -1 with
 // err.
-int eval_results_open(EvalResults *r, const char *path, bool append, char *err);
+int eval_results_read(EvalResults *r, const char *path, char *err);
+
+// The same, and keeps the file, which is made where there is none, open and locked, so that
+// eval_run adds each cell as it is done; nothing is cut or written before eval_results_begin.
+int eval_results_open(EvalResults *r, const char *path, char *err);
 
 // Writes all of them as a new file. Returns 0, or -1 with err and the old file as it was.
 int eval_results_save(const EvalResults *r, const char *path, char *err);

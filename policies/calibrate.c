@@ -280,12 +280,12 @@ static int put_alone(TensorWriter *w, const Model *m, const Run *r, char *err) {
 static int write_profile(const Run *r, char *err) {
     const Model *m = r->c->context.state->model;
     TensorWriter w = {0};
-    if (tensors_write_begin(&w, r->c->path, err) != 0) return -1;
-    if ((r->c->into ? put_model(&w, m, r, err) : put_alone(&w, m, r, err)) == 0 &&
-        tensors_write_commit(&w, err) == 0)
-        return 0;
+    char why[ERR_LEN];
+    int rc = tensors_write_begin(&w, r->c->path, why);
+    if (rc == 0) rc = r->c->into ? put_model(&w, m, r, why) : put_alone(&w, m, r, why);
+    if (rc == 0) rc = tensors_write_commit(&w, why);
     tensors_write_abort(&w);
-    return -1;
+    return rc == 0 ? 0 : fail(err, "%s: %s", r->c->path, why);
 }
 
 // ---- all of it ----

@@ -290,10 +290,10 @@ static void test_abort_leaves_nothing(void) {
     tensors_write_abort(&w);
     CHECK(n_files() == 0);
     CHECK(tensors_write_begin(&w, "/nonexistent/file", err) != 0);
-    CHECK_STR(err, "cannot create: No such file or directory");
+    CHECK_STR(err, "cannot be written: No such file or directory");
     CHECK(tensors_write_begin(&w, dir, err) != 0);  // a rename must not replace what is no file
     CHECK(tensors_write_begin(&w, "/dev/null", err) != 0);
-    CHECK_STR(err, "cannot create: not a regular file");
+    CHECK_STR(err, "cannot be written: not a regular file");
 }
 
 static void test_misuse_aborts(void) {
