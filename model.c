@@ -10,7 +10,9 @@
 
 #include "kernels/matmul.h"
 
+#include <limits.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -262,6 +264,7 @@ static void take_all(RunState *s) {
     s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
     s->x_norm = take(s, n, sizeof *s->x_norm);
     s->pos = take(s, n, sizeof *s->pos);
+    s->broken = take(s, n, sizeof *s->broken);
     s->runs = take(s, n, sizeof *s->runs);
     s->logits = take(s, (size_t)s->max_logits * c->vocab_size, sizeof *s->logits);
 }
@@ -295,6 +298,8 @@ static void multiply(RunState *s, const Activations *x, int n, const Product *p,
 
 // ---- the steps of forward ----
 
+enum { NOT_BROKEN = INT_MAX };  // of RunState.broken
+
 typedef struct {
     RunState *s;
     const Row *rows;
@@ -308,11 +313,40 @@ static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx
 
 static bool is_rounded(const Activations *x) { return x->for_q8 || x->for_q4; }
 
-static void quantize_row(void *ctx, int i) { kern.quantize(ctx, i, i + 1); }
+// Whether none of x [n] is infinite or no number, which have all bits of the exponent set. One that
+// is makes all that follows wrong, as a rule without a sign of it.
+static bool all_finite(const float *x, int n) {
+    const uint32_t exponent = 0x7f800000;
+    uint32_t broken = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        broken |= (bits & exponent) == exponent;
+    }
+    return !broken;
+}
 
-// An input of products, before the first of them.
-static void quantize(RunState *s, Activations *x, int n) {
-    if (is_rounded(x)) each_row(s, n, quantize_row, x);
+// Notes that layer l gave row i what is no number, unless an earlier one had. Asked before anything
+// is rounded to whole numbers, which hides it.
+static void check_row(RunState *s, int i, int l, const float *x, int n) {
+    if (s->broken[i] == NOT_BROKEN && !all_finite(x, n)) s->broken[i] = l;
+}
+
+typedef struct {
+    RunState *s;
+    Activations *x;
+    int l;
+} Rounding;
+
+static void quantize_row(void *ctx, int i) {
+    const Rounding *r = ctx;
+    check_row(r->s, i, r->l, r->x->x + (size_t)i * r->x->stride, r->x->cols);
+    kern.quantize(r->x, i, i + 1);
+}
+
+// An input of products of layer l, before the first of them.
+static void quantize(RunState *s, Activations *x, int n, int l) {
+    if (is_rounded(x)) each_row(s, n, quantize_row, &(Rounding){s, x, l});
 }
 
 static void embed_row(void *ctx, int i) {
@@ -382,6 +416,8 @@ static void qkv_row(void *ctx, int i) {
     heads_row(s->q + (size_t)i * c->q_dim, c->n_heads, w->bq, w->q_norm, rope, c);
     heads_row(s->k + (size_t)i * c->kv_dim, c->n_kv_heads, w->bk, w->k_norm, rope, c);
     heads_row(s->v + (size_t)i * c->kv_dim, c->n_kv_heads, w->bv, NULL, NULL, c);
+    check_row(s, i, st->l, s->k + (size_t)i * c->kv_dim, c->kv_dim);  // the cache rounds them
+    check_row(s, i, st->l, s->v + (size_t)i * c->kv_dim, c->kv_dim);
 }
 
 // q, k, v of layer l from the normed residual stream, rotated to their positions.
@@ -399,6 +435,7 @@ typedef struct {
     const float *w;       // [dim] of the norm from x to xb
     bool add;             // before it, x += add,
     const float *w_post;  // or x += norm(add) where a model has such a norm (Gemma), else NULL
+    int l;                // the layer that gave x; -1: the embedding
 } Norm;
 
 static void norm_row(void *ctx, int i) {
@@ -412,17 +449,20 @@ static void norm_row(void *ctx, int i) {
         kern.add(x, add, c->dim);
     }
     kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
+    check_row(s, i, n->l, xb, c->dim);
     if (is_rounded(&s->xb)) kern.quantize(&s->xb, i, i + 1);
 }
 
 // xb = norm(x), rounded to what the products read.
 static void norm(RunState *s, int n, const float *w) {
-    each_row(s, n, norm_row, &(Norm){.s = s, .w = w});
+    for (int i = 0; i < n; i++) s->broken[i] = NOT_BROKEN;
+    each_row(s, n, norm_row, &(Norm){.s = s, .w = w, .l = -1});
 }
 
-// x += what the block before gave, itself normed by w_post in models that have that; xb = norm(x).
-static void add_norm(RunState *s, int n, const float *w_post, const float *w) {
-    each_row(s, n, norm_row, &(Norm){.s = s, .w = w, .w_post = w_post, .add = true});
+// x += what a block of layer l gave, itself normed by w_post in models that have that; xb =
+// norm(x).
+static void add_norm(RunState *s, int n, int l, const float *w_post, const float *w) {
+    each_row(s, n, norm_row, &(Norm){.s = s, .w = w, .w_post = w_post, .l = l, .add = true});
 }
 
 // |xb|, which KVzip+ divides by.
@@ -446,7 +486,7 @@ static void attention(RunState *s, KVCache *kv, int l, int n_runs, int n, bool w
 // add = wo att_out
 static void project_att(RunState *s, int l, int n) {
     const Product p = {&s->model->layers[l].wo, s->add, s->model->config.dim};
-    quantize(s, &s->att_out, n);
+    quantize(s, &s->att_out, n, l);
     multiply(s, &s->att_out, n, &p, 1);
 }
 
@@ -462,7 +502,7 @@ static void ffn(RunState *s, int l, int n) {
                                .up = &w->w3,
                                .up_x = &s->xb,
                                .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
-    quantize(s, &s->hb, n);
+    quantize(s, &s->hb, n, l);
     multiply(s, &s->hb, n, &down, 1);
 }
 
@@ -541,6 +581,28 @@ static void classify(RunState *s, int n) {
     s->n_logits = n;
 }
 
+static void logits_row(void *ctx, int i) {
+    RunState *s = ctx;
+    int vocab = s->model->config.vocab_size;
+    check_row(s, i, s->model->config.n_layers, s->logits + (size_t)i * vocab, vocab);
+}
+
+// Whether the step of n rows gave numbers; else err names the first layer that did not.
+static int check_numbers(RunState *s, int n, char *err) {
+    int first = NOT_BROKEN;
+    each_row(s, s->n_logits, logits_row, s);
+    for (int i = 0; i < n; i++) first = min_int(first, s->broken[i]);
+    if (first == NOT_BROKEN) return 0;
+    char where[32];
+    snprintf(where, sizeof where, "layer %d", first);
+    return fail(err,
+                "%s gave infinity or what is no number: damaged weights or pairs, or pairs too "
+                "large for the cache's type (--kv f32)",
+                first < 0                            ? "the embedding"
+                : first == s->model->config.n_layers ? "the classifier"
+                                                     : where);
+}
+
 // Checks the rows, groups them into runs and takes the cache pages that all layers will write.
 // Returns how many runs there are, or -1 with err.
 static int begin(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
@@ -560,7 +622,7 @@ static int begin(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
     const Model *m = s->model;
     const int last = m->config.n_layers - 1;
-    int n_runs = begin(s, kv, rows, n, err), n_logits = count_logits(rows, n);
+    int n_runs = begin(s, kv, rows, n, err), n_logits = count_logits(rows, n), n_rows = n;
     if (n_runs < 0) return -1;
     embed(s, rows, n);                 // x = tok_embed[token]
     rope_tables(s, n);                 // arXiv 2104.09864
@@ -574,15 +636,15 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
         attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
         if (l == last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
-        project_att(s, l, n);                         // add = wo att_out
-        add_norm(s, n, w->rms_att_post, w->rms_ffn);  // x += add, xb = norm(x)
-        ffn(s, l, n);                                 // add = w2 (act(w1 xb) * w3 xb)
-        add_norm(s, n, w->rms_ffn_post, l == last ? m->rms_final : m->layers[l + 1].rms_att);
+        project_att(s, l, n);                            // add = wo att_out
+        add_norm(s, n, l, w->rms_att_post, w->rms_ffn);  // x += add, xb = norm(x)
+        ffn(s, l, n);                                    // add = w2 (act(w1 xb) * w3 xb)
+        add_norm(s, n, l, w->rms_ffn_post, l == last ? m->rms_final : m->layers[l + 1].rms_att);
     }
     s->n_logits = 0;
     if (n > 0) classify(s, n);  // logits = wcls xb
     kvcache_advance(kv, s->runs, n_runs);
-    return 0;
+    return check_numbers(s, n_rows, err);
 }
 
 // ---- for policies ----

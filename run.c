@@ -116,6 +116,7 @@ static int run_command(Call *c) {
 
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like a full disk
+    catch_cut_files();
     signal(SIGXFSZ, SIG_IGN);  // so is a file that may not grow
     if (argc < 2) {
         print_usage(stderr);

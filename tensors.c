@@ -187,6 +187,42 @@ static int sort_and_check_names(TensorFile *f, char *err) {
     return 0;
 }
 
+// ---- maps ----
+
+// Every map that is there, so that a fault in one of them can be named.
+typedef struct Mapped {
+    struct Mapped *next;
+    const uint8_t *from, *to;
+    char path[];
+} Mapped;
+
+static Mapped *mapped;
+
+static int note_map(const TensorFile *f, char *err) {
+    Mapped *m = malloc(sizeof *m + strlen(f->path) + 1);
+    if (!m) return fail(err, "out of memory");
+    *m = (Mapped){mapped, f->map, f->map + f->map_bytes};
+    strcpy(m->path, f->path);
+    mapped = m;
+    return 0;
+}
+
+static void forget_map(const uint8_t *map) {
+    for (Mapped **at = &mapped, *m; (m = *at); at = &m->next) {
+        if (m->from != map) continue;
+        *at = m->next;
+        free(m);
+        return;
+    }
+}
+
+const char *tensors_mapped(const void *address) {
+    const uint8_t *p = address;
+    for (const Mapped *m = mapped; m; m = m->next)
+        if (p >= m->from && p < m->to) return m->path;
+    return NULL;
+}
+
 // ---- reading ----
 
 static int map_file(TensorFile *f, const char *path, char *err) {
@@ -252,13 +288,16 @@ int tensors_open(TensorFile *f, const char *path, char *err) {
     *f = (TensorFile){0};
     if (strlen(path) >= sizeof f->path) return fail(err, "cannot open: %s", strerror(ENAMETOOLONG));
     strcpy(f->path, path);
-    if (map_file(f, path, err) == 0 && read_header(f, err) == 0) return 0;
+    if (map_file(f, path, err) == 0 && note_map(f, err) == 0 && read_header(f, err) == 0) return 0;
     tensors_close(f);
     return -1;
 }
 
 void tensors_close(TensorFile *f) {
-    if (f->map != NULL) munmap((void *)f->map, f->map_bytes);
+    if (f->map != NULL) {
+        forget_map(f->map);
+        munmap((void *)f->map, f->map_bytes);
+    }
     free(f->tensors);
     free(f->meta);
     free(f->strings);

@@ -58,6 +58,10 @@ int tensors_open(TensorFile *f, const char *path, char *err);
 // Unmaps it; all pointers into it end here. Safe on a zeroed struct, and twice.
 void tensors_close(TensorFile *f);
 
+// The path of the open file whose map holds this address, or NULL: for a handler of the fault that
+// reading it is once the file has been cut.
+const char *tensors_mapped(const void *address);
+
 // NULL when absent; O(log n).
 const Tensor *tensors_find(const TensorFile *f, const char *name);
 

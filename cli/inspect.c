@@ -29,8 +29,11 @@ static int write_logits(Session *s, TensorWriter *w, const Ids *ids, int seq, ch
     for (int done = 0; done < ids->n && rc == 0; done += s->state.max_logits) {
         int n = ids->n - done < s->state.max_logits ? ids->n - done : s->state.max_logits;
         for (int i = 0; i < n; i++) rows[i] = (Row){seq, ids->id[done + i], true};
-        rc = forward(&s->state, &s->kv, rows, n, err);
-        if (rc == 0) rc = tensors_write_put(w, s->state.logits, n * vocab * sizeof(float), err);
+        if (forward(&s->state, &s->kv, rows, n, err) != 0) {
+            tensors_write_abort(w);
+            die_failed(err);
+        }
+        rc = tensors_write_put(w, s->state.logits, n * vocab * sizeof(float), err);
         if (progress_step(&p, "logits", done + n, ids->n) != 0) rc = fail(err, "interrupted");
     }
     progress_end(&p);

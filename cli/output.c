@@ -10,6 +10,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+#include "tensors.h"
 
 // ---- endings ----
 
@@ -22,6 +25,30 @@ void catch_signals(void) {
     sigaction(SIGINT, &sa, NULL);
     sigaction(SIGTERM, &sa, NULL);
     sigaction(SIGHUP, &sa, NULL);
+}
+
+// What is safe in a handler: no stdio, no exit.
+static void say(const char *s) {
+    if (write(STDERR_FILENO, s, strlen(s)) < 0) _exit(1);
+}
+
+static void on_cut_file(int sig, siginfo_t *info, void *context) {
+    (void)context;
+    const char *path = tensors_mapped(info->si_addr);
+    if (!path) {  // not ours: faults again, and then it ends us
+        signal(sig, SIG_DFL);
+        return;
+    }
+    say("run: ");
+    say(path);
+    say(": was cut while it was being read, or its disk failed\n");
+    _exit(1);
+}
+
+void catch_cut_files(void) {
+    struct sigaction sa = {.sa_sigaction = on_cut_file, .sa_flags = SA_SIGINFO};
+    sigemptyset(&sa.sa_mask);
+    sigaction(SIGBUS, &sa, NULL);
 }
 
 void die(const char *fmt, ...) {

@@ -16,6 +16,9 @@
 // next step, files are as they were, and main exits with 128 + signal.
 void catch_signals(void);
 
+// A mapped file that is cut while it is read, or whose disk fails, ends the program with a sentence.
+void catch_cut_files(void);
+
 // "run: <sentence>" on stderr and exit 1.
 NORETURN PRINTF(1, 2) void die(const char *fmt, ...);
 // The same for wrong usage of a command (NULL: of the program), with a hint, and exit 2.
