@@ -75,6 +75,11 @@ cross: .venv/zig $(TARGETS:%=cross-%)
 cross-%: .venv/zig
 	@$(MAKE) --no-print-directory werror=1 BUILD=build/$* CC="$(ZIG) cc -target $*" AR="$(ZIG) ar" build/$*/run
 
+# What is left when memory, disk or patience ends (tests/faults.py, strace); FAULTS=long takes every site.
+faults: run
+	@$(MAKE) --no-print-directory BUILD=build/static LDFLAGS=-static build/static/run
+	@STATIC=$(CURDIR)/build/static/run $(PYTHON) tests/faults.py $(FAULTS)
+
 # With OpenBLAS (libopenblas-dev) for f32, f16 and bf16 weights.
 blas:
 	@$(MAKE) --no-print-directory BLAS=1 tests
@@ -129,6 +134,7 @@ help:
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
 	@echo "make valgrind   C tests under valgrind"
+	@echo "make faults     fail allocations, system calls and the program itself at every moment (strace); FAULTS=long"
 	@echo "make neon       C tests built for AArch64, under qemu-user"
 	@echo "make cross      build for musl, macOS and FreeBSD with zig's compiler, fetched from PyPI (90 MB)"
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
@@ -136,4 +142,4 @@ help:
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind neon cross blas fuzz venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz venv clean help force

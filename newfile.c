@@ -93,7 +93,7 @@ bool file_lock(int fd) {
 
 // *there: a file to be replaced, with *st its facts.
 static int check_target(const char *path, bool *there, struct stat *st, char *err) {
-    *there = lstat(path, st) == 0;
+    *there = stat(path, st) == 0;
     if (!*there) return 0;  // what else is wrong, making the temporary file finds out
     if (!S_ISREG(st->st_mode)) return fail(err, "cannot be written: not a regular file");
     if (access(path, W_OK) != 0) return fail(err, "cannot be written: %s", strerror(errno));
@@ -150,12 +150,11 @@ static int open_temporary(NewFile *f, mode_t mode) {
         snprintf(f->tmp, room, "%s.%ld.%d.tmp", f->path, (long)getpid(), i);
         int fd = open(f->tmp, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
         if (fd < 0 && errno == EEXIST) continue;
-        if (fd >= 0 && (!file_lock(fd) || fstat(fd, &st) != 0 || st.st_nlink == 0)) {
-            close(fd);
-            continue;
-        }
-        if (fd >= 0) return fd;
-        break;
+        if (fd < 0) break;
+        bool ours = file_lock(fd), known = fstat(fd, &st) == 0;
+        if (ours && known && st.st_nlink > 0) return fd;
+        if (!known) unlink(f->tmp);
+        close(fd);
     }
     int why = f->tmp ? errno : ENOMEM;
     free(f->tmp);
@@ -175,12 +174,10 @@ static int give_up(NewFile *f, char *err, const char *what) {
 int newfile_begin(NewFile *f, const char *path, char *err) {
     struct stat st;
     bool there;
-    *f = (NewFile){.path = follow_links(path)};
+    *f = (NewFile){0};
+    if (check_target(path, &there, &st, err) != 0) return -1;
+    f->path = follow_links(path);
     if (!f->path) return fail(err, "cannot be written: %s", strerror(errno));
-    if (check_target(f->path, &there, &st, err) != 0) {
-        newfile_abort(f);
-        return -1;
-    }
     remove_dead(f->path);
     int fd = open_temporary(f, there ? S_IRUSR | S_IWUSR : 0666);
     if (fd < 0) return give_up(f, err, "cannot be written");
@@ -239,9 +236,14 @@ void newfile_abort(NewFile *f) {
     *f = (NewFile){0};
 }
 
+// Signals wait: they are not caught yet, and would leave the temporary file.
 int newfile_check(const char *path, char *err) {
     NewFile f;
-    if (newfile_begin(&f, path, err) != 0) return -1;
-    newfile_abort(&f);
-    return 0;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    int rc = newfile_begin(&f, path, err);
+    if (rc == 0) newfile_abort(&f);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return rc;
 }
