@@ -10,7 +10,9 @@
 #define _POSIX_C_SOURCE 200809L
 #include "bench/bench.h"
 
+#include <errno.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -314,10 +316,22 @@ static int load_once(const Run *r, const char *path, double *seconds, char *err)
     return rc;
 }
 
+// Saves the cache in a folder of its own, whose name nobody can foresee, loads it several times and
+// removes both.
+static int time_loads(Run *r, int seq, const KVInfo *info, double *seconds, char *err) {
+    const char *tmp = getenv("TMPDIR");
+    char dir[1024], path[1040];
+    snprintf(dir, sizeof dir, "%s/run-bench.XXXXXX", tmp && *tmp ? tmp : "/tmp");
+    if (!mkdtemp(dir)) return fail(err, "%s: %s", dir, strerror(errno));
+    snprintf(path, sizeof path, "%s/cache", dir);
+    int rc = kvfile_save(&r->kv, seq, path, info, err);
+    for (int i = 0; i < REPEATS && rc == 0; i++) rc = load_once(r, path, &seconds[i], err);
+    unlink(path);
+    rmdir(dir);
+    return rc;
+}
+
 static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
-    const char *dir = getenv("TMPDIR");
-    char path[1024];
-    snprintf(path, sizeof path, "%s/run-bench.%ld.kvc", dir && *dir ? dir : "/tmp", (long)getpid());
     KVInfo info = {.fingerprint = r->model->fingerprint,
                    .model = r->model->name,
                    .policy = r->b->method.policy->name,
@@ -325,12 +339,8 @@ static int bench_load(Run *r, int seq, int depth, double ratio, char *err) {
                    .ratio = ratio,
                    .ids = r->ids,
                    .n_ids = depth};
-    if (kvfile_save(&r->kv, seq, path, &info, err) != 0) return -1;
     double t[REPEATS];
-    int rc = 0;
-    for (int i = 0; i < REPEATS && rc == 0; i++) rc = load_once(r, path, &t[i], err);
-    unlink(path);
-    if (rc != 0) return -1;
+    if (time_loads(r, seq, &info, t, err) != 0) return -1;
     double s = median(t, REPEATS);
     BenchRow row = {.work = "load",
                     .n = depth,
