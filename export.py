@@ -68,6 +68,9 @@ Chapters: 1 sources  2 families  3 rope  4 panels  5 tokenizers  6 chat template
 import argparse
 import base64
 import binascii
+import contextlib
+import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -80,20 +83,48 @@ import struct
 import sys
 from typing import Callable, NamedTuple
 
-import numpy as np
+if __name__ == "__main__":  # until main() can say so in a line, Ctrl-C is silent
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    import numpy as np
+except ImportError as e:
+    sys.exit(f"export.py: {e}; pip install -r requirements.txt")
 
 FORMAT = "kvzip.c model 1"
 PANEL, GROUP, ALIGN = 16, 32, 64
 SLICE = 1 << 22  # weights held in memory at a time
 MAX_HEADER = 100_000_000
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Refusal(Exception):
-    """Why this model cannot be converted, in one sentence."""
+    """Why this cannot be converted, in one sentence; path: the file at fault, if it is not the
+    model."""
+
+    def __init__(self, text, path=None):
+        super().__init__(text)
+        self.path = path
+
+
+def printable(text):
+    """Foreign text on one line that no terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def warn(text):
-    print(f"export.py: warning: {text}", file=sys.stderr)
+    print(f"export.py: warning: {printable(text)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def within(what):
+    """The last line of defence: what nobody expected there is a refusal that names the place."""
+    try:
+        yield
+    except (Refusal, OSError, ImportError):
+        raise
+    except Exception as e:
+        raise Refusal(f"{what}: unexpected content ({type(e).__name__}: {e})") from e
 
 
 def read_json(path, default=None):
@@ -104,7 +135,7 @@ def read_json(path, default=None):
         if default is None:
             raise Refusal(f"{os.path.basename(path)} is missing") from None
         return default
-    except ValueError as e:  # bad JSON or bad UTF-8
+    except (ValueError, RecursionError) as e:  # bad JSON or bad UTF-8
         raise Refusal(f"{os.path.basename(path)} is damaged: {e}") from None
     if not isinstance(value, dict):
         raise Refusal(f"{os.path.basename(path)} is damaged: expected an object")
@@ -117,14 +148,23 @@ def read_json(path, default=None):
 class SourceFile:
     """Plain reads, no map: memory stays small however large the file is."""
 
+    opened = []  # (device, inode) of all of them: none may become the output
+
     def __init__(self, path):
         self.name = os.path.basename(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise Refusal(f"{self.name} is not a regular file")
         self.file = open(path, "rb")
-        self.size = os.fstat(self.file.fileno()).st_size
+        st = os.fstat(self.file.fileno())
+        self.size = st.st_size
+        self.opened.append((st.st_dev, st.st_ino))
 
     def read(self, offset, n):
-        self.file.seek(offset)
-        data = self.file.read(n)
+        try:
+            self.file.seek(offset)
+            data = self.file.read(n)
+        except OSError as e:
+            raise Refusal(f"{self.name}: {e.strerror}") from None
         if len(data) != n:
             raise Refusal(f"{self.name} is cut: {self.size} bytes, expected at least {offset + n}")
         return data
@@ -1729,10 +1769,149 @@ def write_tensors(f, rows, digest, progress):
 PEOPLE = ("name", "source", "type")  # metadata that changes no result
 
 
-def write_file(path, meta, outputs):
-    """Writes path whole or not at all: a temporary file beside it, synced, then renamed."""
-    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise Refusal(f"{path} is not a regular file")
+@contextlib.contextmanager
+def signals_held():
+    """What happens in there and the note of it are one: no signal comes between."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+class NewFile:
+    """A file that appears whole or not at all: see newfile.h, whose rules these are. Its temporary
+    file, "TARGET.PID.N.tmp", is locked while it is written: one without a lock is a dead writer's.
+    """
+
+    def __init__(self, path):
+        self.asked, self.path = path, os.path.realpath(path)
+        self.file = self.temporary = None
+        self.written = False
+        with self.errors():
+            mode = self.check()
+            self.remove_dead()
+            self.file = os.fdopen(self.open_temporary(), "wb")
+            if mode is not None:
+                os.fchmod(self.file.fileno(), mode)
+
+    @contextlib.contextmanager
+    def errors(self):
+        """What the system refuses, as the refusal of this file; nothing is left of it."""
+        try:
+            yield
+        except OSError as e:
+            self.discard()
+            raise Refusal(e.strerror or str(e), self.asked) from None
+        except BaseException:
+            self.discard()
+            raise
+
+    def check(self):
+        """-> the mode of the file that is there, or None. A file that may not be written to may
+        not be replaced either."""
+        if not os.path.basename(self.asked):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.path.lexists(self.path):
+            return None
+        st = os.lstat(self.path)
+        if not stat.S_ISREG(st.st_mode):
+            raise Refusal("not a regular file", self.asked)
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat.S_IMODE(st.st_mode)
+
+    def open_temporary(self):
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        for n in range(100):
+            temporary = f"{self.path}.{os.getpid()}.{n}.tmp"
+            try:
+                with signals_held():
+                    fd = os.open(temporary, flags, 0o666)
+                    self.temporary = temporary
+            except FileExistsError:
+                continue
+            if self.lock(fd) and os.fstat(fd).st_nlink > 0:
+                return fd
+            os.close(fd)  # another writer has just taken it for a dead one's
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    @staticmethod
+    def lock(fd):
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:  # a file system without locks lets everybody in
+            return e.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
+
+    def remove_dead(self):
+        """Removes the temporary files of writers that died."""
+        folder, base = os.path.split(self.path)
+        for name in os.listdir(folder):
+            if re.fullmatch(re.escape(base) + r"\.[0-9]+\.[0-9]+\.tmp", name):
+                with contextlib.suppress(OSError):
+                    path = os.path.join(folder, name)
+                    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                    with open(os.open(path, flags), "rb") as f:
+                        st = os.fstat(f.fileno())
+                        if stat.S_ISREG(st.st_mode):
+                            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            os.unlink(path)
+
+    def commit(self):
+        """Synced, then renamed once; from then on no signal and no error takes anything back."""
+        with self.errors():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            with signals_held():
+                os.rename(self.temporary, self.path)
+                self.temporary, self.written = None, True
+        with contextlib.suppress(OSError):
+            self.file.close()
+            fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
+            os.fsync(fd)  # makes the rename durable, where the file system can
+            os.close(fd)
+
+    def discard(self):
+        """Removes the temporary file, if it is not in its place yet."""
+        temporary, self.temporary = self.temporary, None
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
+
+# What the files of a model end in: an output of such a name in its folder is taken for one.
+MODEL_FILES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".bin", ".pth", ".gguf")
+
+
+def refuse_sources(out, model):
+    """An output may not replace a file that is read, nor become one."""
+    folder = os.path.isdir(model)
+    names = [os.path.join(model, n) for n in sorted(os.listdir(model))] if folder else [model]
+    for name in names:
+        if os.path.exists(name) and (not folder or name.endswith(MODEL_FILES)):
+            if os.path.exists(out) and os.path.samefile(out, name):
+                raise Refusal(f"is read for the conversion ({os.path.basename(name)})", out)
+    target = os.path.realpath(out)
+    parent = os.path.dirname(target)
+    if folder and target.endswith(MODEL_FILES) and os.path.isdir(parent):
+        if os.path.samefile(parent, model):
+            raise Refusal("would be taken for a part of the model in its folder", out)
+
+
+def refuse_opened(out):
+    """The same for all that was opened by then, such as the shards an index names."""
+    if os.path.exists(out.path):
+        st = os.stat(out.path)
+        if (st.st_dev, st.st_ino) in SourceFile.opened:
+            raise Refusal("is read for the conversion", out.asked)
+
+
+def write_file(out, meta, outputs):
+    """All that plan() has prepared into a NewFile, which then takes its place."""
     rows = layout(outputs)
     blank = "0" * 64
     meta = {"format": meta.pop("format"), "fingerprint": blank, **meta}
@@ -1747,34 +1926,15 @@ def write_file(path, meta, outputs):
         if key not in PEOPLE and not key.startswith(("chat.", "kvzip.")):
             digest.update(f"{key}={value}\n".encode())
     progress = Progress(rows[-1][4])
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as f:
-            f.write(struct.pack("<Q", len(text)) + text)
-            write_tensors(f, rows, digest, progress)
-            f.seek(8 + text.index(b'"fingerprint":"') + len(b'"fingerprint":"'))
-            f.write(digest.hexdigest().encode())
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+        with out.errors():
+            out.file.write(struct.pack("<Q", len(text)) + text)
+            write_tensors(out.file, rows, digest, progress)
+            out.file.seek(8 + text.index(b'"fingerprint":"') + len(b'"fingerprint":"'))
+            out.file.write(digest.hexdigest().encode())
+        out.commit()
     finally:
         progress.close()
-    sync_directory(os.path.dirname(path) or ".")
-
-
-def sync_directory(path):
-    """Makes a rename durable, where the file system can."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
 
 
 def number(x):
@@ -1889,20 +2049,32 @@ def parse_args():
     return args
 
 
+def convert(args):
+    SourceFile.opened.clear()
+    refuse_sources(args.out, args.model)
+    out = NewFile(args.out)
+    try:
+        with within("the model"):
+            meta, outputs = (plan_tokenizer if args.tokenizer_only else plan)(args)
+            refuse_opened(out)
+            write_file(out, meta, outputs)
+    except KeyboardInterrupt:
+        sys.exit("export.py: interrupted, " + ("all written" if out.written else "nothing written"))
+    finally:
+        out.discard()
+
+
 def main():
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as well
+    for s in STOPPING:  # all of them clean up
+        if signal.getsignal(s) is not signal.SIG_IGN:
+            signal.signal(s, signal.default_int_handler)
     try:
-        try:
-            meta, outputs = (plan_tokenizer if args.tokenizer_only else plan)(args)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            raise Refusal(f"unexpected content ({type(e).__name__}: {e})") from e
-        write_file(args.out, meta, outputs)
+        convert(args)
     except Refusal as e:
-        sys.exit(f"export.py: {args.model}: {e}")
+        sys.exit(f"export.py: {printable(args.model if e.path is None else e.path)}: {printable(e)}")
     except OSError as e:
-        where = args.out if str(e.filename or ".tmp").endswith(".tmp") else e.filename
-        sys.exit(f"export.py: {where}: {e.strerror}")
+        sys.exit(f"export.py: {printable(e.filename or args.model)}: {e.strerror or printable(e)}")
     except ImportError as e:
         sys.exit(f"export.py: {e}; pip install -r requirements.txt")
     except KeyboardInterrupt:

@@ -661,6 +661,102 @@ class TestWriting(Case):
         self.assertIn("not a regular file", run(smol, "-o", "/dev/null")[1])
         self.assertIn("not a regular file", run(smol, "-o", self.dir)[1])
 
+    def test_sources_are_never_replaced(self):
+        """By whatever name: the file itself, a link to it, a hard link, a shard of the index."""
+        path = self.copy("smol")
+        weights = os.path.join(path, "model.safetensors")
+        link, hard = os.path.join(self.dir, "link"), os.path.join(self.dir, "hard")
+        os.symlink(weights, link)
+        os.link(weights, hard)
+        elsewhere = os.path.join(self.dir, "elsewhere.safetensors")
+        sharded = self.copy("llama")
+        os.rename(os.path.join(sharded, "model.safetensors"), elsewhere)
+        index = {n: "../elsewhere.safetensors" for n in read_source(os.path.join(FIXTURES, "llama"))}
+        with open(os.path.join(sharded, "model.safetensors.index.json"), "w") as f:
+            json.dump({"weight_map": index}, f)
+        for model, out, word in (
+            (path, weights, "is read"), (path, link, "is read"), (path, hard, "is read"),
+            (path, os.path.join(path, "config.json"), "is read"),
+            (path, os.path.join(path, "new.safetensors"), "part of the model"),
+            (path, os.path.join(self.dir, "smol", "..", "smol", "x.json"), "part of the model"),
+            (sharded, elsewhere, "is read"),
+        ):
+            before = self.everything()
+            status, said = run(model, "-o", out)
+            self.assertEqual((status, said.count("\n")), (1, 0), said)
+            self.assertIn(word, said)
+            self.assertEqual(self.everything(), before)
+        self.assertEqual(run(path, "-o", os.path.join(path, "model.kvz")), (0, ""))
+
+    def everything(self):
+        """{path: bytes} of all files."""
+        files = [os.path.join(d, n) for d, _, names in os.walk(self.dir) for n in names]
+        return {f: open(f, "rb").read() for f in sorted(files)}
+
+    def test_links_and_modes(self):
+        """A link stays and what it names is replaced, also when that is not there yet; the mode of
+        a file stays, a new one has the usual mode."""
+        smol, link = os.path.join(FIXTURES, "smol"), os.path.join(self.dir, "link")
+        os.symlink("out.kvz", link)
+        self.assertEqual(run(smol, "-o", link), (0, ""))
+        mask = os.umask(0)
+        os.umask(mask)
+        self.assertEqual(os.stat(self.out).st_mode & 0o777, 0o666 & ~mask)
+        with open(self.out, "w") as f:
+            f.write("old")
+        os.chmod(self.out, 0o600)
+        self.assertEqual(run(smol, "-o", link), (0, ""))
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual(os.stat(self.out).st_mode & 0o777, 0o600)
+        self.assertGreater(os.path.getsize(self.out), 1000)
+        os.symlink("loop", os.path.join(self.dir, "loop"))
+        self.assertEqual(run(smol, "-o", os.path.join(self.dir, "loop"))[0], 1)
+
+    def test_temporaries(self):
+        """Those of dead writers go, a living one's stays; a link that waits under the name of ours
+        is not written through."""
+        victim = os.path.join(self.dir, "victim")
+        dead, alive, other = (self.out + end for end in (".1.0.tmp", ".2.0.tmp", ".tmp"))
+        for name in (victim, dead, alive, other):
+            with open(name, "w") as f:
+                f.write("precious")
+        trap = f"{self.out}.{os.getpid()}.0.tmp"
+        os.symlink(victim, trap)
+        hold = ("import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); "
+                "print(flush=True); sys.stdin.read()")
+        with subprocess.Popen([sys.executable, "-c", hold, alive], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as p:
+            p.stdout.readline()
+            self.assertEqual(run(os.path.join(FIXTURES, "smol"), "-o", self.out), (0, ""))
+            p.stdin.close()
+        left = sorted(os.listdir(self.dir))
+        want = [self.out, alive, other, trap, victim]
+        self.assertEqual(left, sorted(map(os.path.basename, want)))
+        with open(victim) as f:
+            self.assertEqual(f.read(), "precious")
+
+    def test_checked_before_any_work(self):
+        with mock.patch("export.plan", side_effect=AssertionError):
+            for out in ("/dev/null", self.dir, os.path.join(self.dir, "no", "x"), ""):
+                status, said = run(os.path.join(FIXTURES, "smol"), "-o", out)
+                self.assertEqual((status, said.count("\n")), (1, 0), said)
+
+    def test_interrupted_after_the_rename(self):
+        """What is in its place stays there, and that is said."""
+        sync = os.fsync
+        calls = []
+
+        def interrupt(fd):
+            calls.append(fd)
+            if len(calls) == 2:  # of the directory
+                raise KeyboardInterrupt
+            sync(fd)
+
+        with mock.patch("os.fsync", side_effect=interrupt):
+            status, said = run(os.path.join(FIXTURES, "smol"), "-o", self.out)
+        self.assertEqual((status, said), (1, "export.py: interrupted, all written"))
+        self.assertGreater(os.path.getsize(self.out), 1000)
+
     def test_silent_without_terminal(self):
         self.assertEqual(run(os.path.join(FIXTURES, "smol"), "-o", self.out), (0, ""))
 
