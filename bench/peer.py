@@ -19,6 +19,8 @@ import sys
 import time
 from typing import NamedTuple
 
+from newfile import new_file
+
 RUN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "run")
 TRAINED = 8192  # tokens SmolLM2 was trained for: beyond it only speed means something, and one round must do
 LONG = 4096     # prompts from here on are read once a round; shorter ones three times
@@ -76,7 +78,7 @@ class Bench:
 
     def __init__(self, a):
         self.a = a
-        self.out = open(a.out, "w") if a.out else None
+        self.out = a.out
         self.tried = {}  # (setting, work) -> [figures]
 
     def log(self, **fields):
@@ -297,7 +299,7 @@ def main():
     p.add_argument("--batch", type=integers, default=[1, 4, 8], help="sequences on one context; '' for none")
     p.add_argument("--table", action="store_true", help="cost against context length instead")
     p.add_argument("--most", type=int, default=32768, help="the longest context of --table")
-    p.add_argument("-o", dest="out", help="every figure of every round, one JSON object a line")
+    p.add_argument("-o", dest="out", type=new_file, help="new file: every figure of every round, one JSON object a line")
     a = p.parse_args()
     a.q8 = os.path.join(a.models, "q8.kvz")
     bench, facts = Bench(a), machine(a)

@@ -23,6 +23,8 @@ import transformers
 from kvpress import KVzipPress
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from newfile import new_file
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUN = os.path.join(HERE, "..", "run")
 PROSE = [os.path.join(HERE, "..", p) for p in ("eval/filler.txt", "demo/chronicle.txt")]
@@ -110,14 +112,13 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--tokens", default="852,3408", help="lengths of the context")
-    p.add_argument("-o", dest="out", help="every figure of every round, one JSON object a line")
+    p.add_argument("-o", dest="out", type=new_file, help="new file: every figure of every round, one JSON object a line")
     a = p.parse_args()
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(a.threads)
     torch.set_grad_enabled(False)
     model, tokenizer = load(a.gguf, a.folder)
-    out = open(a.out, "w") if a.out else None
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, bf16, {a.threads} threads, "
           f"{a.rounds} rounds, {RATIO} of the pairs kept\n\n"
           "| work | kvpress | kvzip.c | ratio | extremes |\n|---|---|---|---|---|", flush=True)
@@ -126,10 +127,10 @@ def main():
         rounds = []
         for i in range(a.rounds):
             rounds.append((theirs(model, ids), ours(a, ids, n_prefix)))
-            if out:
+            if a.out:
                 line = {"tokens": n, "round": i, "kvpress": rounds[-1][0], "kvzip.c": rounds[-1][1]}
-                out.write(json.dumps(line) + "\n")
-                out.flush()
+                a.out.write(json.dumps(line) + "\n")
+                a.out.flush()
         for key, title, unit in (("prefill", "prefill, full cache", "/s"), ("compress", "read, score, evict", " s"),
                                  ("decode", "decode, full cache", "/s"), ("decode kept", "decode, KVzip 0.3", "/s")):
             x, y = ([r[i][key] for r in rounds] for i in (0, 1))

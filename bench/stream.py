@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 
+from newfile import new_file
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUN = os.path.join(HERE, "..", "run")
 
@@ -60,15 +62,15 @@ def panel(rows, left, title, lines):
     return out
 
 
-def chart(rows, path):
+def chart(rows, out):
     mb = lambda key: [r[key] / 1e6 for r in rows]
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="260" font-family="sans-serif" font-size="11">',
              '<rect width="720" height="260" fill="white"/>']
     parts += panel(rows, 60, "cache, MB at most, by tokens read", [("all pairs, kept", "#d55e00", mb("full_bytes")),
                                                                     ("evicted while reading", "#0072b2", mb("peak_bytes"))])
     parts += panel(rows, 420, "milliseconds per token", [("", "#0072b2", [r["ms_per_token"] for r in rows])])
-    with open(path, "w") as f:
-        f.write("\n".join(parts + ["</svg>", ""]))
+    with out:
+        out.write("\n".join(parts + ["</svg>", ""]))
 
 
 def main():
@@ -77,7 +79,7 @@ def main():
     p.add_argument("--profile")
     p.add_argument("--tokens", default="12500,25000,50000,75000,100000")
     p.add_argument("--budget", type=int, default=2000)
-    p.add_argument("-o", help="the chart")
+    p.add_argument("-o", type=new_file, help="new file: the chart")
     a = p.parse_args()
     print(f"{'tokens':>8}{'seconds':>9}{'ms/token':>10}{'cache, MB':>11}{'at most':>9}{'full':>9}{'process, MB':>13}")
     rows = []
