@@ -95,6 +95,7 @@ FORMAT = "kvzip.c model 1"
 PANEL, GROUP, ALIGN = 16, 32, 64
 SLICE = 1 << 22  # weights held in memory at a time
 MAX_HEADER = 100_000_000
+MOST = 1 << 24  # the largest size in a file that C reads
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -393,21 +394,28 @@ SHAPES = {  # rows and columns, or length, in fields of the model
 }
 
 
+def no_slide(c, l):
+    return False
+
+
 class Family(NamedTuple):
     parts: list  # of one layer
     config: dict  # keys of config.json that this family reads, with what absence means
-    slides: Callable = lambda c, l: False  # does layer l see a window only
+    slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
     gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
 
 
+MISSING = ()  # a key without a default: it must be there
 COMMON = dict(
-    hidden_size=None, intermediate_size=None, num_hidden_layers=None, num_attention_heads=None,
-    num_key_value_heads=None, head_dim=None, vocab_size=None, max_position_embeddings=None,
-    rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, layer_types=None,
-    rope_theta=10000.0, rope_scaling=None, rope_parameters=None, partial_rotary_factor=None,
+    hidden_size=MISSING, intermediate_size=MISSING, num_hidden_layers=MISSING,
+    num_attention_heads=MISSING, num_key_value_heads=None, head_dim=None, vocab_size=MISSING,
+    max_position_embeddings=MISSING, rms_norm_eps=1e-6, hidden_act="silu",
+    tie_word_embeddings=False, layer_types=None, rope_theta=10000.0, rope_scaling=None,
+    rope_parameters=None, partial_rotary_factor=None, original_max_position_embeddings=None,
 )
-WINDOWED = dict(COMMON, sliding_window=4096, use_sliding_window=False, max_window_layers=28)
+WINDOWED = dict(COMMON, num_key_value_heads=32, sliding_window=4096, use_sliding_window=False,
+                max_window_layers=28)
 GEMMA2 = dict(
     COMMON, head_dim=256, num_attention_heads=8, num_key_value_heads=4, vocab_size=256000,
     max_position_embeddings=8192, tie_word_embeddings=True,
@@ -423,33 +431,38 @@ GEMMA3 = dict(
 
 def rotates(c, l):
     """SmolLM3: every fourth layer has no rope."""
-    if c.get("no_rope_layers"):
+    if c.get("no_rope_layers") is not None:
         return bool(c["no_rope_layers"][l])
-    return not c.get("no_rope_layer_interval") or (l + 1) % c["no_rope_layer_interval"] != 0
+    return "no_rope_layer_interval" not in c or (l + 1) % c["no_rope_layer_interval"] != 0
+
+
+def window_of(c):
+    """The window of the layers that slide, None: there is none, or it is switched off."""
+    return c.get("sliding_window") if c.get("use_sliding_window", True) else None
 
 
 def all_slide(c, l):
-    return True
+    return window_of(c) is not None
 
 
 def late_slide(c, l):
-    return bool(c["use_sliding_window"]) and l >= c["max_window_layers"]
+    return window_of(c) is not None and l >= c["max_window_layers"]
 
 
 def unrotated_slide(c, l):
-    return bool(c["use_sliding_window"]) and not rotates(c, l)
+    return window_of(c) is not None and not rotates(c, l)
 
 
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
         NORMS + MATRICES,
-        dict(COMMON, sliding_window=4096, max_position_embeddings=131072),
+        dict(COMMON, num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
         slides=all_slide, permuted=True),
     "smollm3": Family(
         NORMS + MATRICES,
-        dict(WINDOWED, rope_theta=2e6, sliding_window=None, tie_word_embeddings=True,
-             no_rope_layers=None, no_rope_layer_interval=4),
+        dict(WINDOWED, num_key_value_heads=4, rope_theta=2e6, sliding_window=None,
+             tie_word_embeddings=True, no_rope_layers=None, no_rope_layer_interval=4),
         slides=unrotated_slide, permuted=True),
     "qwen2": Family(NORMS + MATRICES + BIASES, WINDOWED, slides=late_slide),
     "qwen3": Family(NORMS + MATRICES + QK_NORMS, dict(WINDOWED, head_dim=128), slides=late_slide),
@@ -484,7 +497,7 @@ HARMLESS = set("""
     gradient_checkpointing hidden_dropout id2label initializer_range
     is_decoder is_causal label2id length_penalty max_length max_window_layers min_length
     model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    original_max_position_embeddings output_attentions output_hidden_states output_scores
+    output_attentions output_hidden_states output_scores
     pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
     repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
@@ -498,27 +511,73 @@ ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 def family_of(name, table=FAMILIES):
     """The row of an architecture, or the reason why there is none."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     reasons = [reason + "; " for pattern, reason in REASONS if re.search(pattern, str(name), re.I)]
     known = ", ".join(table)
     raise Refusal(f"architecture {name!r}: {''.join(reasons[:1])}these are supported: {known}")
 
 
+# What the value of a key must be. A key that is not here is read as text or not at all.
+KINDS = {
+    "a whole number": lambda v: type(v) is int and 1 <= v <= MOST,
+    "a whole number or 0": lambda v: type(v) is int and 0 <= v <= MOST,
+    "a positive number": lambda v: type(v) in (int, float) and 1e-12 <= v <= 1e12,
+    "true or false": lambda v: type(v) is bool,
+    "a text": lambda v: type(v) is str,
+    "an object": lambda v: type(v) is dict,
+    "a list of 0 and 1": lambda v: type(v) is list and all(x in (0, 1) for x in v),
+    "a list of texts": lambda v: type(v) is list and all(type(x) is str for x in v),
+}
+KEYS = {key: kind for kind, keys in {
+    "a whole number": """
+        hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+        head_dim vocab_size max_position_embeddings original_max_position_embeddings sliding_window
+        sliding_window_pattern no_rope_layer_interval""",
+    "a whole number or 0": "max_window_layers",
+    "a positive number": """
+        rms_norm_eps rope_theta rope_local_base_freq partial_rotary_factor query_pre_attn_scalar
+        attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
+        mscale mscale_all_dim low_freq_factor high_freq_factor""",
+    "true or false": "tie_word_embeddings use_sliding_window truncate",
+    "a text": "model_type hidden_act hidden_activation rope_type type",
+    "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
+    "a list of 0 and 1": "no_rope_layers",
+    "a list of texts": "layer_types",
+}.items() for key in keys.split()}
+# Keys for which null is a value of its own ("no window"), whatever absence means.
+NULLABLE = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping",
+            "final_logit_softcapping")
+
+
+def check_value(where, key, value, kind):
+    if not KINDS[kind](value):
+        raise Refusal(f"{where}: {key} is {repr(value)[:60]}, expected {kind}")
+
+
 def text_config(c):
     """The language model's part of a multimodal Gemma 3 config, or the config itself."""
     if c.get("model_type") != "gemma3":
         return c
-    outer = ("eos_token_id", "bos_token_id", "quantization_config", "tie_word_embeddings")
-    inner = dict(c.get("text_config") or {}, model_type="gemma3_text")
-    return {**{k: c[k] for k in outer if k in c}, **inner}
+    inner = c.get("text_config", {})
+    check_value("config.json", "text_config", inner, "an object")
+    tied = "tie_word_embeddings"
+    if inner.get(tied, True) != c.get(tied, True):
+        raise Refusal(f"config.json: {tied} is {c.get(tied, True)}, and {inner.get(tied, True)} in "
+                      "text_config")
+    outer = ("eos_token_id", "bos_token_id", *QUANTIZED)
+    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": "gemma3_text"}
+
+
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
 
 
 def check_config(c, family, ignored):
-    quantized = c.get("quantization_config")
-    if quantized and "quantization_config" not in ignored:
-        method = quantized.get("quant_method", "unknown method")
-        raise Refusal(f"the weights are quantized already ({method}); take the original weights")
+    for key in QUANTIZED:
+        if c.get(key) and key not in ignored:
+            method = c[key].get("quant_method") if isinstance(c[key], dict) else None
+            raise Refusal(f"config.json: {key}: the weights are quantized already "
+                          f"({method or 'unknown method'}); take the original weights, or a GGUF")
     known = set(family.config) | HARMLESS | set(ignored)
     if c.get("is_causal") is False and "is_causal" not in ignored:
         raise Refusal("config.json: is_causal is false, and only causal models are supported")
@@ -530,14 +589,37 @@ def check_config(c, family, ignored):
             )
 
 
-def layer_slides(c, family):
+def full_config(config, family, where):
+    """All keys that the family reads, each of the right kind. Null means what it means to
+    transformers: the default where there is none, and where a key may do without."""
+    c = {**family.config, **{k: v for k, v in config.items() if k in family.config}}
+    for key, value in c.items():
+        if value is MISSING:
+            raise Refusal(f"{where}: {key} is missing")
+        if value is not None:
+            check_value(where, key, value, KEYS[key])
+        elif key not in NULLABLE and family.config[key] is not None:
+            raise Refusal(f"{where}: {key} is null, expected {KEYS[key]}")
+    return dict(c, model_type=config["model_type"])
+
+
+def layer_slides(c, family, where):
     """[n_layers]: does the layer see a window only."""
-    n, kinds = c["num_hidden_layers"], c.get("layer_types")
-    if not kinds:
-        return [family.slides(c, l) for l in range(n)]
-    if len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise Refusal(f"config.json: layer_types {sorted(set(kinds))} for {n} layers")
-    return [kind == "sliding_attention" for kind in kinds]
+    n, kinds = c["num_hidden_layers"], c["layer_types"]
+    if c.get("no_rope_layers") is not None and len(c["no_rope_layers"]) < n:
+        raise Refusal(f"{where}: no_rope_layers names {len(c['no_rope_layers'])} of {n} layers")
+    slides = [family.slides(c, l) for l in range(n)]
+    if kinds is not None:
+        if len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise Refusal(f"{where}: layer_types {sorted(set(kinds))} for {n} layers")
+        named = [kind == "sliding_attention" for kind in kinds]
+        if named != slides and family.slides in (no_slide, all_slide):
+            raise Refusal(f"{where}: layer_types says which layers slide, and a "
+                          f"{c['model_type']} model does not read it")
+        slides = named
+    if any(slides) and window_of(c) is None:
+        raise Refusal(f"{where}: layers slide, and there is no sliding_window in use")
+    return slides
 
 
 class Model(NamedTuple):
@@ -549,24 +631,14 @@ class Model(NamedTuple):
     tied: bool
 
 
-# Keys for which null is a value of its own ("no window"), not absence.
-NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-
-
-def whole(c, key):
-    value = c.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise Refusal(f"config.json: {key} is {value!r}, expected a whole number")
-    return value
-
-
 def head_fields(c):
     """How many heads there are, and how long each is."""
-    heads, dim = whole(c, "num_attention_heads"), whole(c, "hidden_size")
-    kv_heads = whole(c, "num_key_value_heads") if c["num_key_value_heads"] is not None else heads
-    head_dim = whole(c, "head_dim") if c["head_dim"] is not None else dim // heads
+    heads, dim = c["num_attention_heads"], c["hidden_size"]
+    kv_heads, head_dim = c["num_key_value_heads"] or heads, c["head_dim"] or dim // heads
     if heads % kv_heads:
         raise Refusal(f"{heads} attention heads cannot share {kv_heads} key-value heads")
+    if head_dim < 2 or heads * head_dim > 1 << 20:
+        raise Refusal(f"{heads} attention heads of {head_dim} are not supported")
     return dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim)
 
 
@@ -576,36 +648,39 @@ def rotary_dim(c, params, head_dim):
     if shares != {1.0} and (c["model_type"] != "phi3" or len(shares) > 1):
         raise Refusal(f"config.json: partial_rotary_factor {shares} is supported for phi3 only")
     n = int(head_dim * shares.pop() + 1e-6)
-    if n % 2 or n < 2:
-        raise Refusal(f"{n} rotating dimensions per head; an even number is needed")
+    if n % 2 or not 2 <= n <= head_dim:
+        raise Refusal(f"{n} rotating dimensions in heads of {head_dim}; an even number is needed")
     return n
 
 
-def describe(config, ignored=(), yarn=None):
+def describe(config, ignored=(), yarn=None, where="config.json"):
     """config.json, or what stands for it in a GGUF, as the fields that C reads."""
     family = family_of(config.get("model_type"))
     check_config(config, family, ignored)
-    c = {**family.config, **{k: v for k, v in config.items() if v is not None or k in NULLABLE}}
+    c = full_config(config, family, where)
     act = c["hidden_activation"] if family.gemma else c["hidden_act"]
     if act not in ACTS:
-        raise Refusal(f"config.json: activation {act!r} is not supported, {', '.join(ACTS)} are")
+        raise Refusal(f"{where}: activation {act!r} is not supported, {', '.join(ACTS)} are")
 
-    heads, slides = head_fields(c), layer_slides(c, family)
-    params = [rope_params(c, sliding, yarn) for sliding in slides]
-    rotating = rotary_dim(c, params, heads["head_dim"])
+    heads, slides = head_fields(c), layer_slides(c, family, where)
+    by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
+    rotating = rotary_dim(c, by_kind.values(), heads["head_dim"])
+    params = [by_kind[kind] for kind in slides]
     used = [p for l, p in enumerate(params) if rotates(c, l)]
     ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
     scalar = c["query_pre_attn_scalar"] if family.gemma else heads["head_dim"]
     fields = dict(
-        dim=whole(c, "hidden_size"), hidden_dim=whole(c, "intermediate_size"),
-        n_layers=whole(c, "num_hidden_layers"), **heads, rotary_dim=rotating,
-        vocab_size=whole(c, "vocab_size"), seq_len=trained_length(c, ropes),
+        dim=c["hidden_size"], hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
+        **heads, rotary_dim=rotating, vocab_size=c["vocab_size"], seq_len=trained_length(c, ropes),
         norm_eps=c["rms_norm_eps"], attn_scale=scalar**-0.5,
         embed_scale=math.sqrt(c["hidden_size"]) if family.gemma else 1.0,
         attn_softcap=c.get("attn_logit_softcapping") or 0.0,
         final_softcap=c.get("final_logit_softcapping") or 0.0,
         act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
-    window = c.get("sliding_window") or 0
+    for key in ("norm_eps", "attn_softcap", "final_softcap"):
+        if fields[key] > 1e6:
+            raise Refusal(f"{where}: {key} {fields[key]:g} is not supported, at most 1e6 is")
+    window = window_of(c) or 0
     return Model(
         family, fields, [window if sliding else 0 for sliding in slides], ropes,
         [ropes.index(p) if rotates(c, l) else -1 for l, p in enumerate(params)],
@@ -616,70 +691,115 @@ GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
 }
-GGUF_KEYS = {  # ARCH.key -> key of config.json, None: read apart, "": changes nothing
+GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
-    "attention.value_length": None, "context_length": "max_position_embeddings",
+    "attention.value_length": "head_dim", "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window": "sliding_window",
     "attention.sliding_window_pattern": "sliding_window_pattern",
     "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping", "rope.dimension_count": None,
-    "rope.scaling.type": None, "rope.scaling.factor": None,
-    "rope.scaling.original_context_length": None, "rope.scaling.finetuned": "",
-    "vocab_size": "", "attention.causal": "",
+    "final_logit_softcapping": "final_logit_softcapping", "rope.dimension_count": "head_dim",
+    "rope.scaling.type": "rope_type", "rope.scaling.factor": "factor", "rope.scale_linear": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attention.causal": "use_sliding_window", "rope.scaling.finetuned": "", "vocab_size": "",
 }
+GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
+               "context_length", "attention.layer_norm_rms_epsilon")
 # Gemma models that scale attention by the width per head, not by head_dim: the 27B ones. A GGUF
 # does not say; llama.cpp goes by the number of layers as well.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+# Layers of the Phi-3 models of 4,096 tokens, whose first GGUFs leave out their window of 2,047.
+PHI3_4K = (32, 40)
+
+
+def gguf_values(meta, arch):
+    """ARCH.key without ARCH -> value, each of the right kind. Layers may have a list: of one value.
+    What is 0 is absent."""
+    values = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
+    for key, value in values.items():
+        if key not in GGUF_KEYS and value:
+            raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
+        if isinstance(value, list) and key != "attention.sliding_window_pattern":
+            if len(set(map(str, value))) != 1 or len(value) != values.get("block_count"):
+                raise Refusal(f"{arch}.{key}: layers that differ from each other are not supported")
+            values[key] = value[0]
+    values = {k: v for k, v in values.items() if v != 0 or v is False}
+    for key in GGUF_NEEDED:
+        if key not in values:
+            raise Refusal(f"{arch}.{key} is missing or 0")
+    for key, value in values.items():
+        if GGUF_KEYS.get(key) and not isinstance(value, list):
+            check_value("GGUF", f"{arch}.{key}", value, KEYS[GGUF_KEYS[key]])
+    return values
 
 
 def gguf_config(meta, tensors):
-    """What config.json would say, from a GGUF's metadata."""
+    """What config.json would say, from a GGUF's metadata: what is absent is as in llama.cpp."""
     arch = meta.get("general.architecture")
-    c = {"model_type": family_of(arch, GGUF_FAMILIES)}
-    own = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
-    for key, value in own.items():
-        if key not in GGUF_KEYS and value:
-            raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
-        if GGUF_KEYS.get(key):
-            c[GGUF_KEYS[key]] = value
-    if own.get("attention.value_length") != own.get("attention.key_length"):
+    family = family_of(arch, GGUF_FAMILIES)
+    own = gguf_values(meta, arch)
+    if own.get("attention.causal") is False:
+        raise Refusal(f"{arch}.attention.causal is false, and only causal models are supported")
+    if "token_embd.weight" not in tensors:
+        raise Refusal("tensor token_embd.weight is missing: no model, or only its vocabulary")
+    heads, layers = own["attention.head_count"], own["block_count"]
+    width = own["embedding_length"] // heads
+    head_dim = own.get("attention.key_length", width)
+    if own.get("attention.value_length", width) != head_dim:
         raise Refusal("keys and values of different lengths are not supported")
-    heads = c.get("num_attention_heads"), c.get("num_key_value_heads")
-    if any(isinstance(n, list) for n in heads):
-        raise Refusal("heads that differ from layer to layer are not supported")
-    if arch == "llama" and c.get("sliding_window"):
-        c["model_type"] = "mistral"
-    if isinstance(c.get("sliding_window_pattern"), list):
-        kinds = ("full_attention", "sliding_attention")
-        c["layer_types"] = [kinds[bool(slides)] for slides in c.pop("sliding_window_pattern")]
-    if "token_embd.weight" in tensors:
-        c["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    c["tie_word_embeddings"] = "output.weight" not in tensors
-    width = whole(c, "hidden_size") // whole(c, "num_attention_heads")
-    head_dim = c.get("head_dim") or width
+    read = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count",
+            "context_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+            "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa")
+    c = {GGUF_KEYS[key]: own[key] for key in read if key in own}
+    c.update(model_type="mistral" if arch == "llama" and "sliding_window" in c else family,
+             num_key_value_heads=own.get("attention.head_count_kv", heads), head_dim=head_dim,
+             vocab_size=tensors["token_embd.weight"].shape[0],
+             tie_word_embeddings="output.weight" not in tensors,
+             rope_theta=own.get("rope.freq_base", 10000.0),
+             rope_scaling=gguf_rope_scaling(own, tensors))
+    turning = own.get("rope.dimension_count", head_dim)
+    if turning != head_dim:
+        c["partial_rotary_factor"] = turning / head_dim
     if arch in GEMMA_27B:
-        wide = c.get("num_hidden_layers") == GEMMA_27B[arch]
-        c.update(head_dim=head_dim, query_pre_attn_scalar=width if wide else head_dim)
-    c["rope_scaling"] = gguf_rope_scaling(own, tensors)
-    c["partial_rotary_factor"] = own.get("rope.dimension_count", head_dim) / head_dim
-    return c
+        c["query_pre_attn_scalar"] = width if layers == GEMMA_27B[arch] else head_dim
+    if arch == "phi3" and layers in PHI3_4K and own["context_length"] == 4096:
+        c.setdefault("sliding_window", 2047)
+    return {**c, **gguf_layer_types(arch, own, layers)}
+
+
+def gguf_layer_types(arch, own, layers):
+    """Which layers see a window only. Gemma 3 without a window has none that does."""
+    pattern = own.get("attention.sliding_window_pattern")
+    if arch == "gemma3" and "attention.sliding_window" not in own:
+        pattern = [False] * layers
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, list):
+        pattern = [l % pattern < pattern - 1 for l in range(layers)]
+    kinds = ("full_attention", "sliding_attention")
+    return {"layer_types": [kinds[bool(slides)] for slides in pattern]}
 
 
 def gguf_rope_scaling(own, tensors):
-    if any(name.startswith("rope_factors_") for name in tensors):
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
+    kind = own.get("rope.scaling.type", "linear")
+    if any(".rope_factors_" in f".{name}" for name in tensors):
         return {"rope_type": "longrope"}
     if "rope_freqs.weight" in tensors:  # llama3 scaling, worked out by the converter
+        if kind not in ("none", "linear") or (kind == "linear" and factor != 1):
+            raise Refusal(f"rope_freqs.weight and rope scaling {kind!r} together are not supported")
         return {"rope_type": "factors", "factors": tensors["rope_freqs.weight"].vector().tolist()}
-    kind = own.get("rope.scaling.type", "none")
-    if kind == "none":
+    if kind == "none" or (kind == "linear" and factor == 1):
         return None
-    scaling = {"rope_type": kind, "factor": own.get("rope.scaling.factor")}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        original = own.get("rope.scaling.original_context_length")
+        original = own.get("rope.scaling.original_context_length", own["context_length"])
         scaling["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow"):
+            scaling[name] = own.get("rope.scaling.yarn_" + name)
     return scaling
 
 
@@ -777,50 +897,87 @@ SCALINGS = {  # the parameters each type of scaling reads
 }
 
 
-def rope_params(c, slides, yarn):
-    """What rotates a layer, in one flat dict: both layouts of config.json say the same."""
-    new = c.get("rope_parameters")
-    if new:
-        kind = "sliding_attention" if slides else "full_attention"
-        p = dict(new[kind] if isinstance(new.get(kind), dict) else new)
-        p = {k: v for k, v in p.items() if not isinstance(v, dict)}
-    elif slides and "rope_local_base_freq" in c:  # Gemma 3: only full attention is scaled
-        p = {"rope_theta": c["rope_local_base_freq"]}
-    else:
-        p = c["rope_scaling"] or {}
-    p = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"], **p}
-    p["rope_type"] = p.get("rope_type") or p.get("type") or "default"
-    if yarn:
-        if c["model_type"] not in ("qwen2", "qwen3") or p["rope_type"] != "default":
-            raise Refusal("--yarn is for Qwen models without a scaling of their own")
-        original = min(32768, c["max_position_embeddings"])
-        p.update(rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
-    return checked_rope(p, c)
+def rope_params(c, slides, yarn, where):
+    """What rotates a layer, in one flat dict, from either layout of config.json and from both."""
+    layered = "rope_local_base_freq" in c  # Gemma 3: rope_scaling is for full attention alone
+    old, new = dict(c["rope_scaling"] or {}), dict(c["rope_parameters"] or {})
+    top = {k: c[k] for k in ("rope_theta", "partial_rotary_factor")}
+    if layered:
+        kinds = ("full_attention", "sliding_attention")
+        both = {kind: checked_values(new.pop(kind, None) or {}, where, kind) for kind in kinds}
+        if "type" in old and old["type"] != old.get("rope_type", "default"):
+            raise Refusal(f"{where}: the type of rope_scaling must be called rope_type in Gemma 3")
+        both[kinds[0]].update(old)
+        for key, value in new.items():
+            if value is not None:
+                raise Refusal(f"{where}: rope_parameters: {key} = {value!r} beside layer types")
+        top["rope_theta"] = c["rope_local_base_freq"] if slides else c["rope_theta"]
+        return checked_rope({**top, **both[kinds[slides]]}, c, yarn, where)
+    said = [checked_rope({**top, **p}, c, yarn, where) for p in (old, new) if p]
+    if len(said) == 2 and said[0] != said[1]:
+        raise Refusal(f"{where}: rope_scaling {json.dumps(old)[:90]} and rope_parameters "
+                      f"{json.dumps(new)[:90]} say different things; keep one")
+    return said[0] if said else checked_rope(top, c, yarn, where)
 
 
-def checked_rope(p, c):
-    kind = p["rope_type"]
-    if kind not in SCALINGS:
-        raise Refusal(f"rope scaling {kind!r} is not supported")
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned",
-             "original_max_position_embeddings"} | SCALINGS[kind]
+def checked_values(p, where, what):
+    """A dict whose values are of the right kind. Scaling stands for any object of parameters."""
+    check_value(where, what, p, "an object")
+    for key, value in p.items():
+        if value is not None and key in KEYS:
+            check_value(where, key, value, KEYS[key])
+    return dict(p)
+
+
+def checked_rope(p, c, yarn, where):
+    """One set of parameters: those of its type, all of them, and no others."""
+    p = checked_values(p, where, "rope_scaling")
+    kind = p.get("rope_type") or p.pop("type", None) or "default"
+    if p.pop("type", kind) not in (kind, None):
+        raise Refusal(f"{where}: rope_type and type of the rope scaling differ")
+    if kind not in SCALINGS or (c["model_type"] == "phi3" and kind != "default"):
+        raise Refusal(f"{where}: rope scaling {kind!r} is not supported for {c['model_type']}")
+    known = {"rope_theta", "rope_type", "partial_rotary_factor", "finetuned",
+             "original_max_position_embeddings", *SCALINGS[kind]}
     for key, value in p.items():
         if key not in known and value is not None:
-            raise Refusal(f"config.json: rope parameter {key} of scaling {kind!r} is not supported")
-    if kind in ("linear", "llama3", "yarn") and not p.get("factor"):
-        raise Refusal(f"config.json: rope scaling {kind!r} without a factor")
-    if kind in ("llama3", "yarn") and not p.get("original_max_position_embeddings"):
-        original = c.get("original_max_position_embeddings") or c["max_position_embeddings"]
-        p["original_max_position_embeddings"] = original
-    return p
+            raise Refusal(f"{where}: rope parameter {key} of scaling {kind!r} is not supported")
+    p = {k: v for k, v in p.items() if v is not None and k != "finetuned"}
+    p.update(rope_type=kind, partial_rotary_factor=p.get("partial_rotary_factor"))
+    if "rope_theta" not in p:
+        raise Refusal(f"{where}: rope_theta is null")
+    if yarn:
+        if c["model_type"] not in ("qwen2", "qwen3") or kind != "default":
+            raise Refusal("--yarn is for Qwen models without a scaling of their own")
+        original = min(32768, c["max_position_embeddings"])
+        return dict(p, rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
+    for key in ("factor", "low_freq_factor", "high_freq_factor"):
+        if key in SCALINGS[kind] and key not in p:
+            raise Refusal(f"{where}: rope scaling {kind!r} without a {key}")
+    if kind == "llama3" and p["high_freq_factor"] <= p["low_freq_factor"]:
+        raise Refusal(f"{where}: rope scaling: high_freq_factor is not above low_freq_factor")
+    return with_original_length(p, c, where)
+
+
+def with_original_length(p, c, where):
+    """The length that was trained before the scaling, which stands in one of three places."""
+    key = "original_max_position_embeddings"
+    if p["rope_type"] not in ("llama3", "yarn"):
+        return {k: v for k, v in p.items() if k != key}
+    said = {n for n in (p.get(key), c[key]) if n is not None}
+    if len(said) > 1 or ("rope_local_base_freq" in c and key not in p and said):
+        raise Refusal(f"{where}: {key} of the rope scaling and that of the model differ")
+    return {**p, key: said.pop() if said else c["max_position_embeddings"]}
 
 
 def trained_length(c, ropes):
     """max_position_embeddings, or what yarn stretches it to."""
-    longest = whole(c, "max_position_embeddings")
+    longest = c["max_position_embeddings"]
     for p in ropes:
         if p["rope_type"] == "yarn":
             longest = max(longest, int(p["factor"] * p["original_max_position_embeddings"]))
+    if longest > MOST:
+        raise Refusal(f"a context of {longest} tokens is not supported, at most {MOST} is")
     return longest
 
 
@@ -862,6 +1019,8 @@ def rope_table(p, dim):
     elif kind == "factors":
         if len(p["factors"]) != len(inv):
             raise Refusal(f"rope_freqs.weight: expected [{len(inv)}], found [{len(p['factors'])}]")
+        if min(p["factors"]) <= 0:
+            raise Refusal(f"rope_freqs.weight holds {min(p['factors'])}, expected numbers above 0")
         inv = inv / np.asarray(p["factors"], f32)
     elif kind == "llama3":
         low, high = p["low_freq_factor"], p["high_freq_factor"]
@@ -1981,7 +2140,7 @@ def plan(args):
     """-> metadata and tensors of the new file; everything is checked, nothing is converted yet."""
     gguf = not os.path.isdir(args.model)
     config, tensors, v, chat, stops = (read_gguf if gguf else read_directory)(args.model)
-    model = describe(config, args.ignore_key, args.yarn)
+    model = describe(config, args.ignore_key, args.yarn, "GGUF" if gguf else "config.json")
     v.limit(model.fields["vocab_size"])
     target = args.type or (None if gguf else "q8")
     outputs, lossy = model_outputs(model, Weights(tensors, gguf, model), target)
@@ -2044,7 +2203,7 @@ def parse_args():
         "--split", choices=["llama3", "qwen2"], default="llama3",
         help="how text is split before the merges of a rank file")
     args = p.parse_args()
-    if args.yarn is not None and args.yarn <= 1:
+    if args.yarn is not None and not 1 < args.yarn <= 1e6:
         p.error("--yarn takes a factor above 1")
     return args
 

@@ -429,7 +429,8 @@ class TestDescribe(unittest.TestCase):
         self.assertEqual(self.describe("mistral").windows, [4096] * 4)
         self.assertEqual(self.describe("mistral", sliding_window=None).windows, [0] * 4)
         kinds = ["sliding_attention", "full_attention"] * 2
-        self.assertEqual(self.describe("mistral", layer_types=kinds).windows, [4096, 0] * 2)
+        m = self.describe("qwen2", layer_types=kinds, use_sliding_window=True)
+        self.assertEqual(m.windows, [4096, 0] * 2)
         self.assertEqual(self.describe("qwen2").windows, [0] * 4)
         m = self.describe("qwen2", use_sliding_window=True, max_window_layers=3, sliding_window=8)
         self.assertEqual(m.windows, [0, 0, 0, 8])
@@ -509,6 +510,104 @@ class TestDescribe(unittest.TestCase):
         new = self.table(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
         old = self.table(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5e5)
         np.testing.assert_array_equal(new[0], old[0])
+
+
+    def refuses(self, word, kind, **config):
+        with self.assertRaises(export.Refusal) as caught:
+            self.describe(kind, **config)
+        self.assertIn(word, str(caught.exception))
+
+    YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+    def test_two_spellings_of_rope(self):
+        """transformers 5 takes rope_scaling and drops rope_parameters with its theta: both are
+        taken when they agree, and neither when they do not."""
+        both = dict(rope_scaling=self.YARN, rope_parameters=dict(self.YARN, rope_theta=1e6))
+        self.assertEqual(self.describe("qwen3", rope_theta=1e6, **both).ropes,
+                         self.describe("qwen3", rope_parameters=both["rope_parameters"]).ropes)
+        self.refuses("say different things", "qwen3", **both)
+        plain = {"rope_type": "default", "rope_theta": 1e6}
+        self.refuses("say different things", "qwen3", **dict(both, rope_parameters=plain))
+        for empty in ({}, None):
+            m = self.describe("qwen3", rope_scaling=self.YARN, rope_parameters=empty)
+            self.assertEqual((m.ropes[0]["rope_type"], m.ropes[0]["rope_theta"]), ("yarn", 1e4))
+        m = self.describe("qwen3", rope_theta=5e5, rope_parameters=plain)
+        self.assertEqual(m.ropes[0]["rope_theta"], 1e6)
+        per_layer = {"full_attention": plain, "sliding_attention": plain}
+        self.refuses("full_attention", "qwen3", rope_parameters=per_layer)
+        self.refuses("differ", "llama", rope_scaling=dict(self.YARN, type="linear"))
+
+    def test_gemma3_rope(self):
+        """Each kind of layer has its own theta where rope_parameters does not say; rope_scaling is
+        for full attention. As Gemma3TextConfig.convert_rope_params_to_dict does it."""
+        linear = {"rope_type": "linear", "factor": 8.0}
+        plain = {"rope_type": "default"}
+        base = dict(sliding_window_pattern=2, rope_theta=1e6, rope_local_base_freq=1e4)
+        for ropes, scaling, want in (
+            ({"full_attention": linear, "sliding_attention": plain}, None, (1e4, 1e6, 8)),
+            ({"full_attention": linear}, None, (1e4, 1e6, 8)),
+            ({"sliding_attention": {"rope_theta": 2e4}, "full_attention": None}, linear,
+             (2e4, 1e6, 8)),
+            (None, linear, (1e4, 1e6, 8)),
+            (None, None, (1e4, 1e6, None)),
+        ):
+            m = self.describe("gemma3_text", rope_parameters=ropes, rope_scaling=scaling, **base)
+            slide, full = m.ropes
+            got = slide["rope_theta"], full["rope_theta"], full.get("factor")
+            self.assertEqual((got, slide["rope_type"]), (want, "default"))
+        self.refuses("beside layer types", "gemma3_text", rope_parameters={"rope_theta": 5.0})
+        self.refuses("rope_type", "gemma3_text", rope_scaling={"type": "linear", "factor": 8.0})
+
+    def test_original_length(self):
+        """Inside the scaling, at the top, or the model's own; two that differ are refused."""
+        key = "original_max_position_embeddings"
+        inside = {"rope_type": "yarn", "factor": 2.0}
+        for scaling, top, want in ((dict(inside, **{key: 1024}), None, 1024), (inside, 512, 512),
+                                   (dict(inside, **{key: 512}), 512, 512), (inside, None, 4096)):
+            m = self.describe("llama", rope_scaling=scaling, **{key: top})
+            self.assertEqual(m.ropes[0][key], want)
+        self.refuses(key, "llama", rope_scaling=dict(inside, **{key: 1024}), **{key: 512})
+
+    def test_windows_in_use(self):
+        """A window that is switched off, or that is not there, makes no layer slide."""
+        slide = ["full_attention", "sliding_attention"] * 2
+        m = self.describe("qwen2", sliding_window=8, max_window_layers=0)
+        self.assertEqual(m.windows, [0] * 4)
+        m = self.describe("qwen2", use_sliding_window=True, sliding_window=None)
+        self.assertEqual(m.windows, [0] * 4)
+        self.refuses("no sliding_window in use", "qwen2", layer_types=slide, sliding_window=8)
+        self.refuses("no sliding_window in use", "gemma2", sliding_window=None)
+        self.refuses("does not read it", "mistral", layer_types=slide)
+        self.refuses("does not read it", "llama", layer_types=slide)
+        self.refuses("for 4 layers", "gemma2", layer_types=slide[:3])
+        self.refuses("no_rope_layers", "smollm3", no_rope_layers=[1, 0])
+
+    def test_key_value_heads(self):
+        """What absence means differs from family to family, null does not."""
+        wide = dict(num_attention_heads=64, hidden_size=128, head_dim=2, num_key_value_heads=DROP)
+        for kind, want in (("llama", 64), ("mistral", 8), ("qwen3", 32), ("smollm3", 4)):
+            c = {k: v for k, v in {**self.BASE, **wide}.items() if v is not DROP}
+            c["model_type"] = kind
+            self.assertEqual(export.describe(c).fields["n_kv_heads"], want, kind)
+            c["num_key_value_heads"] = None
+            self.assertEqual(export.describe(c).fields["n_kv_heads"], 64, kind)
+
+    def test_values_of_no_kind(self):
+        """Each key that is read is named when its value is none of its kind."""
+        infinite, big = float("inf"), 10**400
+        wrong = (float("nan"), infinite, -infinite, big, -1, True, "1", [], [1], {"a": 1}, 1e300)
+        for kind in export.FAMILIES:
+            for key in export.FAMILIES[kind].config:
+                for value in wrong:
+                    if export.KINDS[export.KEYS[key]](value):
+                        continue
+                    if key == "max_window_layers" or value not in ([], {}) or key not in (
+                            "rope_scaling", "rope_parameters"):
+                        self.refuses(key, kind, **{key: value})
+        self.refuses("rms_norm_eps is nan", "llama", rms_norm_eps=float("nan"))
+        self.refuses("factor is nan", "llama", rope_scaling=dict(self.YARN, factor=float("nan")))
+        self.refuses("rms_norm_eps is null", "llama", rms_norm_eps=None)
+        self.refuses("hidden_size is missing", "llama", hidden_size=export.MISSING)
 
 
 class TestRefusals(Case):
