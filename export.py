@@ -2104,30 +2104,101 @@ def number(x):
     return next(t for t in texts if np.float32(t) == np.float32(x))
 
 
+MAX_STOPS = 64  # as tokenizer.c has it
+
+
+def token_ids(where, key, value, several=False):
+    """The ids that a file names: none, one, or a list where there may be several."""
+    ids = value if several and isinstance(value, list) else [value]
+    for i in ids:
+        if not (i is None or (type(i) is int and 0 <= i < 1 << 31)):
+            raise Refusal(f"{where}: {key} is {repr(value)[:60]}, expected the id of a token")
+    return [i for i in ids if i is not None]
+
+
+def check_ids(v, rows, configs):
+    """Every id that config.json and generation_config.json name has a row in the embedding."""
+    for where, c in configs.items():
+        for key in ("bos_token_id", "eos_token_id"):
+            for i in token_ids(where, key, c.get(key), key == "eos_token_id"):
+                if i >= rows:
+                    raise Refusal(f"{where}: {key} is {i}, and there are {rows} tokens")
+                if i >= len(v.texts) and key == "eos_token_id":
+                    warn(f"{where}: {key} {i} is not in the tokenizer and ends no answer")
+
+
 def read_directory(path):
     """-> config, tensors, Vocab, chat metadata, stop ids of a Hugging Face directory."""
-    config = text_config(read_json(os.path.join(path, "config.json")))
-    family_of(config.get("model_type"))
+    with within("config.json"):
+        config = text_config(read_json(os.path.join(path, "config.json")))
+        family_of(config.get("model_type"))
     tensors = open_directory(path)
-    v, tc = vocab_from_directory(path, config["model_type"])
+    with within("the tokenizer's files"):
+        v, tc = vocab_from_directory(path, config["model_type"])
+        tokens = {k: token_text(x) for k, x in tc.items() if k.endswith("_token") and token_text(x)}
+        template = template_of(path, tc)
     generation = read_json(os.path.join(path, "generation_config.json"), {})
-    tokens = {k: token_text(x) for k, x in tc.items() if k.endswith("_token") and token_text(x)}
+    rows = config.get("vocab_size")
+    configs = {"config.json": config, "generation_config.json": generation}
+    check_ids(v, rows if type(rows) is int else len(v.texts), configs)
     if v.meta["bos_id"] < 0 and id_list(config.get("bos_token_id")) and "bos_token" not in tc:
         v.meta["bos_id"] = config["bos_token_id"]
     stops = stop_ids(v, config.get("eos_token_id"), generation.get("eos_token_id"),
                      v.ids.get(tokens.get("eos_token")))
-    return config, tensors, v, chat_metadata(template_of(path, tc), v, tokens), stops
+    with within("the chat template"):
+        return config, tensors, v, chat_metadata(template, v, tokens), stops
+
+
+# Ids of a GGUF that are read, and what llama.cpp takes for SentencePiece when they are no tokens.
+GGUF_IDS = {"bos": 1, "eos": 2, "unknown": 0, "eot": None, "eom": None}
+
+
+def checked_gguf_ids(meta):
+    """The metadata with every id that is read a token of the vocabulary, as llama.cpp has them."""
+    meta = dict(meta)
+    texts, spm = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.model") == "llama"
+    n = len(texts) if isinstance(texts, list) else 0
+    for name, default in GGUF_IDS.items():
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = meta.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise Refusal(f"GGUF: {key} is {repr(value)[:60]}, expected the id of a token")
+        if value is not None and value >= n:
+            if not spm and name in ("bos", "eos"):
+                raise Refusal(f"GGUF: {key} is {value}, and there are {n} tokens")
+            other = default if spm and default is not None and default < n else None
+            warn(f"{key} is {value}, and there are {n} tokens: {'none' if other is None else other}"
+                 " is used, as llama.cpp does")
+            value = other
+        elif value is None and spm and name == "eos" and default < n:
+            value = default
+        meta[key] = value
+    return {k: x for k, x in meta.items() if x is not None}
 
 
 def read_gguf(path):
     """The same of a GGUF file."""
     meta, tensors = open_gguf(path)
-    config, v = gguf_config(meta, tensors), vocab_from_gguf(meta)
+    with within("GGUF metadata"):
+        config = gguf_config(meta, tensors)
+    meta = checked_gguf_ids(meta)
+    with within("GGUF vocabulary"):
+        v = vocab_from_gguf(meta)
     names = {"bos_token": v.meta["bos_id"], "eos_token": meta.get("tokenizer.ggml.eos_token_id")}
     tokens = {k: v.text_of(i) for k, i in names.items() if v.text_of(i)}
     ends = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
-    chat = chat_metadata(meta.get("tokenizer.chat_template"), v, tokens)
+    with within("the chat template"):
+        chat = chat_metadata(meta.get("tokenizer.chat_template"), v, tokens)
     return config, tensors, v, chat, stop_ids(v, *ends)
+
+
+def check_special(v, stops):
+    """What C holds about special ids, after the last token without an embedding has gone."""
+    for name in ("bos_id", "unk_id"):
+        if not -1 <= v.meta[name] < len(v.texts):
+            raise Refusal(f"tokenizer: {name} is {v.meta[name]}, and there are {len(v.texts)} tokens")
+    if len(stops) > MAX_STOPS:
+        raise Refusal(f"{len(stops)} tokens end an answer, at most {MAX_STOPS} are supported")
 
 
 def tokenizer_metadata(v, stops):
@@ -2142,6 +2213,7 @@ def plan(args):
     config, tensors, v, chat, stops = (read_gguf if gguf else read_directory)(args.model)
     model = describe(config, args.ignore_key, args.yarn, "GGUF" if gguf else "config.json")
     v.limit(model.fields["vocab_size"])
+    check_special(v, stops)
     target = args.type or (None if gguf else "q8")
     outputs, lossy = model_outputs(model, Weights(tensors, gguf, model), target)
     if lossy:

@@ -649,6 +649,22 @@ class TestRefusals(Case):
         c = self.convert(self.copy("llama", nonsense=3), "--ignore-key", "nonsense")
         self.assertEqual(c.meta["dim"], "64")
 
+    def test_ids(self):
+        """Those of config.json and generation_config.json, of any type and outside the vocabulary."""
+        for file in ("config.json", "generation_config.json"):
+            for key in ("bos_token_id", "eos_token_id"):
+                path = self.copy("smol")
+                with open(os.path.join(path, "generation_config.json"), "w") as f:
+                    f.write("{}")
+                self.edit(path, file, **{key: 99999})
+                self.refuse(path, file, key + " is 99999")
+        for value in (-1, 1 << 31, "2", 2.0, True, [-1], [[1]], {"a": 1}, float("nan")):
+            with self.assertRaisesRegex(export.Refusal, "^here: key is "):
+                export.token_ids("here", "key", value, several=True)
+        self.refuse(self.copy("smol", bos_token_id=[1]), "bos_token_id is [1]")
+        c = self.convert(self.copy("smol", bos_token_id=None, pad_token_id=-1, eos_token_id=[5, 0]))
+        self.assertEqual(c.meta["tokenizer.stop_ids"], "0,2,5")
+
     def test_tensors(self):
         path = self.copy("smol")
         whole = read_source(path)
@@ -1067,7 +1083,7 @@ class TestGGUF(Case):
             w.add_uint32(f"{arch}.attention.{key}", head_dim)
         for key, value in (extra or {}).items():
             (w.add_uint32 if isinstance(value, int) else w.add_string)(key, value)
-        self.add_tokenizer(w, name)
+        self.add_tokenizer(w, name, extra or {})
         heads = {"q_proj": c["num_attention_heads"], "k_proj": c["num_key_value_heads"]}
         qtype = gguf.GGMLQuantizationType[kind]
         for theirs, x in read_source(os.path.join(FIXTURES, name)).items():
@@ -1099,7 +1115,7 @@ class TestGGUF(Case):
         table = {**GGUF_SUFFIX, **(GEMMA_SUFFIX if arch.startswith("gemma") else {})}
         return f"blk.{layer}.{table[part]}.{kind}"
 
-    def add_tokenizer(self, w, name):
+    def add_tokenizer(self, w, name, extra):
         with open(os.path.join(FIXTURES, name, "tokenizer.json")) as f:
             spec = json.load(f)
         with open(os.path.join(FIXTURES, name, "tokenizer_config.json")) as f:
@@ -1126,7 +1142,7 @@ class TestGGUF(Case):
             w.add_token_merges([" ".join(p) for p in pairs])
         for key in ("bos", "eos"):
             token = config[key + "_token"]
-            if token:
+            if token and f"tokenizer.ggml.{key}_token_id" not in extra:
                 w.add_uint32(f"tokenizer.ggml.{key}_token_id", model["vocab"][token])
         w.add_bool("tokenizer.ggml.add_bos_token", name in ("llama", "gemma3", "mistral"))
         w.add_bool("tokenizer.ggml.add_space_prefix", name == "mistral")
@@ -1204,6 +1220,23 @@ class TestGGUF(Case):
         self.refuse(self.gguf("smol", "llama", extra={"split.count": 2}), "split")
         bias = ("blk.0.attn_q.bias", np.zeros(144, np.float32))
         self.refuse(self.gguf("smol", "llama", keep=[bias]), "attn_q.bias")
+
+    def test_ids(self):
+        """Ids that are no tokens: llama.cpp's default, or a refusal where it has none to use."""
+        prefix = "tokenizer.ggml."
+        for name, key, got in (("bos", "bos_id", "1"), ("unknown", "unk_id", "0")):
+            path = self.gguf("mistral", "llama", extra={prefix + name + "_token_id": 4294967295})
+            status, said = run(path, "-o", self.out)
+            self.assertEqual(status, 0, said)
+            self.assertIn(name + "_token_id is 4294967295", said)
+            self.assertEqual(Converted(self.out).meta["tokenizer." + key], got)
+        path = self.gguf("smol", "llama", extra={prefix + "eot_token_id": 99999})
+        self.assertIn("eot_token_id is 99999", run(path, "-o", self.out)[1])
+        os.unlink(self.out)
+        for name in ("bos", "eos", "unknown", "eot", "eom"):
+            path = self.gguf("smol", "llama", extra={f"{prefix}{name}_token_id": "2"})
+            self.refuse(path, name + "_token_id is '2'")
+        self.refuse(self.gguf("smol", "llama", extra={prefix + "eos_token_id": 99999}), "99999")
 
     def test_cut(self):
         path = self.gguf("smol", "llama")
