@@ -128,7 +128,41 @@ def within(what):
         raise Refusal(f"{what}: unexpected content ({type(e).__name__}: {e})") from e
 
 
+# What files are that should be something else, by their first bytes.
+FOREIGN = (
+    (rb"version https://git-lfs", "a git-lfs pointer, not the file itself: run git lfs pull"),
+    (rb"\s*<(!doctype|html)", "a web page, not the file itself: download it again"),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", "pickled weights; save the model as safetensors first"),
+    (rb"(tjgg|lmgg|fmgg|algg)", "a GGML file, older than GGUF, which is not supported"),
+    (rb"[\0-\xff]{8}\{\"__metadata__\":\{\"format\":\"kvzip", "converted already: ./run reads it"),
+    (rb"[\0-\xff]{4}\0{4}\{", "a safetensors file; name the directory it is in, with config.json"),
+)
+
+
+def foreign(path):
+    """What a file is that was taken for another, or None."""
+    with open(path, "rb") as f:
+        head = f.read(64)
+    return next((what for pattern, what in FOREIGN if re.match(pattern, head, re.I)), None)
+
+
+def check_there(path):
+    """A link to nothing is not a missing file: caches of downloads are full of links."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise Refusal(f"{os.path.basename(path)} is a link to nothing: {os.readlink(path)}")
+
+
+def unique(pairs):
+    """A JSON object; a key that stands there twice is a damage."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
+    return value
+
+
 def read_json(path, default=None):
+    check_there(path)
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -137,7 +171,8 @@ def read_json(path, default=None):
             raise Refusal(f"{os.path.basename(path)} is missing") from None
         return default
     except (ValueError, RecursionError) as e:  # bad JSON or bad UTF-8
-        raise Refusal(f"{os.path.basename(path)} is damaged: {e}") from None
+        found = foreign(path) or f"damaged: {e}"
+        raise Refusal(f"{os.path.basename(path)} is {found}") from None
     if not isinstance(value, dict):
         raise Refusal(f"{os.path.basename(path)} is damaged: expected an object")
     return value
@@ -153,6 +188,7 @@ class SourceFile:
 
     def __init__(self, path):
         self.name = os.path.basename(path)
+        check_there(path)
         if os.path.exists(path) and not os.path.isfile(path):
             raise Refusal(f"{self.name} is not a regular file")
         self.file = open(path, "rb")
@@ -214,59 +250,178 @@ class Tensor:
         return self.f32().reshape(-1).copy()
 
 
+# Twice the value of each FP4 code (E2M1).
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+def from_mxfp4(b):
+    """Half the scale 2^(e - 127), then 32 codes: i in the low half of byte i, 16 + i in the high."""
+    e = b[:, :1].astype(np.uint32)
+    half = np.where(e < 2, np.uint32(0x200000) << e, (e - np.uint32(1)) << np.uint32(23))
+    codes = b[:, 1:]
+    return half.astype(np.uint32).view(np.float32) * FP4[np.hstack([codes & 15, codes >> 4])]
+
+
+def from_nvfp4(b):
+    """Four scales (E4M3 without a sign), then their 16 codes each, in the order of MXFP4."""
+    e, m = b[:, :4] >> 3 & 15, (b[:, :4] & 7).astype(np.float32)
+    scale = np.where(e == 0, m * 2.0**-9, (1 + m / 8) * 2.0 ** (e.astype(np.float32) - 7)) / 2
+    scale[b[:, :4] == 127] = 0
+    codes = b[:, 4:].reshape(len(b), 4, 8)
+    x = FP4[np.concatenate([codes & 15, codes >> 4], -1)]
+    return (scale.astype(np.float32)[..., None] * x).reshape(len(b), -1)
+
+
+def from_bits(b, bits, zero, step):
+    """An F16 scale, then codes of so many bits from the lowest on: scale * (step * code - zero)."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (b[:, 2:, None] >> shifts & ((1 << bits) - 1)).reshape(len(b), -1)
+    scale = b[:, :2].copy().view("<f2").astype(np.float32)
+    return scale * (step * codes.astype(np.float32) - zero)
+
+
+class BlockType(NamedTuple):
+    """A type of GGUF tensors that the package gguf does not know yet, as ggml-quants.c has it."""
+
+    name: str
+    columns: int  # of a block
+    n_bytes: int
+    values: Callable  # uint8 [blocks][n_bytes] -> float32 [blocks][columns]
+
+
+BLOCK_TYPES = {
+    39: BlockType("MXFP4", 32, 17, from_mxfp4),
+    40: BlockType("NVFP4", 64, 36, from_nvfp4),
+    41: BlockType("Q1_0", 128, 18, lambda b: from_bits(b, 1, 1, 2)),
+    42: BlockType("Q2_0", 64, 18, lambda b: from_bits(b, 2, 1, 1)),
+}
+NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+
+
+def block_type(number):
+    """-> name, columns and bytes of a block of a type of GGUF tensors."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if number in BLOCK_TYPES:
+        return BLOCK_TYPES[number][:3]
+    kind = GGMLQuantizationType(number)
+    return kind.name, *GGML_QUANT_SIZES[kind]
+
+
 def dequantize(raw, kind):
+    """Rows of blocks, uint8 [rows][bytes], as float32 [rows][columns]."""
     from gguf import GGMLQuantizationType, quants
 
+    for t in BLOCK_TYPES.values():
+        if t.name == kind:
+            return t.values(raw.reshape(-1, t.n_bytes)).reshape(len(raw), -1)
     return quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float32)
 
 
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 
 
+def safetensors_entry(e):
+    """-> dtype, shape, begin and end of a tensor's bytes."""
+    begin, end = e["data_offsets"]
+    numbers = (*e["shape"], begin, end)
+    if type(e["dtype"]) is not str or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise ValueError
+    return e["dtype"], tuple(e["shape"]), begin, end
+
+
 def open_safetensors(path):
-    """-> {name: Tensor}, every range checked against the file's length."""
+    """-> {name: Tensor}, every range checked against the file's length and against the others."""
     f = SourceFile(path)
     (length,) = struct.unpack("<Q", f.read(0, 8))
     if length > min(MAX_HEADER, f.size - 8):
-        raise Refusal(f"{f.name} is cut or no safetensors file: a header of {length} bytes")
-    entries = []
+        found = foreign(path)
+        raise Refusal(f"{f.name} is " + (found if found and "safetensors" not in found else
+                      f"cut or no safetensors file: a header of {length} bytes"))
     try:
-        for name, e in json.loads(f.read(8, length)).items():
-            if name != "__metadata__":
-                begin, end = map(int, e["data_offsets"])
-                entries.append((name, e["dtype"], tuple(map(int, e["shape"])), begin, end))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Refusal(f"{f.name}: the header is damaged") from None
-    tensors = {}
-    for name, kind, shape, begin, end in entries:
-        if not 0 <= begin <= end <= f.size - 8 - length:
+        header = json.loads(f.read(8, length), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        entries = {name: safetensors_entry(e) for name, e in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise Refusal(f"{f.name}: the header is damaged: {e or type(e).__name__}") from None
+    tensors, at = {}, 0
+    for name, (kind, shape, begin, end) in sorted(entries.items(), key=lambda x: x[1][2:]):
+        if not begin <= end <= f.size - 8 - length:
             raise Refusal(f"{f.name} is cut: tensor {name} ends at byte {end} of its data")
+        if begin != at:
+            raise Refusal(f"{f.name}: tensor {name} begins at byte {begin}, expected {at}")
         if kind in PLAIN and end - begin != math.prod(shape) * PLAIN[kind]:
             raise Refusal(f"{f.name}: tensor {name} is {end - begin} bytes, not {kind} {shape}")
         tensors[name] = Tensor(f, name, kind, shape or (1,), 8 + length + begin, end - begin)
-    return tensors
+        at = end
+    return {name: tensors[name] for name in entries}
+
+
+# Directories that are not a model to convert, by a file in them: a name, or an ending.
+FOLDERS = (
+    ("adapter_config.json", "a LoRA adapter: merge it into its model first (merge_and_unload)"),
+    ("modules.json", "a sentence-transformers model: it makes embeddings and writes no text"),
+    ("model_index.json", "a diffusion pipeline, not a language model"),
+)
+BARE = (  # those without config.json
+    ("snapshots", "a cache of downloads: name the directory in its snapshots/"),
+    ("params.json", "in the layout of its authors: take the one with config.json"),
+    (".gguf", "a directory with GGUF files: name one of them"),
+    (".safetensors", "a directory with weights and no config.json"),
+)
+
+
+def check_directory(path):
+    """Names what a directory is that is no model."""
+    names = sorted(os.listdir(path))
+    check_there(os.path.join(path, "config.json"))
+    for table in (FOLDERS,) if "config.json" in names else (FOLDERS, BARE):
+        for end, what in table:
+            if end in names or (end[0] == "." and any(n.endswith(end) for n in names)):
+                raise Refusal(f"is {what}" + (f" ({end})" if end in names else ""))
+    if "tokenizer.json" not in names:
+        for name in names:
+            if name == "tokenizer.model" or name.endswith(".tiktoken"):
+                found = foreign(os.path.join(path, name))
+                if found:
+                    raise Refusal(f"{name} is {found}")
 
 
 def open_directory(path):
-    """The weights of a Hugging Face directory, one file or many -> {name: Tensor}."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    single = os.path.join(path, "model.safetensors")
-    if os.path.exists(index):
-        listed = read_json(index).get("weight_map", {})
-        tensors = {}
-        for shard in sorted(set(listed.values())):
-            if not os.path.exists(os.path.join(path, shard)):
-                raise Refusal(f"{shard} is missing, which the index lists")
-            tensors.update(open_safetensors(os.path.join(path, shard)))
-        for name, shard in listed.items():
-            if name not in tensors:
-                raise Refusal(f"tensor {name} is missing in {shard}, where the index puts it")
-        return tensors
+    """The weights of a Hugging Face directory -> {name: Tensor}: one file, or those of the index.
+    Where both are, the one file counts, as in transformers."""
+    index, single = (os.path.join(path, n) for n in
+                     ("model.safetensors.index.json", "model.safetensors"))
+    check_there(single)
     if os.path.exists(single):
         return open_safetensors(single)
-    if glob.glob(os.path.join(path, "*.bin")) or glob.glob(os.path.join(path, "*.pth")):
+    check_there(index)
+    if os.path.exists(index):
+        return open_shards(path, read_json(index).get("weight_map"))
+    names = sorted(os.listdir(path))
+    if any(n.endswith((".bin", ".pth", ".pt")) for n in names):
         raise Refusal("only pickled weights (.bin, .pth); save the model as safetensors first")
-    raise Refusal("no model.safetensors and no model.safetensors.index.json")
+    found = [n for n in names if n.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))]
+    raise Refusal("no model.safetensors and no model.safetensors.index.json"
+                  + (f"; there is {found[0]}" if found else ""))
+
+
+def open_shards(path, listed):
+    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
+        raise Refusal("model.safetensors.index.json: weight_map is no object of file names")
+    tensors = {}
+    for shard in sorted(set(listed.values())):
+        check_there(os.path.join(path, shard))
+        if not os.path.exists(os.path.join(path, shard)):
+            raise Refusal(f"{shard} is missing, which the index lists")
+        for name, t in open_safetensors(os.path.join(path, shard)).items():
+            if name in tensors:
+                raise Refusal(f"tensor {name} is in {tensors[name].file.name} and in {shard}")
+            tensors[name] = t
+    for name, shard in listed.items():
+        if name not in tensors or tensors[name].file.name != os.path.basename(shard):
+            raise Refusal(f"tensor {name} is missing in {shard}, where the index puts it")
+    return tensors
 
 
 class Cursor:
@@ -297,51 +452,85 @@ class Cursor:
     def value(self, kind):
         if kind == self.STRING:
             return self.string()
-        if kind == self.ARRAY:
-            of, n = self.scalar("<I"), self.scalar("<Q")
-            if of == self.STRING:
-                return [self.string() for _ in range(n)]
-            code = np.dtype(self.SCALARS[of])
-            return np.frombuffer(self.take(n * code.itemsize), code).tolist()
-        return self.scalar(self.SCALARS[kind])
+        if kind != self.ARRAY:
+            return self.scalar(self.code(kind))
+        of, n = self.scalar("<I"), self.scalar("<Q")
+        if of == self.STRING:
+            return [self.string() for _ in range(n)]
+        code = np.dtype(self.code(of))
+        return np.frombuffer(self.take(n * code.itemsize), code).tolist()
+
+    def code(self, kind):
+        if kind not in self.SCALARS:
+            raise Refusal(f"{self.f.name}: the header is damaged or newer than this program: "
+                          f"a value of type {kind}")
+        return self.SCALARS[kind]
+
+
+# What a GGUF is that is no model, by general.type and general.architecture.
+GGUF_OTHERS = {
+    "adapter": "a LoRA adapter: merge it into its model first (llama-export-lora)",
+    "mmproj": "the projector of a multimodal model (mmproj), without its language model",
+    "clip": "the projector of a multimodal model (mmproj), without its language model",
+    "imatrix": "an importance matrix, not a model",
+    "controlvector": "a control vector, not a model",
+}
+
+
+def gguf_header(c):
+    """-> metadata, [(name, shape, type, offset)]; every key and name stands there once."""
+    name = c.f.name
+    if c.take(4) != b"GGUF":
+        found = foreign(c.f.file.name)
+        raise Refusal(f"is {found}" if found else "neither a directory nor a GGUF file")
+    version = c.scalar("<I")
+    if version not in (2, 3):
+        order = " (big-endian?)" if version & 0xFFFF == 0 else ""
+        raise Refusal(f"GGUF version {version}{order} is not supported, 2 and 3 are")
+    n_tensors, n_meta = c.scalar("<Q"), c.scalar("<Q")
+    meta, infos = {}, {}
+    for _ in range(n_meta):
+        key = c.string()
+        if key in meta:
+            raise Refusal(f"{name}: the key {key} stands there twice")
+        meta[key] = c.value(c.scalar("<I"))
+    for _ in range(n_tensors):
+        tensor, n_dims = c.string(), c.scalar("<I")
+        if tensor in infos or not 1 <= n_dims <= 4:
+            raise Refusal(f"{name}: tensor {tensor} stands there twice, or has {n_dims} dimensions")
+        shape = tuple(reversed([c.scalar("<Q") for _ in range(n_dims)]))
+        infos[tensor] = (shape, c.scalar("<I"), c.scalar("<Q"))
+    return meta, infos
 
 
 def open_gguf(path):
-    """-> (metadata, {name: Tensor})."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    """-> (metadata, {name: Tensor}), every range checked as in safetensors."""
     f = SourceFile(path)
     c = Cursor(f)
-    if c.take(4) != b"GGUF":
-        raise Refusal("neither a directory nor a GGUF file")
-    version = c.scalar("<I")
-    if version not in (2, 3):
-        raise Refusal(f"GGUF version {version} is not supported, 2 and 3 are")
-    n_tensors, n_meta = c.scalar("<Q"), c.scalar("<Q")
-    try:
-        meta = {}
-        for _ in range(n_meta):
-            key = c.string()
-            meta[key] = c.value(c.scalar("<I"))
-        infos = []
-        for _ in range(n_tensors):
-            name, n_dims = c.string(), c.scalar("<I")
-            shape = tuple(reversed([c.scalar("<Q") for _ in range(n_dims)]))
-            infos.append((name, shape, GGMLQuantizationType(c.scalar("<I")), c.scalar("<Q")))
-    except (KeyError, ValueError, UnicodeError) as e:
-        raise Refusal(f"{f.name}: the header is damaged or newer than this program: {e}") from None
-    if meta.get("split.count", 1) > 1:
+    meta, infos = gguf_header(c)
+    for key in ("general.type", "general.architecture"):
+        if isinstance(meta.get(key), str) and meta[key] in GGUF_OTHERS:
+            raise Refusal(f"is {GGUF_OTHERS[meta[key]]}")
+    if meta.get("split.count", 1) not in (0, 1):
         raise Refusal("a split GGUF; join its parts with llama-gguf-split --merge first")
     align = meta.get("general.alignment", 32)
-    data = (c.at + align - 1) // align * align
+    if type(align) is not int or align < 8 or align & (align - 1):
+        raise Refusal(f"GGUF: general.alignment is {align!r}, expected a power of two")
+    data, end = up(c.at, align), 0
     tensors = {}
-    for name, shape, kind, offset in infos:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+    for name, (shape, number, offset) in sorted(infos.items(), key=lambda x: x[1][2]):
+        try:
+            kind, block, block_bytes = block_type(number)
+        except ValueError:
+            raise Refusal(f"tensor {name} is of type {number}, which is not known") from None
         n_bytes = math.prod(shape) // block * block_bytes
-        if not shape or shape[-1] % block or data + offset + n_bytes > f.size:
+        if shape[-1] % block or data + offset + n_bytes > f.size:
             raise Refusal(f"{f.name} is cut or damaged: tensor {name} lies outside of it")
-        tensors[name] = Tensor(f, name, kind.name, shape, data + offset, n_bytes)
-    return meta, tensors
+        if offset < end or offset % align:
+            raise Refusal(f"{f.name} is damaged: tensor {name} begins at byte {offset}")
+        end = offset + n_bytes
+        tensors[name] = Tensor(f, name, kind, shape, data + offset, n_bytes)
+    return meta, {name: tensors[name] for name in infos}
 
 
 # ---- 2. families ---------------------------------------------------------------------------------
@@ -844,7 +1033,7 @@ class Weights:
         t = self.tensors.get(name)
         if t is None:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
-        if t.kind not in PLAIN and not self.gguf:
+        if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
         begin = self.taken.get(name, 0)
         end = begin + (shape[0] if len(shape) == 2 else 1)
@@ -2127,12 +2316,45 @@ def check_ids(v, rows, configs):
                     warn(f"{where}: {key} {i} is not in the tokenizer and ends no answer")
 
 
+def check_token(where, key, t):
+    """A token is a text, or an object with it."""
+    text = t.get("content") if isinstance(t, dict) else t
+    if not (isinstance(text, str) or t is None):
+        raise Refusal(f"{where}: {key} is {repr(t)[:60]}, expected a token")
+
+
+def check_tokenizer_config(path):
+    """The fields of tokenizer_config.json and special_tokens_map.json that are read here."""
+    for where in ("special_tokens_map.json", "tokenizer_config.json"):
+        c = read_json(os.path.join(path, where), {})
+        for key, value in c.items():
+            if key.endswith("_token") and not key.startswith("add_"):
+                check_token(where, key, value)
+        if c.get("add_bos_token") is not None:
+            check_value(where, "add_bos_token", c["add_bos_token"], "true or false")
+        added = c.get("added_tokens_decoder", {})
+        check_value(where, "added_tokens_decoder", added, "an object")
+        for i, t in added.items():
+            if not (re.fullmatch("[0-9]{1,8}", i, re.A) and isinstance(t, dict)):
+                raise Refusal(f"{where}: added_tokens_decoder: {i[:20]!r} is no id of a token")
+            check_token(where, f"added_tokens_decoder: {i}", t)
+        template = c.get("chat_template")
+        if isinstance(template, list):
+            if not all(isinstance(t, dict) and {"name", "template"} <= set(t) and
+                       all(isinstance(x, str) for x in t.values()) for t in template):
+                raise Refusal(f"{where}: chat_template is a list of other than templates")
+        elif template is not None:
+            check_value(where, "chat_template", template, "a text")
+
+
 def read_directory(path):
     """-> config, tensors, Vocab, chat metadata, stop ids of a Hugging Face directory."""
+    check_directory(path)
     with within("config.json"):
         config = text_config(read_json(os.path.join(path, "config.json")))
         family_of(config.get("model_type"))
     tensors = open_directory(path)
+    check_tokenizer_config(path)
     with within("the tokenizer's files"):
         v, tc = vocab_from_directory(path, config["model_type"])
         tokens = {k: token_text(x) for k, x in tc.items() if k.endswith("_token") and token_text(x)}
@@ -2151,6 +2373,33 @@ def read_directory(path):
 
 # Ids of a GGUF that are read, and what llama.cpp takes for SentencePiece when they are no tokens.
 GGUF_IDS = {"bos": 1, "eos": 2, "unknown": 0, "eot": None, "eom": None}
+
+
+def check_gguf_tokens(meta):
+    """The lists of a GGUF's vocabulary: what they hold, and that they are equally long."""
+    def get(key, kind):
+        value = meta.get("tokenizer.ggml." + key, [])
+        if not isinstance(value, list) or not all(type(x) is kind for x in value):
+            raise Refusal(f"GGUF: tokenizer.ggml.{key} is no list of {kind.__name__} values")
+        return value
+
+    texts, scores = get("tokens", str), get("scores", float)
+    kinds, merges = get("token_type", int), get("merges", str)
+    for name, values in (("scores", scores), ("token_type", kinds)):
+        if values and len(values) != len(texts):
+            raise Refusal(f"GGUF: {len(texts)} tokens, but {len(values)} tokenizer.ggml.{name}")
+    if not all(map(math.isfinite, scores)):
+        raise Refusal("GGUF: tokenizer.ggml.scores holds a value that is not finite")
+    for i, (text, kind) in enumerate(zip(texts, kinds)):
+        if GGUF_KINDS.get(kind) == BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+            raise Refusal(f"GGUF: token {i} is a byte, and its text is {text[:20]!r}")
+    for key in ("add_bos_token", "add_space_prefix"):
+        value = meta.get("tokenizer.ggml." + key, False)
+        check_value("GGUF", "tokenizer.ggml." + key, value, "true or false")
+    for m in merges:
+        if m.find(" ", 1) < 0:
+            raise Refusal(f"GGUF: tokenizer.ggml.merges holds {m[:20]!r}, expected two tokens")
+    check_value("GGUF", "tokenizer.chat_template", meta.get("tokenizer.chat_template", ""), "a text")
 
 
 def checked_gguf_ids(meta):
@@ -2181,6 +2430,7 @@ def read_gguf(path):
     meta, tensors = open_gguf(path)
     with within("GGUF metadata"):
         config = gguf_config(meta, tensors)
+    check_gguf_tokens(meta)
     meta = checked_gguf_ids(meta)
     with within("GGUF vocabulary"):
         v = vocab_from_gguf(meta)
