@@ -1641,6 +1641,30 @@ def read_post_processor(v, spec):
         v.meta.update(add_bos=1, bos_id=token["ids"][0])
 
 
+def check_tokenizer_json(spec):
+    """The vocabulary of tokenizer.json: ids that are ids, texts that are texts."""
+    def refuse(what, value):
+        raise Refusal(f"tokenizer.json: {what}: {repr(value)[:60]}")
+
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    added = spec.get("added_tokens") or []
+    for key, value, kind in (("vocab", vocab, dict), ("merges", merges, list),
+                             ("added_tokens", added, list)):
+        if type(value) is not kind:
+            refuse(key, value)
+    for text, i in [*vocab.items(), *((t["content"], t["id"]) for t in added)]:
+        if type(text) is not str or type(i) is not int or not 0 <= i < MOST:
+            refuse("id of a token", {text: i} if type(text) is str else text)
+        if re.search("[\ud800-\udfff]", text):
+            refuse("a token is no text", text)
+    if len(set(vocab.values())) < len(vocab):
+        refuse("vocab", "an id stands there twice")
+    for m in merges:
+        pair = m.split(" ") if isinstance(m, str) else m
+        if type(pair) is not list or [*map(type, pair)] != [str, str]:
+            refuse("merges", m)
+
+
 def vocab_from_json(spec):
     """tokenizer.json"""
     m = spec["model"]
@@ -1649,6 +1673,7 @@ def vocab_from_json(spec):
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if m.get(key):
             raise Refusal(f"tokenizer.json: {key} is not supported")
+    check_tokenizer_json(spec)
     added = {t["id"]: t for t in spec.get("added_tokens") or []}
     n = 1 + max([*m["vocab"].values(), *added])
     texts, kinds = [None] * n, [UNUSED] * n

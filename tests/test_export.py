@@ -415,6 +415,137 @@ class TestLayouts(Case):
         self.assertIn("no embedding", run(path, "-o", self.out)[1])
 
 
+class TestFolders(Case):
+    """What is found instead of a model is named in one line."""
+
+    LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+    def put(self, path, text, mode="w"):
+        with open(path, mode) as f:
+            f.write(text)
+        return path
+
+    def index(self, path, shards):
+        self.put(os.path.join(path, "model.safetensors.index.json"),
+                 json.dumps({"weight_map": shards}))
+
+    def test_index_beside_a_single_file(self):
+        """The one file counts, as in transformers; the index and its shards may be anything."""
+        path = self.copy("llama")
+        want = self.convert(path).meta["fingerprint"]
+        tensors = read_source(path)
+        write_source(path, {n: x * 0 for n, x in tensors.items()}, "old.safetensors")
+        for shards in (dict.fromkeys(tensors, "old.safetensors"), {"a": "gone.safetensors"}):
+            self.index(path, shards)
+            self.assertEqual(self.convert(path).meta["fingerprint"], want)
+
+    def test_shards(self):
+        path = self.copy("llama")
+        tensors, first = read_source(path), "model.embed_tokens.weight"
+        os.unlink(os.path.join(path, "model.safetensors"))
+        write_source(path, tensors, "a.safetensors")
+        write_source(path, {first: tensors[first]}, "b.safetensors")
+        self.index(path, {**dict.fromkeys(tensors, "a.safetensors"), first: "b.safetensors"})
+        self.refuse(path, first, "is in a.safetensors and in b.safetensors")
+        os.symlink("blobs/gone", os.path.join(path, "c.safetensors"))
+        self.index(path, {first: "c.safetensors"})
+        self.refuse(path, "c.safetensors is a link to nothing: blobs/gone")
+        for value in (None, [], {"a": 3}):
+            self.put(os.path.join(path, "model.safetensors.index.json"),
+                     json.dumps({"weight_map": value}))
+            self.refuse(path, "weight_map")
+
+    def test_pointers_and_pages(self):
+        for text, word in ((self.LFS, "git-lfs pointer"), ("<!DOCTYPE html><html>", "web page")):
+            for file in ("model.safetensors", "config.json", "tokenizer.json"):
+                path = self.copy("smol")
+                self.put(os.path.join(path, file), text)
+                self.refuse(path, file, word)
+            os.unlink(os.path.join(path, "tokenizer.json"))
+            self.put(os.path.join(path, "tokenizer.model"), text)
+            self.refuse(path, "tokenizer.model", word)
+            self.refuse(self.put(os.path.join(self.dir, "m.gguf"), text), word)
+        smol = os.path.join(FIXTURES, "smol")
+        self.refuse(os.path.join(smol, "model.safetensors"), "name the directory")
+        self.refuse(smol + ".kvz", "converted already")
+        self.refuse(self.put(os.path.join(self.dir, "m.pth"), b"PK\3\4", "wb"), "pickled")
+        self.refuse(self.put(os.path.join(self.dir, "m.bin"), b"tjgg\1\0\0\0", "wb"), "GGML")
+        os.symlink("gone", os.path.join(self.dir, "link"))
+        self.refuse(os.path.join(self.dir, "link"), "link is a link to nothing: gone")
+
+    def test_other_folders(self):
+        for file, bare, word in (
+            ("adapter_config.json", True, "LoRA"), ("adapter_config.json", False, "LoRA"),
+            ("modules.json", False, "sentence-transformers"), ("snapshots", True, "snapshots/"),
+            ("params.json", True, "authors"), ("x.gguf", True, "name one of them"),
+            ("model_index.json", True, "diffusion"), ("nothing", True, "config.json is missing"),
+        ):
+            path = self.copy("smol")
+            if bare:
+                shutil.rmtree(path)
+                os.mkdir(path)
+            self.put(os.path.join(path, file), "{}")
+            self.refuse(path, word)
+        path = self.copy("smol")
+        os.rename(os.path.join(path, "model.safetensors"), os.path.join(path, "x.fp16.safetensors"))
+        os.unlink(os.path.join(path, "expected.safetensors"))
+        self.refuse(path, "no model.safetensors", "x.fp16.safetensors")
+        os.symlink("gone", os.path.join(path, "model.safetensors"))
+        self.refuse(path, "model.safetensors is a link to nothing")
+        for key in export.QUANTIZED:
+            self.refuse(self.copy("smol", **{key: {"quant_method": "fp8", "bits": 4}}), key, "fp8")
+
+    def header(self, path, change):
+        """Changes the JSON header of a safetensors file."""
+        with open(path, "rb") as f:
+            data = f.read()
+        n = struct.unpack("<Q", data[:8])[0]
+        text = change(data[8 : 8 + n].decode()).encode()
+        self.put(path, struct.pack("<Q", len(text)) + text + data[8 + n :], "wb")
+
+    def test_safetensors_headers(self):
+        """As the safetensors library has it: no gap, no overlap, no name twice."""
+        def entry(h, **change):
+            h = json.loads(h)
+            h["model.norm.weight"].update(change)
+            return json.dumps(h)
+
+        for change, word in (
+            (lambda h: entry(h, data_offsets=[0, 192]), "expected"),
+            (lambda h: entry(h, shape=[-1, -96]), "damaged"),
+            (lambda h: entry(h, shape=["96"]), "damaged"),
+            (lambda h: entry(h, dtype=3), "damaged"),
+            (lambda h: "[" * 100000, "damaged"),
+            (lambda h: h.replace("{", '{"model.norm.weight":1,', 1), "twice"),
+        ):
+            path = self.copy("smol")
+            self.header(os.path.join(path, "model.safetensors"), change)
+            self.refuse(path, "model.safetensors", word)
+
+    def test_damage_at_random(self):
+        """A short form of fuzz_export.py, the same each time."""
+        import fuzz_export
+        fuzz = fuzz_export.Fuzz()
+        fuzz.setUp()
+        self.addCleanup(shutil.rmtree, fuzz.dir)
+        fuzz.fuzz(100, 0)
+
+    def test_foreign_text_in_messages(self):
+        """Names from a file reach no terminal as they are."""
+        path = self.copy("smol", **{"k\x1b[31m\nexport.py: fine\u202e": 3})
+        status, said = run(path, "-o", self.out)
+        self.assertEqual((status, said.count("\n")), (1, 0))
+        self.assertTrue(said.isprintable(), said)
+
+    def test_no_field_stops_it(self):
+        """What nobody expected is a line that names the place, not a traceback."""
+        for what, word in (("export.describe", "the model"), ("export.chat_metadata", "template"),
+                           ("export.vocab_from_directory", "tokenizer's files")):
+            for error in (StopIteration(), RuntimeError("x"), RecursionError(), MemoryError()):
+                with mock.patch(what, side_effect=error):
+                    self.refuse(os.path.join(FIXTURES, "smol"), word, "unexpected content")
+
+
 class TestDescribe(unittest.TestCase):
     """config.json to Config fields, without any weights."""
 
@@ -1204,6 +1335,111 @@ class TestGGUF(Case):
                 q = gguf.GGMLQuantizationType[kind]
                 want = gguf.quants.dequantize(gguf.quants.quantize(x, q), q)
                 np.testing.assert_array_equal(c.matrix(name)[: len(want), : want.shape[1]], want)
+
+    @staticmethod
+    def plain_values(kind, b):
+        """One block as ggml-quants.c reads it, in plain floats."""
+        fp4 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+        if kind == "MXFP4":
+            d = 2.0 ** (b[0] - 128)
+            return [d * fp4[x & 15] for x in b[1:]] + [d * fp4[x >> 4] for x in b[1:]]
+        if kind == "NVFP4":
+            out = []
+            for s in range(4):
+                e, m = b[s] >> 3 & 15, b[s] & 7
+                d = (m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)) / 2
+                d = 0 if b[s] == 127 else d
+                codes = b[4 + 8 * s : 12 + 8 * s]
+                out += [d * fp4[x & 15] for x in codes] + [d * fp4[x >> 4] for x in codes]
+            return out
+        d = struct.unpack("<e", bytes(b[:2]))[0]
+        if kind == "Q1_0":
+            return [d if b[2 + j // 8] >> j % 8 & 1 else -d for j in range(128)]
+        return [((b[2 + j // 4] >> j % 4 * 2 & 3) - 1) * d for j in range(64)]
+
+    def test_new_block_types(self):
+        """Types that the package gguf does not know, from a file with one tensor of each."""
+        rng = np.random.default_rng(5)
+        for number, t in export.BLOCK_TYPES.items():
+            raw = rng.integers(0, 256, (3, 2 * t.n_bytes), np.uint8)
+            raw[0, 0] = 0  # the smallest scale of MXFP4 is no normal number
+            for block in range(2):
+                raw[:, block * t.n_bytes + 1] &= 0x3B  # no infinite f16
+            path = os.path.join(self.dir, t.name + ".gguf")
+            head = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + struct.pack("<Q1sI", 1, b"x", 2)
+            head += struct.pack("<QQIQ", 2 * t.columns, 3, number, 0)
+            with open(path, "wb") as f:
+                f.write(head + b"\0" * (-len(head) % 32) + raw.tobytes())
+            tensor = export.open_gguf(path)[1]["x"]
+            want = [[v for b in row.reshape(2, -1) for v in self.plain_values(t.name, b.tolist())]
+                    for row in raw]
+            self.assertEqual((tensor.kind, tensor.shape), (t.name, (3, 2 * t.columns)))
+            np.testing.assert_array_equal(tensor.f32(), np.float32(want))
+
+    def test_facts_left_out(self):
+        """What a GGUF does not say is as llama.cpp has it."""
+        def describe(arch, **own):
+            values = {"block_count": 6, "embedding_length": 64, "feed_forward_length": 96,
+                      "attention.head_count": 4, "context_length": 4096,
+                      "attention.layer_norm_rms_epsilon": 1e-5}
+            values.update({k.replace("__", "."): v for k, v in own.items()})
+            meta = {f"{arch}.{k}": v for k, v in values.items() if v is not DROP}
+            embed = mock.Mock(shape=(100, 64))
+            c = export.gguf_config({"general.architecture": arch, **meta},
+                                   {"token_embd.weight": embed})
+            return export.describe(c, where="GGUF")
+
+        for arch in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3"):
+            f = describe(arch).fields
+            self.assertEqual((f["n_kv_heads"], f["head_dim"], f["rope_theta"]), (4, 16, 1e4), arch)
+        self.assertEqual(describe("gemma2").windows, [4096, 0] * 3)
+        self.assertEqual(describe("gemma2").fields["attn_softcap"], 50)
+        self.assertEqual(describe("gemma3").windows, [0] * 6)
+        m = describe("gemma3", attention__sliding_window=512, rope__freq_base=1e6,
+                     rope__scaling__factor=8.0)
+        self.assertEqual(m.windows, [512] * 5 + [0])
+        self.assertEqual([(p["rope_theta"], p.get("factor")) for p in m.ropes],
+                         [(1e4, None), (1e6, 8.0)])
+        m = describe("gemma3", attention__sliding_window=8, attention__sliding_window_pattern=2)
+        self.assertEqual(m.windows, [8, 0] * 3)
+        self.assertEqual(describe("phi3", block_count=32).windows, [2047] * 32)
+        self.assertEqual(describe("phi3").windows, [0] * 6)
+        m = describe("llama", rope__scale_linear=2.0)
+        self.assertEqual((m.ropes[0]["rope_type"], m.ropes[0]["factor"]), ("linear", 2.0))
+        m = describe("llama", rope__scaling__factor=2.0, rope__scaling__type="none")
+        self.assertEqual(m.ropes[0]["rope_type"], "default")
+        m = describe("llama", attention__head_count_kv=[2] * 6)
+        self.assertEqual(m.fields["n_kv_heads"], 2)
+        for word, own in (
+            ("head_count_kv", dict(attention__head_count_kv=[2] * 5 + [4])),
+            ("head_count_kv", dict(attention__head_count_kv="2")),
+            ("causal", dict(attention__causal=False)),
+            ("block_count is missing", dict(block_count=DROP)),
+            ("block_count is missing or 0", dict(block_count=0)),
+            ("rms_epsilon", dict(attention__layer_norm_rms_epsilon=float("nan"))),
+            ("rotating dimensions", dict(rope__dimension_count=64)),
+        ):
+            with self.assertRaises(export.Refusal) as caught:
+                describe("phi3", **own)
+            self.assertIn(word, str(caught.exception))
+
+    def test_other_ggufs(self):
+        for key, value, word in (("general.type", "adapter", "LoRA"),
+                                 ("general.type", "mmproj", "projector"),
+                                 ("general.alignment", 24, "power of two"),
+                                 ("general.alignment", "32", "power of two")):
+            self.refuse(self.gguf("smol", "llama", extra={key: value}), word)
+        self.refuse(self.gguf("smol", "clip"), "projector")
+        path = self.gguf("smol", "llama")
+        with open(path, "rb") as f:
+            data = f.read()
+        at = data.index(b"blk.0.ffn_norm.weight")
+        for changed, word in ((data[:at] + b"blk.1" + data[at + 5 :], "twice"),
+                              (data[:4] + b"\0\0\0\3" + data[8:], "big-endian"),
+                              (data.replace(b"token_embd", b"token_embx"), "vocabulary")):
+            with open(path, "wb") as f:
+                f.write(changed)
+            self.refuse(path, word)
 
     def test_loss_is_announced(self):
         path = self.gguf("llama", "llama", "Q5_1")
