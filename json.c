@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "text.h"
 #include "util.h"
 
 // ---- reading ----
@@ -291,15 +292,6 @@ void json_lines_close(JsonLines *l) {
 
 // ---- writing ----
 
-// Bytes at p that begin a character and do not end it: the most that one U+FFFD stands for
-// (Unicode 15, section 3.9, "maximal subpart").
-static int broken_bytes(const uint8_t *p, const uint8_t *end) {
-    uint32_t c;
-    int n = 1;
-    while (p + n < end && utf8_get(p, p + n + 1, &c) < 0) n++;
-    return n;
-}
-
 void json_put_string(FILE *f, const char *s, size_t n) {
     const uint8_t *p = (const uint8_t *)s, *end = p + n;
     uint32_t c;
@@ -307,12 +299,12 @@ void json_put_string(FILE *f, const char *s, size_t n) {
     for (int len; p < end; p += len) {
         len = utf8_get(p, end, &c);
         if (len <= 0)
-            len = broken_bytes(p, end), fputs("\xef\xbf\xbd", f);
+            len = utf8_broken(p, end), fputs("\xef\xbf\xbd", f);
         else if (c == '"' || c == '\\')
             putc('\\', f), putc((int)c, f);
         else if (c == '\n')
             fputs("\\n", f);
-        else if (c < 0x20 || c == 0x7f)
+        else if (text_steers(c))
             fprintf(f, "\\u%04x", (unsigned)c);
         else
             fwrite(p, 1, (size_t)len, f);

@@ -14,8 +14,9 @@
 int fail(char *err, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
-    vsnprintf(err, ERR_LEN, fmt, args);
+    int n = vsnprintf(err, ERR_LEN, fmt, args);
     va_end(args);
+    if (n >= ERR_LEN) err[utf8_whole(err, ERR_LEN - 1)] = '\0';
     return -1;
 }
 
@@ -62,6 +63,21 @@ int utf8_get(const uint8_t *p, const uint8_t *end, uint32_t *c) {
     if ((p[3] & 0xc0) != 0x80) return 0;
     *c = (a & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
     return 4;
+}
+
+int utf8_broken(const uint8_t *p, const uint8_t *end) {
+    uint32_t c;
+    int n = 1;
+    while (p + n < end && utf8_get(p, p + n + 1, &c) < 0) n++;
+    return n;
+}
+
+size_t utf8_whole(const char *s, size_t n) {
+    const uint8_t *p = (const uint8_t *)s, *end = p + n;
+    uint32_t c;
+    for (size_t back = 1; back <= 3 && back <= n; back++)
+        if (end[-(ptrdiff_t)back] >= 0xc0) return utf8_get(end - back, end, &c) < 0 ? n - back : n;
+    return n;
 }
 
 int buffer_add(Buffer *b, const char *s, size_t n) {

@@ -8,7 +8,7 @@
 enum { ERR_LEN = 512 };
 
 // Writes one sentence into err [ERR_LEN] and returns -1, so that `return fail(err, ...)` reads as
-// the end of the story. Long sentences are cut, never overrun.
+// the end of the story. Long sentences are cut between characters, never overrun.
 int fail(char *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
@@ -32,6 +32,13 @@ int utf8_put(uint8_t *out, uint32_t c);
 // Bytes of the character at p, p < end, which goes to *c; 0 when no valid one begins there, -1 when
 // end cuts one short. Surrogates, overlong forms and all beyond U+10FFFF are invalid.
 int utf8_get(const uint8_t *p, const uint8_t *end, uint32_t *c);
+
+// Where no valid character begins: bytes at p, p < end, that begin one and do not end it, the most
+// that one U+FFFD stands for (Unicode 15, section 3.9, "maximal subpart").
+int utf8_broken(const uint8_t *p, const uint8_t *end);
+
+// Bytes of s [n] without the character that end cuts short, if one does.
+size_t utf8_whole(const char *s, size_t n);
 
 // Text that grows; {0} is empty.
 typedef struct {

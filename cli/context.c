@@ -109,8 +109,7 @@ int cmd_score(const Options *o) {
                    "{'n_prefix': %d, 'n_ctx': %d, 'prefill_s': %g, 'score_s': %g, 'path': %s}\n",
                    c->n_prefix, c->n_ctx, c->prefill_s, c->score_s, o->out);
     if (!o->quiet)
-        fprintf(stderr, "[%d tokens read in %.2f s, scored in %.2f s]\n", in.ids.n, c->prefill_s,
-                c->score_s);
+        note("[%d tokens read in %.2f s, scored in %.2f s]\n", in.ids.n, c->prefill_s, c->score_s);
     free(score);
     free(layers);
     close_reading(&in);
@@ -210,15 +209,14 @@ static void compress_figures(const Options *o, const Context *c, const Shrunk *r
     out_flush();
     if (o->quiet) return;
     int n = c->n_prefix + c->n_ctx;
-    fprintf(stderr, "[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s]\n", c->n_prefix,
-            c->n_ctx, c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
-    fprintf(stderr, "[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
-            size_text(a, r->full), size_text(b, r->bytes));
-    if (r->peak < r->full) fprintf(stderr, ", %s at most", size_text(a, r->peak));
+    note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s]\n", c->n_prefix, c->n_ctx,
+         c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
+    note("[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
+         size_text(a, r->full), size_text(b, r->bytes));
+    if (r->peak < r->full) note(", %s at most", size_text(a, r->peak));
     if (r->memory_full > 0)
-        fprintf(stderr, "; private memory %s -> %s", size_text(a, r->memory_full),
-                size_text(b, r->memory));
-    fprintf(stderr, "; saved as %s]\n", o->out);
+        note("; private memory %s -> %s", size_text(a, r->memory_full), size_text(b, r->memory));
+    note("; saved as %s]\n", o->out);
 }
 
 int cmd_compress(const Options *o) {
@@ -271,7 +269,7 @@ int cmd_map(const Options *o) {
     if (o->json)
         json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n",
                    c->n_ctx, (double)kept / n_pairs, kept, n_pairs, o->out);
-    if (!o->quiet) fprintf(stderr, "[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
+    if (!o->quiet) note("[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
     free(layers);
     free(keep);
     free(score);

@@ -314,7 +314,8 @@ void print_help(const Command *c) {
         if (f->at == AT(level))
             for (const Level *l = levels; l->name; l++) help_row(l->name, l->help, l->params);
     }
-    out("  %-22s%s\n\nexamples:\n%s", "-h", "this text", c->examples);
+    out("  %-22s%s\n\nexamples:\n", "-h", "this text");
+    out_bytes(c->examples, strlen(c->examples));
 }
 
 bool asks_for_help(const char *arg) { return strcmp(arg, "-h") == 0 || strcmp(arg, "--help") == 0; }

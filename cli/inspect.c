@@ -1,9 +1,11 @@
 // inspect.c: logits, tokenize and info: what a model computes and what files hold.
+#define _POSIX_C_SOURCE 200809L
 #include <ctype.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/commands.h"
 #include "cli/input.h"
@@ -81,7 +83,10 @@ int cmd_tokenize(const Options *o) {
         size_t n;
         char *bytes = tokenizer_decode(tok, ids.id, ids.n, &n);
         if (!bytes) die_memory();
-        out_bytes(bytes, n);
+        if (isatty(STDOUT_FILENO))
+            out_text(bytes, n);
+        else
+            out_bytes(bytes, n);
         free(bytes);
     } else {
         encode(tok, text.s, text.n, (o->special ? TOK_SPECIAL : 0) | (o->bos ? TOK_BOS : 0), &ids);

@@ -178,7 +178,7 @@ static void print_cell(const EvalRow *row, bool share) {
     char text[64];
     snprintf(text, sizeof text, share ? "%.1f ±%.1f" : "%.4f ±%.4f", (share ? 100 : 1) * row->value,
              (share ? 50 : 0.5) * (row->high - row->low));
-    out("%17s", text);  // one byte more than it shows
+    out("%16s", text);
 }
 
 // One line per policy, one column per ratio; ± is half the width of the 95% interval.
@@ -402,10 +402,10 @@ static void calibrate_figures(const Options *o, const CalibrateResult *r) {
         out_flush();
     }
     if (!o->quiet)
-        fprintf(stderr,
-                "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
-                "log scores; %.1f s; saved as %s]\n",
-                r->n_texts, r->n_tokens, r->longest, 100 * r->explained, r->seconds, o->out);
+        note(
+            "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
+            "log scores; %.1f s; saved as %s]\n",
+            r->n_texts, r->n_tokens, r->longest, 100 * r->explained, r->seconds, o->out);
 }
 
 int cmd_calibrate(const Options *o) {

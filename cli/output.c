@@ -1,7 +1,8 @@
 // output.c: what leaves the program.
 //
 // Results go to stdout, figures and warnings to stderr. Only run.c and this folder print or exit:
-// all other code returns -1 and leaves a sentence in err, which ends up in die().
+// all other code returns -1 and leaves a sentence in err, which ends up in die(). What others wrote
+// is shown, never sent to the terminal (text.c).
 #define _POSIX_C_SOURCE 200809L
 #include "cli/output.h"
 
@@ -13,6 +14,7 @@
 #include <unistd.h>
 
 #include "tensors.h"
+#include "text.h"
 
 // ---- endings ----
 
@@ -55,7 +57,7 @@ void die(const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     fputs("run: ", stderr);
-    vfprintf(stderr, fmt, ap);
+    text_print(stderr, fmt, ap);
     fputc('\n', stderr);
     va_end(ap);
     exit(1);
@@ -65,7 +67,7 @@ void die_usage(const char *command, const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     fprintf(stderr, "run: %s%s", command ? command : "", command ? ": " : "");
-    vfprintf(stderr, fmt, ap);
+    text_print(stderr, fmt, ap);
     fprintf(stderr, " (run %s%s-h shows the usage)\n", command ? command : "", command ? " " : "");
     va_end(ap);
     exit(2);
@@ -121,10 +123,26 @@ void out_flush(void) {
 void out(const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
-    int n = vprintf(fmt, ap);
+    text_print(stdout, fmt, ap);
     va_end(ap);
-    if (n < 0) die_stdout();
+    if (ferror(stdout)) die_stdout();
 }
+
+void out_text(const char *s, size_t n) {
+    text_put(stdout, s, n);
+    if (ferror(stdout)) die_stdout();
+}
+
+// ---- stderr ----
+
+void note(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    text_print(stderr, fmt, ap);
+    va_end(ap);
+}
+
+// ---- sizes ----
 
 const char *size_text(char buf[32], double bytes) {
     static const char *const unit[] = {"B", "KB", "MB", "GB", "TB"};

@@ -38,9 +38,17 @@ char *copy_text(const char *s, size_t n);           // malloc'ed, with a NUL, or
 
 // ---- stdout ----
 
-PRINTF(1, 2) void out(const char *fmt, ...);  // printf, or the end
-void out_bytes(const void *p, size_t n);      // or the end
+// The format is ours; its strings may be others' and are shown in one line (text_print).
+PRINTF(1, 2) void out(const char *fmt, ...);  // or the end
+void out_text(const char *s, size_t n);       // lines of others, as they are shown; or the end
+void out_bytes(const void *p, size_t n);      // what is our own, or meant for a file; or the end
 void out_flush(void);                         // or the end
+
+// ---- stderr ----
+
+PRINTF(1, 2) void note(const char *fmt, ...);  // as out, but never the end
+
+// ---- sizes ----
 
 // "1.5 MB"; returns buf.
 const char *size_text(char buf[32], double bytes);

@@ -14,13 +14,14 @@
 
 #include "cli/input.h"
 #include "cli/output.h"
+#include "text.h"
 
 void warn(const Session *s, const char *fmt, ...) {
     va_list ap;
     if (s->o->quiet) return;
     va_start(ap, fmt);
     fputs("run: warning: ", stderr);
-    vfprintf(stderr, fmt, ap);
+    text_print(stderr, fmt, ap);
     fputc('\n', stderr);
     va_end(ap);
 }

@@ -69,8 +69,9 @@ static void write_replies(Session *s, Reply *const *r, int n, void (*show)(Reply
 
 // Prints what is new of text [n].
 static void show_text(Reply *r, const char *text, size_t n) {
+    if (n > r->shown && text[n - 1] == '\r' && !r->done) n--;  // until it is known what follows
     if (n <= r->shown) return;
-    out_bytes(text + r->shown, n - r->shown);
+    out_text(text + r->shown, n - r->shown);
     out_flush();
     r->shown = n;
 }
@@ -90,8 +91,8 @@ static double reply_rate(const Reply *r) {
 
 static void reply_figures(const Session *s, const Reply *r) {
     if (s->o->quiet) return;
-    fprintf(stderr, "[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s]\n",
-            r->n_prompt, r->read_s, r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
+    note("[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s]\n", r->n_prompt,
+         r->read_s, r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
 }
 
 // ---- generate ----
@@ -216,7 +217,7 @@ static void print_reply(const Session *s, const Question *q) {
         json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r->read_s + r->write_s,
                    reply_rate(r));
     } else {
-        out_bytes(text + r->shown, n - r->shown);
+        out_text(text + r->shown, n - r->shown);
         out_bytes("\n", 1);
     }
     out_flush();
@@ -277,7 +278,7 @@ static int converse(Exchange *x) {
     while (!interrupted) {
         int n = 0;
         while (n < batch && next_question(&x->from, &q[n])) {
-            if (echo) fprintf(stderr, "> %s\n", q[n].text);
+            if (echo) note("> %s\n", q[n].text);
             n++;
         }
         if (n == 0) break;

@@ -5,16 +5,29 @@
 #include <math.h>
 #include <string.h>
 
+#include "text.h"
+
+// s [n] as text or an attribute's value, shown as on a terminal (text.h): nothing is left that XML
+// forbids.
 static void put_xml(FILE *f, const char *s, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        if (s[i] == '<')
-            fputs("&lt;", f);
-        else if (s[i] == '&')
-            fputs("&amp;", f);
+    char shown[TEXT_SHOWN];
+    const char *end = s + n;
+    for (bool bracket = false; s < end; bracket = shown[0] == ']') {  // "]]>" is forbidden
+        int len = text_show(shown, &s, end, true);
+        const char *name = shown[0] == '<'              ? "&lt;"
+                           : shown[0] == '>' && bracket ? "&gt;"
+                           : shown[0] == '&'            ? "&amp;"
+                           : shown[0] == '"'            ? "&quot;"
+                           : shown[0] == '\''           ? "&#39;"
+                                                        : NULL;
+        if (name)
+            fputs(name, f);
         else
-            fputc(s[i], f);
+            fwrite(shown, 1, (size_t)len, f);
     }
 }
+
+static void put_name(FILE *f, const char *s) { put_xml(f, s, strlen(s)); }
 
 // ---- curves ----
 
@@ -68,8 +81,10 @@ static void chart_axes(const Chart *c, const EvalRow *row) {
     bool kl = strcmp(row->metric, "kl") == 0;
     fprintf(c->f, "<rect width='%d' height='%d' class='box'/><text y='-12' class='title'>", PANEL_W,
             PANEL_H);
-    put_xml(c->f, row->task, strlen(row->task));
-    fprintf(c->f, ": %s%s</text>\n", row->metric, kl ? ", nat per token" : "");
+    put_name(c->f, row->task);
+    fputs(": ", c->f);
+    put_name(c->f, row->metric);
+    fprintf(c->f, "%s</text>\n", kl ? ", nat per token" : "");
     for (int i = 0; i <= 5; i++) {
         double at = i / 5.0, value = kl ? KL_LEAST * pow(KL_MOST / KL_LEAST, at) : at;
         double x = at * PANEL_W, y = (1 - at) * PANEL_H;
@@ -112,8 +127,13 @@ static void chart_legend(const Chart *c, int top) {
         int x = PANEL_LEFT + k % 5 * 220, y = top + k / 5 * 20;
         fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4,
                 colours[k % 8], dashes[k / 8]);
-        fprintf(c->f, "<text x='%d' y='%d'>%s %s, %s</text>\n", x + 30, y, row->policy, row->level,
-                row->kv);
+        fprintf(c->f, "<text x='%d' y='%d'>", x + 30, y);
+        put_name(c->f, row->policy);
+        fputc(' ', c->f);
+        put_name(c->f, row->level);
+        fputs(", ", c->f);
+        put_name(c->f, row->kv);
+        fputs("</text>\n", c->f);
     }
 }
 
@@ -236,7 +256,7 @@ int chart_map(const ChartMap *m, const char *path, char *err) {
     size_t n_pairs = (size_t)m->n_layers * m->n_kv_heads * m->n_ctx;
     fputs("<!doctype html><html lang='en'><meta charset='utf-8'><title>What stays</title>\n", f);
     fprintf(f, "%s<h2>What stays of %d tokens</h2>\n<p>", map_head, m->n_ctx);
-    put_xml(f, m->model, strlen(m->model));
+    put_name(f, m->model);
     fprintf(f,
             ", policy %s, level %s: %ld of %zu pairs, %.1f%%. Darker: kept by more heads. Click a "
             "number, a layer (top row), a head (left) or <em>all</em>.</p>\n",

@@ -1,0 +1,186 @@
+// text.c: text that others wrote.
+//
+// A model's name, a token, a task or a file name may hold what a terminal obeys: an escape sequence
+// that clears the screen or types into the shell, a carriage return that hides what stood there, a
+// control that reorders a line. Such characters are shown, never sent: all that the program prints
+// goes through text_show.
+#include "text.h"
+
+#include <assert.h>
+#include <string.h>
+
+#include "util.h"
+
+// ---- showing ----
+
+bool text_steers(uint32_t c) {
+    return c < 0x20 || (c >= 0x7f && c < 0xa0) || (c >= 0x2028 && c <= 0x202e) ||
+           (c >= 0x2066 && c <= 0x2069) || c == 0xfffe || c == 0xffff;
+}
+
+// \n, \t, \r, \x1b, \u202e
+static int put_escape(char out[TEXT_SHOWN], uint32_t c) {
+    static const char digits[] = "0123456789abcdef";
+    const char *name = c == '\n' ? "n" : c == '\t' ? "t" : c == '\r' ? "r" : NULL;
+    int n_digits = c < 0x80 ? 2 : 4, n = 0;
+    out[n++] = '\\';
+    if (name) return out[n++] = *name, n;
+    out[n++] = n_digits == 2 ? 'x' : 'u';
+    for (int i = n_digits - 1; i >= 0; i--) out[n++] = digits[c >> 4 * i & 15];
+    return n;
+}
+
+int text_show(char out[TEXT_SHOWN], const char **s, const char *end, bool lines) {
+    const uint8_t *p = (const uint8_t *)*s, *behind = (const uint8_t *)end;
+    uint32_t c;
+    int n = utf8_get(p, behind, &c);
+    *s += n > 0 ? n : utf8_broken(p, behind);
+    if (n <= 0) return utf8_put((uint8_t *)out, 0xfffd);
+    bool line = c == '\n' || c == '\t' || (c == '\r' && *s < end && **s == '\n');
+    if (text_steers(c) && !(lines && line)) return put_escape(out, c);
+    memcpy(out, p, (size_t)n);
+    return n;
+}
+
+// Bytes on their way to a file, so that a message is one write however it is made.
+typedef struct {
+    FILE *f;
+    size_t n;
+    char text[1024];
+} Printer;
+
+static void flush(Printer *p) {
+    fwrite(p->text, 1, p->n, p->f);
+    p->n = 0;
+}
+
+static void put(Printer *p, const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (p->n == sizeof p->text) flush(p);
+        p->text[p->n++] = s[i];
+    }
+}
+
+// Returns how many characters s [n] is when it is shown.
+static size_t put_shown(Printer *p, const char *s, size_t n, bool lines) {
+    char shown[TEXT_SHOWN];
+    const char *end = s + n;
+    size_t width = 0;
+    while (s < end) {
+        int len = text_show(shown, &s, end, lines);
+        for (int i = 0; i < len; i++) width += ((uint8_t)shown[i] & 0xc0) != 0x80;
+        if (p) put(p, shown, (size_t)len);
+    }
+    return width;
+}
+
+// A conversion of a format: %-16s, %.*s, %5.1f, %zu.
+typedef struct {
+    char spec[32];          // flags, width and precision, with the %
+    size_t n;               // of them
+    bool left;              // flag -
+    size_t width, most;     // most: bytes of a string; SIZE_MAX where nothing is said
+    char size, conversion;  // size: 'l', 'L' (ll), 'z', 'j' or 0
+} Conversion;
+
+static size_t read_size(const char **s) {
+    size_t n = 0;
+    for (; **s >= '0' && **s <= '9'; (*s)++) n = 10 * n + (size_t)(**s - '0');
+    return n;
+}
+
+// Reads the conversion at fmt, behind its %; returns what follows it.
+static const char *read_conversion(Conversion *c, const char *fmt, va_list *args) {
+    const char *s = fmt;
+    *c = (Conversion){.spec = "%", .n = 1, .most = SIZE_MAX};
+    for (; *s && strchr("-+ #0", *s); s++) c->left |= *s == '-';
+    c->width = read_size(&s);
+    if (*s == '.') {
+        s++;
+        int most = *s == '*' ? va_arg(*args, int) : 0;
+        c->most = *s != '*' ? read_size(&s) : (s++, most < 0 ? SIZE_MAX : (size_t)most);
+    }
+    size_t n = (size_t)(s - fmt);
+    assert(n + 4 < sizeof c->spec);
+    memcpy(c->spec + 1, fmt, n);
+    c->n += n;
+    if (*s && strchr("lzj", *s)) c->size = *s++;
+    if (c->size == 'l' && *s == 'l') c->size = 'L', s++;
+    c->conversion = *s;
+    return *s ? s + 1 : s;
+}
+
+static void put_string(Printer *p, const Conversion *c, const char *s) {
+    if (!s) s = "(null)";
+    size_t n = 0;
+    while (n < c->most && s[n]) n++;
+    if (n == c->most) n = utf8_whole(s, n);
+    size_t width = put_shown(NULL, s, n, false);
+    if (!c->left)
+        for (size_t i = width; i < c->width; i++) put(p, " ", 1);
+    put_shown(p, s, n, false);
+    if (c->left)
+        for (size_t i = width; i < c->width; i++) put(p, " ", 1);
+}
+
+static long long read_signed(const Conversion *c, va_list *args) {
+    if (c->size == 'L') return va_arg(*args, long long);
+    if (c->size == 'l') return va_arg(*args, long);
+    if (c->size == 'z') return (long long)va_arg(*args, size_t);
+    if (c->size == 'j') return (long long)va_arg(*args, intmax_t);
+    return va_arg(*args, int);
+}
+
+static unsigned long long read_unsigned(const Conversion *c, va_list *args) {
+    if (c->size == 0) return va_arg(*args, unsigned);
+    return (unsigned long long)read_signed(c, args);
+}
+
+static void put_number(Printer *p, Conversion *c, va_list *args) {
+    enum { DIGITS = 400 };  // of the largest double, with a precision
+    char text[DIGITS];
+    char *end = c->spec + c->n;
+    int n;
+    if (strchr("dux", c->conversion)) memcpy(end, "ll", 2), end += 2;
+    end[0] = c->conversion, end[1] = '\0';
+    if (c->conversion == 'd')
+        n = snprintf(text, sizeof text, c->spec, read_signed(c, args));
+    else if (c->conversion == 'u' || c->conversion == 'x')
+        n = snprintf(text, sizeof text, c->spec, read_unsigned(c, args));
+    else
+        n = snprintf(text, sizeof text, c->spec, va_arg(*args, double));
+    if (n > 0) put(p, text, n < DIGITS ? (size_t)n : DIGITS - 1);
+}
+
+void text_print(FILE *f, const char *fmt, va_list args) {
+    Printer p = {.f = f};
+    Conversion c;
+    va_list rest;
+    va_copy(rest, args);
+    while (*fmt) {
+        size_t n = strcspn(fmt, "%");
+        put(&p, fmt, n);
+        fmt += n;
+        if (*fmt == '\0') break;
+        fmt = read_conversion(&c, fmt + 1, &rest);
+        if (c.conversion == 's') {
+            put_string(&p, &c, va_arg(rest, const char *));
+        } else if (c.conversion == 'c') {
+            char byte[2] = {(char)va_arg(rest, int)};
+            put_string(&p, &c, byte);
+        } else if (c.conversion == '%') {
+            put(&p, "%", 1);
+        } else {
+            assert(c.conversion && strchr("duxfeg", c.conversion));
+            put_number(&p, &c, &rest);
+        }
+    }
+    va_end(rest);
+    flush(&p);
+}
+
+void text_put(FILE *f, const char *s, size_t n) {
+    Printer p = {.f = f};
+    put_shown(&p, s, n, true);
+    flush(&p);
+}
