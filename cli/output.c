@@ -31,7 +31,11 @@ void catch_signals(void) {
 
 // What is safe in a handler: no stdio, no exit.
 static void say(const char *s) {
-    if (write(STDERR_FILENO, s, strlen(s)) < 0) _exit(1);
+    char shown[TEXT_SHOWN];
+    for (const char *end = s + strlen(s); s < end;) {
+        size_t n = (size_t)text_show(shown, &s, end, true);
+        if (write(STDERR_FILENO, shown, n) < 0) _exit(1);
+    }
 }
 
 static void on_cut_file(int sig, siginfo_t *info, void *context) {
