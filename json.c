@@ -272,8 +272,9 @@ static int make_room(JsonLines *l, size_t n) {
 int json_lines_next(JsonLines *l, const JsonNode **top, char *err) {
     *top = NULL;
     while (*l->rest) {
-        char *line = l->rest, *end = line + strcspn(line, "\n");
-        l->rest = *end ? end + 1 : end;
+        char *line = l->rest, *end = line + strcspn(line, "\r\n");
+        size_t ends = *end == 0 ? 0 : end[0] == '\r' && end[1] == '\n' ? 2 : 1;
+        l->rest = end + ends;
         *end = 0;
         l->line++;
         if (line[strspn(line, " \t\r")] == 0) continue;

@@ -61,7 +61,7 @@ char *json_may_text(JsonFields *f, const char *key);
 
 // ---- JSON Lines ----
 
-// A document a line, blank ones left out. Zeroed but for rest at the start.
+// A document a line, blank ones left out; lines end with \n, \r\n or \r. Zeroed but for rest at the start.
 typedef struct {
     char *rest;      // what is not read yet, NUL-terminated; changed as by json_read
     int line;        // of the document last read, from 1

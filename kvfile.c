@@ -319,10 +319,8 @@ static int read_origin(Saved *s, const KVModel *model, char *err) {
                        .model = tensors_meta(f, "model"),
                        .policy = tensors_meta(f, "policy"),
                        .ratio = ratio ? strtod(ratio, NULL) : 0.0};
-    if (!format || (strcmp(format, formats[0]) != 0 && strcmp(format, formats[1]) != 0)) {
-        return fail(err, "not a saved cache: its format is \"%s\", not \"%s\" or 2",
-                    format ? format : "", formats[0]);
-    }
+    if (!format || (strcmp(format, formats[0]) != 0 && strcmp(format, formats[1]) != 0))
+        return tensors_wrong_format(f, "a saved cache", formats[0], err);
     if (!s->info.fingerprint || !s->info.model || !s->info.policy)
         return fail(err, "the cache does not name its model");
     if (model && strcmp(model->fingerprint, s->info.fingerprint) != 0) {

@@ -189,12 +189,8 @@ static int open_weights(Model *m, char *err) {
 
 static int check_format(Model *m, char *err) {
     const char *format = tensors_meta(&m->file, "format"), *name = tensors_meta(&m->file, "name");
-    if (!format || strcmp(format, "kvzip.c model 1") != 0) {
-        return fail(
-            err,
-            "not a converted model: its format is \"%s\", not \"kvzip.c model 1\" (use export.py)",
-            format ? format : "");
-    }
+    if (!format || strcmp(format, "kvzip.c model 1") != 0)
+        return tensors_wrong_format(&m->file, "a converted model", "kvzip.c model 1", err);
     m->fingerprint = tensors_meta(&m->file, "fingerprint");
     m->name = name ? name : "";
     return m->fingerprint ? 0 : fail(err, "the model has no fingerprint");

@@ -12,6 +12,7 @@
 
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/input.h"
 #include "cli/output.h"
 
 // ---- the commands ----
@@ -133,6 +134,7 @@ int main(int argc, char **argv) {
     } else {
         parse_options(&c.options, c.command, argc - 2, argv + 2);
         c.options.program = argv[0];
+        check_arguments(&c.options);
         code = run_command(&c);
     }
     out_flush();

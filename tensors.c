@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "json.h"
+#include "kinds.h"
 
 // Bytes of the number in front of the header, and the most it may say, as the safetensors library.
 enum { LENGTH_BYTES = 8, MAX_HEADER = 100 * 1000 * 1000 };
@@ -227,11 +228,11 @@ const char *tensors_mapped(const void *address) {
 
 static int map_file(TensorFile *f, const char *path, char *err) {
     struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
     if (fd < 0 || fstat(fd, &st) != 0) {
-        fail(err, "cannot open: %s", strerror(errno));
+        path_fail(err, path, errno);
     } else if (!S_ISREG(st.st_mode)) {
-        fail(err, "not a regular file");
+        path_fail(err, path, 0);
     } else if (st.st_size < LENGTH_BYTES) {
         fail(err, "not a safetensors file: only %lld bytes", (long long)st.st_size);
     } else if ((uintmax_t)st.st_size > SIZE_MAX) {
@@ -272,6 +273,9 @@ static int read_header(TensorFile *f, char *err) {
     uint64_t length = 0;
     size_t room = f->map_bytes - LENGTH_BYTES;
     for (int i = 0; i < LENGTH_BYTES; i++) length |= (uint64_t)f->map[i] << 8 * i;
+    const FileKind *kind =
+        room > 0 && f->map[LENGTH_BYTES] == '{' ? NULL : file_kind(f->map, f->map_bytes);
+    if (kind) return kind_fail(err, kind, "a safetensors file");
     if (length > MAX_HEADER)
         return fail(err, "not a safetensors file: a header of %" PRIu64 " bytes", length);
     if (length > room)
@@ -359,6 +363,15 @@ const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DTyp
         return NULL;
     }
     return t;
+}
+
+int tensors_wrong_format(const TensorFile *f, const char *wanted, const char *format, char *err) {
+    const char *found = tensors_meta(f, "format");
+    const FileKind *kind = tensors_kind(found, NULL);
+    for (int i = 0; i < f->n_tensors && !kind; i++) kind = tensors_kind(found, f->tensors[i].name);
+    if (kind && strcmp(kind->what, wanted) != 0) return kind_fail(err, kind, wanted);
+    return fail(err, "not %s: its format is \"%s\", not \"%s\"", wanted, found ? found : "",
+                format);
 }
 
 int tensors_meta_int(const TensorFile *f, const char *key, int lo, int hi, int *out, char *err) {

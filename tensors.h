@@ -71,6 +71,10 @@ const Tensor *tensors_find(const TensorFile *f, const char *name);
 const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DType dtype, int n_dims,
                           ...);
 
+// Says in err what the file is instead of `wanted` ("a profile"), whose metadata "format" would be
+// `format`. Returns -1.
+int tensors_wrong_format(const TensorFile *f, const char *wanted, const char *format, char *err);
+
 // A string of the metadata, NULL when absent; O(log n).
 const char *tensors_meta(const TensorFile *f, const char *key);
 

@@ -1,15 +1,18 @@
 // text.c: text that others wrote.
 //
-// A model's name, a token, a task or a file name may hold what a terminal obeys: an escape sequence
-// that clears the screen or types into the shell, a carriage return that hides what stood there, a
-// control that reorders a line. Such characters are shown, never sent: all that the program prints
-// goes through text_show.
+// Coming in: one reader for prompts, contexts, questions, tasks and samples, so that what is no
+// text is named, not answered. Going out: a model's name, a token, a task or a file name may hold
+// what a terminal obeys: an escape sequence that clears the screen or types into the shell, a
+// carriage return that hides what stood there, a control that reorders a line. Such characters are
+// shown, never sent: all that the program prints goes through text_show.
 #include "text.h"
 
 #include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
-#include "util.h"
+#include "kinds.h"
 
 // ---- showing ----
 
@@ -183,4 +186,74 @@ void text_put(FILE *f, const char *s, size_t n) {
     Printer p = {.f = f};
     put_shown(&p, s, n, true);
     flush(&p);
+}
+
+// ---- reading ----
+
+// What the bytes of a text from `at` on, where the first one is that is no UTF-8, look like.
+static const char *encoding(const uint8_t *p, const uint8_t *at, const uint8_t *end) {
+    size_t whole = 0, broken = 0, windows = 0, high = 0;
+    uint32_t c;
+    for (int len; p < end; p += len) {
+        len = utf8_get(p, end, &c);
+        whole += len > 1;
+        high += len != 1;
+        if (len > 0) continue;
+        len = 1;
+        broken++;
+        windows += *p < 0xa0;
+    }
+    if (utf8_get(at, end, &c) < 0) return "the last character is cut off";
+    if (whole > broken) return "damaged UTF-8 (iconv -c -f utf-8 -t utf-8 leaves such bytes out)";
+    if (broken * 4 > (size_t)(end - at) + 8) return "another encoding (iconv -t utf-8 -f ITS_NAME)";
+    if (windows > 0) return "Windows-1252, it seems (iconv -f windows-1252 -t utf-8)";
+    return "Latin-1, it seems (iconv -f latin1 -t utf-8)";
+}
+
+// UTF-16 of mostly Latin letters has a zero in every other byte.
+static const char *zeros(const char *s, size_t n) {
+    size_t zero[2] = {0, 0};
+    if (n > KIND_HEAD) n = KIND_HEAD;
+    for (size_t i = 0; i < n; i++) zero[i % 2] += s[i] == '\0';
+    if (zero[1] > n / 4 && zero[0] < n / 16 + 1) return ": UTF-16 (iconv -f utf-16le -t utf-8)?";
+    if (zero[0] > n / 4 && zero[1] < n / 16 + 1) return ": UTF-16 (iconv -f utf-16be -t utf-8)?";
+    return "";
+}
+
+TextKind text_check(const char *s, size_t n, char *err) {
+    const FileKind *kind = file_kind(s, n);
+    if (kind && !kind->text) return kind_fail(err, kind, "text"), TEXT_OTHER;
+    const uint8_t *start = (const uint8_t *)s, *p = start, *end = p + n;
+    size_t line = 1;
+    uint32_t c;
+    for (int len; p < end; p += len) {
+        len = utf8_get(p, end, &c);
+        line += c == '\n' && len == 1;
+        if (len > 0 && c != 0) continue;
+        size_t at = (size_t)(p - start);
+        if (len > 0)
+            fail(err, "a zero byte at byte %zu (line %zu), not text%s", at, line, zeros(s, n));
+        else
+            fail(err, "not UTF-8 at byte %zu (line %zu), 0x%02x: %s", at, line, *p,
+                 encoding(start, p, end));
+        return TEXT_BYTES;
+    }
+    return TEXT_FINE;
+}
+
+size_t text_mark(const char *s, size_t n) {
+    return n >= 3 && memcmp(s, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+}
+
+TextKind text_read(Buffer *b, const char *path, char *err) {
+    *b = (Buffer){0};
+    b->s = file_read(path, &b->n, err);
+    if (!b->s) {
+        if (strcmp(path, "-") != 0) path_fail(err, path, errno);
+        return TEXT_FAILED;
+    }
+    b->cap = b->n + 1;
+    TextKind kind = text_check(b->s, b->n, err);
+    if (kind == TEXT_OTHER) free(b->s), *b = (Buffer){0};
+    return kind;
 }

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "util.h"
+
 // ---- showing ----
 
 // Whether a character steers what shows it and is no part of the text: C0 controls (newline and tab
@@ -29,4 +31,25 @@ void text_print(FILE *f, const char *fmt, va_list args);
 
 // s [n] as it is shown, lines as they are.
 void text_put(FILE *f, const char *s, size_t n);
+
+// ---- reading ----
+
+// Text is UTF-8 without a zero byte. What is not is told apart, because a tokenizer takes any
+// bytes.
+typedef enum {
+    TEXT_FINE,
+    TEXT_BYTES,  // bytes that no text has: err says which, where, and what encoding they look like
+    TEXT_OTHER,  // another kind of file, such as gzip, PDF or UTF-16: err names it
+    TEXT_FAILED  // it could not be read
+} TextKind;
+
+// Which of these s [n], all of a text, is; err for what is not fine.
+TextKind text_check(const char *s, size_t n, char *err);
+
+// Bytes of the mark that some editors put before UTF-8 (U+FEFF), 0 or 3.
+size_t text_mark(const char *s, size_t n);
+
+// The one way in for texts: the whole file, or stdin for "-", into *b; b->s is malloc'ed, with a
+// NUL behind it, and NULL for TEXT_FAILED and TEXT_OTHER. Errors as above.
+TextKind text_read(Buffer *b, const char *path, char *err);
 #endif

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
 int fail(char *err, const char *fmt, ...) {
@@ -80,13 +81,16 @@ size_t utf8_whole(const char *s, size_t n) {
     return n;
 }
 
+// Room for cap bytes, the NUL among them.
+static int buffer_reserve(Buffer *b, size_t cap) {
+    char *grown = realloc(b->s, cap);
+    if (!grown) return -1;
+    b->s = grown, b->cap = cap;
+    return 0;
+}
+
 int buffer_add(Buffer *b, const char *s, size_t n) {
-    if (b->n + n + 1 > b->cap) {
-        size_t cap = 2 * (b->n + n) + 256;
-        char *grown = realloc(b->s, cap);
-        if (!grown) return -1;
-        b->s = grown, b->cap = cap;
-    }
+    if (b->n + n + 1 > b->cap && buffer_reserve(b, 2 * (b->n + n) + 256) != 0) return -1;
     memcpy(b->s + b->n, s, n);
     b->s[b->n += n] = '\0';
     return 0;
@@ -99,12 +103,20 @@ const char *stripped(const char *s, size_t n, size_t *length) {
     return s;
 }
 
+// Bytes of a regular file and one more, else of a first block.
+static size_t size_of(FILE *f) {
+    struct stat st;
+    bool known = fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0;
+    return known ? (size_t)st.st_size + 1 : 256;
+}
+
 char *file_read(const char *path, size_t *n, char *err) {
     bool is_stdin = strcmp(path, "-") == 0;
     FILE *f = is_stdin ? stdin : fopen(path, "rb");
     Buffer text = {0};
     char block[16384];
-    int why = f ? 0 : errno, rc = buffer_add(&text, "", 0);
+    int why = f ? 0 : errno, rc = buffer_reserve(&text, f ? size_of(f) : 1);
+    if (rc == 0) rc = buffer_add(&text, "", 0);
     for (size_t got; f && rc == 0 && (got = fread(block, 1, sizeof block, f)) > 0;)
         rc = buffer_add(&text, block, got);
     if (f && ferror(f)) why = errno;

@@ -52,7 +52,7 @@ int buffer_add(Buffer *b, const char *s, size_t n);
 // s [n] without the white space at both ends: the first byte that stays, how many in *length.
 const char *stripped(const char *s, size_t n, size_t *length);
 
-// The whole file, or stdin for "-", and a NUL behind its *n bytes; malloc'ed. NULL with err; then
-// errno says why.
+// The whole file, or stdin for "-", and a NUL behind its *n bytes; malloc'ed, once where the file's
+// size is known. NULL with err; then errno says why.
 char *file_read(const char *path, size_t *n, char *err);
 #endif

@@ -6,19 +6,70 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "cli/output.h"
+#include "text.h"
 
 // ---- texts and ids ----
 
-Buffer read_all(const char *path) {
-    char err[ERR_LEN];
-    Buffer b = {0};
-    b.s = file_read(path, &b.n, err);
-    if (!b.s) die("%s: %s", strcmp(path, "-") == 0 ? "stdin" : path, err);
-    b.cap = b.n + 1;
+// What is no text is the end, but for tokenize, whose work is bytes.
+static void check_kind(const Options *o, TextKind kind, const char *from, const char *err) {
+    if (kind == TEXT_FINE) return;
+    if (o->bit != TOKENIZE || o->decode || kind != TEXT_BYTES) die("%s: %s", from, err);
+    if (!o->quiet) warning("%s: %s; other commands refuse it", from, err);
+}
+
+// Without a mark in front.
+static Buffer unmarked(const Options *o, Buffer b, const char *from) {
+    size_t mark = text_mark(b.s, b.n);
+    if (mark > 0 && o->bit == TOKENIZE && !o->decode) {
+        if (!o->quiet) warning("%s: a byte order mark, which other commands leave out", from);
+    } else if (mark > 0) {
+        memmove(b.s, b.s + mark, (b.n -= mark) + 1);
+    }
     return b;
+}
+
+Buffer read_all(const Options *o, const char *path) {
+    char err[ERR_LEN];
+    const char *from = strcmp(path, "-") == 0 ? "stdin" : path;
+    Buffer b;
+    check_kind(o, text_read(&b, path, err), from, err);
+    return unmarked(o, b, from);
+}
+
+static void check_argument(const Options *o, const char *name, const char *text) {
+    char err[ERR_LEN];
+    if (text) check_kind(o, text_check(text, strlen(text), err), name, err);
+}
+
+void check_arguments(const Options *o) {
+    check_argument(o, "-p", o->prompt);
+    check_argument(o, "--system", o->system);
+    check_argument(o, "--task", o->task);
+    check_argument(o, "--answer-prefix", o->answer_prefix);
+    for (int i = 2; o->bit == ASK && i < o->n_args; i++) {
+        o->args[i] += text_mark(o->args[i], strlen(o->args[i]));
+        check_argument(o, "a question", o->args[i]);
+    }
+}
+
+size_t check_line(const char *from, long number, const char *line, size_t n) {
+    char err[ERR_LEN];
+    size_t mark = number == 1 ? text_mark(line, n) : 0;
+    if (text_check(line + mark, n - mark, err) != TEXT_FINE)
+        die("%s: line %ld: %s", from, number, err);
+    if (memchr(line, '\r', n))
+        die("%s: line %ld: a carriage return within it: lines end with a newline", from, number);
+    return mark;
+}
+
+void check_lines(const Options *o, const char *path) {
+    struct stat st;
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) return;
+    free(read_all(o, path).s);
 }
 
 Buffer read_text(const Options *o, const char *fallback) {
@@ -27,11 +78,11 @@ Buffer read_text(const Options *o, const char *fallback) {
         die_usage(o->command, "only one of -p, -f and --ids can be given");
     if (o->prompt && strcmp(o->prompt, "-") != 0) {
         add_text(&b, o->prompt, strlen(o->prompt));
-        return b;
+        return unmarked(o, b, "-p");
     }
     const char *path = o->prompt ? o->prompt : o->file ? o->file : o->ids ? o->ids : fallback;
     if (!path) die_usage(o->command, "needs -p TEXT, -f FILE or --ids FILE");
-    return read_all(path);
+    return read_all(o, path);
 }
 
 const char *piped_input(void) { return isatty(STDIN_FILENO) ? NULL : "-"; }

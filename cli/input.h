@@ -6,7 +6,18 @@
 #include "tokenizer.h"
 #include "util.h"
 
-Buffer read_all(const char *path);  // the whole file, or stdin for "-"
+// Texts are UTF-8, whatever command reads them: what is not is refused by name, a mark in front
+// (BOM) left out. Only tokenize takes any bytes as they are, with a warning.
+
+Buffer read_all(const Options *o, const char *path);  // the whole text, or stdin for "-"
+
+// The same for texts that are arguments: -p, --system and the like, questions.
+void check_arguments(const Options *o);
+
+// The same for line `number` (from 1) of what is read line by line; returns the bytes of a mark.
+size_t check_line(const char *from, long number, const char *line, size_t n);
+// All lines of a file, before any work; a pipe's are looked at when they come.
+void check_lines(const Options *o, const char *path);
 
 // What -p, -f or --ids gives; without any, the file at fallback (NULL: they are needed). Two of
 // them are wrong usage.

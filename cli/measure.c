@@ -116,7 +116,7 @@ static int eval_text(const Options *o) {
     if (o->n_args != 1) die_usage(o->command, "--ppl needs MODEL alone, not '%s'", o->args[1]);
     char kv_name[KV_NAME];
     KVTypes kv = get_kv(o, o->kvs);
-    Buffer text = read_all(o->ppl);
+    Buffer text = read_all(o, o->ppl);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
     Progress progress = progress_begin(&s);
@@ -385,12 +385,12 @@ int cmd_eval(const Options *o) {
 static Buffer sample_text(const Options *o) {
     const char *slash = strrchr(o->program, '/');
     char path[4096];
-    if (o->file) return read_all(o->file);
+    if (o->file) return read_all(o, o->file);
     int n = snprintf(path, sizeof path, "%.*s/eval/calibration.txt",
                      slash ? (int)(slash - o->program) : 1, slash ? o->program : ".");
     if (n >= (int)sizeof path) die("%s: the path is too long", o->program);
     not_the_same(o->out, path, "read");
-    return read_all(path);
+    return read_all(o, path);
 }
 
 static void calibrate_figures(const Options *o, const CalibrateResult *r) {

@@ -146,6 +146,15 @@ void note(const char *fmt, ...) {
     va_end(ap);
 }
 
+void warning(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("run: warning: ", stderr);
+    text_print(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+}
+
 // ---- sizes ----
 
 const char *size_text(char buf[32], double bytes) {

@@ -16,7 +16,8 @@
 // next step, files are as they were, and main exits with 128 + signal.
 void catch_signals(void);
 
-// A mapped file that is cut while it is read, or whose disk fails, ends the program with a sentence.
+// A mapped file that is cut while it is read, or whose disk fails, ends the program with a
+// sentence.
 void catch_cut_files(void);
 
 // "run: <sentence>" on stderr and exit 1.
@@ -46,7 +47,8 @@ void out_flush(void);                         // or the end
 
 // ---- stderr ----
 
-PRINTF(1, 2) void note(const char *fmt, ...);  // as out, but never the end
+PRINTF(1, 2) void note(const char *fmt, ...);     // as out, but never the end
+PRINTF(1, 2) void warning(const char *fmt, ...);  // "run: warning: <sentence>"
 
 // ---- sizes ----
 

@@ -158,6 +158,7 @@ typedef struct {
     const char *prefix;  // where a line has none of its own
     char *line;
     size_t cap;
+    long number;  // of the line, from 1
 } Questions;
 
 // The next line, without its newline. A first Ctrl-C at the prompt is forgiven, a second ends all.
@@ -168,6 +169,8 @@ static bool read_line(Questions *q, size_t *n) {
         if (got >= 0) {
             *n = (size_t)got;
             while (*n > 0 && (q->line[*n - 1] == '\n' || q->line[*n - 1] == '\r')) (*n)--;
+            size_t mark = check_line(q->name, ++q->number, q->line, *n);
+            memmove(q->line, q->line + mark, *n -= mark);
             return true;
         }
         if (!interrupted && ferror(q->file)) die("%s: %s", q->name, strerror(errno));
@@ -299,6 +302,7 @@ static Questions given_questions(const Options *o) {
     from.name = from_stdin ? "stdin" : o->file;
     from.file = from_stdin ? stdin : fopen(o->file, "r");
     from.person = from_stdin && isatty(STDIN_FILENO);
+    if (!from_stdin) check_lines(o, o->file);
     if (!from.file) die("%s: %s", o->file, strerror(errno));
     return from;
 }

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "json.h"
+#include "kinds.h"
 #include "newfile.h"
 #include "util.h"
 
@@ -211,6 +212,11 @@ static off_t take_text(EvalResults *r, char *text, size_t n, char *err) {
     size_t seen = n < sizeof start ? n : sizeof start - 1;
     bool ours = memcmp(text, start, seen) == 0;             // or the beginning of one of ours
     while (n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
+    const FileKind *kind = ours ? NULL : file_kind(text, n);
+    if (kind) {
+        free(text);
+        return kind_fail(err, kind, "a file of results");
+    }
     if (n == 0 && !ours) {
         free(text);
         return fail(err, "not a file of results: it has no line of them");

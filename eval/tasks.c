@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "json.h"
+#include "text.h"
 #include "util.h"
 
 // ---- how good an answer is ----
@@ -198,10 +199,10 @@ static int read_lines(EvalTasks *t, JsonLines *lines, char *err) {
     return -1;
 }
 
-static int read_tasks(EvalTasks *t, size_t n, char *err) {
-    JsonLines lines = {.rest = t->text};
+// The file's n bytes, of which a mark comes first.
+static int read_tasks(EvalTasks *t, size_t mark, size_t n, char *err) {
+    JsonLines lines = {.rest = t->text + mark};
     char why[ERR_LEN];
-    if (memchr(t->text, 0, n)) return fail(err, "a zero byte in the file");
     t->hash = hash_bytes(HASH_START, t->text, n);
     int rc = read_lines(t, &lines, why);
     if (rc != 0) fail(err, "line %d: %s", lines.line, why);
@@ -210,10 +211,12 @@ static int read_tasks(EvalTasks *t, size_t n, char *err) {
 }
 
 int eval_tasks_open(EvalTasks *t, const char *path, char *err) {
-    size_t n;
+    Buffer text;
     *t = (EvalTasks){0};
-    t->text = file_read(path, &n, err);
-    int rc = t->text ? read_tasks(t, n, err) : -1;
+    int rc = text_read(&text, path, err) == TEXT_FINE ? 0 : -1;
+    t->text = text.s;
+    size_t mark = rc == 0 ? text_mark(text.s, text.n) : 0;
+    if (rc == 0) rc = read_tasks(t, mark, text.n, err);
     if (rc != 0) eval_tasks_close(t);
     return rc;
 }

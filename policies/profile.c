@@ -49,10 +49,8 @@ static int find_tensors(Profile *p, const TensorFile *f, const Config *c, char *
 static int check_file(const TensorFile *f, const Model *m, char *err) {
     const char *format = tensors_meta(f, "format"), *made = tensors_meta(f, "fingerprint");
     const char *model = tensors_meta(f, "model");
-    if (!format || strcmp(format, "kvzip.c profile 1") != 0) {
-        return fail(err, "not a profile: its format is \"%s\", not \"kvzip.c profile 1\"",
-                    format ? format : "");
-    }
+    if (!format || strcmp(format, "kvzip.c profile 1") != 0)
+        return tensors_wrong_format(f, "a profile", "kvzip.c profile 1", err);
     if (!made || strcmp(made, m->fingerprint) != 0) {
         return fail(err, "made for another model: \"%s\", fingerprint %.12s, not %.12s",
                     model ? model : "", made ? made : "", m->fingerprint);

@@ -316,8 +316,9 @@ def test_answer_prefix(m, d, cache, question):
     cut = works(*plain, "--stop", stop).out
     check(cut.strip() == whole[:whole.index(stop, 5) + 2].strip(), "--stop: %r" % cut)
     odd = b"caf\xc3\xa9 \xff\"\\\x01\xe2\x82"
-    row = works("ask", m.path, cache, odd, "-n", 1, "--json").rows()[0]
-    check(row["question"] == "café \ufffd\"\\\x01\ufffd", "JSON of any bytes: %r" % row["question"])
+    fails(1, "a question: not UTF-8 at byte 6 (line 1), 0xff", "ask", m.path, cache, odd, "-n", 1, "--json")
+    row = works("ask", m.path, cache, odd[:6] + b"\"\\\x01\x7f", "-n", 1, "--json").rows()[0]
+    check(row["question"] == "café \"\\\x01\x7f", "JSON of any text: %r" % row["question"])
 
 
 def test_chat(m, d):

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as xml
 
-from checks import check, end
+from checks import Tensors, check, end
 from test_cli import Model, RUN, fails, run, shown, works, write
 
 EVIL = "\x1b]0;p\x07<b>\u202e'\"&\u009b\x7f]]>\nx"  # a title, an override, C1, and a line of its own
@@ -104,9 +104,156 @@ def test_answers(m, d):
     check(code == 0 and b"a\\x1b[2J" in text and b"\x1b" not in text, "but not on a terminal: %r" % text)
 
 
+# ---- coming in ----
+
+QUESTION = "Who built the mill?\n"
+NO_TEXT = [  # bytes of a file, words of the line that refuses it; the last field: tokenize takes it, with a warning
+    (b"Who built\0 the mill?\n", "a zero byte at byte 9 (line 1), not text", True),
+    (QUESTION.encode("utf-16-le"), "UTF-16 (iconv -f utf-16le -t utf-8)?", True),
+    (QUESTION.encode("utf-16-be"), "UTF-16 (iconv -f utf-16be -t utf-8)?", True),
+    (("\ufeff" + QUESTION).encode("utf-16-le"), "text in UTF-16, not text: iconv -f utf-16 -t utf-8", False),
+    (("\ufeff" + QUESTION).encode("utf-16-be"), "text in UTF-16, not text: iconv -f utf-16 -t utf-8", False),
+    (("\ufeff" + QUESTION).encode("utf-32-le"), "text in UTF-32, not text: iconv", False),
+    ("Who?\nOder der Müller, über Jahre?\n".encode("latin-1"), "0xfc: Latin-1, it seems (iconv -f latin1 -t utf-8)", True),
+    ("One.\nWho built \u201ethe mill\u201c?\n".encode("cp1252"), "0x84: Windows-1252, it seems", True),
+    ("日本語の文章です".encode("shift-jis") * 3, "another encoding", True),
+    ("Schön, wie über Jahre. ".encode() + b"\xff\n", "damaged UTF-8", True),
+    ("Wer war der Müller".encode()[:14], "the last character is cut off", True),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\3abc", "a gzip file, not text: unpack it first (gunzip)", False),
+    (b"%PDF-1.7\n%\xe2\xe3\n", "a PDF file, not text: make text of it (pdftotext)", False),
+    (b"PK\3\4" + bytes(22) + b"\x0e\0\0\0word/document.xml", "a Word document, not text: save it as plain text", False),
+    (b"PK\3\4" + bytes(22) + b"\x05\0\0\0a.txt", "a zip archive, not text", False),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a git-lfs pointer", False),
+    (b"\x89PNG\r\n\x1a\n", "a picture, not text", False),
+    (b"GGUF\3\0\0\0", "a GGUF file, not text", False)]
+
+
+def test_no_text(m, d):
+    """Whatever command reads a text, what is none is refused with the same words, and named."""
+    cache, task = d + "/in.kvc", '{"context": "a", "questions": [{"question": "b", "answers": ["c"]}]}'
+    works("compress", m.path, "-p", "The mill was built by Ann Grey.", "-o", cache)
+    for data, words, bytes_ in NO_TEXT:
+        bad, out = write(d + "/bad", data), d + "/x"
+        before = [["generate", m.path, "-f", bad], ["compress", m.path, "-f", bad, "-o", out],
+                  ["ask", m.path, cache, "-f", bad], ["eval", m.path, bad], ["calibrate", m.path, "-f", bad, "-o", out]]
+        for args in before if data is not NO_TEXT[0][0] else before + [
+                ["score", m.path, "-f", bad, "-o", out], ["map", m.path, "-f", bad, "-o", out],
+                ["logits", m.path, "-f", bad, "-o", out], ["logits", m.path, "--ids", bad, "-o", out],
+                ["eval", m.path, "--ppl", bad], ["tokenize", m.path, "--decode", "-f", bad]]:
+            fails(1, words, *args)
+        fails(1, words, "generate", m.path, input=data)
+        r = run("tokenize", m.path, "-f", bad)
+        check(r.code == (0 if bytes_ else 1) and words in r.err and r.err.count("\n") == 1, "tokenize: %r" % r.err)
+        check(not bytes_ or works("tokenize", m.path, "--decode", input=r.out).out == data, "tokenize keeps any bytes")
+    for args in [["ask", m.path, cache], ["chat", m.path]]:
+        fails(1, "stdin: line 2: a zero byte at byte 3", *args, "-q", input=b"\nWho\0?\n")
+        fails(1, "stdin: line 1: not UTF-8 at byte 3", *args, "-q", input=b"Who\xe9?\n")
+        fails(1, "stdin: line 1: a carriage return", *args, "-q", input=b"Who?\rAnd?\r")
+    for flag in ["--system", "--task"]:
+        fails(1, flag + ": not UTF-8 at byte 1", "compress", m.path, "-p", "a", "-o", d + "/x", flag, b"a\xe9b")
+    fails(1, "--answer-prefix: not UTF-8", "ask", m.path, cache, "q", "--answer-prefix", b"\xe9")
+    fails(1, "-p: not UTF-8 at byte 1", "generate", m.path, "-p", b"a\xe9b")
+    fails(1, "cannot open: Is a directory", "ask", m.path, cache, "-f", d)
+    fails(1, "no question in it", "ask", m.path, cache, "-f", write(d + "/empty", b""))
+    fails(1, "no tasks in it", "eval", m.path, d + "/empty")
+    check(not os.path.exists(d + "/x"), "a refused text leaves no file")
+
+
+def test_mark(m, d):
+    """The mark that some editors put in front of UTF-8 is no part of any text."""
+    mark, cache, text = "\ufeff", d + "/mark.kvc", "The mill was built by Ann Grey."
+    works("compress", m.path, "-f", write(d + "/text", mark + text), "-o", cache)
+    ids = Tensors(cache).raw["ids"]
+    for args in [["-p", text], ["-p", mark + text]]:
+        works("compress", m.path, *args, "-o", cache)
+        check(Tensors(cache).raw["ids"] == ids, "a mark in front of a context")
+    flags = ["--json", "-n", 4, "--ignore-eos"]
+    answer = lambda r: [(x["question"], x["answer"]) for x in r.rows()]
+    plain = answer(works("ask", m.path, cache, "Who?", *flags))
+    for args, data in [([mark + "Who?"], b""), (["-f", write(d + "/q", mark + "Who?\n")], b""), ([], (mark + "Who?").encode())]:
+        check(answer(works("ask", m.path, cache, *args, *flags, input=data)) == plain, "a mark in front of a question")
+    task = json.dumps(dict(context=text, questions=[dict(question="Who?", answers=["Ann"])]))
+    args = ["--ratio", 1, "-n", 4, "--json"]
+    plain = works("eval", m.path, write(d + "/t", task + "\n" + task), *args).rows()
+    for other in [mark + task + "\n" + task, task + "\r\n" + task + "\r\n", task + "\r" + task]:
+        check(works("eval", m.path, write(d + "/t", other), *args).rows() == plain, "tasks with a mark or other line ends")
+    fails(1, "line 2: ", "eval", m.path, write(d + "/t", task + "\r\n{"))
+    check(works("logits", m.path, "--ids", write(d + "/i", mark + "1 2 3"), "-o", d + "/l").code == 0, "a mark before ids")
+    r = works("tokenize", m.path, "-p", mark + "a")
+    check("a byte order mark" in r.err and works("tokenize", m.path, "--decode", input=r.out).out == (mark + "a").encode(),
+          "tokenize keeps the mark, and says so")
+
+
+# ---- files taken for others ----
+
+NO_MODEL = [
+    (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file, not a safetensors file: convert it with export.py"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer, the file itself is not there"),
+    (b"<!DOCTYPE html><html>Not found</html>", "a web page"), (b"<html><head>", "a web page"),
+    (b"PK\3\4" + bytes(22) + b"\x10\0\0\0archive/data.pkl", "a PyTorch file"), (b"PK\3\4" + bytes(60), "a zip archive"),
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a pickle of PyTorch"), (b"\x08\x07\x12\x07pytorch", "an ONNX model"),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\3" + bytes(40), "a gzip file"), (bytes(5000), "zeros"), (b"lmgg" + bytes(60), "a GGML file"),
+    (struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256) + bytes(100), "a checkpoint of llama2.c"),
+    (b"24ka" + bytes(300), "a checkpoint of llama2.c"), (b'{"metadata": {"total_size": 5}, "weight_map": {}}', "folder with export.py"),
+    (b'{"architectures": ["LlamaForCausalLM"], "dim": 5}', "folder with export.py"), (b'{"settings": "x"}\n', "a file of results"),
+    (b'{"context": "x"}\n', "a file of tasks"), (b"", "only 0 bytes")]
+
+
+def safetensors(path, names, **meta):
+    header = {n: dict(dtype="U8", shape=[1], data_offsets=[i, i + 1]) for i, n in enumerate(names)}
+    text = json.dumps(dict(header, __metadata__=meta)).encode()
+    return write(path, struct.pack("<Q", len(text)) + text + bytes(len(names)))
+
+
+def test_kinds(m, d):
+    cache, profile, scores = d + "/k.kvc", d + "/k.kvp", d + "/k.scores"
+    works("compress", m.path, "-p", "The mill was built by Ann Grey.", "-o", cache)
+    works("score", m.path, "-p", "The mill was built by Ann Grey.", "-o", scores)
+    works("calibrate", m.path, "-f", write(d + "/sample", "Rows of beans, 14 of them. " * 40), "-o", profile)
+    for data, words in NO_MODEL:
+        bad = write(d + "/bad", data)
+        for args in [["generate", bad, "-p", "a"], ["info", bad], ["ask", m.path, bad, "q"], ["tokenize", bad, "-p", "a"],
+                     ["compress", m.path, "-p", "a", "-o", d + "/x", "--profile", bad]]:
+            fails(1, "bad: ", *args)
+            fails(1, words, *args)
+    as_cache, as_profile = ["ask", m.path], ["compress", m.path, "-p", "a", "-o", d + "/x", "--profile"]
+    for words, args in [("a saved cache, not a converted model", ["generate", cache, "-p", "a"]),
+                        ("a profile, not a converted model", ["generate", profile, "-p", "a"]),
+                        ("scores of a context, not a converted model", ["generate", scores, "-p", "a"]),
+                        ("a converted model, not a saved cache", as_cache + [m.path, "q"]),
+                        ("a profile, not a saved cache", as_cache + [profile, "q"]),
+                        ("a converted model, not a profile", as_profile + [m.path]),
+                        ("a saved cache, not a profile", as_profile + [cache]),
+                        ("a safetensors file, not a file of results", ["eval", "--merge", cache]),
+                        ("a safetensors file, not text", ["eval", m.path, cache])]:
+        fails(1, words, *args)
+    hf = safetensors(d + "/hf", ["model.embed_tokens.weight"], format="pt")
+    fails(1, "weights that are not converted yet, not a converted model: convert their folder", "generate", hf, "-p", "a")
+    lora = safetensors(d + "/lora", ["base_model.model.q_proj.lora_A.weight"])
+    fails(1, "a LoRA adapter, not a converted model: merge it", "generate", lora, "-p", "a")
+    newer = safetensors(d + "/newer", ["a"], format="kvzip.c model 9")
+    fails(1, 'not a converted model: its format is "kvzip.c model 9"', "generate", newer, "-p", "a")
+    for name, words in [("config.json", "a folder of a model: convert it with export.py"),
+                        ("adapter_config.json", "a folder of a LoRA adapter")]:
+        os.mkdir(d + "/folder")
+        write(d + "/folder/" + name, "{}")
+        fails(1, words, "generate", d + "/folder", "-p", "a")
+        fails(1, words, "info", d + "/folder")
+        os.remove(d + "/folder/" + name)
+        os.rmdir(d + "/folder")
+    os.symlink("blobs/gone", d + "/dangling")
+    fails(1, "a link to blobs/gone: No such file", "generate", d + "/dangling", "-p", "a")
+    fails(1, "a link to blobs/gone: No such file", "generate", m.path, "-f", d + "/dangling")
+    os.mkfifo(d + "/pipe")
+    fails(1, "not a regular file", "generate", d + "/pipe", "-p", "a")
+
+
 def main():
     smol = Model("smol")
     with tempfile.TemporaryDirectory() as d:
+        test_no_text(smol, d)
+        test_mark(smol, d)
+        test_kinds(smol, d)
         test_results(d)
         test_names(smol, d)
         test_answers(smol, d)
