@@ -25,68 +25,68 @@ static const struct {
 } magics[] = {
 #define AT(at, magic) magic, sizeof(magic) - 1, at
     // weights
-    {AT(0, "GGUF"), {"a GGUF file", CONVERT, false}},
-    {AT(0, "lmgg"), {"a GGML file", "its format is given up: find a GGUF of the model", false}},
-    {AT(0, "tjgg"), {"a GGML file", "its format is given up: find a GGUF of the model", false}},
-    {AT(0, "fmgg"), {"a GGML file", "its format is given up: find a GGUF of the model", false}},
-    {AT(0, "24ka"), {"a checkpoint of llama2.c", "convert the model it was made from", false}},
-    {AT(0, "\x80\x02"), {"a pickle of PyTorch", "save the model as safetensors", false}},
-    {AT(0, "\x80\x03"), {"a pickle of Python", "save the model as safetensors", false}},
-    {AT(0, "\x80\x04"), {"a pickle of Python", "save the model as safetensors", false}},
-    {AT(0, "\x80\x05"), {"a pickle of Python", "save the model as safetensors", false}},
-    {AT(30, "archive/data.pkl"), {"a PyTorch file", "save the model as safetensors", false}},
-    {AT(0, "\x89HDF"), {"an HDF5 file", NULL, false}},
-    {AT(4, "TFL3"), {"a TensorFlow Lite file", NULL, false}},
-    {AT(0, "\x93NUMPY"), {"an array of NumPy", NULL, false}},
+    {AT(0, "GGUF"), {"a GGUF file", CONVERT, BINARY}},
+    {AT(0, "lmgg"), {"a GGML file", "its format is given up: find a GGUF of the model", BINARY}},
+    {AT(0, "tjgg"), {"a GGML file", "its format is given up: find a GGUF of the model", BINARY}},
+    {AT(0, "fmgg"), {"a GGML file", "its format is given up: find a GGUF of the model", BINARY}},
+    {AT(0, "24ka"), {"a checkpoint of llama2.c", "convert the model it was made from", BINARY}},
+    {AT(0, "\x80\x02"), {"a pickle of PyTorch", "save the model as safetensors", BINARY}},
+    {AT(0, "\x80\x03"), {"a pickle of Python", "save the model as safetensors", BINARY}},
+    {AT(0, "\x80\x04"), {"a pickle of Python", "save the model as safetensors", BINARY}},
+    {AT(0, "\x80\x05"), {"a pickle of Python", "save the model as safetensors", BINARY}},
+    {AT(30, "archive/data.pkl"), {"a PyTorch file", "save the model as safetensors", BINARY}},
+    {AT(0, "\x89HDF"), {"an HDF5 file", NULL, BINARY}},
+    {AT(4, "TFL3"), {"a TensorFlow Lite file", NULL, BINARY}},
+    {AT(0, "\x93NUMPY"), {"an array of NumPy", NULL, BINARY}},
     // what a download leaves
     {AT(0, "version https://git-lfs"),
-     {"a git-lfs pointer, the file itself is not there", "git lfs pull brings it", false}},
+     {"a git-lfs pointer, the file itself is not there", "git lfs pull brings it", CODED}},
     {AT(0, "version https://hawser"),
-     {"a git-lfs pointer, the file itself is not there", "git lfs pull brings it", false}},
-    {AT(0, "<!DOCTYPE"), {"a web page", "download the file again", true}},
-    {AT(0, "<!doctype"), {"a web page", "download the file again", true}},
-    {AT(0, "<html"), {"a web page", "download the file again", true}},
-    {AT(0, "<?xml"), {"an XML file", NULL, true}},
+     {"a git-lfs pointer, the file itself is not there", "git lfs pull brings it", CODED}},
+    {AT(0, "<!DOCTYPE"), {"a web page", "download the file again", PLAIN}},
+    {AT(0, "<!doctype"), {"a web page", "download the file again", PLAIN}},
+    {AT(0, "<html"), {"a web page", "download the file again", PLAIN}},
+    {AT(0, "<?xml"), {"an XML file", NULL, PLAIN}},
     // archives
-    {AT(0, "\x1f\x8b"), {"a gzip file", UNPACK " (gunzip)", false}},
-    {AT(0, "BZh"), {"a bzip2 file", UNPACK " (bunzip2)", false}},
+    {AT(0, "\x1f\x8b"), {"a gzip file", UNPACK " (gunzip)", BINARY}},
+    {AT(0, "BZh"), {"a bzip2 file", UNPACK " (bunzip2)", BINARY}},
     {AT(0,
         "\xfd"
         "7zXZ"),
-     {"an xz file", UNPACK " (unxz)", false}},
-    {AT(0, "\x28\xb5\x2f\xfd"), {"a zstd file", UNPACK " (unzstd)", false}},
-    {AT(0, "7z\xbc\xaf\x27\x1c"), {"a 7-Zip archive", UNPACK, false}},
-    {AT(0, "Rar!\x1a\x07"), {"a RAR archive", UNPACK, false}},
-    {AT(257, "ustar"), {"a tar archive", UNPACK " (tar xf)", false}},
+     {"an xz file", UNPACK " (unxz)", BINARY}},
+    {AT(0, "\x28\xb5\x2f\xfd"), {"a zstd file", UNPACK " (unzstd)", BINARY}},
+    {AT(0, "7z\xbc\xaf\x27\x1c"), {"a 7-Zip archive", UNPACK, BINARY}},
+    {AT(0, "Rar!\x1a\x07"), {"a RAR archive", UNPACK, BINARY}},
+    {AT(257, "ustar"), {"a tar archive", UNPACK " (tar xf)", BINARY}},
     // documents
-    {AT(30, "[Content_Types].xml"), {"an Office document", "save it as plain text", false}},
-    {AT(30, "word/"), {"a Word document", "save it as plain text", false}},
-    {AT(30, "mimetype"), {"an OpenDocument or EPUB file", "save it as plain text", false}},
-    {AT(0, "PK\3\4"), {"a zip archive", UNPACK " (unzip)", false}},
-    {AT(0, "PK\5\6"), {"an empty zip archive", NULL, false}},
-    {AT(0, "%PDF-"), {"a PDF file", "make text of it (pdftotext)", false}},
-    {AT(0, "{\\rtf"), {"an RTF document", "save it as plain text", false}},
+    {AT(30, "[Content_Types].xml"), {"an Office document", "save it as plain text", BINARY}},
+    {AT(30, "word/"), {"a Word document", "save it as plain text", BINARY}},
+    {AT(30, "mimetype"), {"an OpenDocument or EPUB file", "save it as plain text", BINARY}},
+    {AT(0, "PK\3\4"), {"a zip archive", UNPACK " (unzip)", BINARY}},
+    {AT(0, "PK\5\6"), {"an empty zip archive", NULL, BINARY}},
+    {AT(0, "%PDF-"), {"a PDF file", "make text of it (pdftotext)", CODED}},
+    {AT(0, "{\\rtf"), {"an RTF document", "save it as plain text", CODED}},
     {AT(0, "\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"),
-     {"an old Office document", "save it as plain text", false}},
+     {"an old Office document", "save it as plain text", BINARY}},
     // text in another encoding
-    {AT(0, "\xff\xfe\0\0"), {"text in UTF-32", "iconv -f utf-32 -t utf-8", false}},
-    {AT(0, "\0\0\xfe\xff"), {"text in UTF-32", "iconv -f utf-32 -t utf-8", false}},
-    {AT(0, "\xff\xfe"), {"text in UTF-16", "iconv -f utf-16 -t utf-8", false}},
-    {AT(0, "\xfe\xff"), {"text in UTF-16", "iconv -f utf-16 -t utf-8", false}},
+    {AT(0, "\xff\xfe\0\0"), {"text in UTF-32", "iconv -f utf-32 -t utf-8", BINARY}},
+    {AT(0, "\0\0\xfe\xff"), {"text in UTF-32", "iconv -f utf-32 -t utf-8", BINARY}},
+    {AT(0, "\xff\xfe"), {"text in UTF-16", "iconv -f utf-16 -t utf-8", BINARY}},
+    {AT(0, "\xfe\xff"), {"text in UTF-16", "iconv -f utf-16 -t utf-8", BINARY}},
     // others
     {AT(0,
         "\x7f"
         "ELF"),
-     {"a program", NULL, false}},
-    {AT(0, "\x89PNG\r\n"), {"a picture", NULL, false}},
-    {AT(0, "\xff\xd8\xff"), {"a picture", NULL, false}},
-    {AT(0, "GIF8"), {"a picture", NULL, false}},
-    {AT(0, "SQLite format 3"), {"an SQLite database", NULL, false}},
-    {AT(0, "PAR1"), {"a Parquet file", "write its text column out", false}},
-    {AT(0, "ARROW1"), {"an Arrow file", "write its text column out", false}},
+     {"a program", NULL, BINARY}},
+    {AT(0, "\x89PNG\r\n"), {"a picture", NULL, BINARY}},
+    {AT(0, "\xff\xd8\xff"), {"a picture", NULL, BINARY}},
+    {AT(0, "GIF8"), {"a picture", NULL, BINARY}},
+    {AT(0, "SQLite format 3"), {"an SQLite database", NULL, BINARY}},
+    {AT(0, "PAR1"), {"a Parquet file", "write its text column out", BINARY}},
+    {AT(0, "ARROW1"), {"an Arrow file", "write its text column out", BINARY}},
     // our own
-    {AT(0, "{\"settings\":"), {"a file of results", "run eval --merge shows them", true}},
-    {AT(0, "{\"context\":"), {"a file of tasks", "run eval MODEL TASKS asks them", true}},
+    {AT(0, "{\"settings\":"), {"a file of results", "run eval --merge shows them", PLAIN}},
+    {AT(0, "{\"context\":"), {"a file of tasks", "run eval MODEL TASKS asks them", PLAIN}},
 #undef AT
 };
 enum { N_MAGICS = sizeof magics / sizeof *magics };
@@ -143,19 +143,32 @@ static const struct {
     bool (*is)(const uint8_t *p, size_t n);
     FileKind kind;
 } shapes[] = {
-    {is_safetensors, {"a safetensors file", "run info says what it holds", false}},
-    {is_llama2c, {"a checkpoint of llama2.c", "convert the model it was made from", false}},
-    {is_onnx, {"an ONNX model", "convert the model it was made from", false}},
-    {is_settings, {"JSON of a model's folder", "convert the folder with export.py", true}},
-    {is_zeros, {"zeros, as a download leaves that did not end", "download it again", false}},
+    {is_safetensors, {"a safetensors file", "run info says what it holds", BINARY}},
+    {is_llama2c, {"a checkpoint of llama2.c", "convert the model it was made from", BINARY}},
+    {is_onnx, {"an ONNX model", "convert the model it was made from", BINARY}},
+    {is_settings, {"JSON of a model's folder", "convert the folder with export.py", PLAIN}},
+    {is_zeros, {"zeros, as a download leaves that did not end", "download it again", BINARY}},
 };
+
+// Whether p [n] may begin a text, as "24karat gold" does and a checkpoint of llama2.c does not.
+static bool may_be_text(const uint8_t *p, size_t n) {
+    const uint8_t *end = p + utf8_whole((const char *)p, n);
+    uint32_t c;
+    for (int len; p < end; p += len) {
+        len = utf8_get(p, end, &c);
+        if (len <= 0 || (c < 0x20 && !strchr("\t\n\f\r\x1b", (int)c)) || c == 0) return false;
+    }
+    return true;
+}
 
 const FileKind *file_kind(const void *head, size_t n) {
     const uint8_t *p = head;
     if (n > KIND_HEAD) n = KIND_HEAD;
+    bool text = may_be_text(p, n);
     for (int i = 0; i < N_MAGICS; i++)
         if (magics[i].at <= n && n - magics[i].at >= magics[i].n &&
             (magics[i].at != 30 || memcmp(p, "PK\3\4", 4) == 0) &&  // names in zip archives
+            !(text && magics[i].kind.nature == BINARY) &&
             memcmp(p + magics[i].at, magics[i].magic, magics[i].n) == 0)
             return &magics[i].kind;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
@@ -196,18 +209,18 @@ static const struct {
     const char *format;  // how metadata "format" begins
     FileKind kind;
 } formats[] = {
-    {"kvzip.c model ", {"a converted model", NULL, false}},
-    {"kvzip.c cache ", {"a saved cache", NULL, false}},
-    {"kvzip.c profile ", {"a profile", NULL, false}},
-    {"kvzip.c scores ", {"scores of a context", NULL, false}},
-    {"kvzip.c logits ", {"logits", NULL, false}},
+    {"kvzip.c model ", {"a converted model", NULL, BINARY}},
+    {"kvzip.c cache ", {"a saved cache", NULL, BINARY}},
+    {"kvzip.c profile ", {"a profile", NULL, BINARY}},
+    {"kvzip.c scores ", {"scores of a context", NULL, BINARY}},
+    {"kvzip.c logits ", {"logits", NULL, BINARY}},
 };
 
 const FileKind *tensors_kind(const char *format, const char *name) {
     static const FileKind adapter = {"a LoRA adapter", "merge it into its model, then convert that",
-                                     false};
+                                     BINARY};
     static const FileKind weights = {"weights that are not converted yet",
-                                     "convert their folder with export.py", false};
+                                     "convert their folder with export.py", BINARY};
     for (size_t i = 0; format && i < sizeof formats / sizeof *formats; i++)
         if (strncmp(format, formats[i].format, strlen(formats[i].format)) == 0)
             return &formats[i].kind;

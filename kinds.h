@@ -6,10 +6,16 @@
 
 enum { KIND_HEAD = 512 };  // bytes of a file's beginning that tell its kind
 
+typedef enum {
+    BINARY,  // has bytes that no text has among the first KIND_HEAD
+    CODED,   // may look like text, and is never meant as such
+    PLAIN    // is text as well
+} FileNature;
+
 typedef struct {
     const char *what;  // "a GGUF file"
     const char *todo;  // what makes of it what was wanted; NULL: nothing does
-    bool text;         // it is text as well
+    FileNature nature;
 } FileKind;
 
 // The kind of a file that begins with head [n], n KIND_HEAD or all there is; NULL: none that is

@@ -222,7 +222,7 @@ static const char *zeros(const char *s, size_t n) {
 
 TextKind text_check(const char *s, size_t n, char *err) {
     const FileKind *kind = file_kind(s, n);
-    if (kind && !kind->text) return kind_fail(err, kind, "text"), TEXT_OTHER;
+    if (kind && kind->nature != PLAIN) return kind_fail(err, kind, "text"), TEXT_OTHER;
     const uint8_t *start = (const uint8_t *)s, *p = start, *end = p + n;
     size_t line = 1;
     uint32_t c;

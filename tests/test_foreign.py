@@ -159,6 +159,13 @@ def test_no_text(m, d):
     check(not os.path.exists(d + "/x"), "a refused text leaves no file")
 
 
+def test_text_after_all(m, d):
+    """Texts that begin as other files do."""
+    for text in ["24karat gold is heavy.", "GGUF is a format.", "BZh is no word.", "PAR1 of the report", "<html>A page.</html>",
+                 "PK\n", "{\"settings\": 1}", "BM", "", "a", "é"]:
+        works("compress", m.path, "-f", write(d + "/after", text), "-o", d + "/after.kvc", "-q")
+
+
 def test_mark(m, d):
     """The mark that some editors put in front of UTF-8 is no part of any text."""
     mark, cache, text = "\ufeff", d + "/mark.kvc", "The mill was built by Ann Grey."
@@ -252,6 +259,7 @@ def main():
     smol = Model("smol")
     with tempfile.TemporaryDirectory() as d:
         test_no_text(smol, d)
+        test_text_after_all(smol, d)
         test_mark(smol, d)
         test_kinds(smol, d)
         test_results(d)
