@@ -91,7 +91,7 @@ fuzz:
 	@mkdir -p $(BUILD)
 	for t in json tensors tokenizer; do \
 	    clang -std=c11 -I. -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c json.c kinds.c newfile.c \
-	        tensors.c text.c tokenizer.c util.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
+	        tensors.c text.c tokenizer.c pretokenize.c bpe.c util.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
 	done
 
 # ---- Python and models ----

@@ -1,5 +1,5 @@
 // fuzz_tokenizer.c: clang -fsanitize=fuzzer,address,undefined tests/fuzz_tokenizer.c tokenizer.c
-// tensors.c -lm
+// pretokenize.c bpe.c tensors.c util.c json.c -lm
 //
 // The first byte picks what the rest is: a text for one of the fixtures' vocabularies, which has to
 // come back; merges and a text, whose ids have to be those of the plain definition; or a damaged
