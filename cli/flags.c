@@ -169,7 +169,7 @@ static const Flag flags[] = {
     {"--seed", "S", COUNT, AT(seed), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
      .help = "of the sampling (default: the clock)"},
     {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
-     .help = "threads (default: one per core)"},
+     .help = "threads (default and at most: one per processor that this process may use)"},
     {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,
      .help = "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
     {"--kv", "TYPE", TEXT, AT(kv), .takes = RUNS & ~EVAL, .also = ALL & ~EVAL,

@@ -68,7 +68,7 @@ typedef struct {
     BenchList shares;  // --ratio of eval
     bool merge;
     // the program
-    long threads;  // 0: one per core
+    long threads;  // 0: one per processor
     bool json, quiet;
     const char *program;  // argv[0]
     const char *command;  // its name

@@ -34,9 +34,14 @@ void open_model(Session *s, const Options *o) {
     if (!s->tok) die("%s: %s", o->args[0], err);
 }
 
-static ThreadPool *open_pool(long n) {
-    ThreadPool *pool = pool_open(n > 0 ? (int)n : cores_online());
-    if (!pool) die("-j %ld: the threads cannot be made", n > 0 ? n : (long)cores_online());
+// As many threads as wanted, but no more than can run: the others would only be waited for.
+static ThreadPool *open_pool(const Session *s, long wanted) {
+    int cores = cores_allowed(), n = wanted > 0 && wanted < cores ? (int)wanted : cores;
+    if (wanted > n)
+        warn(s, "-j %ld: this process may use %d processor%s, so %d thread%s", wanted, n,
+             n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+    ThreadPool *pool = pool_open(n);
+    if (!pool) die("-j %d: the threads cannot be made", n);
     return pool;
 }
 
@@ -68,7 +73,7 @@ void open_session(Session *s, const Options *o, const char *path, int max_logits
         die_usage(o->command, "--isa %s: this machine or this program has no such set",
                   o->isa ? o->isa : "");
     open_model(s, o);
-    s->pool = open_pool(o->threads);
+    s->pool = open_pool(s, o->threads);
     if (state_open(&s->state, &s->model, s->pool, MAX_ROWS, max_logits, err) != 0) die("%s", err);
     open_cache(s, path);
 }

@@ -15,7 +15,6 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 enum {
     SPINS = 20000,
@@ -142,9 +141,4 @@ void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx)
     take_work(p);
     for (int spin = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; spin++)
         relax(spin);
-}
-
-int cores_online(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
 }

@@ -19,6 +19,10 @@ int pool_threads(const ThreadPool *p);
 // bits come out for any number of threads.
 void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx);
 
-// Cores that the system lets run, 1 to 256.
-int cores_online(void);
+// Processors that this process may use, 1 to 256: those of its affinity, or what the CPU quota of
+// its control group is worth, rounded up, where that is less.
+int cores_allowed(void);
+// The quota alone, 256 where there is none: of the groups that the file `groups` names
+// (/proc/self/cgroup), under `root` (/sys/fs/cgroup). Versions 1 and 2: cgroups(7).
+int cores_quota(const char *groups, const char *root);
 #endif

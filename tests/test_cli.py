@@ -767,6 +767,17 @@ def test_small_stack(m, d):
     check(caches[0] == caches[1], "a cache made with a stack of 256 KB is another one")
 
 
+def test_processors(m):
+    """Threads beyond the processors that the process may use only wait for each other."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    one = lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # noqa: E731
+    flags = ["bench", m.path, "--prompt", 8, "--depth", 0, "--ratio", 1, "--batch", 1, "-n", 1, "--json"]
+    check(works(*flags, preexec_fn=one).rows()[0]["threads"] == 1, "threads: not those of the affinity")
+    r = works(*flags, "-j", 8, preexec_fn=one)
+    check(r.rows()[0]["threads"] == 1 and "may use 1 processor" in r.err, "-j 8 on one processor: %s" % r.err)
+
+
 def test_left_behind(m, d):
     """Pairs that a window left behind, in a layer that has none: ask ended in a segmentation fault."""
     works("compress", m.path, "-p", "The mill was built by Ann Grey. " * 20, "-o", d + "/whole.kvc", "-q")
@@ -808,6 +819,7 @@ def main():
         test_streams(smol)
         test_small_stack(smol, d)
         test_left_behind(smol, d)
+        test_processors(smol)
         test_interrupt(smol, d)
         test_interrupted_chat(smol)
     return end("test_cli")
