@@ -95,20 +95,28 @@ int reply_flush(const Answerer *a, Reply *r, char *err) {
     return buffer_add(&r->text, bytes, (size_t)n) == 0 ? 0 : fail(err, "out of memory");
 }
 
-// Ends the answer right after the stop text, if that is in it. The text may begin in bytes that
-// were there before the new ones, which start at `from`, but not in the answer prefix.
-static void cut_at_stop(Reply *r, size_t from) {
-    size_t len = r->stop ? strlen(r->stop) : 0;
-    if (len == 0) return;
+// Where the first occurrence of stop in the text ends, 0 when there is none. It may begin in bytes
+// that were there before the new ones, which start at `from`, but not in the answer prefix.
+static size_t end_of_stop(const Reply *r, const char *stop, size_t from) {
+    size_t len = strlen(stop);
     size_t at = from >= r->n_prefix + len ? from - (len - 1) : r->n_prefix;
-    for (; at + len <= r->text.n; at++) {
-        if (memcmp(r->text.s + at, r->stop, len) != 0) continue;
-        r->text.n = at + len;
-        r->text.s[r->text.n] = '\0';
-        r->stream.n_held = 0;
-        r->done = true;
-        return;
+    for (; len > 0 && at + len <= r->text.n; at++)
+        if (memcmp(r->text.s + at, stop, len) == 0) return at + len;
+    return 0;
+}
+
+// Ends the answer right after the first of the stop texts, if one is in it.
+static void cut_at_stop(Reply *r, size_t from) {
+    size_t end = 0;
+    for (const char *const *stop = r->stop; stop && *stop; stop++) {
+        size_t found = end_of_stop(r, *stop, from);
+        if (found > 0 && (end == 0 || found < end)) end = found;
     }
+    if (end == 0) return;
+    r->text.n = end;
+    r->text.s[end] = '\0';
+    r->stream.n_held = 0;
+    r->done = true;
 }
 
 int reply_take(const Answerer *a, Reply *r, int id, char *err) {
@@ -125,7 +133,7 @@ int reply_take(const Answerer *a, Reply *r, int id, char *err) {
         if (buffer_add(&r->text, bytes, (size_t)n) != 0) return fail(err, "out of memory");
         cut_at_stop(r, from);
     }
-    if (r->ids.n >= r->limit) r->done = true;
+    if (r->ids.n >= r->limit && !r->done) r->done = r->cut = true;
     return r->done ? reply_flush(a, r, err) : 0;
 }
 
@@ -197,7 +205,7 @@ static int take_next(Step *s, char *err) {
     for (int i = 0; i < s->n_ready; i++) {
         Reply *r = s->ready[i];
         const float *logits = a->state->logits + (size_t)i * vocab;
-        r->done = r->ids.n >= r->limit;  // where no token is wanted at all
+        r->done = r->cut = r->ids.n >= r->limit;  // where no token is wanted at all
         if (r->done) continue;
         int id = sample(r->sampling, logits, vocab, s->best[i], a->choices);
         if (reply_take(a, r, id, err) != 0) return -1;

@@ -50,15 +50,17 @@ typedef struct {
     int seq;            // of the cache, no other reply's
     const int *prompt;  // [n_prompt] at least one id to read first; stays the caller's
     int n_prompt;
-    int limit;           // ids at most
-    const char *stop;    // the answer ends right after this text; NULL or "": no such text
+    int limit;  // ids at most
+    const char *const
+        *stop;  // texts, NULL behind the last: the answer ends right after the first of
+    // them that it has; or NULL
     bool ignore_stop;    // go on after stop tokens, which then are ids like others
     Sampling *sampling;  // NULL: always the likeliest token
 
-    Ids ids;      // the answer's tokens so far; a stop token is not among them
-    int stop_id;  // the stop token that ended it, -1: none did
-    int n_fed;    // of the prompt's and then the answer's ids, how many the cache holds
-    bool done;
+    Ids ids;           // the answer's tokens so far; a stop token is not among them
+    int stop_id;       // the stop token that ended it, -1: none did
+    int n_fed;         // of the prompt's and then the answer's ids, how many the cache holds
+    bool done, cut;    // cut: it is done because it has as many ids as the limit allows
     Buffer text;       // the answer prefix, then what the ids print; control tokens print nothing
     size_t n_prefix;   // bytes of the answer prefix
     size_t shown;      // bytes of the text that the caller has passed on; it alone uses this

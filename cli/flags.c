@@ -30,8 +30,9 @@ static const Options defaults = {.n = -1,
                                  .prompts = {{512}, 1},
                                  .batches = {{1, 4}, 2}};
 
-// In Options: bool, const char *, long, double, int (which of the choices), BenchList.
-typedef enum { SWITCH, TEXT, COUNT, REAL, CHOICE, LIST } FlagKind;
+// In Options: bool, const char *, [MAX_STOPS] of these, long, double, int (which of the choices),
+// BenchList.
+typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, CHOICE, LIST } FlagKind;
 
 typedef struct {
     const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
@@ -127,8 +128,8 @@ static const Flag flags[] = {
      .help = "no chat template: context and questions are taken as they are"},
     {"--answer-prefix", "TEXT", TEXT, AT(answer_prefix), .takes = ASK,
      .help = "the start of every answer, which small models need"},
-    {"--stop", "TEXT", TEXT, AT(stop), .takes = ANSWERS | EVAL,
-     .help = "end an answer after this text"},
+    {"--stop", "TEXT", TEXTS, AT(stop), .takes = ANSWERS | EVAL,
+     .help = "end an answer after this text; of several --stop after the first that comes"},
     {"--keep", NULL, SWITCH, AT(keep), .takes = ASK,
      .help = "each question sees the ones before it and their answers"},
     {"--batch", "N", COUNT, AT(batch), RANGE(1, MAX_BATCH), .takes = ASK,
@@ -225,6 +226,15 @@ static bool parse_choice(const char *text, const char *choices, int *index) {
     }
 }
 
+// One more stop text.
+static void add_stop(Options *o, const Flag *f, const char *value) {
+    int n = 0;
+    while (o->stop[n]) n++;
+    if (n == MAX_STOPS) die_usage(o->command, "%s: %d texts at most", f->name, MAX_STOPS);
+    if (!*value) die_usage(o->command, "%s: an empty text ends nothing", f->name);
+    o->stop[n] = value;
+}
+
 // The value of a flag, NULL of a switch, goes to its place in o.
 static void flag_set(Options *o, const Flag *f, const char *value) {
     void *at = (char *)o + f->at;
@@ -235,6 +245,9 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
         break;
     case TEXT:
         *(const char **)at = value;
+        break;
+    case TEXTS:
+        add_stop(o, f, value);
         break;
     case CHOICE:
         if (!parse_choice(value, f->choices, (int *)at))
@@ -324,7 +337,7 @@ bool wants_help(const Command *c, int argc, char **argv) {
     for (int i = 0; i < argc && strcmp(argv[i], "--") != 0; i++) {
         const Flag *f = flag_find(argv[i], strlen(argv[i]), c->bit);
         if (asks_for_help(argv[i])) return true;
-        if (f && f->kind == TEXT) i++;
+        if (f && (f->kind == TEXT || f->kind == TEXTS)) i++;
     }
     return false;
 }

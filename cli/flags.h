@@ -8,7 +8,7 @@
 
 #include "bench/bench.h"
 
-enum { MAX_BATCH = 64 };  // answers written together, at most
+enum { MAX_BATCH = 64, MAX_STOPS = 16 };  // answers written together and stop texts, at most
 
 // The commands, and what they have in common. A flag's row names those that take it.
 enum {
@@ -60,7 +60,7 @@ typedef struct {
     long n;              // tokens at most; -1: not given
     double temp, top_p;  // temp -1: not given
     long seed;           // -1: not given
-    const char *stop;
+    const char *stop[MAX_STOPS + 1];  // NULL behind the last
     bool ignore_eos, keep;
     long batch;  // 0: not given
     // what bench and eval go through

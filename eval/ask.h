@@ -23,7 +23,7 @@ typedef struct {
     KVCache *full_kv;  // the full cache, where its sequence
     int full_seq;      // ends with the context
     int limit;         // tokens of an answer
-    const char *stop;  // an answer ends after this text; or NULL
+    const char *const *stop;  // texts, NULL behind the last: an answer ends after one; or NULL
     // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no
     // memory.
     int (*ids)(void *arg, const EvalQuestion *q, Ids *ids);

@@ -274,12 +274,13 @@ static int run_policy(Run *r, const Policy *p, bool *read, Cell *plan, char *err
 static int run_context(Run *r, const EvalTask *task, Cell *plan, char *err) {
     const Eval *e = r->e;
     bool read = false;
+    const char *const stop[] = {task->stop, NULL};
     r->asking = (Asking){.task = task,
                          .state = e->state,
                          .tok = e->context.tok,
                          .full_kv = &r->kv[0],
                          .limit = task->max_tokens ? task->max_tokens : e->max_tokens,
-                         .stop = task->stop ? task->stop : e->stop,
+                         .stop = task->stop ? stop : e->stop,
                          .ids = e->ask,
                          .ids_arg = e->ask_arg,
                          .progress = on_step,
@@ -308,7 +309,10 @@ static uint64_t settings_hash(const Eval *e) {
     uint64_t h = e->settings;
     h = hash_bytes(h, e->prefix->id, (size_t)e->prefix->n * sizeof *e->prefix->id);
     h = hash_bytes(h, &e->max_tokens, sizeof e->max_tokens);
-    h = hash_text(h, e->stop ? e->stop : "");
+    for (const char *const *stop = e->stop; *stop; stop++) {
+        if (stop > e->stop) h = hash_bytes(h, "", 1);
+        h = hash_text(h, *stop);
+    }
     h = hash_bytes(h, &c->chunk, sizeof c->chunk);
     h = hash_bytes(h, &local, sizeof local);
     h = hash_text(h, c->postfix);

@@ -32,7 +32,8 @@ typedef struct {
     bool stream;
     int window;           // with stream: newest pairs of each head, which stay meanwhile
     int max_tokens;       // of an answer, where the task does not say
-    const char *stop;     // an answer ends after this text, where the task does not say; or NULL
+    // Texts, NULL behind the last: an answer ends after one, where the task does not say.
+    const char *const *stop;
     int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
     uint64_t settings;    // hash of whatever else changes the answers
     // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no

@@ -136,12 +136,13 @@ static void test_forced(Room *room, const Reply *alone) {
 static void test_stop(Room *room, const Reply *alone) {
     for (size_t at = 0; at + 3 <= alone->text.n; at++) {
         char stop[4] = {0};
+        const char *const stops[] = {"", "not in it", stop, NULL};
         memcpy(stop, alone->text.s + at, 3);
         if (strlen(stop) < 3) continue;
         size_t first = 0;
         while (memcmp(alone->text.s + first, stop, 3) != 0) first++;
         Reply r = begin(room, 3, NULL);
-        r.stop = stop;
+        r.stop = stops;
         CHECK(buffer_add(&r.text, stop, 3) == 0);
         r.n_prefix = 3;
         finish(room, (Reply *[]){&r}, 1);
