@@ -55,7 +55,8 @@ static const Flag flags[] = {
     {"-f", "FILE", TEXT, AT(file), .takes = READS, .help = "a file with the text; - reads stdin"},
     {"-f", "FILE", TEXT, AT(file), .takes = TOKENIZE, .help = "a file with the text or the ids"},
     {"-f", "FILE", TEXT, AT(file), .takes = ASK,
-     .help = "questions, one a line; the start of the answer may follow after a tab"},
+     .help = "questions, one a line; the start of the answer may follow after a tab. Of several "
+             "answers all lines but the first of each are indented"},
     {"--ids", "FILE", TEXT, AT(ids), .takes = READS | TOKENIZE,
      .help = "token ids instead of a text, decimal, white space between"},
     {"--n-prefix", "N", COUNT, AT(n_prefix), RANGE(0, INT_MAX), .takes = CONTEXT,
@@ -168,7 +169,8 @@ static const Flag flags[] = {
     {"--top-p", "P", REAL, AT(top_p), RANGE(0, 1), .takes = ANSWERS, .also = ALL,
      .help = "sample from the likeliest tokens that have this share (default 0.95)"},
     {"--seed", "S", COUNT, AT(seed), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
-     .help = "of the sampling (default: the clock)"},
+     .help = "of the sampling: with the question's words it decides the answer (default: by the "
+             "clock, shown)"},
     {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
      .help = "threads (default and at most: one per processor that this process may use)"},
     {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,

@@ -99,11 +99,10 @@ int new_sequence(Session *s) {
 void open_answers(Session *s, double temp) {
     char err[ERR_LEN];
     const Options *o = s->o;
-    s->sampling =
-        (Sampling){.temp = o->temp < 0 ? temp : o->temp,
-                   .top_p = o->top_p,
-                   .random = o->seed >= 0 ? (uint64_t)o->seed
-                                          : (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid()};
+    uint64_t clock = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    s->seed = o->seed >= 0 ? o->seed : (long)(random_next(&clock) % 1000000000u);
+    s->sampling = (Sampling){
+        .temp = o->temp < 0 ? temp : o->temp, .top_p = o->top_p, .random = (uint64_t)s->seed};
     if (answer_open(&s->answerer, &s->state, &s->kv, s->tok, err) != 0) die("%s", err);
 }
 

@@ -20,7 +20,8 @@ typedef struct {
     bool warned;  // about positions that the model was not trained for
     // answers (open_answers)
     Answerer answerer;
-    Sampling sampling;  // of all answers
+    Sampling sampling;  // of an answer: each question begins with these numbers (ask_random)
+    long seed;          // --seed, or from the clock
     // how contexts are compressed (chosen_method)
     Profile profile;  // of --profile, or the model's own
     bool has_profile;

@@ -5,6 +5,7 @@
 // together, each on its own fork of the context; a conversation is one fork after the other.
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,7 @@
 #include "answer.h"
 #include "cli/commands.h"
 #include "cli/input.h"
+#include "cli/lines.h"
 #include "cli/output.h"
 #include "cli/session.h"
 #include "json.h"
@@ -84,15 +86,46 @@ static void show_stripped(Reply *r) {
     show_text(r, text, n);
 }
 
+// One of several answers: only its first line begins at the margin, so that it is seen where one
+// ends.
+static void show_apart(Reply *r) {
+    size_t n;
+    const char *text = stripped(r->text.s, r->text.n, &n);
+    for (const char *newline; r->shown < n;) {
+        newline = memchr(text + r->shown, '\n', n - r->shown);
+        show_text(r, text, newline ? (size_t)(newline + 1 - text) : n);
+        if (!newline) return;
+        out_bytes("  ", 2);
+    }
+}
+
 // Tokens per second of the steps that wrote; the first token came with the prompt.
 static double reply_rate(const Reply *r) {
     return r->n_fed > r->n_prompt ? (r->n_fed - r->n_prompt) / r->write_s : 0;
 }
 
+// Why the answer ends where it does, in the words of the OpenAI API.
+static const char *finish_reason(const Reply *r) {
+    return !r->done ? "interrupted" : r->cut ? "length" : "stop";
+}
+
 static void reply_figures(const Session *s, const Reply *r) {
     if (s->o->quiet) return;
-    note("[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s]\n", r->n_prompt,
-         r->read_s, r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
+    note("[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s", r->n_prompt, r->read_s,
+         r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
+    if (s->sampling.temp > 0) note("; seed %ld", s->seed);
+    if (r->cut) note("; cut at %d tokens: -n", r->limit);
+    note("%s]\n", r->done ? "" : "; interrupted");
+}
+
+// What the JSON of generate, ask and chat ends with.
+static void reply_json(const Session *s, const Reply *r) {
+    json_print(stdout, "'seconds': %g, 'tokens_per_s': %g, 'finish_reason': %s, 'seed': ",
+               r->read_s + r->write_s, reply_rate(r), finish_reason(r));
+    if (s->sampling.temp > 0)
+        json_print(stdout, "%ld}\n", s->seed);
+    else
+        json_print(stdout, "null}\n");
 }
 
 // ---- generate ----
@@ -119,8 +152,7 @@ int cmd_generate(const Options *o) {
         for (int i = 0; i < r.ids.n; i++) out(i ? ", %d" : "%d", r.ids.id[i]);
         json_print(stdout, "], 'n_prompt': %d, 'n_answer': %d, 'prefill_s': %g, ", r.n_prompt,
                    r.ids.n, r.read_s);
-        json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r.read_s + r.write_s,
-                   reply_rate(&r));
+        reply_json(&s, &r);
     } else if (r.text.n > 0 && r.text.s[r.text.n - 1] != '\n') {
         out_bytes("\n", 1);
     }
@@ -138,6 +170,7 @@ int cmd_generate(const Options *o) {
 typedef struct {
     char *text, *prefix;  // the start of the answer, "" where there is none
     Ids ids;              // what asks it
+    Sampling sampling;
     Reply reply;
 } Question;
 
@@ -148,59 +181,34 @@ static void question_free(Question *q) {
     reply_free(&q->reply);
 }
 
-// Where questions come from: arguments first, then the lines of a file.
+// Where questions come from: arguments first, then lines.
 typedef struct {
     char **args;
     int n_args, at;
-    FILE *file;  // NULL: arguments only
-    const char *name;
-    bool person;         // somebody types them
+    bool has_lines;
+    Lines lines;
     const char *prefix;  // where a line has none of its own
-    char *line;
-    size_t cap;
-    long number;  // of the line, from 1
 } Questions;
 
-// The next line, without its newline. A first Ctrl-C at the prompt is forgiven, a second ends all.
-static bool read_line(Questions *q, size_t *n) {
-    for (int tries = 0; tries < 2; tries++) {
-        if (q->person) fputs("> ", stderr);
-        ssize_t got = getline(&q->line, &q->cap, q->file);
-        if (got >= 0) {
-            *n = (size_t)got;
-            while (*n > 0 && (q->line[*n - 1] == '\n' || q->line[*n - 1] == '\r')) (*n)--;
-            size_t mark = check_line(q->name, ++q->number, q->line, *n);
-            memmove(q->line, q->line + mark, *n -= mark);
-            return true;
-        }
-        if (!interrupted && ferror(q->file)) die("%s: %s", q->name, strerror(errno));
-        if (q->person) fputc('\n', stderr);
-        if (interrupted != SIGINT || !q->person) return false;
-        interrupted = 0;
-        clearerr(q->file);
-        if (tries == 0) fputs("(Ctrl-C again or Ctrl-D ends)\n", stderr);
-    }
-    return false;
-}
-
-// Blank ones are left out. In a line the start of the answer may follow after a tab.
-static bool next_question(Questions *q, Question *next) {
+// Blank ones are left out. In a line of a file the start of the answer may follow after a tab.
+// Without wait only what is there already counts.
+static bool next_question(Questions *q, bool wait, Question *next) {
     size_t n, length;
-    while (q->at < q->n_args || q->file) {
-        const char *s, *prefix = q->prefix ? q->prefix : "";
+    while (q->at < q->n_args || q->has_lines) {
+        const char *s, *prefix = q->prefix ? q->prefix : "", *tab = NULL;
         size_t n_prefix = strlen(prefix);
         if (q->at < q->n_args) {
             s = q->args[q->at++];
             n = strlen(s);
         } else {
-            if (!read_line(q, &n)) return false;
-            s = q->line;
-            const char *tab = memchr(s, '\t', n);
-            if (tab) {
-                prefix = tab + 1;
-                n_prefix = (size_t)(s + n - prefix);
-                n = (size_t)(tab - s);
-            }
+            s = lines_next(&q->lines, wait, &n);
+            if (!s) return false;
+            if (!q->lines.person) tab = memchr(s, '\t', n);
+        }
+        if (tab) {
+            prefix = tab + 1;
+            n_prefix = (size_t)(s + n - prefix);
+            n = (size_t)(tab - s);
         }
         stripped(s, n, &length);
         if (length == 0) continue;
@@ -208,23 +216,6 @@ static bool next_question(Questions *q, Question *next) {
         return true;
     }
     return false;
-}
-
-static void print_reply(const Session *s, const Question *q) {
-    size_t n;
-    const Reply *r = &q->reply;
-    const char *text = stripped(r->text.s, r->text.n, &n);
-    if (s->o->json) {
-        json_print(stdout, "{'question': %s, 'answer': %.*s, 'n_prompt': %d, 'n_answer': %d, ",
-                   q->text, (int)n, text, r->n_prompt, r->ids.n);
-        json_print(stdout, "'seconds': %g, 'tokens_per_s': %g}\n", r->read_s + r->write_s,
-                   reply_rate(r));
-    } else {
-        out_text(text + r->shown, n - r->shown);
-        out_bytes("\n", 1);
-    }
-    out_flush();
-    reply_figures(s, r);
 }
 
 // Several questions and their answers, or a conversation.
@@ -235,8 +226,34 @@ typedef struct {
     int batch;      // questions answered together
     int limit;      // tokens of an answer at most
     bool keep;      // each question sees the ones before it
+    bool apart;     // several answers on stdout: what is not an answer's first line is indented
     bool tolerant;  // Ctrl-C ends an answer but not the rest, even where nobody types
 } Exchange;
+
+static void print_reply(const Exchange *x, Question *q) {
+    size_t n;
+    const Session *s = x->s;
+    Reply *r = &q->reply;
+    const char *text = stripped(r->text.s, r->text.n, &n);
+    if (s->o->json) {
+        json_print(stdout, "{'question': %s, 'answer': %.*s, 'n_prompt': %d, 'n_answer': %d, ",
+                   q->text, (int)n, text, r->n_prompt, r->ids.n);
+        reply_json(s, r);
+    } else {
+        (x->apart ? show_apart : show_stripped)(r);
+        out_bytes("\n", 1);
+    }
+    out_flush();
+    reply_figures(s, r);
+}
+
+// Every question has random numbers of its own, from the seed and its words, so that its answer
+// does not depend on what else is asked. In a conversation, where it does, they go on.
+static Sampling own_sampling(const Session *s, const Question *q) {
+    Sampling own = s->sampling;
+    own.random = hash_bytes(own.random ^ HASH_START, q->text, strlen(q->text));
+    return own;
+}
 
 // Reads a question on its own fork of the context and begins the answer.
 static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
@@ -245,6 +262,10 @@ static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
     int seq = kvcache_fork(&s->kv, x->talk.seq, err);
     if (seq < 0 || talk_ask(&x->talk, q->text, q->prefix, &q->ids, err) != 0) die("%s", err);
     q->reply = new_reply(s, seq, &q->ids, x->limit);
+    if (!x->keep) {
+        q->sampling = own_sampling(s, q);
+        q->reply.sampling = &q->sampling;
+    }
     if (reply_begin(&q->reply, q->prefix, err) != 0) die("%s", err);
     if (s->streams) s->context.seq = seq;
     read_prompt(s, &q->reply);
@@ -257,14 +278,14 @@ static void answer(Exchange *x, Question *q, int n) {
     Session *s = x->s;
     char err[ERR_LEN];
     Reply *r[MAX_BATCH];
-    void (*show)(Reply * r) = n == 1 && !s->o->json ? show_stripped : NULL;
+    void (*show)(Reply * r) = n > 1 || s->o->json ? NULL : x->apart ? show_apart : show_stripped;
     for (int i = 0; i < n; i++) {
         put_question(x, &q[i], show);
         r[i] = &q[i].reply;
     }
     write_replies(s, r, n, show);
     for (int i = 0; i < n; i++) {
-        print_reply(s, &q[i]);
+        print_reply(x, &q[i]);
         bool stays = x->keep && (r[i]->ids.n > 0 || !interrupted || s->streams);
         kvcache_drop(&s->kv, stays ? x->talk.seq : r[i]->seq);
         if (stays && talk_answered(&x->talk, r[i], err) != 0) die("%s", err);
@@ -275,12 +296,12 @@ static void answer(Exchange *x, Question *q, int n) {
 // Until the questions end; returns how many there were.
 static int converse(Exchange *x) {
     Question q[MAX_BATCH];
-    int asked = 0, batch = x->from.person ? 1 : x->batch;
-    bool tolerant = x->from.person || x->tolerant,
-         echo = !tolerant && !x->s->o->quiet && !x->s->o->json;
+    bool person = x->from.lines.person;
+    int asked = 0, batch = person ? 1 : x->batch;
+    bool tolerant = person || x->tolerant, echo = !tolerant && !x->s->o->quiet && !x->s->o->json;
     while (!interrupted) {
         int n = 0;
-        while (n < batch && next_question(&x->from, &q[n])) {
+        while (n < batch && next_question(&x->from, n == 0, &q[n])) {
             if (echo) note("> %s\n", q[n].text);
             n++;
         }
@@ -289,7 +310,7 @@ static int converse(Exchange *x) {
         asked += n;
         if (interrupted == SIGINT && tolerant) interrupted = 0;
     }
-    free(x->from.line);
+    lines_free(&x->from.lines);
     talk_free(&x->talk);
     return asked;
 }
@@ -299,11 +320,12 @@ static Questions given_questions(const Options *o) {
     bool from_stdin = (o->n_args == 2 && !o->file) || (o->file && strcmp(o->file, "-") == 0);
     Questions from = {.args = o->args + 2, .n_args = o->n_args - 2, .prefix = o->answer_prefix};
     if (!o->file && !from_stdin) return from;
-    from.name = from_stdin ? "stdin" : o->file;
-    from.file = from_stdin ? stdin : fopen(o->file, "r");
-    from.person = from_stdin && isatty(STDIN_FILENO);
+    from.has_lines = true;
+    from.lines.name = from_stdin ? "stdin" : o->file;
+    from.lines.fd = from_stdin ? STDIN_FILENO : open(o->file, O_RDONLY);
+    from.lines.person = from_stdin && isatty(STDIN_FILENO);
     if (!from_stdin) check_lines(o, o->file);
-    if (!from.file) die("%s: %s", o->file, strerror(errno));
+    if (from.lines.fd < 0) die("%s: %s", o->file, strerror(errno));
     return from;
 }
 
@@ -317,25 +339,31 @@ int cmd_ask(const Options *o) {
                                      : ASK_BATCH,
                   .limit = o->n < 0 ? 96 : (int)o->n,
                   .keep = o->keep};
+    Lines *lines = &x.from.lines;
+    x.apart = x.from.n_args + x.from.has_lines > 1 || (x.from.has_lines && !lines->person);
     catch_signals();
     open_session(&s, o, o->args[1], x.batch);
     open_answers(&s, 0);
     x.talk = (Talk){.tok = s.tok, .raw = o->raw, .on_context = true};
+    lines_begin(lines);
+    bool person = lines->person;
+    const char *from = x.from.has_lines ? lines->name : "arguments";
     int asked = converse(&x);
-    if (x.from.file && x.from.file != stdin) fclose(x.from.file);
     close_session(&s);
-    if (asked == 0 && !x.from.person && !interrupted)
-        die("%s: no question in it", x.from.file ? x.from.name : "arguments");
+    if (asked == 0 && !person && !interrupted) die("%s: no question in it", from);
     return exit_code();
 }
 
 int cmd_chat(const Options *o) {
     Session s;
+    bool person = isatty(STDIN_FILENO);
     Exchange x = {.s = &s,
-                  .from = {.file = stdin, .name = "stdin", .person = isatty(STDIN_FILENO)},
+                  .from = {.has_lines = true,
+                           .lines = {.fd = STDIN_FILENO, .name = "stdin", .person = person}},
                   .batch = 1,
                   .limit = o->n < 0 ? 512 : (int)o->n,
                   .keep = true,
+                  .apart = !person,
                   .tolerant = true};
     if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
     catch_signals();
@@ -348,6 +376,7 @@ int cmd_chat(const Options *o) {
     if (o->cache && wants_stream(o))
         die_usage(o->command, "-c: its pairs have been chosen already");
     stream_sequence(&s, x.talk.seq);
+    lines_begin(&x.from.lines);
     converse(&x);
     close_session(&s);
     return exit_code();

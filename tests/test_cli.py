@@ -8,13 +8,16 @@ nothing but Python's standard library. The last line says how many checks passed
 import json
 import math
 import os
+import pty
 import re
 import resource
+import select
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from checks import Tensors, check, end
@@ -268,7 +271,7 @@ def check_query(m, d, cache, name):
 
 # ---- questions ----
 
-ASK_FIELDS = {"question", "answer", "n_prompt", "n_answer", "seconds", "tokens_per_s"}
+ASK_FIELDS = {"question", "answer", "n_prompt", "n_answer", "seconds", "tokens_per_s", "finish_reason", "seed"}
 
 
 def test_ask(m, d):
@@ -321,6 +324,87 @@ def test_answer_prefix(m, d, cache, question):
     check(row["question"] == "café \"\\\x01\x7f", "JSON of any text: %r" % row["question"])
 
 
+def test_talk(m, d):
+    """What an answer is does not depend on what else is asked, and how it ended is said."""
+    cache, asked = d + "/talk.kvc", ["Tell me.", "Who was it?", "And where?", "Who was it?"]
+    works("compress", m.path, "-p", "The code of Chen is 12. The code of Rosa is 7.", "-o", cache, "-q")
+    ask = ["ask", m.path, cache, "-n", 12, "--ignore-eos"]
+    drawn = [*ask, "--temp", 2, "--seed", 7]
+    together = [r["answer"] for r in works(*drawn, "--json", *asked).rows()]
+    check([r["answer"] for r in works(*drawn, "--json", "--batch", 1, *asked).rows()] == together, "--batch changes what a seed gives")
+    alone = [works(*drawn, "--json", q).rows()[0]["answer"] for q in asked]
+    check(alone == together, "other questions change what a seed gives")
+    check(len(set(together)) == 3, "every question has its own numbers: %s" % together)
+    row = works(*ask, "--temp", 2, "--json", asked[0]).rows()[0]
+    again = works(*ask, "--temp", 2, "--seed", row["seed"], "--json", asked[0]).rows()[0]
+    check(again["answer"] == row["answer"], "the seed that is shown repeats the answer")
+    r = works(*ask, "--temp", 2, asked[0])
+    check(re.search(r"seed \d+; cut at 12 tokens", r.err), "seed and cut in the figures: %s" % r.err)
+    greedy = works(*ask, "--json", asked[0]).rows()[0]
+    check(greedy["seed"] is None and greedy["finish_reason"] == "length", "greedy: no seed; finish_reason: %s" % greedy)
+    text = greedy["answer"]
+    stops = ["--stop", text[6:8], "--stop", text[2:5]]
+    for flags in [stops, stops[2:] + stops[:2]]:
+        row = works(*ask, "--json", asked[0], *flags).rows()[0]
+        check(row["answer"] == text[:5].strip() and row["finish_reason"] == "stop", "the first of two stop texts: %s" % row)
+    fails(2, "an empty text", *ask, asked[0], "--stop", "")
+
+
+def test_apart(m, d):
+    """Only the first line of an answer begins at the margin where there are several."""
+    cache, text = d + "/apart.kvc", write(d + "/apart.q", "Who?\tOne\nWhere?\tTwo\n")
+    works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache, "-q")
+    ask = ["ask", m.path, cache, "-n", 0, "-q", "--answer-prefix", "One\n\ntwo\n  three"]
+    check(works(*ask, "Who?").out == b"One\n\ntwo\n  three\n", "one answer is as it is")
+    both = b"One\n  \n  two\n    three\n" * 2
+    check(works(*ask, "Who?", "Where?").out == both, "two answers: lines after the first are indented")
+    check(works(*ask, "--batch", 1, "Who?", "Where?").out == both, "the same one at a time")
+    check(works(*ask, input=b"Who?\nWhere?\n").out == both, "and from a pipe")
+    check(works("ask", m.path, cache, "-f", text, "-n", 0, "-q").out == b"One\nTwo\n", "answers of one line: a line each")
+
+
+def test_pipe(m, d):
+    """A question in a pipe is answered before the next one comes, half a line when it is whole."""
+    cache = d + "/pipe.kvc"
+    works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache, "-q")
+    p = subprocess.Popen([RUN, "ask", m.path, cache, "-n", "2", "--json", "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    timer = threading.Timer(30, p.kill)
+    timer.start()
+    for parts, answers in [([b"One?\n"], ["One?"]), ([b"Tw", b"o?\n"], ["Two?"]), ([b"\n3?\n4?\n"], ["3?", "4?"])]:
+        for part in parts:
+            p.stdin.write(part)
+            p.stdin.flush()
+            time.sleep(0.05)
+        for want in answers:
+            line = p.stdout.readline()
+            check(line and json.loads(line)["question"] == want, "a pipe: %r, not %s" % (line, want))
+    p.stdin.write(b"Last?")
+    p.stdin.close()
+    line = p.stdout.readline()
+    check(line and json.loads(line)["question"] == "Last?", "a pipe's end ends its last line: %r" % line)
+    check(p.wait(timeout=30) == 0, "a pipe: the answers did not come")
+    timer.cancel()
+    p.stdout.close()
+
+
+def test_paste(m):
+    """Lines that a terminal marks as pasted are one message."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(RUN, [RUN, "chat", m.path, "-n", "1", "--temp", "0", "--json"])
+    out = b""
+    for words, typed in [(b"> ", b"\033[200~Name\nall\tof\nthem\033[201~?\n"), (b"}", b"\004"), (b"\033[?2004l", b"")]:
+        for _ in range(300):
+            if words not in out and select.select([fd], [], [], 0.1)[0]:
+                out += os.read(fd, 65536)
+        os.write(fd, typed)
+    check(b'"question": "Name\\nall\\u0009of\\nthem?"' in out, "pasted lines: %r" % out)
+    check(b"\033[?2004h" in out and b"\033[?2004l" in out, "the terminal is as it was: %r" % out)
+    check(os.waitpid(pid, 0)[1] == 0, "chat in a terminal")
+    os.close(fd)
+
+
 def test_chat(m, d):
     cache = d + "/chat.kvc"
     works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
@@ -340,7 +424,7 @@ def test_chat(m, d):
 def test_generate(m, d):
     p = ["generate", m.path, "-p", "The code of"]
     r = works(*p, "-n", 10, "--temp", 0, "--json", "--ignore-eos").rows()[0]
-    check(set(r) == {"text", "ids", "n_prompt", "n_answer", "prefill_s", "seconds", "tokens_per_s"},
+    check(set(r) == {"text", "ids", "n_prompt", "n_answer", "prefill_s", "seconds", "tokens_per_s", "finish_reason", "seed"},
           "fields of generate: %s" % sorted(r))
     check(len(r["ids"]) == r["n_answer"] == 10, "generate's ids")
     plain = works(*p, "-n", 10, "--temp", 0, "--ignore-eos", "-q")
@@ -802,6 +886,10 @@ def main():
             test_score(m, d)
             test_compress(m, d)
         test_ask(smol, d)
+        test_talk(smol, d)
+        test_apart(smol, d)
+        test_pipe(smol, d)
+        test_paste(smol)
         test_chat(smol, d)
         test_generate(smol, d)
         test_edges(smol, d)

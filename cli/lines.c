@@ -1,0 +1,130 @@
+// lines.c: questions that come line by line.
+//
+// Whoever asks through a pipe may wait for an answer before the next question, so lines are taken
+// as they come: bytes are read by hand, for stdio would wait until its buffer is full, and poll
+// says whether more would have to be waited for. A terminal gives pasted lines one by one; between
+// the marks of "bracketed paste" (xterm's control sequences, mode 2004) they are one message.
+#define _DEFAULT_SOURCE  // ECHOCTL
+#define _DARWIN_C_SOURCE
+#include "cli/lines.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "cli/input.h"
+#include "cli/output.h"
+
+static const char PASTE_BEGIN[] = "\033[200~", PASTE_END[] = "\033[201~";
+
+// ---- the terminal ----
+
+static struct termios terminal;  // as it was
+
+static void restore_terminal(void) {
+    fputs("\033[?2004l", stderr);
+    tcsetattr(STDIN_FILENO, TCSANOW, &terminal);
+}
+
+// The marks would be echoed as ^[[200~; as they are the terminal shows nothing for them.
+void lines_begin(Lines *l) {
+    const char *term = getenv("TERM");
+    if (!l->person || !isatty(STDERR_FILENO) || !term || strcmp(term, "dumb") == 0) return;
+    if (tcgetattr(STDIN_FILENO, &terminal) != 0 || atexit(restore_terminal) != 0) return;
+    struct termios quiet = terminal;
+    quiet.c_lflag &= ~(tcflag_t)ECHOCTL;
+    tcsetattr(STDIN_FILENO, TCSANOW, &quiet);
+    fputs("\033[?2004h", stderr);
+    l->pastes = true;
+}
+
+// ---- lines ----
+
+// Reads what is there, or waits for it. Returns false when a signal came first.
+static bool read_more(Lines *l) {
+    char block[1 << 16];
+    if (l->from > 0) {
+        memmove(l->in.s, l->in.s + l->from, l->in.n - l->from);
+        l->in.n -= l->from, l->end -= l->from, l->from = 0;
+    }
+    ssize_t n = read(l->fd, block, sizeof block);
+    if (n > 0) add_text(&l->in, block, (size_t)n);
+    if (n == 0) l->ended = true;
+    if (n >= 0) return true;
+    if (errno == EAGAIN) return poll(&(struct pollfd){.fd = l->fd, .events = POLLIN}, 1, -1) >= 0;
+    if (errno != EINTR) die("%s: %s", l->name, strerror(errno));
+    return !interrupted;
+}
+
+static bool more_waits(const Lines *l) {
+    return poll(&(struct pollfd){.fd = l->fd, .events = POLLIN}, 1, 0) > 0;
+}
+
+// Whether a line, or the rest of all, is in the buffer: up to `end`.
+static bool find_line(Lines *l) {
+    char *newline = l->in.n > l->end ? memchr(l->in.s + l->end, '\n', l->in.n - l->end) : NULL;
+    l->end = newline ? (size_t)(newline - l->in.s) : l->in.n;
+    return newline || (l->ended && l->end > l->from);
+}
+
+static char *take_line(Lines *l, bool wait, size_t *n) {
+    while (!find_line(l))
+        if (l->ended || (!wait && !more_waits(l)) || !read_more(l)) return NULL;
+    char *line = l->in.s + l->from;
+    *n = l->end - l->from;
+    l->from = l->end += l->end < l->in.n;
+    while (*n > 0 && line[*n - 1] == '\r') (*n)--;
+    size_t mark = check_line(l->name, ++l->number, line, *n);
+    *n -= mark;
+    return line + mark;
+}
+
+// Takes the first occurrence of mark out of b; returns whether there is one.
+static bool take_out(Buffer *b, const char *mark) {
+    size_t len = strlen(mark);
+    for (size_t at = 0; at + len <= b->n; at++) {
+        if (memcmp(b->s + at, mark, len) != 0) continue;
+        memmove(b->s + at, b->s + at + len, b->n - at - len + 1);
+        b->n -= len;
+        return true;
+    }
+    return false;
+}
+
+// The line, and those that were pasted with it.
+static char *take_message(Lines *l, char *line, size_t *n) {
+    Buffer *m = &l->message;
+    m->n = 0;
+    add_text(m, line, *n);
+    for (bool open = false;;) {
+        while (take_out(m, open ? PASTE_END : PASTE_BEGIN)) open = !open;
+        if (!open || !(line = take_line(l, true, n))) break;
+        add_text(m, "\n", 1);
+        add_text(m, line, *n);
+    }
+    *n = m->n;
+    return m->s;
+}
+
+char *lines_next(Lines *l, bool wait, size_t *n) {
+    for (int tries = 0; tries < 2; tries++) {
+        if (l->person) fputs("> ", stderr);
+        char *line = take_line(l, wait, n);
+        if (line) return l->pastes ? take_message(l, line, n) : line;
+        if (l->person) fputc('\n', stderr);
+        if (interrupted != SIGINT || !l->person) return NULL;
+        interrupted = 0;
+        if (tries == 0) fputs("(Ctrl-C again or Ctrl-D ends)\n", stderr);
+    }
+    return NULL;
+}
+
+void lines_free(Lines *l) {
+    free(l->in.s);
+    free(l->message.s);
+    *l = (Lines){0};
+}
