@@ -280,6 +280,15 @@ int talk_ask(const Talk *t, const char *question, const char *prefix, Ids *ids, 
     return rc == 0 ? 0 : fail(err, "out of memory");
 }
 
+int talk_prefix(const Talk *t, char *err) {
+    Ids a = {0}, b = {0};
+    int n = 0, rc = talk_ask(t, "a", "", &a, err);
+    if (rc == 0) rc = talk_ask(t, "1", "", &b, err);
+    while (rc == 0 && n < a.n && n < b.n && a.id[n] == b.id[n]) n++;
+    ids_free(&a), ids_free(&b);
+    return rc == 0 ? n : -1;
+}
+
 int talk_answered(Talk *t, const Reply *r, char *err) {
     t->n_turns++;
     t->seq = r->seq;

@@ -108,6 +108,10 @@ typedef struct {
 // the start of the answer ("" where there is none). Returns 0, or -1 with err: no memory.
 int talk_ask(const Talk *t, const char *question, const char *prefix, Ids *ids, char *err);
 
+// How many ids the first question begins with, whatever it says: the template's beginning and the
+// system text. Returns -1 with err when there is no memory.
+int talk_prefix(const Talk *t, char *err);
+
 // The reply's sequence becomes the talk's: its last question and answer count as a turn. Pending is
 // what the cache lacks of the answer: tokens not fed, and the template's end of it. Returns 0, or
 // -1 with err: no memory.

@@ -252,11 +252,11 @@ void start_stream(Session *s, Context *c) {
 }
 
 // The first tokens stay because models look there when nothing else fits (arXiv 2309.17453).
-void stream_sequence(Session *s, int seq) {
+void stream_sequence(Session *s, int seq, int n_prefix) {
     enum { SINK = 4 };
     if (!wants_stream(s->o)) return;
     s->context = chosen_method(s);
     s->context.state = &s->state, s->context.kv = &s->kv, s->context.tok = s->tok;
-    s->context.seq = seq, s->context.n_prefix = SINK;
+    s->context.seq = seq, s->context.n_prefix = max_int(n_prefix, SINK);
     start_stream(s, &s->context);
 }

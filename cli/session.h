@@ -74,8 +74,9 @@ Context chosen_method(Session *s);
 bool wants_stream(const Options *o);  // whether pairs are evicted before all tokens are there
 // From here on c->seq, of which the first c->n_prefix pairs stay, is evicted while it grows.
 void start_stream(Session *s, Context *c);
-// The same for commands that write, where the flags want it: the first tokens stay.
-void stream_sequence(Session *s, int seq);
+// The same for commands that write, where the flags want it: the first n_prefix tokens stay, and
+// never fewer than 4.
+void stream_sequence(Session *s, int seq, int n_prefix);
 
 // ---- progress ----
 

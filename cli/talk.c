@@ -143,7 +143,7 @@ int cmd_generate(const Options *o) {
     open_answers(&s, CHATTY);
     Reply r = new_reply(&s, new_sequence(&s), &ids, o->n < 0 ? 256 : (int)o->n);
     if (reply_begin(&r, "", err) != 0) die("%s", err);
-    stream_sequence(&s, r.seq);
+    stream_sequence(&s, r.seq, 0);
     read_prompt(&s, &r);
     if (show) show(&r);
     write_replies(&s, (Reply *[]){&r}, 1, show);
@@ -356,6 +356,7 @@ int cmd_ask(const Options *o) {
 
 int cmd_chat(const Options *o) {
     Session s;
+    char err[ERR_LEN];
     bool person = isatty(STDIN_FILENO);
     Exchange x = {.s = &s,
                   .from = {.has_lines = true,
@@ -375,7 +376,9 @@ int cmd_chat(const Options *o) {
     if (!o->cache) x.talk.seq = new_sequence(&s);
     if (o->cache && wants_stream(o))
         die_usage(o->command, "-c: its pairs have been chosen already");
-    stream_sequence(&s, x.talk.seq);
+    int n_prefix = talk_prefix(&x.talk, err);
+    if (n_prefix < 0) die("%s", err);
+    stream_sequence(&s, x.talk.seq, n_prefix);
     lines_begin(&x.from.lines);
     converse(&x);
     close_session(&s);

@@ -171,7 +171,8 @@ static int step(Stream *s, int window, char *err) {
 
 int stream_step(Stream *s, char *err) {
     const Context *c = s->live.c;
-    if (c->kv->seqs[c->seq].next_pos - s->checked < PAGE) return 0;
+    int next_pos = c->kv->seqs[c->seq].next_pos;
+    if (next_pos - s->checked < PAGE || next_pos <= c->n_prefix) return 0;  // nothing competes yet
     return step(s, s->window, err) == 0 ? make_room(s, err) : -1;
 }
 

@@ -200,6 +200,23 @@ static void test_talk(Room *room) {
     end_reply(room, &r);
 }
 
+// The first question begins with the template's head and the system text, whatever it asks.
+static void test_prefix(Room *room) {
+    static const char system[] = "Your name is Zorblax. You are a robot.";
+    Talk t = {.tok = room->f->tok, .system = system};
+    Ids head = {0}, ids = {0};
+    CHECK(tokenizer_turn(t.tok, 's', system, true, false, &head) == 0);
+    CHECK(talk_ask(&t, "Who are you?", "", &ids, err) == 0);
+    int n = talk_prefix(&t, err);
+    CHECK(head.n > 10 && n >= head.n && n < ids.n);
+    CHECK(memcmp(head.id, ids.id, (size_t)head.n * sizeof *head.id) == 0);
+    t.system = NULL;
+    CHECK(talk_prefix(&t, err) > 0 && talk_prefix(&t, err) != n);  // a system text of its own
+    t.raw = true;
+    CHECK(talk_prefix(&t, err) == 0);
+    ids_free(&head), ids_free(&ids);
+}
+
 int main(int argc, char **argv) {
     Fixture f;
     Room room;
@@ -220,6 +237,7 @@ int main(int argc, char **argv) {
     test_ends(&room);
     test_sampling(&room, &alone[2]);
     test_talk(&room);
+    test_prefix(&room);
     for (int i = 0; i < N; i++) end_reply(&room, &alone[i]);
     close_room(&room);
     fixture_close(&f);

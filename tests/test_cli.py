@@ -548,6 +548,10 @@ def test_budget(m, d):
     check(works(*more, "--budget", 100000).rows()[0]["ids"] == full, "a budget for all changes nothing")
     check(works(*more, "--ratio", 0.2).rows()[0]["ids"][:60] == full[:60], "writing within a ratio")
     works("chat", m.path, "--budget", 50, "-n", 20, "--temp", 0, input=b"Hello\nAnd then?\n" * 8)
+    for system in ["Be brief.", "You are a robot. " * 150]:  # longer than a block of rows, and than the budget
+        talk = ["chat", m.path, "--system", system, "-n", 8, "--temp", 0, "--json", "--budget"]
+        full, few = ([r["answer"] for r in works(*talk, n, "--window", 8, input=b"Hello\nAnd then?\n" * 8).rows()] for n in (9999, 16))
+        check(few[0] == full[0] and few != full and len(few) == 16, "the system text stays: %s" % few)
     fails(1, "looks back at the whole context", "compress", m.path, *text, "-o", cache, "--stream",
           "--policy", "snapkv")
     fails(1, "keeps whole heads", "compress", m.path, *text, "-o", cache, "--stream", "--level", "head")
