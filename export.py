@@ -65,6 +65,12 @@ with NAME.scale F16 [rows/16][cols/32][16] for q8 and q4, and NAME.offset of the
 Chapters: 1 sources  2 families  3 rope  4 panels  5 tokenizers  6 chat templates  7 the file
 """
 
+import signal
+
+if __name__ == "__main__":  # until main() can say so in a line, Ctrl-C is silent
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import binascii
@@ -77,15 +83,11 @@ import json
 import math
 import os
 import re
-import signal
 import stat
 import struct
 import sys
 from typing import Callable, NamedTuple
 
-if __name__ == "__main__":  # until main() can say so in a line, Ctrl-C is silent
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import numpy as np
 except ImportError as e:
@@ -114,7 +116,8 @@ def printable(text):
 
 
 def warn(text):
-    print(f"export.py: warning: {printable(text)}", file=sys.stderr)
+    if sys.stderr is not None:  # descriptor 2 may have been closed
+        print(f"export.py: warning: {printable(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -135,7 +138,7 @@ FOREIGN = (
     (rb"PK\x03\x04|\x80[\x02-\x05]", "pickled weights; save the model as safetensors first"),
     (rb"(tjgg|lmgg|fmgg|algg)", "a GGML file, older than GGUF, which is not supported"),
     (rb"[\0-\xff]{8}\{\"__metadata__\":\{\"format\":\"kvzip", "converted already: ./run reads it"),
-    (rb"[\0-\xff]{4}\0{4}\{", "a safetensors file; name the directory it is in, with config.json"),
+    (rb"[\0-\xff]{4}\0{4}\{", "a safetensors file; name its directory, which has config.json"),
 )
 
 
@@ -255,7 +258,7 @@ FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.flo
 
 
 def from_mxfp4(b):
-    """Half the scale 2^(e - 127), then 32 codes: i in the low half of byte i, 16 + i in the high."""
+    """Half the scale 2^(e - 127), then 32 codes: i and 16 + i in the low and high half of byte i."""
     e = b[:, :1].astype(np.uint32)
     half = np.where(e < 2, np.uint32(0x200000) << e, (e - np.uint32(1)) << np.uint32(23))
     codes = b[:, 1:]
@@ -831,11 +834,11 @@ def head_fields(c):
     return dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim)
 
 
-def rotary_dim(c, params, head_dim):
+def rotary_dim(c, params, head_dim, where):
     """How many leading dimensions of a head rotate: the same in all layers."""
     shares = {p.pop("partial_rotary_factor") or 1.0 for p in params}
     if shares != {1.0} and (c["model_type"] != "phi3" or len(shares) > 1):
-        raise Refusal(f"config.json: partial_rotary_factor {shares} is supported for phi3 only")
+        raise Refusal(f"{where}: partial_rotary_factor {shares} is supported for phi3 only")
     n = int(head_dim * shares.pop() + 1e-6)
     if n % 2 or not 2 <= n <= head_dim:
         raise Refusal(f"{n} rotating dimensions in heads of {head_dim}; an even number is needed")
@@ -853,7 +856,7 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
 
     heads, slides = head_fields(c), layer_slides(c, family, where)
     by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
-    rotating = rotary_dim(c, by_kind.values(), heads["head_dim"])
+    rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
     params = [by_kind[kind] for kind in slides]
     used = [p for l, p in enumerate(params) if rotates(c, l)]
     ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
@@ -890,7 +893,8 @@ GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes 
     "attention.sliding_window_pattern": "sliding_window_pattern",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "rope.dimension_count": "head_dim",
-    "rope.scaling.type": "rope_type", "rope.scaling.factor": "factor", "rope.scale_linear": "factor",
+    "rope.scaling.type": "rope_type", "rope.scaling.factor": "factor",
+    "rope.scale_linear": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow",
     "attention.causal": "use_sliding_window", "rope.scaling.finetuned": "", "vocab_size": "",
@@ -954,8 +958,9 @@ def gguf_config(meta, tensors):
         c["partial_rotary_factor"] = turning / head_dim
     if arch in GEMMA_27B:
         c["query_pre_attn_scalar"] = width if layers == GEMMA_27B[arch] else head_dim
-    if arch == "phi3" and layers in PHI3_4K and own["context_length"] == 4096:
-        c.setdefault("sliding_window", 2047)
+    said = "phi3.attention.sliding_window" in meta  # 0 says that there is none
+    if arch == "phi3" and not said and layers in PHI3_4K and own["context_length"] == 4096:
+        c["sliding_window"] = 2047
     return {**c, **gguf_layer_types(arch, own, layers)}
 
 
@@ -966,6 +971,8 @@ def gguf_layer_types(arch, own, layers):
         pattern = [False] * layers
     if pattern is None:
         return {}
+    if isinstance(pattern, list) and not all(type(x) in (int, bool) for x in pattern):
+        raise Refusal(f"{arch}.attention.sliding_window_pattern holds {repr(pattern)[:60]}")
     if not isinstance(pattern, list):
         pattern = [l % pattern < pattern - 1 for l in range(layers)]
     kinds = ("full_attention", "sliding_attention")
@@ -2111,7 +2118,7 @@ class Progress:
 
     def __init__(self, total):
         self.total, self.done, self.shown = max(total, 1), 0, -1
-        self.on = sys.stderr.isatty()
+        self.on = sys.stderr is not None and sys.stderr.isatty()
 
     def add(self, n, name):
         self.done += n
@@ -2239,6 +2246,8 @@ class NewFile:
             with signals_held():
                 os.rename(self.temporary, self.path)
                 self.temporary, self.written = None, True
+                for s in STOPPING:
+                    signal.signal(s, signal.SIG_IGN)
         with contextlib.suppress(OSError):
             self.file.close()
             fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
@@ -2424,7 +2433,8 @@ def check_gguf_tokens(meta):
     for m in merges:
         if m.find(" ", 1) < 0:
             raise Refusal(f"GGUF: tokenizer.ggml.merges holds {m[:20]!r}, expected two tokens")
-    check_value("GGUF", "tokenizer.chat_template", meta.get("tokenizer.chat_template", ""), "a text")
+    template = meta.get("tokenizer.chat_template", "")
+    check_value("GGUF", "tokenizer.chat_template", template, "a text")
 
 
 def checked_gguf_ids(meta):
@@ -2471,7 +2481,7 @@ def check_special(v, stops):
     """What C holds about special ids, after the last token without an embedding has gone."""
     for name in ("bos_id", "unk_id"):
         if not -1 <= v.meta[name] < len(v.texts):
-            raise Refusal(f"tokenizer: {name} is {v.meta[name]}, and there are {len(v.texts)} tokens")
+            raise Refusal(f"tokenizer: {name} is {v.meta[name]} of {len(v.texts)} tokens")
     if len(stops) > MAX_STOPS:
         raise Refusal(f"{len(stops)} tokens end an answer, at most {MAX_STOPS} are supported")
 
@@ -2572,19 +2582,24 @@ def convert(args):
 
 def main():
     args = parse_args()
-    for s in STOPPING:  # all of them clean up
-        if signal.getsignal(s) is not signal.SIG_IGN:
-            signal.signal(s, signal.default_int_handler)
+    handlers = {s: signal.getsignal(s) for s in STOPPING}
     try:
+        for s in STOPPING:  # all of them clean up
+            if handlers[s] is not signal.SIG_IGN:
+                signal.signal(s, signal.default_int_handler)
         convert(args)
     except Refusal as e:
-        sys.exit(f"export.py: {printable(args.model if e.path is None else e.path)}: {printable(e)}")
+        path = args.model if e.path is None else e.path
+        sys.exit(f"export.py: {printable(path)}: {printable(e)}")
     except OSError as e:
         sys.exit(f"export.py: {printable(e.filename or args.model)}: {e.strerror or printable(e)}")
     except ImportError as e:
         sys.exit(f"export.py: {e}; pip install -r requirements.txt")
     except KeyboardInterrupt:
         sys.exit("export.py: interrupted, nothing written")
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

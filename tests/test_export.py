@@ -466,7 +466,7 @@ class TestFolders(Case):
             self.refuse(path, "tokenizer.model", word)
             self.refuse(self.put(os.path.join(self.dir, "m.gguf"), text), word)
         smol = os.path.join(FIXTURES, "smol")
-        self.refuse(os.path.join(smol, "model.safetensors"), "name the directory")
+        self.refuse(os.path.join(smol, "model.safetensors"), "name its directory")
         self.refuse(smol + ".kvz", "converted already")
         self.refuse(self.put(os.path.join(self.dir, "m.pth"), b"PK\3\4", "wb"), "pickled")
         self.refuse(self.put(os.path.join(self.dir, "m.bin"), b"tjgg\1\0\0\0", "wb"), "GGML")
@@ -781,7 +781,7 @@ class TestRefusals(Case):
         self.assertEqual(c.meta["dim"], "64")
 
     def test_ids(self):
-        """Those of config.json and generation_config.json, of any type and outside the vocabulary."""
+        """Those of config.json and generation_config.json: of any type, outside the vocabulary."""
         for file in ("config.json", "generation_config.json"):
             for key in ("bos_token_id", "eos_token_id"):
                 path = self.copy("smol")
@@ -901,6 +901,16 @@ class TestWriting(Case):
         self.assertEqual((p.returncode, p.stderr), (1, "export.py: interrupted, nothing written\n"))
         self.assertEqual(os.listdir(self.dir), [])
 
+    def test_closed_descriptors(self):
+        """Without standard input, output and error it converts as with them."""
+        out = os.path.join(self.dir, "closed")
+        script = 'exec "$0" "$1" "$2" -o "$3" 0<&- 1>&- 2>&-'
+        argv = [sys.executable, export.__file__, os.path.join(FIXTURES, "smol"), out]
+        subprocess.run(["sh", "-c", script, *argv], check=True, timeout=60)
+        self.convert(os.path.join(FIXTURES, "smol"))
+        with open(out, "rb") as a, open(self.out, "rb") as b:
+            self.assertEqual(a.read(), b.read())
+
     def test_places(self):
         smol = os.path.join(FIXTURES, "smol")
         self.assertEqual(run(smol, "-o", os.path.join(self.dir, "no", "x"))[0], 1)
@@ -917,7 +927,8 @@ class TestWriting(Case):
         elsewhere = os.path.join(self.dir, "elsewhere.safetensors")
         sharded = self.copy("llama")
         os.rename(os.path.join(sharded, "model.safetensors"), elsewhere)
-        index = {n: "../elsewhere.safetensors" for n in read_source(os.path.join(FIXTURES, "llama"))}
+        names = read_source(os.path.join(FIXTURES, "llama"))
+        index = dict.fromkeys(names, "../elsewhere.safetensors")
         with open(os.path.join(sharded, "model.safetensors.index.json"), "w") as f:
             json.dump({"weight_map": index}, f)
         for model, out, word in (
@@ -1404,6 +1415,8 @@ class TestGGUF(Case):
         self.assertEqual(m.windows, [8, 0] * 3)
         self.assertEqual(describe("phi3", block_count=32).windows, [2047] * 32)
         self.assertEqual(describe("phi3").windows, [0] * 6)
+        m = describe("phi3", block_count=40, attention__sliding_window=0)
+        self.assertEqual(m.windows, [0] * 40)
         m = describe("llama", rope__scale_linear=2.0)
         self.assertEqual((m.ropes[0]["rope_type"], m.ropes[0]["factor"]), ("linear", 2.0))
         m = describe("llama", rope__scaling__factor=2.0, rope__scaling__type="none")
