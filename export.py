@@ -2394,13 +2394,16 @@ def read_directory(path):
         tokens = {k: token_text(x) for k, x in tc.items() if k.endswith("_token") and token_text(x)}
         template = template_of(path, tc)
     generation = read_json(os.path.join(path, "generation_config.json"), {})
+    eos = tokens.get("eos_token")
+    if eos is not None and eos not in v.ids:
+        raise Refusal(f"tokenizer_config.json: eos_token {eos!r} is no token of the vocabulary")
     rows = config.get("vocab_size")
     configs = {"config.json": config, "generation_config.json": generation}
     check_ids(v, rows if type(rows) is int else len(v.texts), configs)
     if v.meta["bos_id"] < 0 and id_list(config.get("bos_token_id")) and "bos_token" not in tc:
         v.meta["bos_id"] = config["bos_token_id"]
     stops = stop_ids(v, config.get("eos_token_id"), generation.get("eos_token_id"),
-                     v.ids.get(tokens.get("eos_token")))
+                     v.ids.get(eos))
     with within("the chat template"):
         return config, tensors, v, chat_metadata(template, v, tokens), stops
 
@@ -2460,15 +2463,20 @@ def checked_gguf_ids(meta):
     return {k: x for k, x in meta.items() if x is not None}
 
 
+def gguf_vocab(meta):
+    """-> metadata whose ids are tokens, Vocab."""
+    check_gguf_tokens(meta)
+    meta = checked_gguf_ids(meta)
+    with within("GGUF vocabulary"):
+        return meta, vocab_from_gguf(meta)
+
+
 def read_gguf(path):
     """The same of a GGUF file."""
     meta, tensors = open_gguf(path)
     with within("GGUF metadata"):
         config = gguf_config(meta, tensors)
-    check_gguf_tokens(meta)
-    meta = checked_gguf_ids(meta)
-    with within("GGUF vocabulary"):
-        v = vocab_from_gguf(meta)
+    meta, v = gguf_vocab(meta)
     names = {"bos_token": v.meta["bos_id"], "eos_token": meta.get("tokenizer.ggml.eos_token_id")}
     tokens = {k: v.text_of(i) for k, i in names.items() if v.text_of(i)}
     ends = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
@@ -2522,7 +2530,7 @@ def plan_tokenizer(args):
     with open(args.model, "rb") as f:
         data = f.read()
     if data[:4] == b"GGUF":
-        v = vocab_from_gguf(open_gguf(args.model)[0])
+        _, v = gguf_vocab(open_gguf(args.model)[0])
     elif data[:1] == b"{":
         v = vocab_from_json(read_json(args.model))
     elif is_rank_file(data):

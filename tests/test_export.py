@@ -793,6 +793,9 @@ class TestRefusals(Case):
             with self.assertRaisesRegex(export.Refusal, "^here: key is "):
                 export.token_ids("here", "key", value, several=True)
         self.refuse(self.copy("smol", bos_token_id=[1]), "bos_token_id is [1]")
+        path = self.copy("smol")
+        self.edit(path, "tokenizer_config.json", eos_token="<|nowhere|>")
+        self.refuse(path, "eos_token '<|nowhere|>' is no token")
         c = self.convert(self.copy("smol", bos_token_id=None, pad_token_id=-1, eos_token_id=[5, 0]))
         self.assertEqual(c.meta["tokenizer.stop_ids"], "0,2,5")
 
@@ -1119,7 +1122,7 @@ class TestTokenizers(Case):
         tokens = [bytes([b]) for b in range(256)] + [b" a"]
         self.write_ranks(os.path.join(path, "tokenizer.model"), tokens)
         special = {"content": "<|begin_of_text|>", "special": True}
-        self.edit(path, "tokenizer_config.json", added_tokens_decoder={"258": special})
+        self.edit(path, "tokenizer_config.json", added_tokens_decoder={"258": special}, eos_token=None)
         c = self.convert(path)
         self.assertEqual(c.t["tok.kind"].tolist(), [0] * 257 + [4, 1])
         self.assertEqual(c.t["tok.bytes"].tobytes(), b"".join(tokens) + b"<|begin_of_text|>")
