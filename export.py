@@ -215,8 +215,10 @@ class Tensor:
 
     def __init__(self, file, name, kind, shape, offset, n_bytes):
         self.file, self.name, self.kind, self.shape, self.offset = file, name, kind, shape, offset
+        if 0 in shape:
+            raise Refusal(f"tensor {name} of {list(shape)} holds nothing")
         self.n_rows, self.n_cols = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[-1])
-        self.row_bytes = n_bytes // max(self.n_rows, 1)
+        self.row_bytes = n_bytes // self.n_rows
         self.order = np.arange(self.n_rows)  # which rows of the file these are
 
     def pick(self, order):
@@ -245,12 +247,16 @@ class Tensor:
             x = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             x = dequantize(raw, self.kind)
-        if not np.isfinite(x).all():
-            raise Refusal(f"tensor {self.name} holds values that are not finite")
+        check_finite(self, x)
         return x
 
     def vector(self):
         return self.f32().reshape(-1).copy()
+
+
+def check_finite(t, x):
+    if not np.isfinite(x).all():
+        raise Refusal(f"tensor {t.name} holds values that are not finite")
 
 
 # Twice the value of each FP4 code (E2M1).
@@ -714,7 +720,9 @@ def family_of(name, table=FAMILIES):
 KINDS = {
     "a whole number": lambda v: type(v) is int and 1 <= v <= MOST,
     "a whole number or 0": lambda v: type(v) is int and 0 <= v <= MOST,
+    "a whole number up to 9999": lambda v: type(v) is int and 1 <= v <= 9999,
     "a positive number": lambda v: type(v) in (int, float) and 1e-12 <= v <= 1e12,
+    "a number above 1": lambda v: type(v) in (int, float) and 1 < v <= 1e12,
     "true or false": lambda v: type(v) is bool,
     "a text": lambda v: type(v) is str,
     "an object": lambda v: type(v) is dict,
@@ -723,12 +731,14 @@ KINDS = {
 }
 KEYS = {key: kind for kind, keys in {
     "a whole number": """
-        hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        head_dim vocab_size max_position_embeddings original_max_position_embeddings sliding_window
+        hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
+        max_position_embeddings original_max_position_embeddings sliding_window
         sliding_window_pattern no_rope_layer_interval""",
     "a whole number or 0": "max_window_layers",
+    "a whole number up to 9999": "num_hidden_layers",
+    "a number above 1": "rope_theta rope_local_base_freq",
     "a positive number": """
-        rms_norm_eps rope_theta rope_local_base_freq partial_rotary_factor query_pre_attn_scalar
+        rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
     "true or false": "tie_word_embeddings use_sliding_window truncate",
@@ -1342,6 +1352,7 @@ def ggml_blocks(t, a, b):
     scales [rows][cols/32], offsets (Q4_1) or None. Codes of Q4_0 count from -8, Q5_0's from -16."""
     raw = t.raw(a, b).reshape(b - a, t.n_cols // GROUP, -1)  # [rows][blocks][bytes of a block]
     scale = raw[..., :2].copy().view("<f2")[..., 0]
+    check_finite(t, scale)
     if t.kind == "Q8_0":
         return raw[..., 2:].view(np.int8).reshape(b - a, -1), scale, None
     halves = raw[..., -16:]  # byte i: column i in the low half, 16 + i in the high
@@ -1350,6 +1361,8 @@ def ggml_blocks(t, a, b):
         fifth = np.unpackbits(raw[..., 2:6].copy(), axis=-1, bitorder="little")
         codes = codes | fifth << 4
     offset = raw[..., 2:4].copy().view("<f2")[..., 0] if t.kind == "Q4_1" else None
+    if offset is not None:
+        check_finite(t, offset)
     return codes.reshape(b - a, -1), scale, offset
 
 
@@ -2169,11 +2182,11 @@ class NewFile:
         self.file = self.temporary = None
         self.written = False
         with self.errors():
-            mode = self.check()
+            old = self.check()
             self.remove_dead()
             self.file = os.fdopen(self.open_temporary(), "wb")
-            if mode is not None:
-                os.fchmod(self.file.fileno(), mode)
+            if old is not None:
+                self.take_over(old)
 
     @contextlib.contextmanager
     def errors(self):
@@ -2188,8 +2201,8 @@ class NewFile:
             raise
 
     def check(self):
-        """-> the mode of the file that is there, or None. A file that may not be written to may
-        not be replaced either."""
+        """-> facts of the file that is there, or None. A file that may not be written to may not
+        be replaced either."""
         if not os.path.basename(self.asked):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not os.path.lexists(self.path):
@@ -2199,7 +2212,23 @@ class NewFile:
             raise Refusal("not a regular file", self.asked)
         if not os.access(self.path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return stat.S_IMODE(st.st_mode)
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if not self.lock(fd):
+                raise Refusal("another process is writing to it", self.asked)
+        finally:
+            os.close(fd)  # ends the lock
+        return st
+
+    def take_over(self, old):
+        """The owner and the mode of the file that is replaced."""
+        fd, mode = self.file.fileno(), stat.S_IMODE(old.st_mode)
+        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+            try:
+                os.fchown(fd, old.st_uid, old.st_gid)
+            except OSError:
+                mode &= 0o777  # no set-id bits for another owner
+        os.fchmod(fd, mode)
 
     def open_temporary(self):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

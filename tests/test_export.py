@@ -988,6 +988,7 @@ class TestWriting(Case):
                               stdout=subprocess.PIPE) as p:
             p.stdout.readline()
             self.assertEqual(run(os.path.join(FIXTURES, "smol"), "-o", self.out), (0, ""))
+            self.assertIn("writing to it", run(os.path.join(FIXTURES, "smol"), "-o", alive)[1])
             p.stdin.close()
         left = sorted(os.listdir(self.dir))
         want = [self.out, alive, other, trap, victim]
@@ -1456,6 +1457,15 @@ class TestGGUF(Case):
             with open(path, "wb") as f:
                 f.write(changed)
             self.refuse(path, word)
+
+    def test_blocks_that_are_not_finite(self):
+        """A scale that is kept as it is has to be a number."""
+        path = self.gguf("llama", "llama", "Q8_0")
+        t = export.open_gguf(path)[1]["blk.0.attn_q.weight"]
+        with open(path, "r+b") as f:
+            f.seek(t.offset)
+            f.write(struct.pack("<e", float("inf")))
+        self.refuse(path, "blk.0.attn_q.weight", "not finite")
 
     def test_loss_is_announced(self):
         path = self.gguf("llama", "llama", "Q5_1")
