@@ -40,9 +40,9 @@ static const struct {
     {AT(0, "\x93NUMPY"), {"an array of NumPy", NULL, BINARY}},
     // what a download leaves
     {AT(0, "version https://git-lfs"),
-     {"a git-lfs pointer, the file itself is not there", "git lfs pull brings it", CODED}},
+     {"a git-lfs pointer", "git lfs pull brings the file itself", CODED}},
     {AT(0, "version https://hawser"),
-     {"a git-lfs pointer, the file itself is not there", "git lfs pull brings it", CODED}},
+     {"a git-lfs pointer", "git lfs pull brings the file itself", CODED}},
     {AT(0, "<!DOCTYPE"), {"a web page", "download the file again", PLAIN}},
     {AT(0, "<!doctype"), {"a web page", "download the file again", PLAIN}},
     {AT(0, "<html"), {"a web page", "download the file again", PLAIN}},

@@ -4,11 +4,13 @@
 // cli/flags.c. Results go to stdout, figures and progress to stderr. Only this file and cli/ print
 // or exit: the others return -1 and leave a sentence in err.
 #define _XOPEN_SOURCE 700
+#include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/commands.h"
 #include "cli/flags.h"
@@ -115,7 +117,17 @@ static int run_command(Call *c) {
     return c->code;
 }
 
+// Descriptors 0 to 2 that are closed at the start are opened, so that no file of ours becomes
+// stdin, stdout or stderr. Each the wrong way round: whoever uses it hears that it is not there.
+static void fill_descriptors(void) {
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) == -1 &&
+            open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
+            die("descriptor %d is closed, and /dev/null does not open", fd);
+}
+
 int main(int argc, char **argv) {
+    fill_descriptors();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like a full disk
     catch_cut_files();
     signal(SIGXFSZ, SIG_IGN);  // so is a file that may not grow

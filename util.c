@@ -124,7 +124,7 @@ char *file_read(const char *path, size_t *n, char *err) {
     if (rc != 0) why = ENOMEM;
     if (why == 0) return *n = text.n, text.s;
     free(text.s);
-    fail(err, "%s", strerror(why));
+    fail(err, "%s", why == EBADF ? "it is closed" : strerror(why));
     errno = why;
     return NULL;
 }

@@ -96,7 +96,7 @@ void die_file(const char *path, const char *err) {
     die("%s: %s", path, err);
 }
 
-void die_stdout(void) { die("stdout: %s", strerror(errno)); }
+void die_stdout(void) { die("stdout: %s", errno == EBADF ? "it is closed" : strerror(errno)); }
 
 void *allocate(size_t n, size_t size) {
     void *p = calloc(n ? n : 1, size);

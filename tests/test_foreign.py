@@ -195,7 +195,7 @@ def test_mark(m, d):
 
 NO_MODEL = [
     (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file, not a safetensors file: convert it with export.py"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer, the file itself is not there"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer, not a safetensors file: git lfs pull brings the file itself"),
     (b"<!DOCTYPE html><html>Not found</html>", "a web page"), (b"<html><head>", "a web page"),
     (b"PK\3\4" + bytes(22) + b"\x10\0\0\0archive/data.pkl", "a PyTorch file"), (b"PK\3\4" + bytes(60), "a zip archive"),
     (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a pickle of PyTorch"), (b"\x08\x07\x12\x07pytorch", "an ONNX model"),
@@ -255,6 +255,31 @@ def test_kinds(m, d):
     fails(1, "not a regular file", "generate", d + "/pipe", "-p", "a")
 
 
+# ---- descriptors ----
+
+def test_descriptors(m, d):
+    """stdin, stdout and stderr that are closed at the start are missed where they are used, and nothing takes their place."""
+    cache, good = d + "/fd.kvc", d + "/good.kvc"
+    works("compress", m.path, "-p", "The mill was built by Ann Grey.", "-o", good)
+    whole = open(good, "rb").read()
+    texts = ["-p", "The mill was built by Ann Grey."]
+    for args in [["info", m.path], ["tokenize", m.path, *texts], ["generate", m.path, *texts, "-n", 2], ["-h"], ["ask", "-h"],
+                 ["ask", m.path, good, "Who?", "-n", 2], ["compress", m.path, *texts, "-o", cache, "--json"],
+                 ["score", m.path, *texts, "-o", d + "/x", "--json"], ["map", m.path, *texts, "-o", d + "/y", "--json"],
+                 ["eval", m.path, "--ppl", write(d + "/t", "Rows of beans. " * 20), "-n", 16]]:
+        r = run(*args, stdout=None, preexec_fn=lambda: os.close(1))
+        check(r.code == 1 and r.err.endswith("run: stdout: it is closed\n"), "%s >&-: %d %r" % (args, r.code, r.err))
+        code = run(*args, preexec_fn=lambda: os.close(2)).code
+        check(code == 0, "%s 2>&-: %d" % (args, code))
+    for closed in [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]]:
+        r = run("compress", m.path, *texts, "-o", cache, preexec_fn=lambda: [os.close(fd) for fd in closed])
+        check(r.code == 0 and open(cache, "rb").read() == whole, "compress with %s closed: %d" % (closed, r.code))
+        os.remove(cache)
+    for args in [["generate", m.path], ["tokenize", m.path], ["ask", m.path, good], ["chat", m.path]]:
+        r = run(*args, preexec_fn=lambda: os.close(0))
+        check(r.code == 1 and "run: stdin: " in r.err, "%s <&-: %d %r" % (args, r.code, r.err))
+
+
 def main():
     smol = Model("smol")
     with tempfile.TemporaryDirectory() as d:
@@ -265,6 +290,7 @@ def main():
         test_results(d)
         test_names(smol, d)
         test_answers(smol, d)
+        test_descriptors(smol, d)
     return end("test_foreign")
 
 
