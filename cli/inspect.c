@@ -1,7 +1,9 @@
 // inspect.c: logits, tokenize and info: what a model computes and what files hold.
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #include <ctype.h>
 #include <limits.h>
+#include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +13,7 @@
 #include "cli/input.h"
 #include "cli/output.h"
 #include "cli/session.h"
+#include "eval/results.h"
 #include "json.h"
 #include "kvfile.h"
 
@@ -162,10 +165,89 @@ static void types_text(const Model *m, char *text, size_t room) {
     }
 }
 
+// How much slower the slowest angle of a table turns than theta alone has it: 1 without scaling.
+static double rope_scaling(const Config *c, const float *inv_freq, double theta) {
+    double most = 1;
+    for (int i = 0; i < c->rotary_dim / 2; i++)
+        most = fmax(most, pow(theta, -2.0 * i / c->rotary_dim) / inv_freq[i]);
+    return most;
+}
+
+// "6.28 to 5.4e+04 tokens, 30 layers": how far the angles of each table reach, and in how many
+// layers; then what scaling did to them.
+static void rope_text(const Config *c, double theta, char *text, size_t room) {
+    int half = c->rotary_dim / 2;
+    size_t n = 0;
+    text[0] = '\0';
+    for (int r = -1; r < c->n_ropes && half > 0 && n + 1 < room; r++) {
+        int layers = 0;
+        for (int l = 0; l < c->n_layers; l++) layers += c->rope[l] == r;
+        if (layers == 0) continue;
+        const char *gap = n ? "; " : "";
+        if (r < 0) {
+            n += (size_t)snprintf(text + n, room - n, "%snone, %d layers", gap, layers);
+            continue;
+        }
+        const float *inv_freq = c->inv_freq + (size_t)r * half;
+        double scaling = rope_scaling(c, inv_freq, theta);
+        n += (size_t)snprintf(text + n, room - n, "%s%.3g to %.3g tokens, %d layers", gap,
+                              2 * M_PI / inv_freq[0], 2 * M_PI / inv_freq[half - 1], layers);
+        if (scaling > 1.001 && n + 1 < room)
+            n += (size_t)snprintf(text + n, room - n, ", scaled by up to %.3g", scaling);
+        if (c->rope_mscale[r] != 1 && n + 1 < room)
+            n += (size_t)snprintf(text + n, room - n, ", times %.4g", (double)c->rope_mscale[r]);
+    }
+}
+
+// A fact that is a list of tokens: their ids and texts.
+static void print_tokens(const Options *o, const char *key, const Tokenizer *tok, const Ids *ids) {
+    if (o->json)
+        json_print(stdout, ", %s: [", key);
+    else
+        out("%-18s ", key);
+    for (int i = 0; i < ids->n; i++) {
+        int n;
+        const char *piece = tokenizer_piece(tok, ids->id[i], &n);
+        if (o->json)
+            json_print(stdout, i ? ", {'id': %d, 'text': %.*s}" : "{'id': %d, 'text': %.*s}",
+                       ids->id[i], n, piece);
+        else
+            out("%s%d %.*s", i ? ", " : "", ids->id[i], n, piece);
+    }
+    out(o->json ? "]" : ids->n == 0 ? "none\n" : "\n");
+}
+
+// What the model's tokenizer puts in front of a text, what begins one, and what ends an answer.
+static void info_tokens(const Options *o, const Tokenizer *tok, const char *bos_id) {
+    Ids bos = {0}, front = {0}, stop = {0};
+    if (bos_id && *bos_id != '-' && ids_push(&bos, atoi(bos_id)) != 0) die_memory();
+    encode(tok, "", 0, TOK_BOS, &front);
+    for (int id = 0; id < tokenizer_n_vocab(tok); id++)
+        if (tokenizer_is_stop(tok, id) && ids_push(&stop, id) != 0) die_memory();
+    print_tokens(o, "bos", tok, &bos);
+    print_tokens(o, "in_front", tok, &front);
+    print_tokens(o, "stop", tok, &stop);
+    ids_free(&bos);
+    ids_free(&front);
+    ids_free(&stop);
+}
+
+// The metadata whose keys begin with `start`, as they stand: how text is cut and chats are written.
+static void print_meta(const Options *o, const TensorFile *f, const char *start) {
+    for (int i = 0; i < f->n_meta; i++) {
+        const Meta *m = &f->meta[i];
+        if (strncmp(m->key, start, strlen(start)) != 0) continue;
+        if (o->json)
+            json_print(stdout, ", %s: %s", m->key, m->value);
+        else
+            out("%-30s %s\n", m->key, m->value);
+    }
+}
+
 static void info_model(const Options *o) {
     Session s;
     RunState state;
-    char err[ERR_LEN], types[128];
+    char err[ERR_LEN], types[128], rope[256];
     size_t part[PARTS] = {0};
     kernels_init(NULL);  // which says how pages are packed
     open_model(&s, o);
@@ -174,6 +256,9 @@ static void info_model(const Options *o) {
     if (state_open(&state, &s.model, NULL, MAX_ROWS, 1, err) != 0) die("%s", err);
     types_text(&s.model, types, sizeof types);
     const Config *c = &s.model.config;
+    const TensorFile *file = &s.model.file;
+    const char *theta = tensors_meta(file, "rope_theta");
+    rope_text(c, theta ? strtod(theta, NULL) : 0, rope, sizeof rope);
     KVShape k = model_kv_shape(&s.model);
     const Fact facts[] = {
         {"model", s.model.name, 0, false},
@@ -187,6 +272,8 @@ static void info_model(const Options *o) {
         {"hidden_dim", NULL, c->hidden_dim, false},
         {"vocab_size", NULL, c->vocab_size, false},
         {"seq_len", NULL, c->seq_len, false},
+        {"rope_theta", theta ? theta : "", 0, false},
+        {"rope", rope, 0, false},
         {"matrices", types, 0, false},
         {"embedding", NULL, part[EMBEDDING], true},
         {"attention", NULL, part[ATTENTION], true},
@@ -205,6 +292,10 @@ static void info_model(const Options *o) {
         {"scratch", NULL, state.bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);
+    info_tokens(o, s.tok, tensors_meta(file, "tokenizer.bos_id"));
+    print_meta(o, file, "tokenizer.");
+    print_meta(o, file, "chat.");
+    print_meta(o, file, "kvzip.");
     out(o->json ? "}\n"
                 : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
                   "+ scratch;\nreading them takes n x cache_token_read more, except into an f32 "
@@ -256,9 +347,82 @@ static void info_cache(const Options *o, const TensorFile *f) {
     kvfile_facts_free(&c);
 }
 
+static void info_profile(const Options *o, const TensorFile *f) {
+    char err[ERR_LEN];
+    const Tensor *share = tensors_get(f, err, "profile.share", T_F32, 3, -1, -1, -1);
+    const Tensor *probe = share ? tensors_get(f, err, "profile.probe", T_F32, 3, -1, -1, -1) : NULL;
+    if (!probe) die("%s: %s", f->path, err);
+    const char *model = tensors_meta(f, "model"), *print = tensors_meta(f, "fingerprint");
+    const Fact facts[] = {
+        {"profile_of", model ? model : "", 0, false},
+        {"fingerprint", print ? print : "", 0, false},
+        {"ratios", NULL, (double)share->shape[0], false},
+        {"layers", NULL, (double)share->shape[1], false},
+        {"kv_heads", NULL, (double)share->shape[2], false},
+        {"features", NULL, (double)probe->shape[2], false},
+        {"file", NULL, (double)f->map_bytes, true},
+    };
+    print_facts(o, facts, sizeof facts / sizeof *facts);
+    if (o->json) out("}\n");
+}
+
+// The different names that the cells have at `at`, a member of EvalCell: "kvzip, snapkv".
+static void add_names(Buffer *names, const EvalResults *r, size_t at) {
+    add_text(names, "", 0);
+    for (int i = 0; i < r->n; i++) {
+        const char *name = *(const char *const *)((const char *)&r->cell[i] + at);
+        int j = 0;
+        while (strcmp(name, *(const char *const *)((const char *)&r->cell[j] + at)) != 0) j++;
+        if (j < i || name[0] == '\0') continue;
+        if (names->n > 0) add_text(names, ", ", 2);
+        add_text(names, name, strlen(name));
+    }
+}
+
+static void info_results(const Options *o) {
+    enum { NAMES = 5 };
+    static const size_t at[NAMES] = {offsetof(EvalCell, task), offsetof(EvalCell, metric),
+                                     offsetof(EvalCell, policy), offsetof(EvalCell, level),
+                                     offsetof(EvalCell, kv)};
+    EvalResults r = {0};
+    Buffer names[NAMES] = {{0}};
+    char err[ERR_LEN];
+    if (eval_results_read(&r, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    for (int i = 0; i < NAMES; i++) add_names(&names[i], &r, at[i]);
+    const Fact facts[] = {
+        {"results_of", r.settings ? r.settings : "", 0, false},
+        {"tasks", names[0].s, 0, false},
+        {"metrics", names[1].s, 0, false},
+        {"policies", names[2].s, 0, false},
+        {"levels", names[3].s, 0, false},
+        {"kv", names[4].s, 0, false},
+        {"cells", NULL, r.n, false},
+    };
+    print_facts(o, facts, sizeof facts / sizeof *facts);
+    if (o->json) out("}\n");
+    for (int i = 0; i < NAMES; i++) free(names[i].s);
+    eval_results_close(&r);
+}
+
+// Whether a file begins as those of results do.
+static bool is_results(const char *path) {
+    static const char start[] = "{\"settings\":";
+    char head[sizeof start] = "";
+    FILE *f = fopen(path, "rb");
+    if (!f) return false;
+    size_t n = fread(head, 1, sizeof start - 1, f);
+    fclose(f);
+    return n == sizeof start - 1 && strcmp(head, start) == 0;
+}
+
 static void info_tensors(const Options *o, const TensorFile *f) {
     char size[32];
-    if (o->json) out("{\"tensors\": [");
+    for (int i = 0; i < f->n_meta && !o->json; i++)
+        out("%-32s %s\n", f->meta[i].key, f->meta[i].value);
+    if (o->json) out("{\"metadata\": {");
+    for (int i = 0; i < f->n_meta && o->json; i++)
+        json_print(stdout, i ? ", %s: %s" : "%s: %s", f->meta[i].key, f->meta[i].value);
+    if (o->json) out("}, \"tensors\": [");
     for (int i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
         if (o->json)
@@ -280,12 +444,18 @@ static void info_tensors(const Options *o, const TensorFile *f) {
 int cmd_info(const Options *o) {
     TensorFile f;
     char err[ERR_LEN];
-    if (tensors_open(&f, o->args[0], err) != 0) die("%s: %s", o->args[0], err);
+    if (tensors_open(&f, o->args[0], err) != 0) {
+        if (!is_results(o->args[0])) die("%s: %s", o->args[0], err);
+        info_results(o);
+        return 0;
+    }
     const char *format = tensors_meta(&f, "format");
     if (format && strcmp(format, "kvzip.c model 1") == 0)
         info_model(o);
     else if (kvfile_is(&f))
         info_cache(o, &f);
+    else if (format && strcmp(format, "kvzip.c profile 1") == 0)
+        info_profile(o, &f);
     else
         info_tensors(o, &f);
     tensors_close(&f);

@@ -219,7 +219,8 @@ def test_kinds(m, d):
     works("calibrate", m.path, "-f", write(d + "/sample", "Rows of beans, 14 of them. " * 40), "-o", profile)
     for data, words in NO_MODEL:
         bad = write(d + "/bad", data)
-        for args in [["generate", bad, "-p", "a"], ["info", bad], ["ask", m.path, bad, "q"], ["tokenize", bad, "-p", "a"],
+        info = [["info", bad]] if b"settings" not in data else []
+        for args in info + [["generate", bad, "-p", "a"], ["ask", m.path, bad, "q"], ["tokenize", bad, "-p", "a"],
                      ["compress", m.path, "-p", "a", "-o", d + "/x", "--profile", bad]]:
             fails(1, "bad: ", *args)
             fails(1, words, *args)
@@ -253,6 +254,32 @@ def test_kinds(m, d):
     fails(1, "a link to blobs/gone: No such file", "generate", m.path, "-f", d + "/dangling")
     os.mkfifo(d + "/pipe")
     fails(1, "not a regular file", "generate", d + "/pipe", "-p", "a")
+
+
+# ---- info, and what a model gets ----
+
+def test_info(m, d):
+    """info says how the model's text is made, and what profiles and results are."""
+    header = Tensors(m.path).meta
+    lines = works("info", m.path).text().split("\n")
+    row = works("info", m.path, "--json").rows()[0]
+    for key in header:
+        if key.startswith(("chat.", "kvzip.", "tokenizer.")):
+            check(row[key] == header[key], "info --json: %s" % key)
+            seen = header[key].replace("\n", "\\n").replace("\t", "\\t")
+            check(("%-30s %s" % (key, seen)) in lines, "info: %s" % key)
+    check([t["id"] for t in row["stop"]] == [int(i) for i in header["tokenizer.stop_ids"].split(",")], "info: stop ids")
+    bos = int(header["tokenizer.bos_id"])
+    check([t["id"] for t in row["bos"]] == ([bos] if bos >= 0 else []), "info: bos")
+    text = works("tokenize", m.path, "--decode", "-p", str(row["stop"][0]["id"])).text()
+    check(row["stop"][0]["text"] == text, "info: a stop token's text")
+    check(row["rope_theta"] == header["rope_theta"] and "tokens, " in row["rope"], "info: rope %r" % row["rope"])
+    profile, results = d + "/i.kvp", results_file(d + "/i.results", task="other")
+    works("calibrate", m.path, "-f", write(d + "/sample", "Rows of beans, 14 of them. " * 40), "-o", profile)
+    check("profile_of         %s\n" % m.name in works("info", profile).text(), "info on a profile")
+    check(works("info", profile, "--json").rows()[0]["ratios"] == Tensors(profile).shape["profile.ratio"][0], "as JSON")
+    check("policies           full, kvzip\n" in works("info", results).text(), "info on results")
+    check(works("info", results, "--json").rows()[0]["tasks"] == "facts, other", "info on results as JSON")
 
 
 # ---- descriptors ----
@@ -290,6 +317,8 @@ def main():
         test_results(d)
         test_names(smol, d)
         test_answers(smol, d)
+        for m in [smol, Model("llama"), Model("gemma3")]:
+            test_info(m, d)
         test_descriptors(smol, d)
     return end("test_foreign")
 
