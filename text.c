@@ -117,7 +117,6 @@ static void put_string(Printer *p, const Conversion *c, const char *s) {
     if (!s) s = "(null)";
     size_t n = 0;
     while (n < c->most && s[n]) n++;
-    if (n == c->most) n = utf8_whole(s, n);
     size_t width = put_shown(NULL, s, n, false);
     if (!c->left)
         for (size_t i = width; i < c->width; i++) put(p, " ", 1);

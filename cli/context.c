@@ -45,6 +45,8 @@ static void open_reading(Reading *r, const Options *o) {
         die_usage(o->command, "--n-prefix %d: %s has only %d ids", n_prefix, o->ids, r->ids.n);
     if (r->ids.n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
     warn_length(s, r->ids.n);
+    show_prompt(s, "prefix", r->ids.id, n_prefix);
+    show_prompt(s, "context", r->ids.id + n_prefix, r->ids.n - n_prefix);
     r->progress = progress_begin(s);
     Context *c = &r->c;
     c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);

@@ -44,6 +44,7 @@ typedef struct {
     // what stands around the text
     const char *system, *task, *answer_prefix;
     bool raw, special, bos, decode;
+    bool verbose_prompt;
     long n_prefix;  // -1: not given
     // how a context is compressed
     const char *policy, *level, *set;  // names and parameters; of eval, several between commas

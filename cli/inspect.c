@@ -58,6 +58,7 @@ int cmd_logits(const Options *o) {
     open_session(&s, o, o->cache, BLOCK);
     input_ids(&s, &text, o->cache ? 0 : TOK_BOS, &ids);
     if (ids.n == 0) die("no tokens given");
+    show_prompt(&s, "prompt", ids.id, ids.n);
     int seq = o->cache ? 0 : new_sequence(&s);
     warn_length(&s, (long)s.kv.seqs[seq].next_pos + ids.n);
     if (write_logits(&s, &w, &ids, seq, err) != 0) {

@@ -313,9 +313,19 @@ static void eval_lists(const Session *s, Eval *e) {
     set_shard(o, e);
 }
 
+// What eval's questions are put with.
+typedef struct {
+    Session *s;
+    Talk talk;
+} Asker;
+
 static int ask_ids(void *arg, const EvalQuestion *q, Ids *ids) {
     char err[ERR_LEN];
-    return talk_ask(arg, q->question, q->answer_prefix, ids, err);
+    Asker *a = arg;
+    int before = ids->n;
+    if (talk_ask(&a->talk, q->question, q->answer_prefix, ids, err) != 0) return -1;
+    show_prompt(a->s, "question", ids->id + before, ids->n - before);
+    return 0;
 }
 
 static int eval_step(void *arg, long done, long total) {
@@ -325,11 +335,12 @@ static int eval_step(void *arg, long done, long total) {
 // Runs e, of which lists and limits are there, on the session's model.
 static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *results, char *err) {
     Ids prefix = {0};
-    Talk talk = {.tok = s->tok, .raw = s->o->raw, .on_context = true};
+    Asker asker = {s, {.tok = s->tok, .raw = s->o->raw, .on_context = true}};
     prefix_ids(s, &prefix);
+    show_prompt(s, "prefix", prefix.id, prefix.n);
     Progress progress = progress_begin(s);
     progress.unit = "answers";
-    e->state = &s->state, e->prefix = &prefix, e->ask = ask_ids, e->ask_arg = &talk;
+    e->state = &s->state, e->prefix = &prefix, e->ask = ask_ids, e->ask_arg = &asker;
     e->progress = eval_step, e->progress_arg = &progress;
     e->context = (Context){.tok = s->tok,
                            .chunk = (int)s->o->chunk,

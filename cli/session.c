@@ -183,6 +183,17 @@ const char *repeat_postfix(const Session *s) {
     return s->o->raw ? "\n" : tokenizer_chat(s->tok)->kvzip_postfix;
 }
 
+void show_prompt(const Session *s, const char *what, const int *id, int n) {
+    if (!s->o->verbose_prompt) return;
+    note("[%s: %d tokens]\n", what, n);
+    for (int i = 0; i < n; i++) {
+        int bytes;
+        const char *piece = tokenizer_piece(s->tok, id[i], &bytes);
+        note("%8d '%.*s'%s\n", id[i], bytes, piece,
+             tokenizer_is_special(s->tok, id[i]) ? " special" : "");
+    }
+}
+
 // ---- the method: who scores, and who competes with whom ----
 
 static void add_name(Buffer *names, const char *name) {

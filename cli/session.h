@@ -58,6 +58,10 @@ void prefix_ids(const Session *s, Ids *ids);
 // The turn change between the repeat request and the repeated text.
 const char *repeat_postfix(const Session *s);
 
+// With --verbose-prompt the ids [n] on stderr, one a line with what it prints, special tokens
+// marked. what: "prompt", "question".
+void show_prompt(const Session *s, const char *what, const int *id, int n);
+
 // ---- the method: who scores, and who competes with whom ----
 
 // The row of that name; another name is wrong usage.

@@ -140,6 +140,7 @@ int cmd_generate(const Options *o) {
     open_session(&s, o, NULL, 1);
     input_ids(&s, &text, TOK_BOS, &ids);
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
+    show_prompt(&s, "prompt", ids.id, ids.n);
     open_answers(&s, CHATTY);
     Reply r = new_reply(&s, new_sequence(&s), &ids, o->n < 0 ? 256 : (int)o->n);
     if (reply_begin(&r, "", err) != 0) die("%s", err);
@@ -261,6 +262,7 @@ static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
     char err[ERR_LEN];
     int seq = kvcache_fork(&s->kv, x->talk.seq, err);
     if (seq < 0 || talk_ask(&x->talk, q->text, q->prefix, &q->ids, err) != 0) die("%s", err);
+    show_prompt(s, "question", q->ids.id, q->ids.n);
     q->reply = new_reply(s, seq, &q->ids, x->limit);
     if (!x->keep) {
         q->sampling = own_sampling(s, q);

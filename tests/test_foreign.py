@@ -282,6 +282,42 @@ def test_info(m, d):
     check(works("info", results, "--json").rows()[0]["tasks"] == "facts, other", "info on results as JSON")
 
 
+def prompts(err):
+    """[name, ids, pieces, special ones] of each prompt that --verbose-prompt shows."""
+    found = []
+    for line in err.split("\n"):
+        head, token = re.match(r"\[(\w+): (\d+) tokens\]$", line), re.match(r" *(\d+) '(.*)'( special)?$", line)
+        if head:
+            found.append((head[1], [], [], []))
+        elif token:
+            found[-1][1].append(int(token[1]))
+            found[-1][2].append(token[2])
+            if token[3]:
+                found[-1][3].append(int(token[1]))
+    return found
+
+
+def test_verbose(m, d):
+    """--verbose-prompt shows the ids that a model gets, and their texts."""
+    cache, ids = d + "/v.kvc", lambda text, *flags: [int(i) for i in works("tokenize", m.path, "-p", text, *flags).text().split()]
+    name, got, pieces, _ = prompts(works("generate", m.path, "-p", "Who\n\x1b?", "-n", 1, "--verbose-prompt", "-q").err)[0]
+    check(name == "prompt" and got == ids("Who\n\x1b?", "--bos") and "".join(pieces).endswith("Who\\n\\x1b?"), "generate: %s" % pieces)
+    r = works("compress", m.path, "-p", "It was Ann.", "-o", cache, "--verbose-prompt")
+    prefix, context = prompts(r.err)[:2]
+    check(prefix[1] + context[1] == list(Tensors(cache)["ids"]) and context[1] == ids("It was Ann."), "compress")
+    check(prefix[0] == "prefix" and prefix[3] and not context[3], "compress: special tokens are marked")
+    for args in [["ask", m.path, cache], ["chat", m.path]]:
+        r = works(*args, "-n", 1, "--verbose-prompt", "--json", "-q", input=b"Who was it?\n")
+        name, got, pieces, special = prompts(r.err)[0]
+        check(name == "question" and len(got) == r.rows()[0]["n_prompt"] and special, "%s" % args)
+        check("Who was it?" in "".join(pieces), "%s: %s" % (args, pieces))
+    task = json.dumps(dict(context="It was Ann.", questions=[dict(question="Who was it?", answers=["Ann"])]))
+    r = works("eval", m.path, write(d + "/v.jsonl", task), "--ratio", 1, "-n", 1, "--verbose-prompt", "-q")
+    check([p[0] for p in prompts(r.err)][:2] == ["prefix", "question"], "eval")
+    check(prompts(r.err)[0][1] == prefix[1] and "Who was it?" in "".join(prompts(r.err)[1][2]), "eval's ids")
+    check(not works("generate", m.path, "-p", "a", "-n", 1, "-q").err, "nothing without the flag")
+
+
 # ---- descriptors ----
 
 def test_descriptors(m, d):
@@ -319,6 +355,7 @@ def main():
         test_answers(smol, d)
         for m in [smol, Model("llama"), Model("gemma3")]:
             test_info(m, d)
+        test_verbose(smol, d)
         test_descriptors(smol, d)
     return end("test_foreign")
 

@@ -50,7 +50,7 @@ static void test_format(void) {
               "x\\ny:\n\\x1b|\n");  // the format's lines are ours
     CHECK_STR(print("%-6s|%6s|%3s", "\xc3\xa9\n", "\xc3\xa9", "abcd"),
               "\xc3\xa9\\n   |     \xc3\xa9|abcd");
-    CHECK_STR(print("%.3s|%.*s|%-4.1s|", "ab\xc3\xa9", 2, "xyz", "pq"), "ab|xy|p   |");
+    CHECK_STR(print("%.3s|%.*s|%-4.1s|", "ab\xc3\xa9", 2, "xyz", "pq"), "ab\xef\xbf\xbd|xy|p   |");
     CHECK_STR(print("%d %5d|%-5d|%05d", -7, 42, 42, 42), "-7    42|42   |00042");
     CHECK_STR(print("%ld %lld %zu %u %llx", -5L, 1LL << 40, SIZE_MAX, 7u, 255ull),
               "-5 1099511627776 18446744073709551615 7 ff");
