@@ -339,7 +339,7 @@ static size_t put_converted(FILE *f, const char *spec, va_list *args) {
         break;
     case BYTES:
         n = va_arg(*args, int);
-        json_put_string(f, va_arg(*args, const char *), (size_t)n);
+        json_put_string(f, va_arg(*args, const char *), n > 0 ? (size_t)n : 0);
         break;
     case INT:
         fprintf(f, "%d", va_arg(*args, int));

@@ -78,6 +78,7 @@ static const struct {
         "\x7f"
         "ELF"),
      {"a program", NULL, BINARY}},
+    {AT(0, "MZ"), {"a program", NULL, BINARY}},
     {AT(0, "\x89PNG\r\n"), {"a picture", NULL, BINARY}},
     {AT(0, "\xff\xd8\xff"), {"a picture", NULL, BINARY}},
     {AT(0, "GIF8"), {"a picture", NULL, BINARY}},
@@ -225,6 +226,7 @@ const FileKind *tensors_kind(const char *format, const char *name) {
         if (strncmp(format, formats[i].format, strlen(formats[i].format)) == 0)
             return &formats[i].kind;
     if (name && strstr(name, "lora_")) return &adapter;
+    if (format && (strcmp(format, "pt") == 0 || strcmp(format, "mlx") == 0)) return &weights;
     if (name && (strncmp(name, "model.", 6) == 0 || strncmp(name, "lm_head", 7) == 0))
         return &weights;
     return NULL;

@@ -105,9 +105,13 @@ static int take_tensor(Tensor *t, const JsonNode *v, const Data *data, char *err
         if (take_field(t, range, &seen, m, err) != 0) return -1;
     if (seen != ALL_FIELDS)
         return fail(err, "tensor %.100s: needs dtype, shape and data_offsets", t->name);
-    if (range[0] > range[1] || range[1] > data->bytes)
-        return fail(err, "tensor %.100s: bytes %zu to %zu, but the file has %zu bytes of data",
-                    t->name, range[0], range[1], data->bytes);
+    if (range[0] > range[1])
+        return fail(err, "tensor %.100s: bytes %zu to %zu", t->name, range[0], range[1]);
+    if (range[1] > data->bytes)
+        return fail(err,
+                    "the file is cut: tensor %.100s ends at byte %zu of the data, but only %zu are "
+                    "there",
+                    t->name, range[1], data->bytes);
     t->data = data->from + range[0];
     t->bytes = range[1] - range[0];
     if (tensor_bytes(t) != t->bytes)
@@ -233,6 +237,8 @@ static int map_file(TensorFile *f, const char *path, char *err) {
         path_fail(err, path, errno);
     } else if (!S_ISREG(st.st_mode)) {
         path_fail(err, path, 0);
+    } else if (st.st_size == 0) {
+        fail(err, "an empty file");
     } else if (st.st_size < LENGTH_BYTES) {
         fail(err, "not a safetensors file: only %lld bytes", (long long)st.st_size);
     } else if ((uintmax_t)st.st_size > SIZE_MAX) {
@@ -367,8 +373,10 @@ const Tensor *tensors_get(const TensorFile *f, char *err, const char *name, DTyp
 
 int tensors_wrong_format(const TensorFile *f, const char *wanted, const char *format, char *err) {
     const char *found = tensors_meta(f, "format");
-    const FileKind *kind = tensors_kind(found, NULL);
-    for (int i = 0; i < f->n_tensors && !kind; i++) kind = tensors_kind(found, f->tensors[i].name);
+    const char *name = f->n_tensors > 0 ? f->tensors[0].name : NULL;
+    for (int i = 0; i < f->n_tensors; i++)
+        if (strstr(f->tensors[i].name, "lora_")) name = f->tensors[i].name;
+    const FileKind *kind = tensors_kind(found, name);
     if (kind && strcmp(kind->what, wanted) != 0) return kind_fail(err, kind, wanted);
     return fail(err, "not %s: its format is \"%s\", not \"%s\"", wanted, found ? found : "",
                 format);

@@ -203,7 +203,7 @@ NO_MODEL = [
     (struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256) + bytes(100), "a checkpoint of llama2.c"),
     (b"24ka" + bytes(300), "a checkpoint of llama2.c"), (b'{"metadata": {"total_size": 5}, "weight_map": {}}', "folder with export.py"),
     (b'{"architectures": ["LlamaForCausalLM"], "dim": 5}', "folder with export.py"), (b'{"settings": "x"}\n', "a file of results"),
-    (b'{"context": "x"}\n', "a file of tasks"), (b"", "only 0 bytes")]
+    (b'{"context": "x"}\n', "a file of tasks"), (b"", "an empty file"), (b"abc", "only 3 bytes"), (b"MZqFpD='\n\0\0", "a program")]
 
 
 def safetensors(path, names, **meta):
@@ -237,7 +237,13 @@ def test_kinds(m, d):
         fails(1, words, *args)
     hf = safetensors(d + "/hf", ["model.embed_tokens.weight"], format="pt")
     fails(1, "weights that are not converted yet, not a converted model: convert their folder", "generate", hf, "-p", "a")
-    lora = safetensors(d + "/lora", ["base_model.model.q_proj.lora_A.weight"])
+    gpt2 = safetensors(d + "/gpt2", ["h.0.attn.weight"], format="pt")
+    fails(1, "weights that are not converted yet", "generate", gpt2, "-p", "a")
+    whole = open(m.path, "rb").read()
+    for cut in [len(whole) - 1, len(whole) // 2]:
+        fails(1, "cut.kvz: the file is cut: tensor ", "generate", write(d + "/cut.kvz", whole[:cut]), "-p", "a")
+    fails(1, "cut.kvz: the file is cut: its header", "generate", write(d + "/cut.kvz", whole[:100]), "-p", "a")
+    lora = safetensors(d + "/lora", ["base_model.model.a", "base_model.model.q_proj.lora_A.weight"], format="pt")
     fails(1, "a LoRA adapter, not a converted model: merge it", "generate", lora, "-p", "a")
     newer = safetensors(d + "/newer", ["a"], format="kvzip.c model 9")
     fails(1, 'not a converted model: its format is "kvzip.c model 9"', "generate", newer, "-p", "a")
