@@ -441,8 +441,8 @@ int encode_pieces(Encoder *e, const uint8_t *p, const uint8_t *end) {
         const uint8_t *part = end, *next;  // what the splitter sees at once
         if (split->digits_apart) {
             int len;
-            bool digit = class_at(e->t, p, end, &len) & NUMBER;
-            part = digit ? p + len : skip(e->t, p, end, NUMBER, false);
+            bool digit = class_at(e->t, p, end, &len) & DIGIT;
+            part = digit ? p + len : skip(e->t, p, end, DIGIT, false);
         }
         for (; p < part; p = next) {
             next = split->next(e->t, p, part);

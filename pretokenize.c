@@ -15,7 +15,8 @@ int classes_open(Tokenizer *t) {
     t->class = calloc(N_CODE_POINTS + 1, 1);
     if (t->class == NULL) return -1;
     set_class(t, unicode_letters, LENGTH(unicode_letters), LETTER);
-    set_class(t, unicode_numbers, LENGTH(unicode_numbers), NUMBER);
+    set_class(t, unicode_numbers, LENGTH(unicode_numbers), NUMBER | DIGIT);
+    set_class(t, unicode_later_numbers, LENGTH(unicode_later_numbers), DIGIT);
     set_class(t, unicode_spaces, LENGTH(unicode_spaces), SPACE);
     return 0;
 }

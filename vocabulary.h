@@ -64,7 +64,7 @@ struct Tokenizer {
     int word_bits;
     bool joins[256][256];  // these bytes are neighbours in some token
 
-    uint8_t *class;           // [N_CODE_POINTS + 1] LETTER .. CARE; the last is an invalid byte's
+    uint8_t *class;           // [N_CODE_POINTS + 1] LETTER .. DIGIT; the last is an invalid byte's
     uint8_t *ccc;             // [N_CCC] canonical combining class, only with nfc
     uint16_t *decomposition;  // [N_CODE_POINTS] see decomposition_row, only with nfc
     ChatTemplate chat;
@@ -97,8 +97,8 @@ static inline int bytes_add(Bytes *b, const void *p, size_t n) {
 
 // ---- characters ----
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, CARE = 8 };  // CARE: NFC must look at it
-enum { INVALID = N_CODE_POINTS };                      // stands for a byte of no character
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, CARE = 8, DIGIT = 16 };  // CARE: NFC must look at it
+enum { INVALID = N_CODE_POINTS };  // stands for a byte of no character
 
 // As utf8_get, but a byte that belongs to no character counts as one, INVALID.
 static inline int next_char(const uint8_t *p, const uint8_t *end, uint32_t *c) {

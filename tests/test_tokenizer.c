@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "test.h"
+#include "unicode.h"
 #include "vocab.h"
 
 static char err[ERR_LEN];
@@ -487,6 +488,39 @@ static void test_nfc(void) {
 
 // A character split over tokens shows when it is complete; the end of the answer shows what is
 // left.
+static unsigned characters(const UnicodeRange *range, size_t n) {
+    unsigned sum = 0;
+    for (; n > 0; n--, range++) sum += range->last - range->first + 1;
+    return sum;
+}
+
+#define CHARACTERS(table) characters(table, sizeof(table) / sizeof *(table))
+
+// The counts of Unicode 16 (and 17 for Digits), as tokenizers 0.23.3 answers code point by code
+// point. U+31350 is a letter since Unicode 15, so that 's behind it is a piece of its own; U+11DE0
+// is a digit since Unicode 17.
+static void test_unicode(void) {
+    CHECK(CHARACTERS(unicode_letters) == 141028 && CHARACTERS(unicode_numbers) == 1911);
+    CHECK(CHARACTERS(unicode_later_numbers) == 13 && CHARACTERS(unicode_spaces) == 25);
+    static const struct {
+        const char *split, *text;
+        int want;
+    } cases[] = {{"llama3", "\xf0\xb1\x8d\x90's", 5},
+                 {"digits+gpt2", "\xf0\x91\xb7\xa0's", 5},
+                 {"gpt2", "\xf0\x91\xb7\xa0's", 6}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Vocab *v = vocab_new("bpe", cases[i].split);
+        memcpy(v->merges[v->n_merges++], (int32_t[3]){'\'', 's', add_token(v, "'s", 2, 0)}, 12);
+        Tokenizer *t = vocab_open(v, err);
+        Ids ids = {0};
+        CHECK(t != NULL && tokenizer_encode(t, cases[i].text, 6, 0, &ids) == 0);
+        CHECK(ids.n == cases[i].want);
+        ids_free(&ids);
+        tokenizer_close(t);
+        free(v);
+    }
+}
+
 static void test_streaming(void) {
     Vocab *v = vocab_new("bpe", "none");
     Tokenizer *t = vocab_open(v, err);
@@ -593,6 +627,7 @@ int main(void) {
     test_added_tokens();
     test_spaces_and_unknowns();
     test_nfc();
+    test_unicode();
     test_streaming();
     test_bad_files();
     return test_end("test_tokenizer");
