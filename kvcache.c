@@ -50,7 +50,7 @@ static int seq_copy(KVCache *kv, KVSeq *to, const KVSeq *from, char *err) {
             seq_free(kv, to);
             return -1;
         }
-        memcpy(dst->page, src->page, (size_t)n * sizeof *dst->page);
+        if (n > 0) memcpy(dst->page, src->page, (size_t)n * sizeof *dst->page);
         for (int j = 0; j < n; j++) kv->pages[src->page[j]].refs++;
         dst->n_pages = n, dst->len = src->len;
         dst->dropped = src->dropped, dst->settled = src->settled;
@@ -263,6 +263,8 @@ static int head_reserve(KVCache *kv, KVHead *h, int n, char *err) {
 }
 
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
+    if (n > MAX_PAIRS - kv->seqs[seq].next_pos)
+        return fail(err, "a sequence of more than %d tokens", MAX_PAIRS);
     if (kv->settling && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
     for (int i = 0; i < n_heads_total(kv); i++) {
         if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
@@ -588,7 +590,8 @@ size_t kvcache_token_bytes(const KVShape *shape, KVTypes types) {
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types) {
     size_t pairs = 0;
     for (int l = 0; l < shape->n_layers; l++) {
-        if (shape->window[l] > 0) pairs += (size_t)shape->n_kv_heads * (shape->window[l] + PAGE);
+        size_t window = (size_t)shape->window[l];
+        if (window > 0) pairs += (size_t)shape->n_kv_heads * (window + PAGE);
     }
     return pairs * pair_bytes(shape, types);
 }

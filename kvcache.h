@@ -43,6 +43,9 @@ const char *kvcache_types_name(KVTypes types, char *name);
 
 // ---- the cache ----
 
+// Tokens of a sequence, and pairs of a head, at most: sums of two or three of them are ints.
+enum { MAX_PAIRS = 1 << 28 };
+
 // What the cache must know of a model.
 typedef struct {
     int n_layers, n_heads, n_kv_heads, head_dim;

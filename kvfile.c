@@ -6,7 +6,6 @@
 // the same bytes, and a file whose pages are all exact is one of the first version.
 #include "kvfile.h"
 
-#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -286,7 +285,7 @@ static const Tensor *get(const Saved *s, TensorSpec spec, char *err) {
 static const Tensor *get_list(const Saved *s, List list, char *err) {
     const Tensor *t = get(s, list_spec(list, s->sizes), err);
     for (int i = 0; t && i < t->n_dims; i++) {
-        if (t->shape[i] <= 1 << 30) continue;
+        if (t->shape[i] <= MAX_PAIRS) continue;
         fail(err, "tensor %s is too long", t->name);
         return NULL;
     }
@@ -298,7 +297,7 @@ static int read_info(Saved *s, char *err) {
     const TensorFile *f = s->file;
     const Tensor *ids = get_list(s, IDS, err);
     KVInfo *info = &s->info;
-    const int most = 1 << 30;
+    const int most = MAX_PAIRS;
     if (!ids || tensors_meta_int(f, "n_prefix", 0, most, &info->n_prefix, err) != 0 ||
         tensors_meta_int(f, "n_ctx", 0, most, &info->n_ctx, err) != 0 ||
         tensors_meta_int(f, "next_pos", 0, most, &s->next_pos, err) != 0)
@@ -353,18 +352,21 @@ static int read_heads(Saved *s, char *err) {
     const Tensor *len = get_list(s, LEN, err), *dropped, *window;
     if (!len) return -1;
     s->sizes[N_LAYERS] = (int)len->shape[0], s->sizes[N_KV_HEADS] = (int)len->shape[1];
+    if (len->bytes == 0 || len->bytes / sizeof(int32_t) > MAX_PAIRS)
+        return fail(err, "%zu layers of %zu heads", len->shape[0], len->shape[1]);
     if (!(dropped = get_list(s, DROPPED, err)) || !(window = get_list(s, WINDOW, err))) return -1;
     s->len = len->data, s->dropped = dropped->data, s->window = window->data;
     for (int i = 0; i < n_saved_heads(s); i++) {
         int pairs = s->len[i], gone = s->dropped[i];
-        if (gone < 0 || gone % PAGE || pairs < gone || pairs > 1 << 30)
-            return fail(err, "a head of %d pairs less %d", pairs, gone);
+        if (gone < 0 || gone % PAGE || pairs < gone || pairs > s->next_pos)
+            return fail(err, "a head of %d pairs less %d, after %d tokens", pairs, gone,
+                        s->next_pos);
         int layer = i / s->sizes[N_KV_HEADS];
         if (gone > 0 && s->window[layer] == 0)
             return fail(err, "layer %d has no window, but %d of its pairs left one", layer, gone);
         n += head_pages(s, i);
     }
-    if (n > INT_MAX) return fail(err, "heads of %ld pages", n);
+    if (n > MAX_PAIRS) return fail(err, "heads of %ld pages", n);
     s->sizes[N_PAGES] = (int)n;
     return 0;
 }

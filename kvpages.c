@@ -8,6 +8,7 @@
 #define _DARWIN_C_SOURCE
 #include "kvpages.h"
 
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -87,6 +88,7 @@ static size_t slab_bytes(const KVStore *store) {
 
 int pages_grow(KVCache *kv, int n, char *err) {
     if (n <= kv->pages_cap) return 0;
+    if (n > INT_MAX / 2) return fail(err, "the cache needs more than %d pages", INT_MAX / 2);
     int cap = max_int(n, kv->pages_cap * 2);
     KVPage *pages = realloc(kv->pages, (size_t)cap * sizeof *pages);
     if (!pages) return fail(err, "out of memory for a table of %d cache pages", cap);

@@ -64,6 +64,8 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
 static int open_rope(Config *c, const TensorFile *f, char *err) {
     const Tensor *freq = tensors_get(f, err, "rope.inv_freq", T_F32, 2, -1, c->rotary_dim / 2);
     if (!freq) return -1;
+    if (freq->shape[0] > (size_t)c->n_layers)
+        return fail(err, "%zu rope tables for %d layers", freq->shape[0], c->n_layers);
     c->n_ropes = (int)freq->shape[0];
     const Tensor *scale = tensors_get(f, err, "rope.scale", T_F32, 1, c->n_ropes);
     const Tensor *rope = scale ? tensors_get(f, err, "layer.rope", T_I32, 1, c->n_layers) : NULL;

@@ -7,6 +7,7 @@
 #include "eval/results.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
@@ -166,7 +167,9 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
     const JsonNode *kept = json_need(&f, "kept", JSON_NUMBER);
     const JsonNode *value = json_need(&f, columns[0], JSON_LIST);
     if (f.failed) return -1;
-    c.context = (int)json_number(context);
+    double line = json_number(context);
+    if (!(line >= 0 && line <= INT_MAX)) return fail(err, "\"context\" is not a line's number");
+    c.context = (int)line;
     c.ratio = json_number(ratio), c.kept = json_number(kept);
     if (eval_results_find(r, &c)) return 0;
     if (value->n == 0) return fail(err, "a cell of no questions");
@@ -293,7 +296,7 @@ static bool same_figure(const EvalCell *a, const EvalCell *b) {
 // Cells [first, r->n) that belong to the figure of cell `first`, as a row for each of its columns;
 // these go together in v [EVAL_COLUMNS][room].
 static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *row, float *v,
-                        int room) {
+                        size_t room) {
     const EvalCell *c = &r->cell[first];
     int n = 0;
     double kept = 0;
@@ -301,7 +304,7 @@ static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *ro
         const EvalCell *d = &r->cell[i];
         if (done[i] || !same_figure(c, d)) continue;
         for (int m = 0; m < EVAL_COLUMNS; m++)
-            memcpy(v + (size_t)m * room + n, d->value + m * d->n, d->n * sizeof *v);
+            memcpy(v + m * room + n, d->value + (size_t)m * d->n, (size_t)d->n * sizeof *v);
         kept += d->kept * d->n;
         n += d->n;
         done[i] = true;
@@ -314,15 +317,15 @@ static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *ro
                            .metric = m == 0 ? c->metric : columns[m],
                            .ratio = c->ratio,
                            .kept = kept / n};
-        summarize(&row[m], v + (size_t)m * room, n);
+        summarize(&row[m], v + m * room, n);
     }
 }
 
 int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err) {
-    int room = 1;
-    for (int i = 0; i < r->n; i++) room += r->cell[i].n;
+    size_t room = 1;
+    for (int i = 0; i < r->n; i++) room += (size_t)r->cell[i].n;
     bool *done = calloc((size_t)r->n + 1, sizeof *done);
-    float *v = malloc(EVAL_COLUMNS * (size_t)room * sizeof *v);
+    float *v = malloc(EVAL_COLUMNS * room * sizeof *v);
     *rows = malloc((EVAL_COLUMNS * (size_t)r->n + 1) * sizeof **rows);
     *n = 0;
     bool ok = done && v && *rows;

@@ -238,7 +238,7 @@ TARGET static void fold(Folded *f, int r, const float *a, const Codes *b) {
         __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), inv));
         __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
         _mm_storeu_si128((void *)out, _mm_shuffle_epi8(w, order));
-        sum = _mm256_add_epi32(sum, q);
+        sum = _mm256_add_epi32(sum, _mm256_cvtepi16_epi32(w));  // garbage does not overflow
     }
     f->scale[r] = most / FOLD_MOST;
     f->bias[r] = hsum(bias);

@@ -275,7 +275,7 @@ INLINE void fold(Folded *f, int r, const float *a, const Codes *b) {
         __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
         __m256i high = _mm256_srai_epi16(_mm256_sub_epi16(w, low), 8);
         _mm256_storeu_si256((void *)out, _mm256_packs_epi16(high, low));
-        sum = _mm512_add_epi32(sum, q);
+        sum = _mm512_add_epi32(sum, _mm512_cvtepi16_epi32(w));  // garbage does not overflow
     }
     f->scale[r] = most / FOLD_MOST;
     f->bias[r] = _mm512_reduce_add_ps(bias);

@@ -254,7 +254,7 @@ static void fold(Folded *f, int r, const float *a, const Codes *b) {
         int8x8_t low = vmovn_s16(w);
         vst1_s8((int8_t *)out, vmovn_s16(vshrq_n_s16(vsubq_s16(w, vmovl_s8(low)), 8)));
         vst1_s8((int8_t *)out + 8, low);
-        sum = vaddq_s32(sum, vaddq_s32(q0, q1));
+        sum = vaddq_s32(sum, vpaddlq_s16(w));  // garbage does not overflow
     }
     f->scale[r] = most / FOLD_MOST;
     f->bias[r] = vaddvq_f32(bias);

@@ -84,7 +84,8 @@ static int push_text(Run *r, const int *ids, int n, char *err) {
 
 // All parts as texts, then all of them joined, as far as positions were trained.
 static int cut_texts(Run *r, const Ids *parts, const int *part_n, int n_parts, char *err) {
-    int room = r->m->seq_len - r->c->prefix->n - 2 * r->c->context.chunk, at = 0;
+    int chunk = min_int(r->c->context.chunk, r->m->seq_len);
+    int room = r->m->seq_len - r->c->prefix->n - 2 * chunk, at = 0;
     for (int i = 0; i < n_parts; at += part_n[i++])
         if (push_text(r, parts->id + at, min_int(part_n[i], r->m->seq_len), err) != 0) return -1;
     int joined = min_int(parts->n, room);

@@ -879,6 +879,26 @@ def test_left_behind(m, d):
     fails(1, "layer 0 has no window", "info", d + "/left.kvc")
 
 
+def test_lying_counts(m, d):
+    """Counts that no cache has, each within its type: their sums and differences are refused, not computed."""
+    whole = d + "/whole.kvc"
+    works("compress", m.path, "-p", "The mill was built by Ann Grey. " * 20, "-o", whole, "-q")
+    data, at = open(whole, "rb").read(), Tensors(whole).at["len"]
+    longer = bytearray(data)
+    struct.pack_into("<i", longer, at, 1 << 30)
+    write(d + "/longer.kvc", bytes(longer))
+    for command in [["ask", m.path, d + "/longer.kvc", "Who?"], ["info", d + "/longer.kvc"]]:
+        fails(1, "a head of 1073741824 pairs less 0, after ", *command)
+    n = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + n])
+    for key in ["n_prefix", "n_ctx", "next_pos"]:
+        header["__metadata__"][key] = str(1 << 30)
+    header = json.dumps(header).encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    write(d + "/counts.kvc", struct.pack("<Q", len(header)) + header + data[8 + n:])
+    fails(1, "metadata n_prefix: expected a whole number from 0 to 268435456", "info", d + "/counts.kvc")
+
+
 def main():
     smol, llama = Model("smol"), Model("llama")
     with tempfile.TemporaryDirectory() as d:
@@ -910,6 +930,7 @@ def main():
         test_files(smol, llama, d)
         test_streams(smol)
         test_small_stack(smol, d)
+        test_lying_counts(smol, d)
         test_left_behind(smol, d)
         test_processors(smol)
         test_interrupt(smol, d)
