@@ -56,8 +56,7 @@ static int keep_answer(const Asking *a, Asked *q, char *err) {
     if (r->stop_id >= 0 && ids_push(&r->ids, r->stop_id) != 0) return fail(err, "out of memory");
     q->judged.full = r->ids;
     r->ids = (Ids){0};
-    q->full_value = eval_answer(a->task, q->q, r->text.s);
-    return 0;
+    return eval_answer(a->task, q->q, r->text.s, &q->full_value, err);
 }
 
 int asking_open(Asking *a, char *err) {
@@ -162,7 +161,8 @@ int asking_put(Asking *a, KVCache *kv, int seq, EvalCell *c, char *err) {
     if (finish_replies(a, kv, seq, a->asked + a->begin, a->end - a->begin, err) != 0) return -1;
     for (int i = a->begin; i < a->end; i++) {
         Asked *q = &a->asked[i];
-        double v = c->same[i] > 0 ? q->full_value : eval_answer(a->task, q->q, q->reply.text.s);
+        double v = q->full_value;
+        if (c->same[i] == 0 && eval_answer(a->task, q->q, q->reply.text.s, &v, err) != 0) return -1;
         c->value[i] = (float)v;
     }
     return 0;

@@ -1,11 +1,9 @@
-// tasks.c: tasks from JSON Lines, and how good an answer is.
+// tasks.c: tasks from JSON Lines.
 //
 // A task is a context and questions about it, each with the answers that are right. The file's text
-// stays in memory and every string points into it. What a model wrote and what is right are
-// compared in the same normal form, so that case, punctuation and "the" decide nothing.
+// stays in memory and every string points into it.
 #include "eval/tasks.h"
 
-#include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,105 +14,17 @@
 
 // ---- how good an answer is ----
 
-// Lower case, no punctuation, no articles, number words as digits, single spaces (as KVzip's
-// authors and SQuAD's script compare, arXiv 1606.05250). In place: a word never gets longer.
-static void normalize(char *s) {
-    static const char *const articles[] = {"a", "an", "the"};
-    static const char *const digits[] = {"zero", "one", "two",   "three", "four",
-                                         "five", "six", "seven", "eight", "nine"};
-    char *start = s, *out = s, *word = s;
-    for (;; s++) {
-        unsigned char c = (unsigned char)*s;
-        if (c && !isspace(c)) {
-            if (!ispunct(c)) *out++ = (char)tolower(c);
-            continue;
-        }
-        *out = '\0';
-        for (int i = 0; i < 3; i++)
-            if (strcmp(word, articles[i]) == 0) out = word;
-        for (int i = 0; i < 10; i++)
-            if (strcmp(word, digits[i]) == 0) *word = (char)('0' + i), out = word + 1;
-        if (!c) break;
-        if (out > word) *out++ = ' ';
-        word = out;
-    }
-    if (out > start && out[-1] == ' ') out--;
-    *out = '\0';
-}
-
-// A number matches whole numbers only: 12 is not in 312.
-static bool contained(const char *text, const char *want) {
-    size_t n = strlen(want);
-    if (n == 0) return false;
-    for (const char *at = text; (at = strstr(at, want)) != NULL; at++) {
-        bool before =
-            at > text && isdigit((unsigned char)at[-1]) && isdigit((unsigned char)want[0]);
-        bool after = isdigit((unsigned char)want[n - 1]) && isdigit((unsigned char)at[n]);
-        if (!before && !after) return true;
-    }
-    return false;
-}
-
-// How often the word [n] stands in text before `end` (NULL: anywhere).
-static int count_word(const char *text, const char *end, const char *word, size_t n) {
-    int count = 0;
-    for (size_t len; (len = strcspn(text, " ")) > 0; text += len + (text[len] == ' ')) {
-        if (end && text >= end) break;
-        count += len == n && memcmp(text, word, n) == 0;
-    }
-    return count;
-}
-
-static int count_words(const char *s) {
-    int n = *s != '\0';
-    for (; *s; s++) n += *s == ' ';
-    return n;
-}
-
-// F1 of the words in common, counted with multiplicity.
-static double word_f1(const char *text, const char *want) {
-    int n_text = count_words(text), n_want = count_words(want), common = 0;
-    if (n_text == 0 || n_want == 0) return n_text == n_want;
-    const char *p = want;
-    for (size_t len; (len = strcspn(p, " ")) > 0; p += len + (p[len] == ' '))
-        common += count_word(want, p, p, len) < count_word(text, NULL, p, len);
-    return 2.0 * common / (n_text + n_want);
-}
-
-// The first letter that stands alone, "(b)" and "B." too, as a capital; 0 when there is none.
-static int choice_letter(const char *s) {
-    for (bool inside = false; *s; s++) {
-        unsigned char c = (unsigned char)s[0], after = (unsigned char)s[1];
-        bool ends = !isalnum(after) && after < 0x80 && after != '\'';
-        if (!inside && isalpha(c) && ends) return toupper(c);
-        inside = isalnum(c) || c >= 0x80 || c == '\'';
-    }
-    return 0;
-}
-
-static double metric_value(EvalMetric metric, const char *answer, const char *want) {
-    int letter;
-    switch (metric) {
-    case METRIC_EXACT:
-        return strcmp(answer, want) == 0;
-    case METRIC_F1:
-        return word_f1(answer, want);
-    case METRIC_CHOICE:
-        return (letter = choice_letter(answer)) && letter == choice_letter(want);
-    default:
-        return contained(answer, want);
-    }
-}
-
-double eval_answer(const EvalTask *t, const EvalQuestion *q, char *answer) {
+int eval_answer(const EvalTask *t, const EvalQuestion *q, const char *answer, double *value,
+                char *err) {
     double best = 0, sum = 0;
-    if (t->metric != METRIC_CHOICE) normalize(answer);
     for (int i = 0; i < q->n_answers; i++) {
-        double v = metric_value(t->metric, answer, q->answers[i]);
+        double v = mark_answer(t->metric, answer, q->answers[i]);
+        if (v < 0) return fail(err, "out of memory");
         best = fmax(best, v);
         sum += v;
     }
-    return t->all && t->metric == METRIC_CONTAINED ? sum / q->n_answers : best;
+    *value = t->all && t->metric == METRIC_CONTAINED ? sum / q->n_answers : best;
+    return 0;
 }
 
 // ---- tasks ----
@@ -123,7 +33,7 @@ static const char *const metric_names[METRICS] = {"contained", "exact", "f1", "c
 
 const char *eval_metric_name(EvalMetric metric) { return metric_names[metric]; }
 
-static int take_question(EvalQuestion *q, const JsonNode *object, bool as_is, char *err) {
+static int take_question(EvalQuestion *q, const JsonNode *object, char *err) {
     if (object->kind != JSON_OBJECT) return fail(err, "a question is not an object");
     JsonFields f = {.object = object, .err = err};
     q->question = json_need_text(&f, "question");
@@ -136,8 +46,10 @@ static int take_question(EvalQuestion *q, const JsonNode *object, bool as_is, ch
     if (!q->answers) return fail(err, "out of memory");
     for (const JsonNode *m = list->child; m; m = m->next) {
         if (m->kind != JSON_STRING) return fail(err, "an answer is not a string");
+        size_t n;
+        stripped(m->text, (size_t)m->n, &n);
+        if (n == 0) return fail(err, "an empty answer");
         q->answers[q->n_answers++] = m->text;
-        if (!as_is) normalize(m->text);
     }
     return 0;
 }
@@ -148,7 +60,7 @@ static int take_questions(EvalTask *t, const JsonNode *list, char *err) {
     if (!t->questions) return fail(err, "out of memory");
     for (const JsonNode *m = list->child; m; m = m->next) {
         EvalQuestion *q = &t->questions[t->n_questions++];
-        if (take_question(q, m, t->metric == METRIC_CHOICE, err) != 0) return -1;
+        if (take_question(q, m, err) != 0) return -1;
     }
     return 0;
 }

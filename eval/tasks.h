@@ -5,13 +5,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-// contained: an answer stands in the text; exact: it is the text; f1: words in common; choice: the
-// first letter that stands alone.
-typedef enum { METRIC_CONTAINED, METRIC_EXACT, METRIC_F1, METRIC_CHOICE, METRICS } EvalMetric;
+#include "eval/marks.h"
 
 typedef struct {
     const char *question, *answer_prefix;  // answer_prefix "" when there is none
-    char **answers;                        // [n_answers] at least one; normalized, but for a choice
+    char **answers;                        // [n_answers] at least one, none of them empty
     int n_answers;
 } EvalQuestion;
 
@@ -46,7 +44,8 @@ int eval_tasks_open(EvalTasks *t, const char *path, char *err);
 // Frees it, strings included. Safe on a zeroed struct, and twice.
 void eval_tasks_close(EvalTasks *t);
 
-// How good an answer is, 0 to 1. Texts are compared in lower case without punctuation and articles,
-// number words as digits: answer is changed in place.
-double eval_answer(const EvalTask *t, const EvalQuestion *q, char *answer);
+// How good an answer is, 0 to 1, goes to *value: as good as by the best of those that are right, or
+// with `all` the share of them that it has. Returns 0, or -1 with err: no memory.
+int eval_answer(const EvalTask *t, const EvalQuestion *q, const char *answer, double *value,
+                char *err);
 #endif
