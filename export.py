@@ -2323,6 +2323,9 @@ def refuse_opened(out):
 
 def write_file(out, meta, outputs):
     """All that plan() has prepared into a NewFile, which then takes its place."""
+    for key, value in meta.items():
+        if "\0" in value:
+            raise Refusal(f"{key} would hold a zero byte, which ends a text in C: {value[:60]!r}")
     rows = layout(outputs)
     blank = "0" * 64
     meta = {"format": meta.pop("format"), "fingerprint": blank, **meta}

@@ -904,6 +904,13 @@ class TestWriting(Case):
         self.assertEqual((p.returncode, p.stderr), (1, "export.py: interrupted, nothing written\n"))
         self.assertEqual(os.listdir(self.dir), [])
 
+    def test_zero_byte(self):
+        """In a text of the model, which ./run would refuse."""
+        path = self.copy("smol")
+        template = "{% for m in messages %}{{ m.content }}\0{% endfor %}"
+        self.edit(path, "tokenizer_config.json", chat_template=template)
+        self.refuse(path, "chat.", "zero byte")
+
     def test_closed_descriptors(self):
         """Without standard input, output and error it converts as with them."""
         out = os.path.join(self.dir, "closed")
