@@ -264,7 +264,7 @@ FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.flo
 
 
 def from_mxfp4(b):
-    """Half the scale 2^(e - 127), then 32 codes: i and 16 + i in the low and high half of byte i."""
+    """Half the scale 2^(e - 127), then 32 codes: i and 16 + i in the two halves of byte i."""
     e = b[:, :1].astype(np.uint32)
     half = np.where(e < 2, np.uint32(0x200000) << e, (e - np.uint32(1)) << np.uint32(23))
     codes = b[:, 1:]

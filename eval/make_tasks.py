@@ -835,6 +835,12 @@ CONVERTED = {"squad": squad, "gsm8k": gsm8k, "longbench": longbench, "scbench": 
              "infinitebench": infinitebench}
 
 
+def natural(text):
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def arguments(argv=None):
     kinds = [f"  {name:18} {make.__doc__}" for name, (make, _) in MADE.items()]
     files = [f"  {name:18} {make.__doc__}" for name, make in CONVERTED.items()]
@@ -842,9 +848,9 @@ def arguments(argv=None):
                                 epilog="kinds:\n" + "\n".join(kinds) + "\n\nkinds that need a FILE:\n" + "\n".join(files))
     p.add_argument("kind", choices=[*MADE, *CONVERTED], metavar="KIND")
     p.add_argument("file", nargs="?", metavar="FILE", help="the data set to convert")
-    p.add_argument("-n", type=int, default=10, metavar="N", help="contexts (default 10)")
-    p.add_argument("-q", type=int, default=12, metavar="N", help="questions per context at most (default 12)")
-    p.add_argument("--tokens", type=int, default=1000, help="length of a context, about (default 1000)")
+    p.add_argument("-n", type=natural, default=10, metavar="N", help="contexts (default 10)")
+    p.add_argument("-q", type=natural, default=12, metavar="N", help="questions per context at most (default 12)")
+    p.add_argument("--tokens", type=natural, default=1000, help="length of a context, about (default 1000)")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--filler", choices=FILLERS, default="prose", help=f"text around the sentences of {', '.join(FILLED)}")
     p.add_argument("--name", help="name of the task in the results (default: the kind)")
@@ -870,14 +876,31 @@ def lines(a):
         yield from made if isinstance(made, list) else [made]
 
 
-def main():
-    a = arguments()
+def write(a, out):
     for i, line in enumerate(lines(a)):
         if a.kind in CONVERTED and i == a.n:
             break
         if a.name:
             line["task"] = a.name
-        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    out.flush()
+
+
+def main():
+    a = arguments()
+    sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        write(a, sys.stdout)
+    except KeyboardInterrupt:
+        sys.exit("make_tasks: interrupted")
+    except OSError as e:
+        if e.filename is None:  # the reader of a pipe has gone, or the disk is full: no second try at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"make_tasks: {e.filename or 'standard output'}: {e.strerror}")
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+        if a.kind not in CONVERTED:
+            raise
+        sys.exit(f"make_tasks: {ascii(a.file)[1:-1]}: not a {a.kind} data set ({type(e).__name__}: {ascii(str(e))[1:-1]})")
 
 
 if __name__ == "__main__":

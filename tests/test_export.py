@@ -1130,7 +1130,8 @@ class TestTokenizers(Case):
         tokens = [bytes([b]) for b in range(256)] + [b" a"]
         self.write_ranks(os.path.join(path, "tokenizer.model"), tokens)
         special = {"content": "<|begin_of_text|>", "special": True}
-        self.edit(path, "tokenizer_config.json", added_tokens_decoder={"258": special}, eos_token=None)
+        self.edit(path, "tokenizer_config.json", added_tokens_decoder={"258": special},
+                  eos_token=None)
         c = self.convert(path)
         self.assertEqual(c.t["tok.kind"].tolist(), [0] * 257 + [4, 1])
         self.assertEqual(c.t["tok.bytes"].tobytes(), b"".join(tokens) + b"<|begin_of_text|>")

@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "eval"))
@@ -197,6 +198,31 @@ def test_command_line():
     check(status("passages", "--filler", "code") == 2, "--filler for a kind that takes none")
     check(status("facts", "--filler", "verse") == 2, "a filler that does not exist")
     check(status("facts", "file.json") == 2, "a FILE for a made kind")
+    for number in ("0", "-1", "x", "1.5", "9" * 30):
+        check(status("facts", "-n", number) == 2 and status("refusal", "-q", number) == 2, f"-n {number}")
+
+
+def test_errors():
+    """One line and exit 1, whatever the data set is and wherever the lines go."""
+    def said(*args, to=subprocess.DEVNULL):
+        p = subprocess.run([sys.executable, os.path.join(ROOT, "eval", "make_tasks.py"), *args], stdout=to,
+                           stderr=subprocess.PIPE, text=True)
+        check(p.returncode == 1 and p.stderr.count("\n") == 1, f"{args}: {p.returncode} {p.stderr}")
+        return p.stderr
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "data.json")
+        check("No such file" in said("squad", path), "a data set that is missing")
+        for text in ("", "{}", '{"a": 1}', "[[1]]", "x", "[" * 100000, '[{"context": 1}]', "\0"):
+            with open(path, "w") as f:
+                f.write(text)
+            for kind in mt.CONVERTED:
+                if text not in ("", "{}"):  # without a row, there is nothing that could be wrong
+                    check("data set" in said(kind, path), f"{kind} from {text[:20]}")
+    read, write = os.pipe()
+    os.close(read)
+    check("Broken pipe" in said("facts", to=write), "a pipe without a reader")
+    os.close(write)
 
 
 # ---- calibration text ----
@@ -250,6 +276,7 @@ def main():
     test_comparing()
     test_summary()
     test_command_line()
+    test_errors()
     test_calibration()
     test_fillers()
     return end("test_tasks")
