@@ -2426,12 +2426,13 @@ def read_directory(path):
         tokens = {k: token_text(x) for k, x in tc.items() if k.endswith("_token") and token_text(x)}
         template = template_of(path, tc)
     generation = read_json(os.path.join(path, "generation_config.json"), {})
-    eos = tokens.get("eos_token")
-    if eos is not None and eos not in v.ids:
-        raise Refusal(f"tokenizer_config.json: eos_token {eos!r} is no token of the vocabulary")
     rows = config.get("vocab_size")
+    rows = rows if type(rows) is int else len(v.texts)
+    eos = tokens.get("eos_token")
+    if eos is not None and v.ids.get(eos, rows) >= rows:
+        raise Refusal(f"tokenizer_config.json: eos_token {eos!r} is no token of the vocabulary")
     configs = {"config.json": config, "generation_config.json": generation}
-    check_ids(v, rows if type(rows) is int else len(v.texts), configs)
+    check_ids(v, rows, configs)
     if v.meta["bos_id"] < 0 and id_list(config.get("bos_token_id")) and "bos_token" not in tc:
         v.meta["bos_id"] = config["bos_token_id"]
     stops = stop_ids(v, config.get("eos_token_id"), generation.get("eos_token_id"),

@@ -795,7 +795,9 @@ class TestRefusals(Case):
         self.refuse(self.copy("smol", bos_token_id=[1]), "bos_token_id is [1]")
         path = self.copy("smol")
         self.edit(path, "tokenizer_config.json", eos_token="<|nowhere|>")
-        self.refuse(path, "eos_token '<|nowhere|>' is no token")
+        status, said = run(path, "-o", self.out)
+        self.assertEqual(status, 1, said)
+        self.assertIn("eos_token '<|nowhere|>' is no token", said)
         c = self.convert(self.copy("smol", bos_token_id=None, pad_token_id=-1, eos_token_id=[5, 0]))
         self.assertEqual(c.meta["tokenizer.stop_ids"], "0,2,5")
 
