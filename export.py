@@ -2184,7 +2184,7 @@ class NewFile:
         with self.errors():
             old = self.check()
             self.remove_dead()
-            self.file = os.fdopen(self.open_temporary(), "wb")
+            self.file = os.fdopen(self.open_temporary(0o600 if old else 0o666), "wb")
             if old is not None:
                 self.take_over(old)
 
@@ -2230,13 +2230,13 @@ class NewFile:
                 mode &= 0o777  # no set-id bits for another owner
         os.fchmod(fd, mode)
 
-    def open_temporary(self):
+    def open_temporary(self, mode):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         for n in range(100):
             temporary = f"{self.path}.{os.getpid()}.{n}.tmp"
             try:
                 with signals_held():
-                    fd = os.open(temporary, flags, 0o666)
+                    fd = os.open(temporary, flags, mode)
                     self.temporary = temporary
             except FileExistsError:
                 continue
@@ -2256,7 +2256,10 @@ class NewFile:
     def remove_dead(self):
         """Removes the temporary files of writers that died."""
         folder, base = os.path.split(self.path)
-        for name in os.listdir(folder):
+        names = []
+        with contextlib.suppress(OSError):  # it may be writable and not readable
+            names = os.listdir(folder)
+        for name in names:
             if re.fullmatch(re.escape(base) + r"\.[0-9]+\.[0-9]+\.tmp", name):
                 with contextlib.suppress(OSError):
                     path = os.path.join(folder, name)

@@ -974,7 +974,15 @@ class TestWriting(Case):
         with open(self.out, "w") as f:
             f.write("old")
         os.chmod(self.out, 0o600)
-        self.assertEqual(run(smol, "-o", link), (0, ""))
+        modes, take_over = [], export.NewFile.take_over
+
+        def watched(new, old):
+            modes.append(os.stat(new.temporary).st_mode & 0o777)
+            take_over(new, old)
+
+        with mock.patch.object(export.NewFile, "take_over", watched):
+            self.assertEqual(run(smol, "-o", link), (0, ""))
+        self.assertEqual(modes, [0o600])  # at no time may others open it
         self.assertTrue(os.path.islink(link))
         self.assertEqual(os.stat(self.out).st_mode & 0o777, 0o600)
         self.assertGreater(os.path.getsize(self.out), 1000)
