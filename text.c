@@ -5,12 +5,14 @@
 // what a terminal obeys: an escape sequence that clears the screen or types into the shell, a
 // carriage return that hides what stood there, a control that reorders a line. Such characters are
 // shown, never sent: all that the program prints goes through text_show.
+#define _POSIX_C_SOURCE 200809L
 #include "text.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "kinds.h"
 
@@ -244,8 +246,24 @@ size_t text_mark(const char *s, size_t n) {
     return n >= 3 && memcmp(s, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
 }
 
+// Whether the file's first bytes are text's, so that what is none is not read to its end. A pipe
+// has no second reader and is not asked.
+static TextKind check_head(const char *path, char *err) {
+    char head[KIND_HEAD];
+    struct stat st;
+    FILE *f = stat(path, &st) == 0 && S_ISREG(st.st_mode) ? fopen(path, "rb") : NULL;
+    if (!f) return TEXT_FINE;
+    size_t n = fread(head, 1, sizeof head, f);
+    fclose(f);
+    const FileKind *kind = file_kind(head, n);
+    if (!kind || kind->nature == PLAIN) return TEXT_FINE;
+    kind_fail(err, kind, "text");
+    return TEXT_OTHER;
+}
+
 TextKind text_read(Buffer *b, const char *path, char *err) {
     *b = (Buffer){0};
+    if (strcmp(path, "-") != 0 && check_head(path, err) != TEXT_FINE) return TEXT_OTHER;
     b->s = file_read(path, &b->n, err);
     if (!b->s) {
         if (strcmp(path, "-") != 0) path_fail(err, path, errno);

@@ -18,6 +18,7 @@
 
 #include "json.h"
 #include "kinds.h"
+#include "text.h"
 #include "newfile.h"
 #include "util.h"
 
@@ -202,7 +203,7 @@ static int add_text(EvalResults *r, char *text, char *err) {
     if (!texts) return free(text), fail(err, "out of memory");
     r->text = texts;
     r->text[r->n_texts++] = text;
-    JsonLines lines = {.rest = text};
+    JsonLines lines = {.rest = text + text_mark(text, strlen(text))};
     int rc = read_results(r, &lines, err);
     json_lines_close(&lines);
     return rc;
@@ -212,10 +213,11 @@ static int add_text(EvalResults *r, char *text, char *err) {
 // or -1 with err.
 static off_t take_text(EvalResults *r, char *text, size_t n, char *err) {
     static const char start[] = "{\"settings\": ";
-    size_t seen = n < sizeof start ? n : sizeof start - 1;
-    bool ours = memcmp(text, start, seen) == 0;             // or the beginning of one of ours
-    while (n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
+    size_t mark = text_mark(text, n), seen = n - mark;
+    if (seen >= sizeof start) seen = sizeof start - 1;
+    bool ours = memcmp(text + mark, start, seen) == 0;  // or the beginning of one of ours
     const FileKind *kind = ours ? NULL : file_kind(text, n);
+    while (n > 0 && text[n - 1] != '\n') text[--n] = '\0';  // a line that was cut off
     if (kind) {
         free(text);
         return kind_fail(err, kind, "a file of results");

@@ -7,6 +7,7 @@ text is text, or is named for what it is. The last line says how many checks pas
 import json
 import os
 import re
+import resource
 import struct
 import sys
 import tempfile
@@ -185,6 +186,14 @@ def test_mark(m, d):
     for other in [mark + task + "\n" + task, task + "\r\n" + task + "\r\n", task + "\r" + task]:
         check(works("eval", m.path, write(d + "/t", other), *args).rows() == plain, "tasks with a mark or other line ends")
     fails(1, "line 2: ", "eval", m.path, write(d + "/t", task + "\r\n{"))
+    plain = open(results_file(d + "/r", task="other"), "rb").read()
+    rows = works("eval", "--merge", d + "/r", "--json").rows()
+    check(works("eval", "--merge", write(d + "/r", mark.encode() + plain), "--json").rows() == rows, "results with a mark")
+    fails(1, "text in UTF-16, not a file of results", "eval", "--merge", write(d + "/r", plain.decode().encode("utf-16")))
+    with open(d + "/long", "wb") as f:
+        f.truncate(1 << 34)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+    fails(1, "zeros, as a download leaves", "tokenize", m.path, "-f", d + "/long", preexec_fn=limit)
     check(works("logits", m.path, "--ids", write(d + "/i", mark + "1 2 3"), "-o", d + "/l").code == 0, "a mark before ids")
     r = works("tokenize", m.path, "-p", mark + "a")
     check("a byte order mark" in r.err and works("tokenize", m.path, "--decode", input=r.out).out == (mark + "a").encode(),
