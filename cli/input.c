@@ -40,20 +40,22 @@ Buffer read_all(const Options *o, const char *path) {
     return unmarked(o, b, from);
 }
 
-static void check_argument(const Options *o, const char *name, const char *text) {
+// Returns the text without a mark.
+static const char *check_argument(const Options *o, const char *name, const char *text) {
     char err[ERR_LEN];
-    if (text) check_kind(o, text_check(text, strlen(text), err), name, err);
+    if (!text) return NULL;
+    size_t n = strlen(text);
+    check_kind(o, text_check(text, n, err), name, err);
+    return text + text_mark(text, n);
 }
 
-void check_arguments(const Options *o) {
+void check_arguments(Options *o) {
     check_argument(o, "-p", o->prompt);
-    check_argument(o, "--system", o->system);
-    check_argument(o, "--task", o->task);
-    check_argument(o, "--answer-prefix", o->answer_prefix);
-    for (int i = 2; o->bit == ASK && i < o->n_args; i++) {
-        o->args[i] += text_mark(o->args[i], strlen(o->args[i]));
-        check_argument(o, "a question", o->args[i]);
-    }
+    o->system = check_argument(o, "--system", o->system);
+    o->task = check_argument(o, "--task", o->task);
+    o->answer_prefix = check_argument(o, "--answer-prefix", o->answer_prefix);
+    for (int i = 2; o->bit == ASK && i < o->n_args; i++)
+        o->args[i] = (char *)check_argument(o, "a question", o->args[i]);
 }
 
 size_t check_line(const char *from, long number, const char *line, size_t n) {

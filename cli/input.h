@@ -11,8 +11,9 @@
 
 Buffer read_all(const Options *o, const char *path);  // the whole text, or stdin for "-"
 
-// The same for texts that are arguments: -p, --system and the like, questions.
-void check_arguments(const Options *o);
+// The same for texts that are arguments: -p (whose mark read_text leaves out), --system and the
+// like, questions.
+void check_arguments(Options *o);
 
 // The same for line `number` (from 1) of what is read line by line; returns the bytes of a mark.
 size_t check_line(const char *from, long number, const char *line, size_t n);

@@ -180,6 +180,11 @@ def test_mark(m, d):
     plain = answer(works("ask", m.path, cache, "Who?", *flags))
     for args, data in [([mark + "Who?"], b""), (["-f", write(d + "/q", mark + "Who?\n")], b""), ([], (mark + "Who?").encode())]:
         check(answer(works("ask", m.path, cache, *args, *flags, input=data)) == plain, "a mark in front of a question")
+    for flag in ["--system", "--task"]:
+        works("compress", m.path, "-p", text, "-o", cache, flag, "Be brief.")
+        ids = Tensors(cache).raw["ids"]
+        works("compress", m.path, "-p", text, "-o", cache, flag, mark + "Be brief.")
+        check(Tensors(cache).raw["ids"] == ids, "a mark in front of " + flag)
     task = json.dumps(dict(context=text, questions=[dict(question="Who?", answers=["Ann"])]))
     args = ["--ratio", 1, "-n", 4, "--json"]
     plain = works("eval", m.path, write(d + "/t", task + "\n" + task), *args).rows()
