@@ -278,11 +278,15 @@ static int encode_window(const Tokenizer *t, Window *w, const uint8_t *p, size_t
     return 0;
 }
 
-// Several unknown characters in a row are one unknown token.
+// Would another unknown token go into the one before it?
+static inline bool fuses(const Encoder *e) {
+    int last = e->out->n - 1;
+    return e->t->fuse_unk && last >= e->piece && e->out->id[last] == e->t->unk_id;
+}
+
 static inline int push_symbol(Encoder *e, uint32_t symbol) {
-    int id = (int)symbol, last = e->out->n - 1;
-    if (symbol == DROPPED) return 0;
-    if (id == e->t->unk_id && e->t->spm && last >= e->stretch && e->out->id[last] == id) return 0;
+    int id = (int)symbol;
+    if (symbol == DROPPED || (id == e->t->unk_id && fuses(e))) return 0;
     return ids_push(e->out, id);
 }
 
@@ -395,6 +399,7 @@ static int encode_word(Encoder *e, const uint8_t *p, size_t n) {
     uint64_t key[2];
     Known *known = NULL;
     int from = e->out->n, id = -1;
+    bool after_unknown = fuses(e);  // then some of the ids may not be seen
     if (e->known != NULL && n < 16 && e->end - p >= 16) {
         word_key(key, p, n);
         known = &e->known[(key[0] * HASH_A + key[1] * HASH_B) >> (64 - KNOWN_BITS)];
@@ -407,7 +412,7 @@ static int encode_word(Encoder *e, const uint8_t *p, size_t n) {
     if (e->t->ignore_merges) id = word_id(e->t, p, n);
     if ((id >= 0 ? ids_push(e->out, id) : encode_short(e, p, n)) != 0) return -1;
     int ids = e->out->n - from;
-    if (known == NULL || ids > MAX_KNOWN) return 0;
+    if (known == NULL || ids > MAX_KNOWN || after_unknown) return 0;
     *known = (Known){{key[0], key[1]}, ids, {0}};
     memcpy(known->id, e->out->id + from, (size_t)ids * sizeof *known->id);
     return 0;
@@ -420,6 +425,7 @@ static int encode_span(Encoder *e, const uint8_t *p, size_t n) {
 
 static int encode_piece(Encoder *e, const uint8_t *p, size_t n) {
     const Tokenizer *t = e->t;
+    e->piece = e->out->n;
     if (n == 1) return push_symbol(e, t->symbol[*p]);
     if (n <= PLACES && !t->spm) return encode_word(e, p, n);
     if (t->ignore_merges) {
@@ -560,4 +566,6 @@ void encoder_free(Encoder *e) {
     free(e->seam.s);
     free(e->nfc.p);
     free(e->spaced.p);
+    free(e->plain.p);
+    free(e->part.p);
 }

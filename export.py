@@ -20,12 +20,15 @@ metadata                 value
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
-                         or "none" (spm)
+                         "words" (at spaces) or "none" (spm)
   tokenizer.nfc          1: text is brought into NFC first
   tokenizer.ignore_merges  1: a whole piece that is a token needs no merges
   tokenizer.add_bos, tokenizer.bos_id (-1: none), tokenizer.unk_id (-1: none)
   tokenizer.space_prefix 1: a space is put before each stretch of text, 2: only before the first,
-                         and only if it does not begin with one (spm)
+                         and only if it does not begin with one, 3: before each that does not
+  tokenizer.strip        what a decoded text loses: 0 nothing, 1 a leading space, 2 all spaces of its
+                         first token; absent: 1 if space_prefix is not 0
+  tokenizer.fuse_unk     1: unknown characters in a row are one token; absent: as in spm
   tokenizer.byte_fallback  1: characters without a token become byte tokens
   tokenizer.stop_ids     "1,2": any of them ends an answer
   chat.present           1: the pieces below come from a chat template (struct ChatTemplate)
@@ -49,6 +52,8 @@ tensor                   dtype and shape
   layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
   tok.bytes              U8 [total], what each id prints; tok.offsets I32 [n+1] cuts it
   tok.kind               U8 [n]: 0 normal, 1 special, 2 found in any text, 3 a single byte, 4 unused
+  tok.flags              U8 [n], or absent: bits of added tokens, 1 found in the normalized text, 2
+                         takes the white space before it, 4 that behind it
   tok.merges             I32 [m][3]: left id, right id, result id, best first
 
 A matrix lies in panels of 16 rows, in which a 64-byte line holds 4 bytes of each row, k columns:
@@ -86,6 +91,7 @@ import re
 import stat
 import struct
 import sys
+import unicodedata
 from typing import Callable, NamedTuple
 
 try:
@@ -1484,6 +1490,8 @@ def model_outputs(model, weights, target):
 # ---- 5. tokenizers -------------------------------------------------------------------------------
 
 NORMAL, SPECIAL, ADDED, BYTE, UNUSED = range(5)  # tok.kind
+NORMALIZED, STRIPS_LEFT, STRIPS_RIGHT = 1, 2, 4  # tok.flags
+MAX_IDS = 1 << 24  # more are a mistake
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 GPT4 = (
@@ -1519,6 +1527,7 @@ class Vocab:
 
     def __init__(self, texts, kinds, model):
         self.texts, self.kinds = texts, kinds  # texts as the source spells them
+        self.flags = {}  # id -> bits of tok.flags
         self.merges = np.zeros((0, 3), np.int32)
         self.ids = {t: i for i, t in reversed(list(enumerate(texts))) if t is not None}
         self.strippers = []  # special tokens that swallow the white space after them
@@ -1528,7 +1537,9 @@ class Vocab:
     def bytes_of(self, alphabet):
         """What each id prints."""
         out = []
-        for text, kind in zip(self.texts, self.kinds):
+        for i, (text, kind) in enumerate(zip(self.texts, self.kinds)):
+            if self.flags.get(i, 0) & NORMALIZED:
+                text = self.normalized(text)
             if text is None:
                 out.append(b"")
             elif kind in (SPECIAL, ADDED, UNUSED):
@@ -1541,17 +1552,27 @@ class Vocab:
                 out.append(text.replace(SPACE, " ").encode("utf-8", "surrogateescape"))
         return out
 
+    def normalized(self, text):
+        """What an added token is in a normalized text, and what it prints (tokenizers 0.23)."""
+        if self.meta["nfc"]:
+            text = unicodedata.normalize("NFC", text)
+        space = " " if self.meta["space_prefix"] == 1 else ""
+        return space + (text.replace(SPACE, " ") if self.meta["model"] == "spm" else text)
+
     def outputs(self):
         pieces = self.bytes_of(byte_alphabet())
         ends = np.cumsum([0] + [len(p) for p in pieces], dtype=np.int64)
         if ends[-1] >= 1 << 31:
             raise Refusal("the vocabulary is too large")
-        return [
+        out = [
             array("tok.bytes", np.frombuffer(b"".join(pieces), np.uint8)),
             array("tok.offsets", ends.astype(np.int32)),
             array("tok.kind", np.uint8(self.kinds)),
-            array("tok.merges", self.merges),
         ]
+        if any(self.flags.values()):
+            flags = [self.flags.get(i, 0) for i in range(len(self.texts))]
+            out.append(array("tok.flags", np.uint8(flags)))
+        return out + [array("tok.merges", self.merges)]
 
     def limit(self, n):
         """Drops added tokens that have no row in the embedding (Gemma 3's image token)."""
@@ -1560,6 +1581,11 @@ class Vocab:
                 raise Refusal(f"{len(self.texts)} tokens, but only {n} embedding rows")
             warn(f"tokens {n} to {len(self.texts) - 1} have no embedding and are left out")
             self.texts, self.kinds = self.texts[:n], self.kinds[:n]
+            self.flags = {i: bits for i, bits in self.flags.items() if i < n}
+        for key in ("bos_id", "unk_id"):
+            if self.meta[key] >= len(self.texts):
+                raise Refusal(f"the tokenizer's {key} is {self.meta[key]}, the model has ids below "
+                              f"{len(self.texts)}")
 
     def text_of(self, i):
         return self.texts[i] if i is not None and 0 <= i < len(self.texts) else None
@@ -1568,6 +1594,8 @@ class Vocab:
 def merges_by_pair(pairs, ids):
     """Merges in the order of the list, as ids."""
     try:
+        ranks = {pair: i for i, pair in enumerate(pairs)}  # of one pair, the last place counts
+        pairs = [pair for i, pair in enumerate(pairs) if ranks[pair] == i]
         merges = [(ids[left], ids[right], ids[left + right]) for left, right in pairs]
     except KeyError as e:
         raise Refusal(f"the tokenizer merges to or from {e}, which is no token") from None
@@ -1607,12 +1635,14 @@ def split_of(spec):
     """tokenizer.split of a byte-level pre-tokenizer."""
     steps = []
     for s in flat(spec, "pretokenizers"):
+        pattern = s.get("pattern", {})
+        pieces = (s.get("behavior"), bool(s.get("invert")))  # both keep all that the pattern finds
         if s["type"] == "ByteLevel" and not s.get("add_prefix_space"):
             steps.append("gpt2" if s.get("use_regex", True) else "bytes")
         elif s["type"] == "Digits" and s.get("individual_digits"):
             steps.append("digits")
-        elif s["type"] == "Split" and s.get("behavior") == "Isolated" and not s.get("invert"):
-            steps.append(s["pattern"].get("Regex"))
+        elif s["type"] == "Split" and pieces in (("Isolated", False), ("Removed", True)):
+            steps.append(pattern.get("Regex"))
         else:
             raise unsupported("pre-tokenizer", s)
     if tuple(steps) not in SPLITS:
@@ -1621,36 +1651,72 @@ def split_of(spec):
 
 
 def read_normalizer(v, spec):
+    """-> whether it makes spaces U+2581."""
     spaces = False
     for s in flat(spec, "normalizers"):
+        spm = v.meta["model"] == "spm"
         if s["type"] == "NFC":
             v.meta["nfc"] = 1
-        elif s["type"] == "Prepend" and s["prepend"] == SPACE:
+        elif spm and s["type"] == "Prepend" and s["prepend"] == SPACE:
             v.meta["space_prefix"] = 1
-        elif s["type"] == "Replace" and (s["pattern"], s["content"]) == ({"String": " "}, SPACE):
+        elif (spm and s["type"] == "Replace"
+              and (s["pattern"], s["content"]) == ({"String": " "}, SPACE)):
             spaces = True
         else:
             raise unsupported("normalizer", s)
     return spaces
 
 
+PREPEND = {"never": 0, "first": 2, "always": 3}  # Metaspace's prepend_scheme -> space_prefix
+
+
 def read_spm_pretokenizer(v, spec, spaces):
-    for s in flat(spec, "pretokenizers"):
-        if s["type"] == "Metaspace" and s.get("replacement") == SPACE and s.get("split") is False:
-            if s.get("prepend_scheme") not in ("first", "never"):
+    steps = flat(spec, "pretokenizers")
+    for s in steps:
+        if s["type"] == "Metaspace" and s.get("replacement") == SPACE and len(steps) == 1:
+            scheme = s.get("prepend_scheme", "always")
+            both = v.meta["space_prefix"] and scheme == "always"
+            if scheme not in PREPEND or both or s.get("add_prefix_space", True) < bool(
+                    scheme == "always"):
                 raise unsupported("pre-tokenizer", s)
-            v.meta["space_prefix"] = 2 if s["prepend_scheme"] == "first" else 0
-        elif not (spaces and s["type"] == "Split" and s["pattern"] == {"String": " "}):
+            v.meta["space_prefix"] = v.meta["space_prefix"] or PREPEND[scheme]
+            v.meta["split"] = "words" if s.get("split", True) else "none"
+        elif not (spaces and s["type"] == "Split" and s["pattern"] == {"String": " "}
+                  and not s.get("invert")):
             raise unsupported("pre-tokenizer", s)  # (that split never finds one: they are U+2581)
-    if not spaces and not spec:
+    if not spaces and not steps:
         raise unsupported("pre-tokenizer", spec)
+
+
+def read_decoder(v, spec):
+    """tokenizer.strip, or a refusal when decoding does more than C does."""
+    steps = flat(spec, "decoders")
+    names = [s["type"] for s in steps]
+    strip = 0
+    for s in steps:
+        if s["type"] == "Metaspace" and s.get("replacement") == SPACE:
+            strip = 2 * (s.get("prepend_scheme", "always") != "never")
+        elif s["type"] == "Strip" and (s["content"], s["start"], s["stop"]) == (" ", 1, 0):
+            strip = 1
+        elif s["type"] == "Replace":
+            if (s["pattern"], s["content"]) != ({"String": SPACE}, " "):
+                raise unsupported("decoder", s)
+        elif s["type"] not in ("ByteLevel", "ByteFallback", "Fuse"):
+            raise unsupported("decoder", s)
+    known = (["ByteLevel"],) if v.meta["model"] == "bpe" else (
+        ["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"],
+        ["Metaspace"], ["Replace", "Fuse"], ["Replace", "Fuse", "Strip"])
+    if steps and (names not in known or (v.meta["byte_fallback"] and "ByteFallback" not in names)):
+        raise unsupported("decoder", spec)
+    if steps and strip != int(v.meta["space_prefix"] > 0):
+        v.meta["strip"] = strip
 
 
 def read_post_processor(v, spec):
     for s in flat(spec, "processors"):
         if s["type"] == "ByteLevel":
             continue
-        if s["type"] != "TemplateProcessing":
+        if s["type"] != "TemplateProcessing" or v.meta["add_bos"]:
             raise unsupported("post-processor", s)
         names = [next(iter(x)) for x in s["single"]]
         if names == ["Sequence"]:
@@ -1658,6 +1724,8 @@ def read_post_processor(v, spec):
         if names != ["SpecialToken", "Sequence"]:
             raise unsupported("post-processor", s["single"])
         token = s["special_tokens"][s["single"][0]["SpecialToken"]["id"]]
+        if len(token["ids"]) != 1:
+            raise unsupported("post-processor", token)
         v.meta.update(add_bos=1, bos_id=token["ids"][0])
 
 
@@ -1695,6 +1763,9 @@ def vocab_from_json(spec):
             raise Refusal(f"tokenizer.json: {key} is not supported")
     check_tokenizer_json(spec)
     added = {t["id"]: t for t in spec.get("added_tokens") or []}
+    for i in (*m["vocab"].values(), *added):
+        if not isinstance(i, int) or not 0 <= i < MAX_IDS:
+            raise Refusal(f"tokenizer.json: {i!r} is no token id")
     n = 1 + max([*m["vocab"].values(), *added])
     texts, kinds = [None] * n, [UNUSED] * n
     for text, i in m["vocab"].items():
@@ -1706,33 +1777,50 @@ def vocab_from_json(spec):
     v = Vocab(texts, kinds, "bpe" if byte_level else "spm")
     pairs = [tuple(p.split(" ")) if isinstance(p, str) else tuple(p) for p in m["merges"]]
     v.merges = merges_by_pair(pairs, m["vocab"])
-    for i, t in added.items():
-        add_token(v, i, t)
     v.meta.update(ignore_merges=int(bool(m.get("ignore_merges"))),
-                  byte_fallback=int(bool(m.get("byte_fallback"))),
-                  unk_id=v.ids.get(m.get("unk_token"), -1))
+                  byte_fallback=int(bool(m.get("byte_fallback"))))
     spaces = read_normalizer(v, spec.get("normalizer"))
     if byte_level:
         v.meta["split"] = split_of(spec["pre_tokenizer"])
     else:
         read_spm_pretokenizer(v, spec.get("pre_tokenizer"), spaces)
+    for i, t in added.items():
+        add_token(v, i, t, spaces)
+    unk = m.get("unk_token")
+    if unk is not None and unk not in v.ids:
+        raise Refusal(f"tokenizer.json: unk_token {unk!r} is no token")
+    v.meta["unk_id"] = v.ids.get(unk, -1)
+    if v.meta["unk_id"] >= 0 and bool(m.get("fuse_unk")) == byte_level:
+        v.meta["fuse_unk"] = int(bool(m.get("fuse_unk")))
+    read_decoder(v, spec.get("decoder"))
     read_post_processor(v, spec.get("post_processor"))
     return v
 
 
-def add_token(v, i, t):
-    """An added token of tokenizer.json or tokenizer_config.json."""
+def add_token(v, i, t, spaces=False):
+    """An added token of tokenizer.json or tokenizer_config.json. spaces: the normalizer makes them
+    U+2581."""
     text, special = t["content"], bool(t.get("special"))
+    if not isinstance(i, int) or not 0 <= i < MAX_IDS or not isinstance(text, str):
+        raise Refusal(f"tokenizer: {text!r} cannot be added as id {i!r}")
+    if v.ids.get(text, i) != i:
+        i = v.ids[text]  # tokens of the vocabulary keep their ids
+    if v.text_of(i) not in (None, text):
+        raise Refusal(f"tokenizer: added token {text!r} has id {i}, which is {v.text_of(i)!r}")
     if t.get("single_word"):
         raise Refusal(f"tokenizer: added token {text!r} is for whole words, which is not supported")
-    if not special and (t.get("lstrip") or t.get("rstrip")):
-        warn(f"token {text!r} swallows white space around it; in plain text it will not")
+    flags = [t.get("normalized", False), t.get("lstrip"), t.get("rstrip")]
+    if flags[0] and v.meta["model"] == "spm" and (
+            any(flags[1:]) if spaces else any(c in text for c in (" ", SPACE))):
+        raise Refusal(f"tokenizer: added token {text!r} is normalized and "
+                      f"{'swallows' if spaces else 'holds'} spaces, which is not supported")
     if t.get("rstrip"):
         v.strippers.append(text)
     grow = i + 1 - len(v.texts)
     v.texts += [None] * grow
     v.kinds += [UNUSED] * grow
     v.texts[i], v.kinds[i] = text, SPECIAL if special else ADDED
+    v.flags[i] = sum(bit for bit, on in zip((NORMALIZED, STRIPS_LEFT, STRIPS_RIGHT), flags) if on)
     v.ids[text] = i
 
 
@@ -1824,10 +1912,49 @@ def token_text(value):
     return value.get("content") if isinstance(value, dict) else value
 
 
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def tokenizer_config(path):
+    """tokenizer_config.json; without added_tokens_decoder with those files that older versions of
+    transformers put beside it, as the newer ones read them."""
+    config = read_json(os.path.join(path, "tokenizer_config.json"), {})
+    if "added_tokens_decoder" in config:
+        return config
+    config.update(read_json(os.path.join(path, "special_tokens_map.json"), {}))
+    special = {token_text(config.get(k)) for k in NAMED}
+    for k in ("additional_special_tokens", "extra_special_tokens"):
+        special |= {token_text(t) for t in config.get(k) or []}
+    added = read_json(os.path.join(path, "added_tokens.json"), {})
+    config["added_tokens_decoder"] = {
+        i: {"content": t, "special": t in special} for t, i in added.items()}
+    return config
+
+
+def add_named_tokens(v, config, grows):
+    """Tokens that only the config knows; transformers gives those without an id the next ones.
+    grows: the vocabulary is one to which it does."""
+    decoder = sorted((int(i), t) for i, t in config["added_tokens_decoder"].items())
+    for i, t in decoder:
+        if t.get("content") not in v.ids or v.kinds[v.ids[t["content"]]] not in (SPECIAL, ADDED):
+            # between added tokens a model's text begins anew
+            add_token(v, i, {**t, "normalized": t.get("normalized") and not v.meta["space_prefix"]})
+    for key in NAMED:
+        token = config.get(key)
+        text = token_text(token)
+        if not isinstance(text, str) or not text or text in v.ids:
+            continue
+        if not grows:
+            warn(f"{key} {text!r} is no token of the vocabulary")
+        else:
+            flags = token if isinstance(token, dict) else {}
+            add_token(v, len(v.texts), {**flags, "content": text, "special": True})
+            warn(f"{key} {text!r} is not in the vocabulary and becomes id {v.ids[text]}")
+
+
 def vocab_from_directory(path, model_type):
     """-> Vocab, tokenizer_config.json"""
-    config = read_json(os.path.join(path, "special_tokens_map.json"), {})
-    config.update(read_json(os.path.join(path, "tokenizer_config.json"), {}))
+    config = tokenizer_config(path)
     as_json, as_model = (os.path.join(path, n) for n in ("tokenizer.json", "tokenizer.model"))
     ranks = glob.glob(os.path.join(path, "*.tiktoken"))
     if os.path.exists(as_json):
@@ -1837,15 +1964,16 @@ def vocab_from_directory(path, model_type):
             raise Refusal(f"tokenizer.json is damaged or of an unknown layout: {e!r}") from None
     elif os.path.exists(as_model) or ranks:
         v = vocab_from_model(as_model if os.path.exists(as_model) else ranks[0], model_type)
-        for i, t in sorted((int(i), t) for i, t in config.get("added_tokens_decoder", {}).items()):
-            add_token(v, i, t)
     else:
         raise Refusal("no tokenizer.json, tokenizer.model or *.tiktoken")
+    add_named_tokens(v, config, os.path.exists(as_json) or v.meta["model"] == "spm")
     bos = v.ids.get(token_text(config.get("bos_token")))
     if bos is not None and v.meta["bos_id"] < 0:
         v.meta["bos_id"] = bos
     if isinstance(config.get("add_bos_token"), bool):
         v.meta["add_bos"] = int(config["add_bos_token"])
+    if config.get("add_eos_token"):
+        warn("tokenizer_config.json sets add_eos_token, which would close every text; no text is")
     if v.meta["bos_id"] < 0:
         v.meta["add_bos"] = 0
     return v, config

@@ -281,13 +281,25 @@ static const uint8_t *qwen2_piece(const Tokenizer *t, const uint8_t *p, const ui
     return gpt4_piece(t, p, end, 1);
 }
 
+static bool space_at(const uint8_t *p, const uint8_t *end) {
+    return *p == ' ' || (end - p >= 3 && memcmp(p, "\xe2\x96\x81", 3) == 0);
+}
+
+// Each space, U+2581 included, begins a piece.
+static const uint8_t *word_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
+    (void)t;
+    do p++;
+    while (p < end && !space_at(p, end));
+    return p;
+}
+
 static const uint8_t *whole_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
     (void)t, (void)p;
     return end;
 }
 
 static const Splitter splitters[] = {
-    {"none", whole_piece, false},                                        // SentencePiece
+    {"words", word_piece, false},    {"none", whole_piece, false},       // SentencePiece
     {"gpt2", gpt2_piece, false},     {"digits+gpt2", gpt2_piece, true},  // SmolLM2
     {"llama3", llama3_piece, false}, {"qwen2", qwen2_piece, false},      // and Qwen3
 };

@@ -33,32 +33,6 @@ void ids_free(Ids *ids) {
     *ids = (Ids){0};
 }
 
-// ---- stretches ----
-
-static bool begins_with_space(const uint8_t *p, size_t n) {
-    return *p == ' ' || (n >= 3 && memcmp(p, "\xe2\x96\x81", 3) == 0);
-}
-
-// Encodes p[n], in which no added token is left. begins: it is the first of the text.
-// spaced: a leading space is due, since it comes first or behind an added token.
-static int encode_stretch(Encoder *e, const uint8_t *p, size_t n, bool begins, bool spaced) {
-    const Tokenizer *t = e->t;
-    if (n == 0) return 0;
-    e->stretch = e->out->n;
-    if (t->nfc) {
-        if (nfc_make(t, p, n, &e->nfc) != 0) return -1;
-        if (e->nfc.n > 0) p = e->nfc.p, n = e->nfc.n;
-    }
-    if ((t->space_prefix == 1 && spaced) ||
-        (t->space_prefix == 2 && begins && !begins_with_space(p, n))) {
-        e->spaced.n = 0;
-        if (bytes_add(&e->spaced, " ", 1) != 0 || bytes_add(&e->spaced, p, n) != 0) return -1;
-        p = e->spaced.p, n = e->spaced.n;
-    }
-    e->end = p == e->nfc.p || p == e->spaced.p ? p + n : e->text_end;
-    return encode_pieces(e, p, p + n);
-}
-
 // ---- added tokens ----
 
 static int by_text(const void *a, const void *b) {
@@ -69,52 +43,58 @@ static int by_text(const void *a, const void *b) {
     return x->bytes != y->bytes ? x->bytes - y->bytes : x->id - y->id;
 }
 
-static int open_added(Tokenizer *t) {
-    int n = 0;
-    for (int id = 0; id < t->n; id++) n += t->kind[id] == SPECIAL || t->kind[id] == USER_DEFINED;
-    t->added = malloc((size_t)(n + 1) * sizeof *t->added);
-    if (t->added == NULL) return -1;
-    for (int id = 0; id < t->n; id++) {
-        int bytes;
-        const uint8_t *text = (const uint8_t *)tokenizer_piece(t, id, &bytes);
-        if ((t->kind[id] != SPECIAL && t->kind[id] != USER_DEFINED) || bytes == 0) continue;
-        t->added[t->n_added++] = (Added){text, bytes, id};
-        t->added_kinds[*text] |= (uint8_t)(1 << t->kind[id]);
-        t->added_from[*text + 1]++;
+static bool is_added(const Tokenizer *t, int id) {
+    return id >= 0 && id < t->n && (t->kind[id] == SPECIAL || t->kind[id] == USER_DEFINED);
+}
+
+static bool has_flag(const Tokenizer *t, int id, int flag) {
+    return t->flags != NULL && is_added(t, id) && t->flags[id] & flag;
+}
+
+// With SentencePiece a U+2581 is a space. Shortens p[n] in place, returns the bytes left.
+static size_t plain_spaces(uint8_t *p, size_t n) {
+    size_t to = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool space = n - i >= 3 && memcmp(p + i, "\xe2\x96\x81", 3) == 0;
+        p[to++] = space ? ' ' : p[i];
+        if (space) i += 2;
     }
-    for (int b = 0; b < 256; b++) t->added_from[b + 1] += t->added_from[b];
-    qsort(t->added, (size_t)t->n_added, sizeof *t->added, by_text);
+    return to;
+}
+
+static int set_open(Tokenizer *t, AddedSet *set, bool normalized) {
+    int n = 0, bytes;
+    for (int id = 0; id < t->n; id++) n += is_added(t, id);
+    set->row = malloc((size_t)(n + 1) * sizeof *set->row);
+    if (set->row == NULL) return -1;
+    for (int id = 0; id < t->n; id++) {
+        const uint8_t *text = (const uint8_t *)tokenizer_piece(t, id, &bytes);
+        if (!is_added(t, id) || has_flag(t, id, NORMALIZED) != normalized || bytes == 0) continue;
+        set->row[set->n++] = (Added){text, bytes, id};
+        set->spaces = set->spaces || memchr(text, ' ', (size_t)bytes) != NULL;
+        set->kinds[*text] |= (uint8_t)(1 << t->kind[id]);
+        set->from[*text + 1]++;
+    }
+    for (int b = 0; b < 256; b++) set->from[b + 1] += set->from[b];
+    qsort(set->row, (size_t)set->n, sizeof *set->row, by_text);
     return 0;
 }
 
-// The first row of added[lo, hi), which agree in their first `depth` bytes, whose next byte is b or
+static int open_added(Tokenizer *t) {
+    return set_open(t, &t->added[0], false) != 0 || set_open(t, &t->added[1], true) != 0 ? -1 : 0;
+}
+
+// The first row of row[lo, hi), which agree in their first `depth` bytes, whose next byte is b or
 // more.
-static int added_lower(const Tokenizer *t, int lo, int hi, int depth, int b) {
+static int added_lower(const AddedSet *set, int lo, int hi, int depth, int b) {
     while (lo < hi) {
         int mid = lo + (hi - lo) / 2;
-        if (t->added[mid].text[depth] < b)
+        if (set->row[mid].text[depth] < b)
             lo = mid + 1;
         else
             hi = mid;
     }
     return lo;
-}
-
-// The longest added token at p, NULL when none. Special ones must end at special_end or before.
-static const Added *added_at(const Tokenizer *t, const uint8_t *p, const uint8_t *end,
-                             const uint8_t *special_end) {
-    int lo = t->added_from[*p], hi = t->added_from[*p + 1];
-    const Added *best = NULL;
-    for (int depth = 1; lo < hi; depth++) {
-        const Added *same = &t->added[lo];
-        while (lo < hi && t->added[lo].bytes == depth) lo++;  // the shortest come first
-        for (; same < &t->added[lo]; same++)
-            if (t->kind[same->id] == USER_DEFINED || p + depth <= special_end) best = same;
-        if (p + depth == end) break;
-        lo = added_lower(t, lo, hi, depth, p[depth]);
-        hi = added_lower(t, lo, hi, depth, p[depth] + 1);
-    }
-    return best;
 }
 
 typedef struct {
@@ -126,36 +106,187 @@ typedef struct {
     bool spaced;            // the end of an added token, or nothing, came before
 } Text;
 
-static int encode_text(Encoder *e, const Text *text) {
-    const uint8_t *p = text->p, *end = p + text->n, *from = p;
-    const uint8_t *user = p + text->user, *user_end = p + text->user_end;
-    e->text_end = end;
+// The longest added token of the set at text[at], NULL when none that may stand there.
+static const Added *added_at(const Tokenizer *t, const AddedSet *set, const Text *text, size_t at) {
+    const uint8_t *p = text->p + at, *end = text->p + text->n;
+    bool forbidden = !text->special || (at >= text->user && at < text->user_end);
+    const uint8_t *special_end = forbidden ? p : at < text->user ? text->p + text->user : end;
+    int lo = set->from[*p], hi = set->from[*p + 1];
+    const Added *best = NULL;
+    for (int depth = 1; lo < hi; depth++) {
+        const Added *same = &set->row[lo];
+        while (lo < hi && set->row[lo].bytes == depth) lo++;  // the shortest come first
+        for (; same < &set->row[lo]; same++)
+            if (t->kind[same->id] == USER_DEFINED || p + depth <= special_end) best = same;
+        if (p + depth == end) break;
+        lo = added_lower(set, lo, hi, depth, p[depth]);
+        hi = added_lower(set, lo, hi, depth, p[depth] + 1);
+    }
+    return best;
+}
+
+// Where the white space before text[at] begins, not before `from`.
+static size_t space_before(const Tokenizer *t, const Text *text, size_t from, size_t at) {
+    const uint8_t *p = text->p + at, *q;
+    int len;
+    while ((q = char_before(p, text->p + from)) != NULL && class_at(t, q, p, &len) & SPACE) p = q;
+    return (size_t)(p - text->p);
+}
+
+static size_t clamp(size_t at, size_t from, size_t to) {
+    return at < from ? from : at > to ? to : at;
+}
+
+// text[from, to), as a text of its own.
+static Text part_of(const Text *text, size_t from, size_t to) {
+    Text part = *text;
+    part.p += from;
+    part.n = to - from;
+    part.user = clamp(text->user, from, to) - from;
+    part.user_end = clamp(text->user_end, from, to) - from;
+    return part;
+}
+
+// Calls `stretch` with what lies between the added tokens of a set in text, and puts out their ids
+// between. Tokens that strip take the white space beside them; the search goes on right behind the
+// token itself, so that white space may be a token all the same, as in tokenizers.
+static int find_added(Encoder *e, const Text *text, int which,
+                      int (*stretch)(Encoder *e, const Text *text)) {
+    const Tokenizer *t = e->t;
+    const AddedSet *set = &t->added[which];
     int kinds = 1 << USER_DEFINED | (text->special ? 1 << SPECIAL : 0);
-    bool begins = text->begins, spaced = text->spaced;
+    size_t from = 0, at = 0;
+    Text left = *text;
     for (;;) {
-        while (p < end && !(e->t->added_kinds[*p] & kinds)) p++;
-        if (p == end) break;
-        bool forbidden = !text->special || (p >= user && p < user_end);
-        const uint8_t *special_end = forbidden ? p : p < user ? user : end;
-        const Added *a = added_at(e->t, p, end, special_end);
+        while (at < text->n && !(set->kinds[text->p[at]] & kinds)) at++;
+        if (at == text->n) break;
+        const Added *a = added_at(t, set, text, at);
         if (a == NULL) {
-            p++;
+            at++;
             continue;
         }
-        if (encode_stretch(e, from, (size_t)(p - from), begins, spaced) != 0) return -1;
-        if (ids_push(e->out, a->id) != 0) return -1;
-        begins = false;
-        spaced = true;
-        p = from = p + a->bytes;
+        size_t start = at, end = at + (size_t)a->bytes;
+        at = end;
+        if (has_flag(t, a->id, STRIPS_LEFT))
+            start = start > from ? space_before(t, text, from, start) : from;
+        if (has_flag(t, a->id, STRIPS_RIGHT))
+            end = (size_t)(skip(t, text->p + end, text->p + text->n, SPACE, true) - text->p);
+        if (start > from) {
+            Text part = part_of(&left, from, start);
+            if (stretch(e, &part) != 0) return -1;
+        }
+        if (start < end && ids_push(e->out, a->id) != 0) return -1;
+        left.begins = false;
+        left.spaced = true;
+        from = end;
     }
-    return encode_stretch(e, from, (size_t)(end - from), begins, spaced);
+    if (from == text->n) return 0;
+    left = part_of(&left, from, text->n);
+    return stretch(e, &left);
+}
+
+// ---- stretches ----
+
+static bool begins_with_space(const Tokenizer *t, const uint8_t *p, size_t n) {
+    return *p == ' ' || (t->spm && n >= 3 && memcmp(p, "\xe2\x96\x81", 3) == 0);
+}
+
+// Where the user's part of a text lies in its NFC p[n]: all but the bytes that stay when what
+// precedes or follows it is normalized alone. So a character that both have made is the user's.
+static int find_user(const Tokenizer *t, Text *text, const uint8_t *p, size_t n) {
+    Bytes head = {0}, tail = {0};
+    const uint8_t *user_end = text->p + text->user_end;
+    size_t before = text->user, after = text->n - text->user_end, start = 0, end = 0;
+    int status = nfc_make(t, text->p, before, &head);
+    if (status == 0) status = nfc_make(t, user_end, after, &tail);
+    const uint8_t *a = head.n > 0 ? head.p : text->p, *b = tail.n > 0 ? tail.p : user_end;
+    if (head.n > 0) before = head.n;
+    if (tail.n > 0) after = tail.n;
+    while (start < before && start < n && a[start] == p[start]) start++;
+    while (end < after && end < n && b[after - 1 - end] == p[n - 1 - end]) end++;
+    text->user = start < n - end ? start : n - end;
+    text->user_end = start < n - end ? n - end : start;
+    free(head.p);
+    free(tail.p);
+    return status;
+}
+
+// Brings the text to NFC, in e->nfc if that changes it.
+static int normalize(Encoder *e, Text *text) {
+    const Tokenizer *t = e->t;
+    if (nfc_make(t, text->p, text->n, &e->nfc) != 0) return -1;
+    if (e->nfc.n == 0) return 0;
+    bool user = text->special && text->user < text->user_end && t->added[1].n > 0;
+    if (!user)
+        text->user = text->user_end = e->nfc.n;
+    else if (find_user(t, text, e->nfc.p, e->nfc.n) != 0)
+        return -1;
+    text->p = e->nfc.p;
+    text->n = e->nfc.n;
+    return 0;
+}
+
+// Makes text the n bytes of b.
+static void move_text(Text *text, const Bytes *b, size_t user, size_t user_end) {
+    text->p = b->p;
+    text->n = b->n;
+    text->user = user;
+    text->user_end = user_end;
+}
+
+// Puts a space before the text, into b.
+static int put_space(Text *text, Bytes *b) {
+    b->n = 0;
+    if (bytes_add(b, " ", 1) != 0 || bytes_add(b, text->p, text->n) != 0) return -1;
+    move_text(text, b, text->user + (text->user > 0), text->user_end + 1);
+    return 0;
+}
+
+// Makes each U+2581 a space, in b.
+static int put_plain_spaces(Text *text, Bytes *b) {
+    size_t ends[] = {text->user, text->user_end, text->n};
+    b->n = 0;
+    if (bytes_room(b, text->n) != 0) return -1;
+    for (size_t i = 0, from = 0; i < 3; from = text->user, i++) {
+        if (i == 2) from = text->user_end;
+        size_t n = ends[i] - from;
+        memcpy(b->p + b->n, text->p + from, n);
+        b->n += plain_spaces(b->p + b->n, n);
+        ends[i] = b->n;
+    }
+    move_text(text, b, ends[0], ends[1]);
+    return 0;
+}
+
+// Encodes a normalized stretch in which no added token is left.
+static int encode_part(Encoder *e, const Text *text) {
+    const Tokenizer *t = e->t;
+    Text part = *text;
+    if (((t->space_prefix == 2 && part.begins) || (t->space_prefix == 3 && part.spaced)) &&
+        !begins_with_space(t, part.p, part.n) && put_space(&part, &e->part) != 0)
+        return -1;
+    e->end = part.p == text->p ? e->stretch_end : part.p + part.n;
+    return encode_pieces(e, part.p, part.p + part.n);
+}
+
+// Normalizes a stretch, then looks for the added tokens that are found there.
+static int encode_stretch(Encoder *e, const Text *text) {
+    const Tokenizer *t = e->t;
+    Text part = *text;
+    if (t->nfc && normalize(e, &part) != 0) return -1;
+    if (t->space_prefix == 1 && part.spaced && put_space(&part, &e->spaced) != 0) return -1;
+    if (t->spm && t->added[1].spaces && put_plain_spaces(&part, &e->plain) != 0) return -1;
+    e->stretch_end = part.p == text->p ? e->text_end : part.p + part.n;
+    if (t->added[1].n == 0) return encode_part(e, &part);
+    return find_added(e, &part, 1, encode_part);
 }
 
 static int append_text(const Tokenizer *t, const Text *text, Ids *out) {
     if (text->n == 0) return 0;
     Encoder e = {.t = t, .out = out};
     if (text->n >= WORTH_KNOWING) e.known = calloc((size_t)1 << KNOWN_BITS, sizeof *e.known);
-    int status = encode_text(&e, text);
+    e.text_end = text->p + text->n;
+    int status = find_added(&e, text, 0, encode_stretch);
     encoder_free(&e);
     return status;
 }
@@ -192,16 +323,15 @@ const ChatTemplate *tokenizer_chat(const Tokenizer *t) { return &t->chat; }
 
 // What id adds to a text, into out, which may have its piece's length; returns the bytes written.
 // The decoders of SentencePiece models turn every U+2581 into a space, but not one made of byte
-// tokens.
-static size_t print_piece(const Tokenizer *t, int id, uint8_t *out) {
+// tokens. first: it is the first of a text.
+static size_t print_piece(const Tokenizer *t, int id, bool first, uint8_t *out) {
     int n;
-    size_t to = 0;
     const char *piece = tokenizer_piece(t, id, &n);
-    for (int i = 0; i < n; i++) {
-        bool space = t->spm && n - i >= 3 && memcmp(piece + i, "\xe2\x96\x81", 3) == 0;
-        out[to++] = space ? ' ' : (uint8_t)piece[i];
-        if (space) i += 2;
-    }
+    memcpy(out, piece, (size_t)n);
+    size_t bytes = t->spm ? plain_spaces(out, (size_t)n) : (size_t)n, to = 0;
+    if (!first || t->strip < 2) return bytes;
+    for (size_t i = 0; i < bytes; i++)
+        if (out[i] != ' ') out[to++] = out[i];
     return to;
 }
 
@@ -210,8 +340,8 @@ char *tokenizer_decode(const Tokenizer *t, const int *ids, int n, size_t *bytes)
     for (int i = 0, len; i < n; i++, size += (size_t)len) tokenizer_piece(t, ids[i], &len);
     uint8_t *text = malloc(size);
     if (text == NULL) return NULL;
-    for (int i = 0; i < n; i++) to += print_piece(t, ids[i], text + to);
-    if (t->space_prefix > 0 && to > 0 && text[0] == ' ') memmove(text, text + 1, --to);
+    for (int i = 0; i < n; i++) to += print_piece(t, ids[i], i == 0, text + to);
+    if (t->strip == 1 && to > 0 && text[0] == ' ') memmove(text, text + 1, --to);
     text[to] = 0;
     *bytes = to;
     return (char *)text;
@@ -229,11 +359,12 @@ int tokenizer_stream(const Tokenizer *t, TokStream *s, int id, char *out) {
     uint8_t *p = (uint8_t *)out;
     int held = s->n_held, n = held;
     memcpy(p, s->held, (size_t)held);
-    if (id >= 0) n += (int)print_piece(t, id, p + held);
+    if (id >= 0) n += (int)print_piece(t, id, !s->started, p + held);
     if (!s->started && n > 0) {
-        if (t->space_prefix > 0 && p[0] == ' ') memmove(p, p + 1, (size_t)--n);
+        if (t->strip == 1 && p[0] == ' ') memmove(p, p + 1, (size_t)--n);
         s->started = true;
     }
+    if (id >= 0 && t->strip == 2) s->started = true;
     s->n_held = id < 0 ? 0 : unfinished(p, n);
     n -= s->n_held;
     memcpy(s->held, p + n, (size_t)s->n_held);
@@ -262,12 +393,14 @@ static void trim(const Tokenizer *t, const uint8_t **start, const uint8_t **end)
 static int append_template(const Tokenizer *t, Bytes *rendered, size_t user, size_t user_end,
                            bool first, Ids *out) {
     int last = out->n > 0 ? out->id[out->n - 1] : -1;
-    bool after_added =
-        last >= 0 && last < t->n && (t->kind[last] == SPECIAL || t->kind[last] == USER_DEFINED);
     Text text = {.p = rendered->p, .n = rendered->n, .special = true, .begins = first};
     text.user = user;
     text.user_end = user_end;
-    text.spaced = first || out->n == 0 || after_added;
+    text.spaced = first || out->n == 0 || is_added(t, last);
+    if (text.n > 0 && has_flag(t, last, STRIPS_RIGHT)) {
+        size_t from = (size_t)(skip(t, text.p, text.p + text.n, SPACE, true) - text.p);
+        text = part_of(&text, from, text.n);
+    }
     return append_text(t, &text, out);
 }
 
@@ -319,6 +452,11 @@ static int open_vocabulary(Tokenizer *t, const TensorFile *f, char *err) {
     const Tensor *bytes = offsets ? tensors_get(f, err, "tok.bytes", T_U8, 1, -1) : NULL;
     if (bytes == NULL) return -1;
     t->kind = kind->data;
+    if (tensors_find(f, "tok.flags") != NULL) {
+        const Tensor *flags = tensors_get(f, err, "tok.flags", T_U8, 1, t->n);
+        if (flags == NULL) return -1;
+        t->flags = flags->data;
+    }
     t->offsets = offsets->data;
     t->bytes = bytes->data;
     if (t->offsets[0] < 0 || (size_t)t->offsets[t->n] > bytes->shape[0])
@@ -351,6 +489,13 @@ static int open_stops(Tokenizer *t, const char *list, char *err) {
     return 0;
 }
 
+// A number from 0 to hi that is written only where it is not `usual`.
+static int optional_int(const TensorFile *f, const char *key, int hi, int usual, int *out,
+                        char *err) {
+    *out = usual;
+    return tensors_meta(f, key) == NULL ? 0 : tensors_meta_int(f, key, 0, hi, out, err);
+}
+
 static int open_meta(Tokenizer *t, const TensorFile *f, char *err) {
     const char *model = tensors_meta(f, "tokenizer.model"),
                *split = tensors_meta(f, "tokenizer.split");
@@ -367,8 +512,10 @@ static int open_meta(Tokenizer *t, const TensorFile *f, char *err) {
         tensors_meta_int(f, "tokenizer.ignore_merges", 0, 1, &t->ignore_merges, err) != 0 ||
         tensors_meta_int(f, "tokenizer.add_bos", 0, 1, &t->add_bos, err) != 0 ||
         tensors_meta_int(f, "tokenizer.bos_id", -1, t->n - 1, &t->bos_id, err) != 0 ||
-        tensors_meta_int(f, "tokenizer.space_prefix", 0, 2, &t->space_prefix, err) != 0 ||
-        tensors_meta_int(f, "tokenizer.unk_id", -1, t->n - 1, &t->unk_id, err) != 0)
+        tensors_meta_int(f, "tokenizer.space_prefix", 0, 3, &t->space_prefix, err) != 0 ||
+        tensors_meta_int(f, "tokenizer.unk_id", -1, t->n - 1, &t->unk_id, err) != 0 ||
+        optional_int(f, "tokenizer.strip", 2, t->space_prefix > 0, &t->strip, err) != 0 ||
+        optional_int(f, "tokenizer.fuse_unk", 1, t->spm, &t->fuse_unk, err) != 0)
         return -1;
     return open_stops(t, stops ? stops : "", err);
 }
@@ -401,10 +548,11 @@ static void open_chat(ChatTemplate *c, const TensorFile *f) {
 
 static int open_all(Tokenizer *t, const TensorFile *f, char *err) {
     if (open_vocabulary(t, f, err) != 0 || open_meta(t, f, err) != 0) return -1;
-    if (classes_open(t) != 0 || symbols_open(t) != 0 || open_added(t) != 0) return no_memory(err);
-    if (merges_open(t, f, err) != 0) return -1;
-    if ((t->nfc && nfc_open(t) != 0) || (t->ignore_merges && words_open(t) != 0))
+    if (classes_open(t) != 0 || symbols_open(t) != 0 || (t->nfc && nfc_open(t) != 0) ||
+        open_added(t) != 0)
         return no_memory(err);
+    if (merges_open(t, f, err) != 0) return -1;
+    if (t->ignore_merges && words_open(t) != 0) return no_memory(err);
     open_chat(&t->chat, f);
     return 0;
 }
@@ -427,7 +575,8 @@ void tokenizer_close(Tokenizer *t) {
     free(t->byte_key);
     free(t->words);
     free(t->char_id);
-    free(t->added);
+    free(t->added[0].row);
+    free(t->added[1].row);
     free(t->class);
     free(t->ccc);
     free(t->decomposition);

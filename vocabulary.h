@@ -9,7 +9,8 @@
 #include "tokenizer.h"
 #include "util.h"
 
-enum { NORMAL, SPECIAL, USER_DEFINED, BYTE, UNUSED };  // tok.kind
+enum { NORMAL, SPECIAL, USER_DEFINED, BYTE, UNUSED };        // tok.kind
+enum { NORMALIZED = 1, STRIPS_LEFT = 2, STRIPS_RIGHT = 4 };  // bits of tok.flags
 enum { MAX_STOPS = 64, MAX_PIECE = TOK_STREAM_MAX - 4 };
 enum { N_CODE_POINTS = 0x110000, N_CCC = 0x20000, METASPACE = 0x2581 };
 
@@ -19,6 +20,15 @@ typedef struct {
     const uint8_t *text;
     int bytes, id;
 } Added;
+
+// Special and user-defined tokens that are found together.
+typedef struct {
+    Added *row;  // [n] sorted by text
+    int n;
+    int from[257];       // where those of each first byte begin
+    uint8_t kinds[256];  // 1 << kind of each of them
+    bool spaces;         // some hold a space
+} AddedSet;
 
 typedef struct {
     const char *name;  // as tokenizer.split spells it
@@ -42,14 +52,15 @@ struct Tokenizer {
     bool spm;  // SentencePiece: symbols are characters; otherwise they are bytes
     const Splitter *split;
     int nfc, ignore_merges, add_bos;
-    int space_prefix;    // 0 never, 1 before every stretch, 2 before a text without one
+    int space_prefix;    // 0 never, 1 every stretch, 2 a text without one, 3 a stretch without one
+    int strip;           // what a decoded text loses: 0 nothing, 1 a leading space, 2 all spaces of
+                         // its first token
+    int fuse_unk;        // several unknown characters in a row are one unknown token
     int bos_id, unk_id;  // -1: none
     int stop[MAX_STOPS], n_stops;
 
-    Added *added;  // [n_added] special and user-defined tokens, sorted by text
-    int n_added;
-    int added_from[257];       // where those of each first byte begin
-    uint8_t added_kinds[256];  // 1 << kind of each of them
+    const uint8_t *flags;  // [n] of added tokens; NULL: none has any
+    AddedSet added[2];     // found in the text as it is, and then in the normalized text
 
     int byte_id[256];      // token of one byte, with spm the byte-fallback one; -1: none
     int *char_id;          // [N_CODE_POINTS] token of one character, + 1; only with spm
@@ -177,11 +188,11 @@ typedef struct {
 typedef struct {
     const Tokenizer *t;
     Ids *out;
-    Known *known;                   // [1 << KNOWN_BITS], NULL for a short text
-    const uint8_t *end, *text_end;  // of the readable bytes: of this stretch's buffer, of the text
-    int stretch;                    // out->n where the current stretch began
+    Known *known;                                 // [1 << KNOWN_BITS], NULL for a short text
+    const uint8_t *end, *stretch_end, *text_end;  // of readable bytes: of the part, stretch, text
+    int piece;                                    // out->n where the current piece began
     Window now, next, seam;
-    Bytes nfc, spaced;  // the current stretch, rewritten
+    Bytes nfc, spaced, plain, part;  // the current stretch, rewritten
 } Encoder;
 
 // Fills byte_id, char_id, symbol and joins from the vocabulary. Returns 0, or -1 when memory is

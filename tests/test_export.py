@@ -1219,6 +1219,69 @@ class TestTokenizers(Case):
                  "split": False}
         self.edit(path, "tokenizer.json", normalizer=None, pre_tokenizer=space)
         self.assertEqual(self.convert(path).meta["tokenizer.space_prefix"], "2")
+        strip = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+        for change, field, value in (
+            ({"prepend_scheme": "always"}, "space_prefix", "3"), ({"split": True}, "split", "words"),
+            ({"prepend_scheme": "never"}, "strip", "1"),
+        ):
+            self.edit(path, "tokenizer.json", pre_tokenizer={**space, **change})
+            self.assertEqual(self.convert(path).meta["tokenizer." + field], value)
+        self.edit(path, "tokenizer.json", decoder=strip)
+        os.unlink(self.out)
+        self.refuse(path, "decoder", "Metaspace")  # the model has byte tokens
+
+    def tokenizer(self, name, **model):
+        path = os.path.join(self.copy(name), "tokenizer.json")
+        with open(path) as f:
+            spec = json.load(f)
+        spec["model"].update(model)
+        return path, spec
+
+    def test_flags(self):
+        path, spec = self.tokenizer("mistral")
+        add = {"single_word": False, "lstrip": False, "rstrip": False, "special": False}
+        spec["added_tokens"] += [{**add, "id": 640, "content": "<T>", "normalized": True},
+                                 {**add, "id": 641, "content": "<R>", "normalized": False,
+                                  "lstrip": True, "rstrip": True}]
+        self.edit(os.path.dirname(path), "tokenizer.json", **spec)
+        c = self.convert(path, "--tokenizer-only")
+        self.assertEqual(c.t["tok.flags"].tolist()[638:], [0, 0, 1, 6])
+        self.assertEqual(c.t["tok.bytes"].tobytes()[-7:], b" <T><R>")
+        os.unlink(self.out)
+        spec["added_tokens"][-1]["normalized"] = True
+        self.edit(os.path.dirname(path), "tokenizer.json", **spec)
+        self.refuse(path, "<R>", "swallows", args=("--tokenizer-only",))
+
+    def test_fields(self):
+        """What neither side does is refused by name."""
+        for model, word in (({"dropout": 0.1}, "dropout"), ({"end_of_word_suffix": "x"}, "suffix"),
+                            ({"unk_token": "<none>"}, "<none>")):
+            path, spec = self.tokenizer("smol", **model)
+            self.edit(os.path.dirname(path), "tokenizer.json", **spec)
+            self.refuse(path, word, args=("--tokenizer-only",))
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        for change, word in (({"decoder": {"type": "WordPiece"}}, "WordPiece"),
+                             ({"normalizer": replace}, "Replace")):
+            path, spec = self.tokenizer("smol")
+            self.edit(os.path.dirname(path), "tokenizer.json", **change)
+            self.refuse(path, word, args=("--tokenizer-only",))
+        path, spec = self.tokenizer("mistral", fuse_unk=False)
+        self.edit(os.path.dirname(path), "tokenizer.json", **spec)
+        self.assertEqual(self.convert(path, "--tokenizer-only").meta["tokenizer.fuse_unk"], "0")
+
+    def test_tokens_beside(self):
+        """added_tokens.json and special_tokens_map.json count where added_tokens_decoder is absent."""
+        path = self.copy("mistral")
+        os.unlink(os.path.join(path, "tokenizer.json"))
+        shutil.move(self.write(self.sentencepiece()), path)
+        for file, value in (("added_tokens.json", {"<end>": 8, "<tool>": 9}),
+                            ("special_tokens_map.json", {"eos_token": {"content": "<end>"}})):
+            with open(os.path.join(path, file), "w") as f:
+                json.dump(value, f)
+        c = self.convert(path)
+        self.assertEqual(c.t["tok.kind"].tolist(), [4, 1, 3, 0, 0, 0, 2, 4, 1, 2])
+        self.assertEqual(c.t["tok.bytes"].tobytes()[-11:], b"<end><tool>")
+        self.assertIn("8", c.meta["tokenizer.stop_ids"].split(","))
 
 
 class TestGGUF(Case):

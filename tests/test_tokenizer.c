@@ -488,6 +488,108 @@ static void test_nfc(void) {
 
 // A character split over tokens shows when it is complete; the end of the answer shows what is
 // left.
+static int by_key(const void *a, const void *b) {
+    return strcmp(((const Meta *)a)->key, ((const Meta *)b)->key);
+}
+
+// Tokens with flags: 1 looked for in the normalized text, 2 and 4 take the white space beside them.
+// Ids as tokenizers 0.23.3 has them for such a vocabulary.
+static void test_flags(void) {
+    Vocab *v = vocab_new("spm", "none");
+    int space = add_token(v, " ", 1, 0);  // 256
+    int a = add_token(v, "a", 1, 0), spaced = add_token(v, " a", 2, 0);
+    int t = add_token(v, "<T>", 3, 2), r = add_token(v, "<R>", 3, 1);  // 259, 260
+    memcpy(v->merges[v->n_merges++], (int32_t[3]){space, a, spaced}, sizeof v->merges[0]);
+    int n = add_token(v, " <T>", 4, 2);  // 261
+    v->flags[n] = 1;
+    v->kind[t] = 4;
+    set_meta(v, "tokenizer.space_prefix", "1");
+    CHECK_STR(ids_of(v, "<T>a", 0), "261 257");
+    CHECK_STR(ids_of(v, "a<T>", 0), "258 60 84 62");
+    CHECK_STR(ids_of(v, "a <T>\xe2\x96\x81<T> a", 0), "258 261 261 258");
+    v->kind[t] = 2;
+    v->kind[n] = 4;
+    CHECK_STR(ids_of(v, "a <T> a", 0), "258 256 259 256 258");
+    set_meta(v, "tokenizer.space_prefix", "3");
+    CHECK_STR(ids_of(v, "a<T>a<T> a", 0), "258 259 258 259 258");
+    v->flags[r] = 4;
+    CHECK_STR(ids_of(v, "<R>\n a<R>", TOK_SPECIAL), "260 258 260");
+    v->flags[r] = 6;
+    CHECK_STR(ids_of(v, "a \n<R>\xc2\xa0<R> <T>a", TOK_SPECIAL), "258 260 260 259 258");
+    set_meta(v, "tokenizer.split", "words");
+    int twice = add_token(v, " a a", 4, 0);
+    memcpy(v->merges[v->n_merges++], (int32_t[3]){spaced, spaced, twice}, sizeof v->merges[0]);
+    CHECK_STR(ids_of(v, "a a", 0), "258 258");
+    set_meta(v, "tokenizer.split", "none");
+    CHECK_STR(ids_of(v, "a a", 0), "262");
+    free(v);
+}
+
+// A marker in the user's text stays text when it is looked for after normalization too.
+static void test_normalized_injection(void) {
+    Vocab *v = vocab_new("bpe", "gpt2");
+    int s = add_token(v, "<s>", 3, 1);
+    v->flags[s] = 1;
+    set_meta(v, "tokenizer.nfc", "1");
+    v->meta[v->n_meta++] = (Meta){"chat.user_prefix", "e\xcc\x81<s>"};
+    v->meta[v->n_meta++] = (Meta){"chat.user_suffix", "<s>e\xcc\x81"};
+    qsort(v->meta, (size_t)v->n_meta, sizeof *v->meta, by_key);
+    Tokenizer *t = vocab_open(v, err);
+    if (!CHECK(t != NULL)) return;
+    static const char *const texts[] = {"a<s>e\xcc\x81", "\xcc\xb8<s>", "<s",
+                                        "e\xcc\x81<s>\xcc\xb8", ""};
+    static const int want[] = {2, 1, 2, 2, 2};  // U+0338 makes another character of the prefix's >
+    for (int i = 0; i < 5; i++) {
+        Ids ids = {0};
+        int found = 0;
+        CHECK(tokenizer_turn(t, 'u', texts[i], false, false, &ids) == 0);
+        for (int k = 0; k < ids.n; k++) found += ids.id[k] == s;
+        if (!CHECK(found == want[i])) printf("%s: %d\n", texts[i], found);
+        ids_free(&ids);
+    }
+    tokenizer_close(t);
+    free(v);
+}
+
+// What decoding takes away, and unknown characters in a row.
+static void test_strip_and_fuse(void) {
+    static const char *const want[] = {"  a a", " a a", "a a"};
+    Vocab *v = vocab_new("spm", "none");
+    int two = add_token(v, "  ", 2, 0), a = add_token(v, "a", 1, 0), u = add_token(v, "<u>", 3, 1);
+    v->meta[v->n_meta++] = (Meta){"tokenizer.strip", "0"};
+    v->meta[v->n_meta++] = (Meta){"tokenizer.fuse_unk", "0"};
+    qsort(v->meta, (size_t)v->n_meta, sizeof *v->meta, by_key);
+    for (int strip = 0; strip < 3; strip++) {
+        set_meta(v, "tokenizer.strip", strip == 0 ? "0" : strip == 1 ? "1" : "2");
+        Tokenizer *t = vocab_open(v, err);
+        int ids[] = {two, a, ' ', a};
+        size_t n;
+        char *text = tokenizer_decode(t, ids, 4, &n), out[TOK_STREAM_MAX];
+        CHECK_STR(text, want[strip]);
+        TokStream s = {0};
+        int first = tokenizer_stream(t, &s, two, out);
+        CHECK(first == 2 - strip && tokenizer_stream(t, &s, ' ', out) == (strip < 3));
+        free(text);
+        tokenizer_close(t);
+    }
+    set_meta(v, "tokenizer.unk_id", "258");
+    for (int b = 0; b < 256; b++) v->kind[b] = 4;
+    CHECK(u == 258);
+    CHECK_STR(ids_of(v, "éü", 0), "258 258");
+    set_meta(v, "tokenizer.fuse_unk", "1");
+    CHECK_STR(ids_of(v, "éü", 0), "258");
+    static char text[6000];  // long enough that words are remembered
+    for (int i = 0; i + 5 < 6000; i += 5)
+        memcpy(text + i, i == 0 ? "\xc3\xa9\xc3\xbc|" : "a\xc3\xbc||", 5);
+    Tokenizer *t = vocab_open(v, err);
+    Ids ids = {0};
+    CHECK(tokenizer_encode(t, text, strlen(text), 0, &ids) == 0);
+    for (int i = 1; i + 1 < ids.n; i += 2) CHECK(ids.id[i] == a && ids.id[i + 1] == u);
+    ids_free(&ids);
+    tokenizer_close(t);
+    free(v);
+}
+
 static unsigned characters(const UnicodeRange *range, size_t n) {
     unsigned sum = 0;
     for (; n > 0; n--, range++) sum += range->last - range->first + 1;
@@ -628,6 +730,9 @@ int main(void) {
     test_spaces_and_unknowns();
     test_nfc();
     test_unicode();
+    test_flags();
+    test_normalized_injection();
+    test_strip_and_fuse();
     test_streaming();
     test_bad_files();
     return test_end("test_tokenizer");

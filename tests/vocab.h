@@ -11,11 +11,12 @@ enum { MAX_TOKENS = 700, MAX_MERGES = 400 };
 
 // A file in memory: tok.* and tokenizer.*, to be changed before opening.
 typedef struct {
-    uint8_t bytes[32 * MAX_TOKENS], kind[MAX_TOKENS];
+    uint8_t bytes[32 * MAX_TOKENS], kind[MAX_TOKENS], flags[MAX_TOKENS];
     int32_t offsets[MAX_TOKENS + 1], merges[MAX_MERGES][3];
     int n, n_merges;
-    Tensor tensors[4];
-    Meta meta[9];
+    Tensor tensors[5];
+    Meta meta[11];
+    int n_meta;
     TensorFile file;
 } Vocab;
 
@@ -27,7 +28,7 @@ static inline int add_token(Vocab *v, const char *text, int bytes, int kind) {
 }
 
 static inline void set_meta(Vocab *v, const char *key, const char *value) {
-    for (int i = 0; i < 9; i++)
+    for (int i = 0; i < v->n_meta; i++)
         if (strcmp(v->meta[i].key, key) == 0) v->meta[i].value = value;
 }
 
@@ -37,6 +38,7 @@ static inline Vocab *vocab_new(const char *model, const char *split) {
                                        "tokenizer.model",    "tokenizer.nfc",          "tokenizer.space_prefix",
                                        "tokenizer.split",    "tokenizer.stop_ids",     "tokenizer.unk_id"};
     Vocab *v = calloc(1, sizeof *v);
+    v->n_meta = 9;
     for (int i = 0; i < 9; i++) v->meta[i] = (Meta){keys[i], "0"};
     set_meta(v, "tokenizer.model", model);
     set_meta(v, "tokenizer.split", split);
@@ -53,10 +55,11 @@ static inline Vocab *vocab_new(const char *model, const char *split) {
 static inline Tokenizer *vocab_open(Vocab *v, char *err) {
     size_t n = (size_t)v->n;
     v->tensors[0] = (Tensor){"tok.bytes", T_U8, 1, {(size_t)v->offsets[n]}, v->bytes, (size_t)v->offsets[n]};
-    v->tensors[1] = (Tensor){"tok.kind", T_U8, 1, {n}, v->kind, n};
-    v->tensors[2] = (Tensor){"tok.merges", T_I32, 2, {(size_t)v->n_merges, 3}, v->merges, 12 * (size_t)v->n_merges};
-    v->tensors[3] = (Tensor){"tok.offsets", T_I32, 1, {n + 1}, v->offsets, 4 * (n + 1)};
-    v->file = (TensorFile){.tensors = v->tensors, .n_tensors = 4, .meta = v->meta, .n_meta = 9};
+    v->tensors[1] = (Tensor){"tok.flags", T_U8, 1, {n}, v->flags, n};
+    v->tensors[2] = (Tensor){"tok.kind", T_U8, 1, {n}, v->kind, n};
+    v->tensors[3] = (Tensor){"tok.merges", T_I32, 2, {(size_t)v->n_merges, 3}, v->merges, 12 * (size_t)v->n_merges};
+    v->tensors[4] = (Tensor){"tok.offsets", T_I32, 1, {n + 1}, v->offsets, 4 * (n + 1)};
+    v->file = (TensorFile){.tensors = v->tensors, .n_tensors = 5, .meta = v->meta, .n_meta = v->n_meta};
     return tokenizer_open(&v->file, err);
 }
 
