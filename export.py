@@ -35,6 +35,7 @@ metadata                 value
   chat.begin chat.default_system chat.system_prefix chat.system_suffix chat.user_prefix
   chat.user_suffix chat.user_prefix_after_system chat.assistant_prefix chat.assistant_suffix
   chat.generation chat.trim
+  chat.system_refused    why the template takes no system text; absent where it does
   kvzip.prefix kvzip.postfix   what precedes a context, and the turn change after a request, as the
                          authors of KVzip (arXiv 2505.23416) write them
 
@@ -2068,6 +2069,7 @@ class Template:
         env.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False, **how})
         env.globals["raise_exception"] = self.refuse
         self.error, self.tokens = jinja2.TemplateError, tokens
+        self.said = ""  # why the latest messages were refused
         self.today = {}
         try:
             self.template = env.from_string(source)
@@ -2088,8 +2090,10 @@ class Template:
             if "strftime_now" in str(e) and not self.today:
                 self.today = {"strftime_now": lambda form: TODAY}
                 return self.render([(m["role"], m["content"]) for m in messages], generation)
+            self.said = str(e)
             return None
-        except Exception:  # a template is a stranger's program; whatever it runs into is a refusal
+        except Exception as e:  # a template is a stranger's program; whatever it runs into refuses
+            self.said = str(e)
             return None
 
 
@@ -2116,6 +2120,12 @@ def ending(text, longer, eos):
     return text
 
 
+def always_invites(alone, invited, final, between):
+    """Does a rendering end with an invitation although none was asked for (Llama 3's first
+    template)? final: what follows an answer at the end, between: what follows one before a turn."""
+    return alone == invited and bool(between) and bool(final) and not between.startswith(final)
+
+
 def chat_pieces(template, bos):
     """Finds the pieces between marked messages -> None when the plainest cannot be rendered."""
     one = [("user", USER)]
@@ -2127,16 +2137,28 @@ def chat_pieces(template, bos):
     p = dict.fromkeys(PIECES, "")
     before, after = alone.split(USER, 1)
     eos = template.tokens.get("eos_token") or ""
+    final, between = cut(template.render(two), ANSWER) or "", cut(three, ANSWER, AGAIN)
     p["user_suffix"] = ending(after, cut(invited, USER), eos)
     p["generation"] = without(cut(invited, USER), head=p["user_suffix"]) or ""
+    if always_invites(alone, invited, ending(final, between, eos), between):
+        p["user_prefix"] = without(before, head=bos)
+        p["assistant_suffix"] = without(between, tail=p["user_prefix"] or before)
+        p["generation"] = without(final, head=p["assistant_suffix"] or final) or ""
+        p["user_suffix"] = without(after, tail=p["generation"])
+        if not p["generation"] or p["user_suffix"] is None:
+            return None
+        final = p["assistant_suffix"]
     p["assistant_prefix"] = without(cut(three, USER, ANSWER), head=p["user_suffix"]) or ""
-    turn = cut(three, ANSWER, AGAIN)
-    p["assistant_suffix"] = ending(cut(template.render(two), ANSWER) or "", turn, eos)
-    p["user_prefix"] = without(turn, head=p["assistant_suffix"])
+    p["assistant_suffix"] = ending(final, between, eos)
+    p["user_prefix"] = without(between, head=p["assistant_suffix"])
     if p["user_prefix"] is None or not before.endswith(p["user_prefix"]):
         p["user_prefix"] = without(before, head=bos) or before
     head = without(before, tail=p["user_prefix"])  # all that precedes the first turn
-    add_system_pieces(p, head, template.render([("system", SYSTEM)] + one), bos)
+    with_system = template.render([("system", SYSTEM)] + one)
+    p["system_refused"] = (
+        template.said if with_system is None
+        else "" if SYSTEM in with_system else "it leaves a system text out")
+    add_system_pieces(p, head, with_system, bos)
     wide = template.render([("user", f"  {USER}  ")])
     p["trim"] = wide is not None and f"  {USER}  " not in wide
     return p
@@ -2181,6 +2203,8 @@ def verify_chat(template, p):
         "a system text and two questions": [system, user, answer, ("user", "Why?")],
     }
     for what, messages in cases.items():
+        if messages[0] == system and p["system_refused"]:
+            continue
         wanted = template.render(messages, True)
         if wanted is not None and wanted != compose(p, messages, True):
             if what == "a single question":
@@ -2219,6 +2243,9 @@ def chat_metadata(source, v, tokens):
     for token in v.strippers:
         out = {k: re.sub(re.escape(token) + r"\s+", lambda m: token, t) for k, t in out.items()}
     out["chat.trim"] = str(int(bool(p and p["trim"])))
+    if p and p["system_refused"]:
+        out["chat.system_refused"] = " ".join(p["system_refused"].split()) or "(no word)"
+        warn(f"the chat template takes no system text: {out['chat.system_refused']}")
     return {"chat.present": str(int(p is not None)), **out}
 
 

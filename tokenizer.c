@@ -534,6 +534,7 @@ static void open_chat(ChatTemplate *c, const TensorFile *f) {
     c->trim = flag_meta(f, "chat.trim");
     c->begin = text_meta(f, "chat.begin");
     c->default_system = text_meta(f, "chat.default_system");
+    c->system_refused = text_meta(f, "chat.system_refused");
     c->system_prefix = text_meta(f, "chat.system_prefix");
     c->system_suffix = text_meta(f, "chat.system_suffix");
     c->user_prefix = text_meta(f, "chat.user_prefix");

@@ -1072,6 +1072,30 @@ class TestChat(unittest.TestCase):
         self.assertEqual((p["system_prefix"], p["user_prefix"]), ("", "<user>"))
         self.assertEqual((p["trim"], said), (True, ""))
 
+    def test_system_without_a_place(self):
+        """The model's metadata say why, in one line; export says it as well."""
+        class V:
+            strippers, meta = [], {"add_bos": 0}
+
+        turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no\\nrole') }}{% endif %}"
+        leave = turns.replace("messages %}", "messages if m.role != 'system' %}")
+        for source, why in ((refuse + turns, "no role"), (leave, "it leaves a system text out"),
+                            (turns, None)):
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said):
+                meta = export.chat_metadata(source, V, {})
+            self.assertEqual((meta["chat.present"], meta.get("chat.system_refused")), ("1", why))
+            self.assertEqual(why or "", said.getvalue().strip()[-len(why):] if why else "")
+
+    def test_always_invites(self):
+        """Llama 3's first template ends in an assistant header whether asked to or not."""
+        later = ("{% for m in messages %}{% set c = '<|h|>' + m.role + '</h>' + m.content + '<|e|>' %}"
+                 "{% if loop.first %}{{ bos_token }}{% endif %}{{ c }}{% endfor %}"
+                 "{% if add_generation_prompt %}<|h|>assistant</h>{% endif %}")
+        first = later.replace("{% if add_generation_prompt %}", "{% if true %}")
+        self.assertEqual(self.pieces(first, bos_token="<|b|>"), self.pieces(later, bos_token="<|b|>"))
+
     def test_system_inside_user_turn(self):
         p, said = self.pieces(
             "{{ bos_token }}{% if messages[0].role == 'system' %}"
