@@ -73,6 +73,9 @@ void open_session(Session *s, const Options *o, const char *path, int max_logits
         die_usage(o->command, "--isa %s: this machine or this program has no such set",
                   o->isa ? o->isa : "");
     open_model(s, o);
+    const char *refused = tokenizer_chat(s->tok)->system_refused;
+    if (o->system && !o->raw && refused[0])
+        die("--system: the chat template of %s takes none: %s", o->args[0], refused);
     s->pool = open_pool(s, o->threads);
     if (state_open(&s->state, &s->model, s->pool, MAX_ROWS, max_logits, err) != 0) die("%s", err);
     open_cache(s, path);

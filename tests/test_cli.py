@@ -465,6 +465,17 @@ def test_edges(m, d):
     works("score", m.path, "-p", text, "-o", d + "/s", "--raw")
     got = [str(i).encode() for i in Tensors(d + "/s")["ids"]]
     check(got[-1:] == special[-1:] and len(got) > len(special), "special text stays text")
+    refusing = d + "/refusing.kvz"
+    with open(m.path, "rb") as f:
+        n, = struct.unpack("<Q", f.read(8))
+        header, rest = json.loads(f.read(n)), f.read()
+    header["__metadata__"]["chat.system_refused"] = "no such role"
+    text_of = json.dumps(header, sort_keys=True).encode()
+    text_of += b" " * (-(8 + len(text_of)) % 64)
+    with open(refusing, "wb") as f:
+        f.write(struct.pack("<Q", len(text_of)) + text_of + rest)
+    for command in [["compress", refusing, "-p", "x", "-o", d + "/r"], ["chat", refusing]]:
+        fails(1, "no such role", *command, "--system", "Be brief.")
     for flags in [["--task", "Read.\n"], ["--system", "Be brief."], ["--raw"],
                   ["--score-attn", "local"]]:
         works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache, *flags)
