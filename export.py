@@ -1514,6 +1514,8 @@ GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
 # Tokens that end a turn, for files that name only one of them.
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
              "<end_of_turn>", "<|end|>")
+GGUF_ENDS = (*TURN_ENDS, "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
+             "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")  # llama.cpp takes them for ends as well
 
 
 def byte_alphabet():
@@ -1993,6 +1995,40 @@ def vocab_from_model(path, model_type):
     return v
 
 
+def gguf_id(meta, key, n, default):
+    """A special id of a GGUF; as in llama.cpp one that is no token's gives way to the default."""
+    i = meta.get(f"tokenizer.ggml.{key}_token_id", default)
+    if isinstance(i, int) and -1 <= i < n:
+        return i
+    warn(f"{key}_token_id is {i}, of {n} tokens; {default} is used")
+    return default
+
+
+def known_pre(meta, texts):
+    """The pre-tokenizer of a GGUF. Those of Llama 3's first weeks have none, but Llama 3's
+    vocabulary: the only one with its header token and 128,256 tokens."""
+    pre = meta.get("tokenizer.ggml.pre")
+    if pre in (None, "default") and len(texts) == 128256 and "<|start_header_id|>" in texts:
+        warn("the file names no pre-tokenizer; its vocabulary is Llama 3's, so is the pre-tokenizer")
+        return "llama-bpe"
+    return pre
+
+
+def add_gguf_facts(v, name):
+    """What llama.cpp (llama-vocab.cpp) knows beside the file: texts of tokens that end a turn are
+    control tokens whatever their type, and all added tokens of a Phi-3 but three swallow the white
+    space behind them."""
+    for text in GGUF_ENDS:
+        if text in v.ids and v.kinds[v.ids[text]] in (NORMAL, ADDED):
+            v.kinds[v.ids[text]] = SPECIAL
+    if re.search("phi-?3", name.lower()):
+        plain = {"<unk>", "<s>", "<|endoftext|>"}
+        ids = {v.ids[t] for t in v.ids if t not in plain and
+               (t == "</s>" or v.kinds[v.ids[t]] in (SPECIAL, ADDED))}
+        v.flags.update(dict.fromkeys(ids, STRIPS_RIGHT))
+        v.strippers = [v.texts[i] for i in sorted(ids)]
+
+
 def vocab_from_gguf(meta):
     def get(key, default=None):
         return meta.get("tokenizer.ggml." + key, default)
@@ -2003,18 +2039,25 @@ def vocab_from_gguf(meta):
     kinds = [GGUF_KINDS.get(k, NORMAL) for k in get("token_type") or [1] * len(texts)]
     if len(kinds) != len(texts):
         raise Refusal(f"{len(texts)} tokens, but {len(kinds)} token types")
+    if get("add_eos_token"):
+        warn("the file sets add_eos_token, which would close every text; no text is")
+    if get("remove_extra_whitespaces"):
+        raise Refusal("the tokenizer removes extra white space, which is not supported")
     v = Vocab(texts, kinds, "spm" if model == "llama" else "bpe")
-    v.meta.update(bos_id=get("bos_token_id", 1 if model == "llama" else -1))
+    add_gguf_facts(v, str(meta.get("general.name", "")))
+    v.meta.update(bos_id=gguf_id(meta, "bos", len(texts), 1 if model == "llama" else -1))
     if model == "llama":
         if len(get("scores") or []) != len(texts):
             raise Refusal(f"{len(texts)} tokens, but {len(get('scores') or [])} scores")
         add_spm_merges(v, get("scores"))
-        v.meta.update(add_bos=int(get("add_bos_token", True)), unk_id=get("unknown_token_id", 0),
+        v.meta.update(add_bos=int(get("add_bos_token", True)),
+                      unk_id=gguf_id(meta, "unknown", len(texts), 0),
                       space_prefix=int(get("add_space_prefix", True)))
         return v
-    if get("pre") not in GGUF_PRE:
-        raise Refusal(f"pre-tokenizer {get('pre')!r} is not supported, {', '.join(GGUF_PRE)} are")
-    split, nfc, ignore = GGUF_PRE[get("pre")]
+    pre = known_pre(meta, texts)
+    if pre not in GGUF_PRE:
+        raise Refusal(f"pre-tokenizer {pre!r} is not supported, {', '.join(GGUF_PRE)} are")
+    split, nfc, ignore = GGUF_PRE[pre]
     pairs = []
     for m in get("merges") or []:
         cut = m.find(" ", 1)
@@ -2592,7 +2635,7 @@ def read_directory(path):
     configs = {"config.json": config, "generation_config.json": generation}
     check_ids(v, rows, configs)
     if v.meta["bos_id"] < 0 and id_list(config.get("bos_token_id")) and "bos_token" not in tc:
-        v.meta["bos_id"] = config["bos_token_id"]
+        v.meta["bos_id"] = id_list(config["bos_token_id"])[0]
     stops = stop_ids(v, config.get("eos_token_id"), generation.get("eos_token_id"),
                      v.ids.get(eos))
     with within("the chat template"):
@@ -2671,6 +2714,7 @@ def read_gguf(path):
     names = {"bos_token": v.meta["bos_id"], "eos_token": meta.get("tokenizer.ggml.eos_token_id")}
     tokens = {k: v.text_of(i) for k, i in names.items() if v.text_of(i)}
     ends = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
+    ends += [v.ids.get(text) for text in GGUF_ENDS]
     with within("the chat template"):
         chat = chat_metadata(meta.get("tokenizer.chat_template"), v, tokens)
     return config, tensors, v, chat, stop_ids(v, *ends)

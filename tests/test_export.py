@@ -1408,6 +1408,33 @@ class TestGGUF(Case):
             if key not in skip:
                 self.assertEqual(c.meta[key], want.meta[key], key)
 
+    def test_special_ids(self):
+        """An id that is no token's gives way to llama.cpp's default."""
+        meta = {"tokenizer.ggml.bos_token_id": 2**32 - 1, "tokenizer.ggml.eos_token_id": 2}
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(export.gguf_id(meta, "bos", 10, 1), 1)
+        self.assertIn("bos_token_id is 4294967295", said.getvalue())
+        self.assertEqual(export.gguf_id(meta, "eos", 10, 1), 2)
+        path = self.copy("llama", bos_token_id=[1 << 20])
+        self.edit(path, "tokenizer_config.json", bos_token=DROP, chat_template=DROP)
+        self.edit(path, "tokenizer.json", post_processor=None)
+        self.refuse(path, "bos_id", "1048576")
+
+    def test_known_by_name(self):
+        """llama.cpp's: Phi-3's added tokens take the white space behind them, tokens whose text
+        ends a turn are control tokens, and Llama 3's vocabulary needs no pre-tokenizer's name."""
+        texts = ["<unk>", "<s>", "</s>", "<|end|>", "<|user|>", "a", "<eos>"]
+        for name, flags in (("Phi-3.5 mini", {2: 4, 3: 4, 4: 4, 6: 4}), ("Phi 4", {}), ("", {})):
+            v = export.Vocab(texts, [4, 3, 0, 0, 1, 0, 0], "spm")
+            export.add_gguf_facts(v, name)
+            self.assertEqual(v.kinds, [4, 3, 1, 1, 1, 0, 1])
+            self.assertEqual(v.flags, flags)
+        llama = ["<|start_header_id|>"] + ["x"] * 128255
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(export.known_pre({}, llama), "llama-bpe")
+            self.assertIsNone(export.known_pre({}, llama[1:]))
+        self.assertEqual(export.known_pre({"tokenizer.ggml.pre": "qwen2"}, llama), "qwen2")
+
     def test_llama_family(self):
         """Rows of q and k put back, tokenizer and chat pieces as from tokenizer.json."""
         self.same_model(self.convert(self.gguf("smol", "llama")), "smol")
