@@ -34,7 +34,7 @@ metadata                 value
   chat.present           1: the pieces below come from a chat template (struct ChatTemplate)
   chat.begin chat.default_system chat.system_prefix chat.system_suffix chat.user_prefix
   chat.user_suffix chat.user_prefix_after_system chat.assistant_prefix chat.assistant_suffix
-  chat.generation chat.trim
+  chat.generation chat.trim (chat.trim_system: where it differs)
   chat.system_refused    why the template takes no system text; absent where it does
   kvzip.prefix kvzip.postfix   what precedes a context, and the turn change after a request, as the
                          authors of KVzip (arXiv 2505.23416) write them
@@ -2202,9 +2202,16 @@ def chat_pieces(template, bos):
         template.said if with_system is None
         else "" if SYSTEM in with_system else "it leaves a system text out")
     add_system_pieces(p, head, with_system, bos)
-    wide = template.render([("user", f"  {USER}  ")])
-    p["trim"] = wide is not None and f"  {USER}  " not in wide
+    p["trim"] = trims(template, [("user", f"  {USER}  ")])
+    p["trim_system"] = p["trim"] if with_system is None else trims(
+        template, [("system", f"  {SYSTEM}  "), ("user", USER)])
     return p
+
+
+def trims(template, messages):
+    """Does the template strip the white space around the first message?"""
+    text = template.render(messages)
+    return text is not None and messages[0][1] not in text
 
 
 def add_system_pieces(p, head, text, bos):
@@ -2229,7 +2236,8 @@ def compose(p, messages, generation=False):
     """A conversation put together from pieces, as tokenizer_turn does it."""
     out = p["begin"] + (p["default_system"] if messages[0][0] != "system" else "")
     for i, (role, text) in enumerate(messages):
-        text = text.strip() if p["trim"] else text
+        trim = p.get("trim_system", p["trim"]) if role == "system" else p["trim"]
+        text = text.strip() if trim else text
         after_system = role == "user" and i > 0 and messages[i - 1][0] == "system"
         out += p[role + "_prefix" + ("_after_system" if after_system else "")]
         out += text + p[role + "_suffix"]
@@ -2242,11 +2250,13 @@ def verify_chat(template, p):
     cases = {
         "a single question": [user],
         "a system text": [system, user],
+        "white space around a text": [("system", "\n Be brief. "), ("user", " One?\n")],
+        "white space around a question": [("user", " One?\n")],
         "two questions": [user, answer, ("user", "Why?")],
         "a system text and two questions": [system, user, answer, ("user", "Why?")],
     }
     for what, messages in cases.items():
-        if messages[0] == system and p["system_refused"]:
+        if messages[0][0] == "system" and p["system_refused"]:
             continue
         wanted = template.render(messages, True)
         if wanted is not None and wanted != compose(p, messages, True):
@@ -2286,6 +2296,8 @@ def chat_metadata(source, v, tokens):
     for token in v.strippers:
         out = {k: re.sub(re.escape(token) + r"\s+", lambda m: token, t) for k, t in out.items()}
     out["chat.trim"] = str(int(bool(p and p["trim"])))
+    if p and p["trim_system"] != p["trim"]:
+        out["chat.trim_system"] = str(int(p["trim_system"]))
     if p and p["system_refused"]:
         out["chat.system_refused"] = " ".join(p["system_refused"].split()) or "(no word)"
         warn(f"the chat template takes no system text: {out['chat.system_refused']}")

@@ -417,7 +417,7 @@ int tokenizer_turn(const Tokenizer *t, char role, const char *text, bool first, 
                          : role == 'a' ? c->assistant_suffix
                                        : c->user_suffix;
     const uint8_t *start = (const uint8_t *)text, *end = start + strlen(text);
-    if (c->trim) trim(t, &start, &end);
+    if (role == 's' ? c->trim_system : c->trim) trim(t, &start, &end);
     Bytes b = {0};
     int status = first ? add_string(&b, c->begin) : 0;
     if (status == 0 && first && role != 's') status = add_string(&b, c->default_system);
@@ -532,6 +532,8 @@ static bool flag_meta(const TensorFile *f, const char *key) {
 static void open_chat(ChatTemplate *c, const TensorFile *f) {
     c->present = flag_meta(f, "chat.present");
     c->trim = flag_meta(f, "chat.trim");
+    const char *system = tensors_meta(f, "chat.trim_system");
+    c->trim_system = system ? strcmp(system, "1") == 0 : c->trim;
     c->begin = text_meta(f, "chat.begin");
     c->default_system = text_meta(f, "chat.default_system");
     c->system_refused = text_meta(f, "chat.system_refused");

@@ -34,7 +34,7 @@ typedef struct {
     // Invites the next answer; holds the empty think block where models have one.
     const char *generation;
     const char *system_refused;  // why the template takes no system text, "" where it does
-    bool trim;                   // the template strips white space around messages
+    bool trim, trim_system;      // the template strips white space around messages, system texts
     bool present;                // false: a base model, all of the above ""
     // All that precedes the task text and the context, and the turn change after a context or a
     // question, as the code of KVzip's authors has them (arXiv 2505.23416).

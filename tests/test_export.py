@@ -1096,6 +1096,18 @@ class TestChat(unittest.TestCase):
         first = later.replace("{% if add_generation_prompt %}", "{% if true %}")
         self.assertEqual(self.pieces(first, bos_token="<|b|>"), self.pieces(later, bos_token="<|b|>"))
 
+    def test_white_space(self):
+        """Each role's texts are stripped, or not, as the template does it; half of it is said."""
+        turn = "{%% for m in messages %%}<{{ m.role }}>{{ %s }}</>{%% endfor %%}"
+        for text, trim, trim_system, warned in (
+            ("m.content", False, False, False), ("m.content | trim", True, True, False),
+            ("m.content | trim if m.role == 'system' else m.content", False, True, False),
+            ("m.content.lstrip()", True, True, True),
+        ):
+            p, said = self.pieces(turn % text)
+            self.assertEqual((p["trim"], p["trim_system"]), (trim, trim_system))
+            self.assertEqual("white space" in said, warned)
+
     def test_system_inside_user_turn(self):
         p, said = self.pieces(
             "{{ bos_token }}{% if messages[0].role == 'system' %}"

@@ -551,6 +551,20 @@ static void test_normalized_injection(void) {
     free(v);
 }
 
+static void test_trim(void) {
+    Vocab *v = vocab_new("bpe", "none");
+    v->meta[v->n_meta++] = (Meta){"chat.trim", "0"};
+    v->meta[v->n_meta++] = (Meta){"chat.trim_system", "1"};
+    qsort(v->meta, (size_t)v->n_meta, sizeof *v->meta, by_key);
+    Tokenizer *t = vocab_open(v, err);
+    Ids ids = {0};
+    CHECK(t != NULL && tokenizer_turn(t, 's', " a\n", true, false, &ids) == 0 && ids.n == 1);
+    CHECK(tokenizer_turn(t, 'u', " a\n", false, true, &ids) == 0 && ids.n == 4);
+    ids_free(&ids);
+    tokenizer_close(t);
+    free(v);
+}
+
 // What decoding takes away, and unknown characters in a row.
 static void test_strip_and_fuse(void) {
     static const char *const want[] = {"  a a", " a a", "a a"};
@@ -733,6 +747,7 @@ int main(void) {
     test_flags();
     test_normalized_injection();
     test_strip_and_fuse();
+    test_trim();
     test_streaming();
     test_bad_files();
     return test_end("test_tokenizer");
