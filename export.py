@@ -2184,13 +2184,13 @@ def chat_pieces(template, bos):
     p["user_suffix"] = ending(after, cut(invited, USER), eos)
     p["generation"] = without(cut(invited, USER), head=p["user_suffix"]) or ""
     if always_invites(alone, invited, ending(final, between, eos), between):
-        p["user_prefix"] = without(before, head=bos)
-        p["assistant_suffix"] = without(between, tail=p["user_prefix"] or before)
-        p["generation"] = without(final, head=p["assistant_suffix"] or final) or ""
-        p["user_suffix"] = without(after, tail=p["generation"])
-        if not p["generation"] or p["user_suffix"] is None:
-            return None
-        final = p["assistant_suffix"]
+        user_prefix = without(before, head=bos) or before
+        closing = without(between, tail=user_prefix)
+        generation = closing is not None and without(final, head=closing)
+        if generation and after.endswith(generation):
+            final = closing
+            p["user_suffix"] = without(after, tail=generation)
+            p["generation"] = generation
     p["assistant_prefix"] = without(cut(three, USER, ANSWER), head=p["user_suffix"]) or ""
     p["assistant_suffix"] = ending(final, between, eos)
     p["user_prefix"] = without(between, head=p["assistant_suffix"])
@@ -2289,7 +2289,8 @@ def chat_metadata(source, v, tokens):
         template = Template(source, tokens)
         p = chat_pieces(template, bos)
         if p is None or not verify_chat(template, p):
-            warn("the chat template cannot be taken apart; the model is converted without it")
+            why = f" ({template.said})" if template.said else ""
+            warn(f"the chat template cannot be taken apart{why}; the model is converted without it")
             p = None
     out = {"chat." + piece: p[piece] if p else "" for piece in PIECES}
     out["kvzip.prefix"], out["kvzip.postfix"] = kvzip_texts(p, bos, v.meta["add_bos"])
