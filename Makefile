@@ -54,7 +54,7 @@ test: run tests
 
 # The C tests again, under the address and undefined-behaviour sanitizers.
 asan:
-	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" tests
+	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' tests
 	@BUILD=build/asan C_ONLY=1 sh tests/run.sh $(TESTS)
 
 # Under valgrind, which emulates fused products slowly: test_kernels has them all, the others use the scalar ones.
@@ -85,14 +85,30 @@ blas:
 	@$(MAKE) --no-print-directory BLAS=1 tests
 	@BUILD=build/blas C_ONLY=1 sh tests/run.sh $(TESTS)
 
-# libFuzzer over JSON, the file header and the tokenizer; FUZZ_SECONDS each.
-FUZZ_SECONDS ?= 30
+# libFuzzer over everything that is read, FUZZ_SECONDS each; instruction sets' own files, which are slow to build with
+# the sanitizers, are without. What it found before the corpus starts from is kept in build/fuzz/corpus.
+FUZZ_SECONDS ?= 60
+FUZZ = json tensors tokenizer model files
+SANITIZE = -O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+build/fuzz/kernels/%.o: SANITIZE = -O2 -g
+build/fuzz/fuzz_%: tests/fuzz_%.c build/fuzz/libkvzip.a
+	$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -o $@ $^ $(LDLIBS)
+fuzzers: $(FUZZ:%=build/fuzz/fuzz_%)
 fuzz:
-	@mkdir -p $(BUILD)
-	for t in json tensors tokenizer; do \
-	    clang -std=c11 -I. -g -O1 -fsanitize=fuzzer,address,undefined -o $(BUILD)/fuzz_$$t tests/fuzz_$$t.c json.c kinds.c newfile.c \
-	        tensors.c text.c tokenizer.c pretokenize.c bpe.c util.c -lm && $(BUILD)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=1 || exit 1; \
+	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=clang CFLAGS='$$(SANITIZE) -fsanitize=fuzzer-no-link' fuzzers
+	@for t in $(FUZZ); do \
+	    mkdir -p build/fuzz/corpus/$$t && echo "== fuzz_$$t" && \
+	    build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -timeout=10 -close_fd_mask=1 \
+	        -print_final_stats=1 build/fuzz/corpus/$$t >build/fuzz/$$t.log 2>&1; \
+	    status=$$?; grep -E "executed_units|average_exec|ERROR|SUMMARY" build/fuzz/$$t.log; [ $$status -eq 0 ] || exit 1; \
 	done
+
+# Valid files with one thing wrong, read by the real commands under the sanitizers (tests/mutate.py).
+MUTANTS ?= 500
+SEED ?= 1
+mutants:
+	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
+	@$(PYTHON) tests/mutate.py build/asan/run --mutants $(MUTANTS) --seed $(SEED)
 
 # ---- Python and models ----
 
@@ -138,8 +154,9 @@ help:
 	@echo "make neon       C tests built for AArch64, under qemu-user"
 	@echo "make cross      build for musl, macOS and FreeBSD with zig's compiler, fetched from PyPI (90 MB)"
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
-	@echo "make fuzz       fuzz JSON, the file header and the tokenizer (clang), FUZZ_SECONDS=30 each"
+	@echo "make fuzz       libFuzzer over all that is read (clang), FUZZ_SECONDS=60 each"
+	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants venv clean help force
