@@ -103,6 +103,16 @@ fuzz:
 	    status=$$?; grep -E "executed_units|average_exec|ERROR|SUMMARY" build/fuzz/$$t.log; [ $$status -eq 0 ] || exit 1; \
 	done
 
+# Faults that can be seen without running anything: conversions of sizes and indices, cppcheck, clang-tidy
+# (.clang-tidy). EXACT are the files in which every size is checked or cast where it could be cut.
+EXACT = $(filter-out cli/% eval/chart.c kernels/%,$(SOURCES)) run.c
+lint:
+	@for f in $(EXACT); do $(CC) -std=c11 -I. -fsyntax-only -Wconversion -Wno-sign-conversion -Wno-float-conversion \
+	    -Werror $$f || exit 1; done
+	@cppcheck -q -j2 --std=c11 --enable=warning --inline-suppr --error-exitcode=1 -I. run.c $(filter-out kernels/%,$(SOURCES))
+	@clang-tidy -quiet run.c $(filter-out kernels/%,$(SOURCES)) -- -std=c11 -I. 2>/dev/null
+	@echo "lint: clean"
+
 # Valid files with one thing wrong, read by the real commands under the sanitizers (tests/mutate.py).
 MUTANTS ?= 500
 SEED ?= 1
@@ -156,7 +166,8 @@ help:
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
 	@echo "make fuzz       libFuzzer over all that is read (clang), FUZZ_SECONDS=60 each"
 	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
+	@echo "make lint       -Wconversion, cppcheck and clang-tidy"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants lint venv clean help force

@@ -5,6 +5,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Files are mapped and used in place, as they lie in memory, and sizes of real models are added up
+// in size_t: neither works on other machines.
+_Static_assert(sizeof(void *) == 8 && sizeof(size_t) == 8,
+               "kvzip.c needs a 64-bit system: files larger than its memory are mapped whole");
+#if !defined __BYTE_ORDER__ || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error \
+    "kvzip.c needs a little-endian machine: the numbers of its files are used where they are mapped"
+#endif
+
 enum { ERR_LEN = 512 };
 
 // Writes one sentence into err [ERR_LEN] and returns -1, so that `return fail(err, ...)` reads as

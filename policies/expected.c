@@ -185,11 +185,12 @@ static void expect_head(const Head *h) {
     Expected *e = h->arg;
     int n = h->first + h->n, group = context_group(h->c);
     float epsilon = (float)context_param(h->c, "epsilon");
-    float *z = malloc(((size_t)n * (group + 1) + 1) * sizeof *z), *v_norm = z + (size_t)n * group;
+    float *z = malloc(((size_t)n * (group + 1) + 1) * sizeof *z);
     if (!z) {
         e->failed = true;
         return;
     }
+    float *v_norm = z + (size_t)n * group;
     for (int b = 0; b < head_blocks(h); b++) expect_block(h, b, z, v_norm, n);
     memset(h->score, 0, (size_t)h->n * sizeof *h->score);
     for (int i = 0; i < group; i++) {
