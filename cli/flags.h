@@ -58,16 +58,16 @@ typedef struct {
     double lambda;  // ridge of calibrate
     bool into;      // calibrate: the output is a copy of the model
     // how an answer is made
-    long n;              // tokens at most; -1: not given
-    double temp, top_p;  // temp -1: not given
-    long seed;           // -1: not given
+    long n;                           // tokens at most; -1: not given
+    double temp, top_p;               // temp -1: not given
+    long seed;                        // -1: not given
     const char *stop[MAX_STOPS + 1];  // NULL behind the last
     bool ignore_eos, keep;
     long batch;  // 0: not given
     // what bench and eval go through
     BenchList prompts, depths, ratios, batches;
     BenchList shares;  // --ratio of eval
-    bool merge;
+    bool merge, show;
     // the program
     long threads;  // 0: one per processor
     bool json, quiet;

@@ -332,6 +332,30 @@ static int eval_step(void *arg, long done, long total) {
     return progress_step(arg, "eval", done, total);
 }
 
+typedef struct {
+    bool json;
+    const Progress *progress;  // makes room on the terminal
+} Showing;
+
+static void show_answer(void *arg, const EvalCell *c, const EvalQuestion *q, const EvalMark *mark) {
+    const Showing *how = arg;
+    progress_end(how->progress);
+    if (how->json) {
+        json_print(stdout, "{'task': %s, 'context': %d, 'policy': %s, 'level': %s, ", c->task,
+                   c->context, c->policy, c->level);
+        json_print(stdout, "'ratio': %g, 'kv': %s, 'question': %s, 'wanted': [", c->ratio, c->kv,
+                   q->question);
+        for (int i = 0; i < q->n_answers; i++) json_print(stdout, i ? ", %s" : "%s", q->answers[i]);
+        json_print(stdout, "], 'answer': %s, 'metric': %s, 'value': %g}\n", mark->answer, c->metric,
+                   mark->value);
+        return;
+    }
+    out("%s, context %d, %s %s %g %s: %s\n  wanted  ", c->task, c->context, c->policy, c->level,
+        c->ratio, c->kv, q->question);
+    for (int i = 0; i < q->n_answers; i++) out(i ? " | %s" : "%s", q->answers[i]);
+    out("\n  %.2f    %s%s\n", mark->value, q->answer_prefix, mark->answer);
+}
+
 // Runs e, of which lists and limits are there, on the session's model.
 static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *results, char *err) {
     Ids prefix = {0};
@@ -342,6 +366,8 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
     progress.unit = "answers";
     e->state = &s->state, e->prefix = &prefix, e->ask = ask_ids, e->ask_arg = &asker;
     e->progress = eval_step, e->progress_arg = &progress;
+    Showing how = {s->o->json, &progress};
+    if (s->o->show) e->show = show_answer, e->show_arg = &how;
     e->context = (Context){.tok = s->tok,
                            .chunk = (int)s->o->chunk,
                            .local = s->o->score_attn == 1,

@@ -56,7 +56,9 @@ static int keep_answer(const Asking *a, Asked *q, char *err) {
     if (r->stop_id >= 0 && ids_push(&r->ids, r->stop_id) != 0) return fail(err, "out of memory");
     q->judged.full = r->ids;
     r->ids = (Ids){0};
-    return eval_answer(a->task, q->q, r->text.s, &q->full_value, err);
+    q->full_text = r->text;
+    r->text = (Buffer){0};
+    return eval_answer(a->task, q->q, q->full_text.s, &q->full_value, err);
 }
 
 int asking_open(Asking *a, char *err) {
@@ -85,6 +87,7 @@ void asking_close(Asking *a) {
         ids_free(&j->full);
         free(j->logits);
         free(j->verdict);
+        free(a->asked[i].full_text.s);
         reply_free(&a->asked[i].reply);
     }
     free(a->asked);
@@ -161,9 +164,13 @@ int asking_put(Asking *a, KVCache *kv, int seq, EvalCell *c, char *err) {
     if (finish_replies(a, kv, seq, a->asked + a->begin, a->end - a->begin, err) != 0) return -1;
     for (int i = a->begin; i < a->end; i++) {
         Asked *q = &a->asked[i];
-        double v = q->full_value;
-        if (c->same[i] == 0 && eval_answer(a->task, q->q, q->reply.text.s, &v, err) != 0) return -1;
-        c->value[i] = (float)v;
+        EvalMark mark = {q->full_text.s, q->full_value};
+        if (c->same[i] == 0) {
+            mark.answer = q->reply.text.s;
+            if (eval_answer(a->task, q->q, mark.answer, &mark.value, err) != 0) return -1;
+        }
+        c->value[i] = (float)mark.value;
+        if (a->show) a->show(a->show_arg, c, q->q, &mark);
     }
     return 0;
 }

@@ -12,7 +12,8 @@ typedef struct {
     const EvalQuestion *q;
     Judged judged;      // its ids, and the full cache's answer
     Reply reply;        // of the cache at hand
-    double full_value;  // of the full cache's answer, in the task's metric
+    Buffer full_text;   // the full cache's answer
+    double full_value;  // in the task's metric
 } Asked;
 
 // The first fields are the caller's to fill in, the others start as zeros.
@@ -20,9 +21,9 @@ typedef struct {
     const EvalTask *task;
     RunState *state;  // max_logits: answers that decode together
     const Tokenizer *tok;
-    KVCache *full_kv;  // the full cache, where its sequence
-    int full_seq;      // ends with the context
-    int limit;         // tokens of an answer
+    KVCache *full_kv;         // the full cache, where its sequence
+    int full_seq;             // ends with the context
+    int limit;                // tokens of an answer
     const char *const *stop;  // texts, NULL behind the last: an answer ends after one; or NULL
     // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no
     // memory.
@@ -30,6 +31,9 @@ typedef struct {
     void *ids_arg;
     int (*progress)(void *arg);  // after each forward call; nonzero stops
     void *progress_arg;
+    // Called for each answer that is marked; or NULL.
+    void (*show)(void *arg, const EvalCell *c, const EvalQuestion *q, const EvalMark *mark);
+    void *show_arg;
 
     Asked *asked;    // [task->n_questions]
     int begin, end;  // the group: questions whose full logits are in memory

@@ -284,7 +284,9 @@ static int run_context(Run *r, const EvalTask *task, Cell *plan, char *err) {
                          .ids = e->ask,
                          .ids_arg = e->ask_arg,
                          .progress = on_step,
-                         .progress_arg = r};
+                         .progress_arg = r,
+                         .show = e->show,
+                         .show_arg = e->show_arg};
     int rc = run_policy(r, NULL, &read, plan, err);
     for (int i = 0; i < e->n_policies && rc == 0; i++)
         rc = run_policy(r, e->policy[i], &read, plan, err);

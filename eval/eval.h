@@ -30,8 +30,8 @@ typedef struct {
     // Evict while a context is read: policies that score live, no level of whole heads, nothing
     // demoted.
     bool stream;
-    int window;           // with stream: newest pairs of each head, which stay meanwhile
-    int max_tokens;       // of an answer, where the task does not say
+    int window;      // with stream: newest pairs of each head, which stay meanwhile
+    int max_tokens;  // of an answer, where the task does not say
     // Texts, NULL behind the last: an answer ends after one, where the task does not say.
     const char *const *stop;
     int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
@@ -42,6 +42,9 @@ typedef struct {
     void *ask_arg;
     int (*progress)(void *arg, long done, long total);  // questions times cells; nonzero stops
     void *progress_arg;
+    // Called for each answer that is marked, not for results that are there already; or NULL.
+    void (*show)(void *arg, const EvalCell *c, const EvalQuestion *q, const EvalMark *mark);
+    void *show_arg;
 } Eval;
 
 // Whether e->set makes sense: every key is one that a policy or a level of e knows. 0, or -1 with

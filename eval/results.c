@@ -22,8 +22,6 @@
 #include "newfile.h"
 #include "util.h"
 
-enum { RESAMPLES = 1000 };
-
 // The numbers of a cell, as they are called in a file; the first one is the task's metric.
 static const char *const columns[EVAL_COLUMNS] = {"value", "same", "kl", "nll"};
 
@@ -265,27 +263,41 @@ void eval_results_close(EvalResults *r) {
 
 // ---- figures ----
 
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
+// The 97.5% quantile of Student's t (Abramowitz and Stegun, 26.7.5, but for few degrees of
+// freedom).
+static double student(int freedom) {
+    static const double few[] = {0, 12.7062, 4.3027, 3.1824, 2.7764, 2.5706};
+    double z = 1.959964, z3 = z * z * z, z5 = z3 * z * z, n = freedom;
+    if (freedom <= 5) return few[freedom];
+    return z + (z3 + z) / (4 * n) + (5 * z5 + 16 * z3 + 3 * z) / (96 * n * n);
 }
 
-// Mean of v [n] and the middle 95% of the means of as many questions drawn from it again (Efron
-// 1979).
-static void summarize(EvalRow *row, const float *v, int n) {
-    double mean[RESAMPLES], sum = 0;
-    uint64_t random = 1;
-    for (int i = 0; i < n; i++) sum += v[i];
+// Of n answers that are right or wrong (Wilson 1927): eight right ones of eight are no proof that
+// all will be, the interval is [0.68, 1].
+static void wilson(EvalRow *row) {
+    double z = 1.959964, n = row->n, p = row->value, z2n = z * z / n;
+    double middle = (p + z2n / 2) / (1 + z2n);
+    double half = z / (1 + z2n) * sqrt(p * (1 - p) / n + z2n / (4 * n));
+    row->low = fmin(fmax(middle - half, 0), p);
+    row->high = fmax(fmin(middle + half, 1), p);
+}
+
+// Mean of v [n] and its 95% interval: Wilson's for shares that are 0 or 1 each, else Student's. A
+// figure is never below 0, a share never above 1.
+static void summarize(EvalRow *row, const float *v, int n, bool share) {
+    double sum = 0, squares = 0, most = share ? 1 : INFINITY;
+    bool counted = share;
+    for (int i = 0; i < n; i++) sum += v[i], counted = counted && (v[i] == 0 || v[i] == 1);
     row->n = n;
     row->value = sum / n;
-    for (int k = 0; k < RESAMPLES; k++) {
-        mean[k] = 0;
-        for (int i = 0; i < n; i++) mean[k] += v[random_next(&random) % (unsigned)n];
-        mean[k] /= n;
+    for (int i = 0; i < n; i++) squares += (v[i] - row->value) * (v[i] - row->value);
+    if (counted) {
+        wilson(row);
+        return;
     }
-    qsort(mean, RESAMPLES, sizeof *mean, by_size);
-    row->low = mean[RESAMPLES / 40];
-    row->high = mean[RESAMPLES - 1 - RESAMPLES / 40];
+    double half = n > 1 ? student(n - 1) * sqrt(squares / (n - 1) / n) : INFINITY;
+    row->low = fmax(row->value - half, 0);
+    row->high = fmin(row->value + half, most);
 }
 
 // The same task under the same policy, level, ratio and page type.
@@ -319,7 +331,7 @@ static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *ro
                            .metric = m == 0 ? c->metric : columns[m],
                            .ratio = c->ratio,
                            .kept = kept / n};
-        summarize(&row[m], v + m * room, n);
+        summarize(&row[m], v + m * room, n, m < 2);
     }
 }
 

@@ -20,6 +20,12 @@ typedef struct {
     float *kl, *nll;  // [n] nat per token of the full cache's answer
 } EvalCell;
 
+// What was said to a question, and how good that is.
+typedef struct {
+    const char *answer;
+    double value;
+} EvalMark;
+
 typedef struct {
     EvalCell *cell;  // [n]
     int n, cap;
@@ -71,8 +77,10 @@ typedef struct {
     const char *task, *policy, *level, *kv;
     const char *metric;  // contained, exact, f1, choice; same, kl, nll
     double ratio, kept;
-    double value, low, high;  // mean over questions; 95% bootstrap interval, fixed seed
-    int n;                    // questions
+    // Mean over questions and its 95% interval, of shares that are 0 or 1 each Wilson's, else
+    // Student's; high is infinite where one question says nothing about the others.
+    double value, low, high;
+    int n;  // questions
 } EvalRow;
 
 // *rows [*n] is malloc'ed; its strings are the cells'. In the order in which tasks and cells were

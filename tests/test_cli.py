@@ -706,6 +706,41 @@ def test_eval(m, d):
         fails(1, words, "eval", m.path, write(d + "/bad", text))
 
 
+def test_eval_show(m, d):
+    """Every marked answer is shown, and marking is by words: see test_marks.c."""
+    task = {"context": "The soup has vitamin A. Jo writes C++.", "questions": [
+        {"question": "Which vitamin?", "answer_prefix": "It has vitamin", "answers": ["A", "\033[2J"]}]}
+    tasks = write(d + "/show.jsonl", json.dumps(task))
+    args = ["eval", m.path, tasks, "--policy", "streaming", "--ratio", "1,0.5", "-n", "4"]
+    rows = [r for r in works(*args, "--show", "--json").rows() if "question" in r]
+    check([(r["policy"], r["ratio"]) for r in rows] == [("full", 1), ("streaming", 0.5)], "eval --show: %s" % rows)
+    check(all(r["wanted"] == ["A", "\033[2J"] and r["answer"] and r["value"] in (0, 1) for r in rows), "eval --show: %s" % rows)
+    text = works(*args, "--show").text()
+    check("Which vitamin?" in text and "wanted  A | " in text and "\033" not in text, "eval --show in words: %s" % text)
+    task["questions"][0]["answers"] = ["A", " "]
+    fails(1, "an empty answer", "eval", m.path, write(d + "/show.jsonl", json.dumps(task)))
+
+
+def test_intervals(d):
+    """Eight right answers of eight do not say that all will be right (Wilson); one says nothing about a mean."""
+    def rows(value, kl):
+        cell = {"task": "t", "metric": "f1", "policy": "p", "level": "", "kv": "f16", "context": 1, "ratio": 1, "kept": 1,
+                "value": value, "same": value, "kl": kl, "nll": kl}
+        path = write(d + "/intervals", json.dumps({"settings": "x"}) + "\n" + json.dumps(cell) + "\n")
+        got = {r["metric"]: r for r in works("eval", "--merge", path, "--json").rows()}
+        check("<svg" in (works("eval", "--merge", path, "--chart", d + "/i.svg"), open(d + "/i.svg").read())[1], "a chart")
+        return [(r["low"], r["high"]) for r in (got["f1"], got["kl"])]
+    near = lambda a, b: all(abs(x - y) < 1e-3 for x, y in zip(a, b))  # noqa: E731
+    share, kl = rows([1] * 8, [0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.3, 0.4])
+    check(near(share, (0.6756, 1)) and near(kl, (0.25 - 0.1, 0.25 + 0.1)), "intervals of 8: %s %s" % (share, kl))
+    share, kl = rows([0, 1, 1, 1], [0.1, 0.1, 0.1, 0.4])
+    check(near(share, (0.3006, 0.9544)) and near(kl, (0, 0.4137)), "intervals of 4: %s %s" % (share, kl))
+    share, kl = rows([0.5, 0.7], [0, 0])
+    check(near(share, (0, 1)) and near(kl, (0, 0)), "intervals of 2: %s %s" % (share, kl))
+    share, kl = rows([1], [0.1])
+    check(near(share, (0.2065, 1)) and kl == (0, None), "intervals of one: %s %s" % (share, kl))
+
+
 def test_eval_stream(m, d):
     long = dict(TASKS[2], context=TASKS[2]["context"] * 20)  # several blocks, so that early pairs go early
     args = ["eval", m.path, write(d + "/long.jsonl", json.dumps(long)), "--policy", "knorm", "--level", "uniform",
@@ -935,6 +970,8 @@ def main():
         test_bench(smol)
         test_perplexity(smol, d)
         test_eval(smol, d)
+        test_eval_show(smol, d)
+        test_intervals(d)
         test_eval_stream(smol, d)
         test_map(smol, d)
         test_map(Model("gemma3"), d)
