@@ -2,6 +2,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "util.h"
 
+#include <math.h>
 #include <ctype.h>
 #include <errno.h>
 #include <stdarg.h>
@@ -101,6 +102,16 @@ const char *stripped(const char *s, size_t n, size_t *length) {
     while (n > 0 && isspace((unsigned char)*s)) s++, n--;
     *length = n;
     return s;
+}
+
+double number_read(const char *text, size_t n) {
+    char copy[64], *end;
+    if (n == 0 || n >= sizeof copy || *text == '+') return NAN;
+    memcpy(copy, text, n);
+    copy[n] = '\0';
+    if (strspn(copy, "0123456789.eE+-") != n) return NAN;  // strtod takes " 5", "0x10" and "nan", too
+    double x = strtod(copy, &end);
+    return end == copy + n && isfinite(x) ? x : NAN;
 }
 
 // Bytes of a regular file and one more, else of a first block.

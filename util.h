@@ -61,6 +61,10 @@ int buffer_add(Buffer *b, const char *s, size_t n);
 // s [n] without the white space at both ends: the first byte that stays, how many in *length.
 const char *stripped(const char *s, size_t n, size_t *length);
 
+// The number that text [n] is, all of it, in decimal ("5", "-0.5", "1e3", nothing before or behind it);
+// NaN where it is none, or no finite double.
+double number_read(const char *text, size_t n);
+
 // The whole file, or stdin for "-", and a NUL behind its *n bytes; malloc'ed, once where the file's
 // size is known. NULL with err; then errno says why.
 char *file_read(const char *path, size_t *n, char *err);

@@ -4,7 +4,6 @@
 // meaning: that which a command's -h lists counts, else one that the command merely accepts.
 #include "cli/flags.h"
 
-#include <errno.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -32,13 +31,13 @@ static const Options defaults = {.n = -1,
 
 // In Options: bool, const char *, [MAX_STOPS] of these, long, double, int (which of the choices),
 // BenchList.
-typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, CHOICE, LIST } FlagKind;
+typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, CHOICE, LIST, COUNTS } FlagKind;
 
 typedef struct {
     const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
     FlagKind kind;
     size_t at;            // where in Options its value goes
-    double lo, hi;        // of COUNT, REAL and LIST
+    double lo, hi;        // of numbers
     const char *choices;  // of CHOICE, "full|local"
     unsigned takes;       // commands whose -h lists it
     unsigned also;        // others that accept it, so that one set of flags fits a whole script
@@ -80,7 +79,9 @@ static const Flag flags[] = {
     {"--window", "N", COUNT, AT(window), RANGE(0, INT_MAX), .takes = STREAMS | EVAL,
      .help = "newest pairs of each head, which are not evicted as tokens come (default 128)"},
     {"--level", "NAME", TEXT, AT(level), .takes = COMPRESS | MAP | BENCH | STREAMS, .also = SCORE,
-     .help = "which pairs compete for a place (default: profile where there is one, else pair):"},
+     .help =
+         "which pairs compete for a place (default: profile where there is one and the policy is "
+         "expected, else pair):"},
     {"--demote", "TYPE", CHOICE, AT(demote), .takes = COMPRESS, .also = SCORE | MAP,
      .choices = "q2", .help = "keep what would be evicted at 2 bits"},
     {"--set", "K=V,..", TEXT, AT(set), .takes = CONTEXT | BENCH | EVAL | STREAMS,
@@ -88,7 +89,9 @@ static const Flag flags[] = {
     {"--policy", "NAME,..", TEXT, AT(policy), .takes = EVAL,
      .help = "who scores (default: expected with a profile or --stream, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), .takes = EVAL,
-     .help = "which pairs compete for a place (default: profile where there is one, else pair):"},
+     .help =
+         "which pairs compete for a place (default: profile where there is one and the policy is "
+         "expected, else pair):"},
     {"--ratio", "R,..", LIST, AT(shares), RANGE(RATIO_MIN, 1), .takes = EVAL,
      .help = "shares of the context's pairs that stay (default 1,0.7,0.5,0.3,0.2,0.1)"},
     {"--kv", "TYPE,..", TEXT, AT(kvs), .takes = EVAL,
@@ -149,13 +152,13 @@ static const Flag flags[] = {
      .help = "add what the model's tokenizer adds"},
     {"--decode", NULL, SWITCH, AT(decode), .takes = TOKENIZE,
      .help = "ids to bytes, nothing added"},
-    {"--prompt", "N,..", LIST, AT(prompts), RANGE(1, 1 << 24), .takes = BENCH,
+    {"--prompt", "N,..", COUNTS, AT(prompts), RANGE(1, 1 << 24), .takes = BENCH,
      .help = "prefill lengths (default 512)"},
-    {"--depth", "D,..", LIST, AT(depths), RANGE(0, 1 << 24), .takes = BENCH,
+    {"--depth", "D,..", COUNTS, AT(depths), RANGE(0, 1 << 24), .takes = BENCH,
      .help = "tokens read before decoding (default 0,1024)"},
     {"--ratio", "R,..", LIST, AT(ratios), RANGE(RATIO_MIN, 1), .takes = BENCH,
      .help = "shares of them kept (default 1,0.3)"},
-    {"--batch", "B,..", LIST, AT(batches), RANGE(1, MAX_BATCH), .takes = BENCH,
+    {"--batch", "B,..", COUNTS, AT(batches), RANGE(1, MAX_BATCH), .takes = BENCH,
      .help = "sequences decoding together (default 1,4)"},
     {"-n", "N", COUNT, AT(n), RANGE(0, INT_MAX), .takes = GENERATE, .also = ALL,
      .help = "tokens at most (default 256)"},
@@ -203,10 +206,10 @@ static const Flag *flag_find(const char *name, size_t len, unsigned command) {
 }
 
 static bool parse_number(const char *text, const Flag *f, double *v) {
-    char *end;
-    errno = 0;
-    *v = f->kind == COUNT ? (double)strtol(text, &end, 10) : strtod(text, &end);
-    return errno == 0 && end != text && *end == '\0' && *v >= f->lo && *v <= f->hi;
+    bool whole = f->kind == COUNT || f->kind == COUNTS;
+    if (whole && text[strspn(text, "0123456789")] != '\0') return false;
+    *v = number_read(text, strlen(text));
+    return *v >= f->lo && *v <= f->hi;
 }
 
 static bool parse_list(const char *text, const Flag *f, BenchList *list) {
@@ -261,9 +264,10 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
             die_usage(o->command, "%s %s: needs one of %s", f->name, value, f->choices);
         break;
     case LIST:
+    case COUNTS:
         if (!parse_list(value, f, (BenchList *)at))
-            die_usage(o->command, "%s %s: needs at most %d numbers from %.10g to %.10g", f->name,
-                      value, BENCH_LIST, f->lo, f->hi);
+            die_usage(o->command, "%s %s: needs at most %d %snumbers from %.10g to %.10g", f->name,
+                      value, BENCH_LIST, f->kind == COUNTS ? "whole " : "", f->lo, f->hi);
         break;
     default:
         if (!parse_number(value, f, &v))
@@ -277,7 +281,7 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
 }
 
 // The flag argv[*i] and its value, which may be the next word: then *i moves on.
-static void parse_flag(Options *o, int argc, char **argv, int *i) {
+static void parse_flag(Options *o, bool *given, int argc, char **argv, int *i) {
     const char *arg = argv[*i];
     const char *value = arg[1] == '-' ? strchr(arg, '=') : NULL;
     size_t len = value ? (size_t)(value - arg) : strlen(arg);
@@ -289,7 +293,78 @@ static void parse_flag(Options *o, int argc, char **argv, int *i) {
         if (*i + 1 == argc) die_usage(o->command, "%s: its value %s is missing", f->name, f->value);
         value = argv[++*i];
     }
+    if (given[f - flags] && f->kind != TEXTS && f->kind != SWITCH)
+        die_usage(o->command, "%s is given twice", f->name);
+    given[f - flags] = true;
     flag_set(o, f, value);
+}
+
+// ---- what does not go together ----
+
+bool wants_stream(const Options *o) {
+    bool share = o->ratio > 0 && o->ratio < 1;
+    return o->budget > 0 || o->stream || (!(o->bit & CONTEXT) && share);
+}
+
+static bool has_budget(const Options *o) { return o->budget > 0; }
+static bool is_raw(const Options *o) { return o->raw; }
+static bool has_ids(const Options *o) { return o->ids != NULL; }
+static bool decodes(const Options *o) { return o->decode; }
+static bool merges(const Options *o) { return o->merge; }
+static bool measures_text(const Options *o) { return o->ppl != NULL; }
+static bool keeps_all_at_once(const Options *o) { return !wants_stream(o); }
+static bool keeps_all(const Options *o) { return o->ratio >= 1 && !wants_stream(o); }
+static bool takes_likeliest(const Options *o) {
+    return o->temp == 0 || (o->temp < 0 && o->bit == ASK);
+}
+
+// Flags that say nothing where `when` holds: wrong usage, or with `warns` a warning.
+typedef struct {
+    const char *names;  // with a space behind each
+    unsigned commands;
+    bool (*when)(const Options *o);
+    bool warns;
+    const char *why;
+} Rule;
+
+#define METHOD "--policy --level --set --profile "
+#define READING \
+    METHOD "--ratio --stream --window --chunk --score-attn --system --task --raw --stop "
+// clang-format off: a table
+static const Rule rules[] = {
+    {"--ratio ", STREAMS, has_budget, false, "--budget says already how much stays"},
+    {METHOD "--window ", GENERATE | CHAT, keeps_all_at_once, false,
+     "nothing is evicted without --budget, or --ratio below 1"},
+    {"--window ", COMPRESS | EVAL, keeps_all_at_once, false,
+     "there is no window without --stream or --budget"},
+    {METHOD "--chunk --score-attn --ref-ties --demote ", COMPRESS | MAP, keeps_all, true,
+     "--ratio 1 keeps all"},
+    {"--system --task ", CONTEXT | EVAL | CALIBRATE, is_raw, false, "--raw leaves them out"},
+    {"--system --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
+    {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
+    {READING "--kv --shard --show --ppl ", EVAL, merges, false, "--merge only joins results"},
+    {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},
+    {"--seed --top-p ", ANSWERS, takes_likeliest, true, "--temp 0 takes the likeliest token"},
+};
+// clang-format on
+
+static bool has_name(const char *names, const char *name) {
+    size_t n = strlen(name);
+    for (; *names; names += strcspn(names, " ") + 1)
+        if (strcspn(names, " ") == n && memcmp(names, name, n) == 0) return true;
+    return false;
+}
+
+static void check_rules(const Options *o, const bool *given) {
+    for (const Rule *r = rules; r < rules + sizeof rules / sizeof *rules; r++) {
+        if (!(r->commands & o->bit) || !r->when(o)) continue;
+        for (int i = 0; i < N_FLAGS; i++) {
+            if (!given[i] || !has_name(r->names, flags[i].name)) continue;
+            if (!r->warns) die_usage(o->command, "%s has no effect: %s", flags[i].name, r->why);
+            if (!o->quiet)
+                fprintf(stderr, "run: warning: %s has no effect: %s\n", flags[i].name, r->why);
+        }
+    }
 }
 
 void parse_options(Options *o, const Command *c, int argc, char **argv) {
@@ -297,15 +372,16 @@ void parse_options(Options *o, const Command *c, int argc, char **argv) {
     o->command = c->name;
     o->bit = c->bit;
     o->args = argv;
-    bool only_args = false;
+    bool only_args = false, given[N_FLAGS] = {false};
     for (int i = 0; i < argc; i++) {
         if (only_args || argv[i][0] != '-' || argv[i][1] == '\0')
             o->args[o->n_args++] = argv[i];
         else if (strcmp(argv[i], "--") == 0)
             only_args = true;
         else
-            parse_flag(o, argc, argv, &i);
+            parse_flag(o, given, argc, argv, &i);
     }
+    check_rules(o, given);
     if (o->ratio == 0 && (c->bit & CONTEXT)) o->ratio = 0.3;
     if (o->chunk == 0 && c->bit != BENCH) o->chunk = default_chunk(o->score_attn == 1);
     if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);

@@ -92,6 +92,8 @@ typedef struct {
 // front of argv and becomes o->args. Wrong usage is the end.
 void parse_options(Options *o, const Command *c, int argc, char **argv);
 
+bool wants_stream(const Options *o);  // whether pairs are evicted before all tokens are there
+
 bool asks_for_help(const char *arg);  // "-h" or "--help"
 // Whether -h is anywhere in argv [argc], unless it is the value of a flag or comes after --.
 bool wants_help(const Command *c, int argc, char **argv);

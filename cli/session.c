@@ -229,17 +229,13 @@ void open_profile(Session *s) {
     s->has_profile = true;
 }
 
-bool wants_stream(const Options *o) {
-    return o->budget > 0 || o->stream || (!(o->bit & CONTEXT) && o->ratio > 0);
-}
-
 const char *default_policy(const Session *s) {
-    bool shares = s->has_profile && (!s->o->level || strcmp(s->o->level, "profile") == 0);
-    return shares || wants_stream(s->o) ? "expected" : "kvzip";
+    return s->has_profile || wants_stream(s->o) ? "expected" : "kvzip";
 }
 
 const char *default_level(const Session *s) {
-    return s->has_profile && !s->o->policy ? "profile" : "pair";
+    const char *policy = s->o->policy ? s->o->policy : default_policy(s);
+    return s->has_profile && strcmp(policy, "expected") == 0 ? "profile" : "pair";
 }
 
 Context chosen_method(Session *s) {

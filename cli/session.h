@@ -69,13 +69,13 @@ const Policy *get_policy(const Options *o, const char *name);
 const Level *get_level(const Options *o, const char *name);
 void open_profile(Session *s);  // the one that --profile names or the model carries, if any
 // Where the flags leave it open: with a profile expected attention within the profile's shares,
-// else KVzip with its repeat passes, which need the whole context.
+// else KVzip with its repeat passes, which need the whole context. What is said explicitly changes
+// nothing else: any other policy competes by pairs.
 const char *default_policy(const Session *s);
 const char *default_level(const Session *s);
 
 // A context that knows how it will be compressed, and nothing else yet.
 Context chosen_method(Session *s);
-bool wants_stream(const Options *o);  // whether pairs are evicted before all tokens are there
 // From here on c->seq, of which the first c->n_prefix pairs stay, is evicted while it grows.
 void start_stream(Session *s, Context *c);
 // The same for commands that write, where the flags want it: the first n_prefix tokens stay, and

@@ -98,6 +98,13 @@ static int set_param(double *value, const Param *params, const char *key, size_t
     return 1;
 }
 
+// Whether the key [n] at `at` stands in the list before it, too.
+static bool is_given(const char *list, const char *at, size_t n) {
+    for (const char *s = list; s < at; s += strcspn(s, ","), s += *s == ',')
+        if (strcspn(s, "=,") == n && memcmp(s, at, n) == 0) return true;
+    return false;
+}
+
 int context_set(Context *c, const Policy *p, const Level *l, const char *key_values, char *err) {
     c->policy = p, c->level = l;
     set_defaults(c->policy_param, p->params);
@@ -105,9 +112,8 @@ int context_set(Context *c, const Policy *p, const Level *l, const char *key_val
     for (const char *s = key_values; s && *s; s += *s == ',') {
         size_t n = strcspn(s, "=,");
         if (n == 0 || s[n] != '=') return fail(err, "needs key=value,..");
-        char *end;
-        double x = strtod(s + n + 1, &end);
-        if (end == s + n + 1 || (*end && *end != ',')) x = NAN;
+        double x = number_read(s + n + 1, strcspn(s + n + 1, ","));
+        if (is_given(key_values, s, n)) return fail(err, "%.*s is given twice", (int)n, s);
         int a = set_param(c->policy_param, p->params, s, n, x, err);
         int b = a < 0 ? -1 : set_param(c->level_param, l->params, s, n, x, err);
         if (b < 0) return -1;

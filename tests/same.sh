@@ -36,7 +36,7 @@ small() { # a committed model
     done
     made "$1 score local" score "$f" -f "$dir/short" --score-attn local --chunk 100
     while read -r how; do
-        made "$1 compress $how" compress "$f" -f "$dir/short" --ratio 0.3 $how
+        made "$1 compress $how" compress "$f" -f "$dir/short" $how
         cp "$dir/out" "$dir/cache"
         said "$1 ask $how" ask "$f" "$dir/cache" "What?" "And then, who was it?" -n 12
     done <<'FLAGS'
@@ -59,7 +59,7 @@ large() { # a real one, with its profile
         made "model score $p" score "$model" -f "$dir/long" --profile "$profile" --policy $p
     done
     while read -r how; do
-        made "model compress $how" compress "$model" -f "$dir/long" --ratio 0.3 $how
+        made "model compress $how" compress "$model" -f "$dir/long" $how
         cp "$dir/out" "$dir/cache"
         said "model ask $how" ask "$model" "$dir/cache" -f demo/questions.tsv -n 24 --stop .
         said "model ask --keep $how" ask "$model" "$dir/cache" -f demo/questions.tsv -n 16 --keep --temp 0.8 --seed 3

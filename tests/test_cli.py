@@ -147,6 +147,54 @@ def test_usage(m):
     fails(2, "--depth 5,x", "bench", m.path, "--depth", "5,x")
 
 
+def test_flags(m, d):
+    """A flag counts once, together with what it fits, and one that says the default changes nothing."""
+    text, out = ["-p", "The code of Chen is 12. " * 20], ["-o", d + "/flags.kvc"]
+    compress = ["compress", m.path, *text, *out]
+    fails(2, "-f is given twice", "compress", m.path, "-f", m.path, "-f", m.path, *out)
+    fails(2, "--ratio is given twice", *compress, "--ratio", 0.5, "--ratio=0.2")
+    fails(2, "window is given twice", *compress, "--policy", "snapkv", "--set", "window=8,window=9")
+    for flag, values in [("-n", [" 5", "0x10", "+5", "5abc", "1e1"]), ("--temp", [" 1", "0x1", "nan", "inf", "1abc", "+1"]),
+                         ("-j", ["0", "", "1e0"]), ("--seed", ["-1", " 7"]), ("--top-p", ["0x1p-1", "nan"])]:
+        for v in values:
+            fails(2, "%s %s: needs" % (flag, v), "generate", m.path, "-p", "a", flag, v)
+    fails(2, "needs at most 16 whole numbers", "bench", m.path, "--prompt", "1.5")
+    fails(2, "needs a whole number", *compress, "--policy", "snapkv", "--set", "window=0x8")
+    for words, flags in [("--budget says already", ["compress", *compress[1:], "--budget", 9, "--ratio", 0.5]),
+                         ("--window has no effect", [*compress, "--window", 9]),
+                         ("--system has no effect", [*compress, "--raw", "--system", "x"]),
+                         ("--task has no effect", ["score", m.path, "--ids", d + "/x", *out, "--task", "x"]),
+                         ("--policy has no effect", ["generate", m.path, "-p", "a", "--policy", "knorm"]),
+                         ("--level has no effect", ["chat", m.path, "--ratio", 1, "--level", "pair"]),
+                         ("--bos has no effect", ["tokenize", m.path, "--decode", "--bos"]),
+                         ("--ratio has no effect", ["eval", "--merge", d + "/x", "--ratio", 1]),
+                         ("--policy has no effect", ["eval", m.path, "--ppl", d + "/x", "--policy", "knorm"])]:
+        fails(2, words, *flags)
+    for words, flags in [("--seed has no effect", ["generate", m.path, "-p", "a", "-n", 1, "--temp", 0, "--seed", 1]),
+                         ("--policy has no effect", [*compress, "--ratio", 1, "--policy", "knorm"])]:
+        check("run: warning: " + words in works(*flags).err and words not in works(*flags, "-q").err, words)
+
+    def cache(*flags):
+        works(*compress, "-q", *flags)
+        return open(d + "/flags.kvc", "rb").read()
+    profile = d + "/flags.kvp"
+    works("calibrate", m.path, "-f", write(d + "/flags.txt", SAMPLE), "-o", profile, "-q", "--chunk", 50)
+    with_it = ["--profile", profile]
+    plain, by_profile = cache(), cache(*with_it)
+    for flags in [["--policy", "kvzip"], ["--level", "pair"], ["--ratio", "0.3"], ["--score-attn", "full"], ["--chunk", "2000"],
+                  ["--kv", "f16"], ["--policy", "kvzip", "--level", "pair", "--ratio", "0.3"]]:
+        check(cache(*flags) == plain, "%s, the default, changes the cache" % flags)
+    for flags in [["--policy", "expected"], ["--level", "profile"], ["--policy", "expected", "--level", "profile"]]:
+        check(cache(*with_it, *flags) == by_profile, "%s, the default with a profile, changes the cache" % flags)
+    live = cache("--stream")
+    for flags in [["--window", "128"], ["--policy", "expected"], ["--level", "pair"]]:
+        check(cache("--stream", *flags) == live, "%s, the default while tokens come, changes the cache" % flags)
+    talk = ["generate", m.path, *text, "-n", 200, "--ignore-eos", "--seed", 3, "--json"]
+    ids = works(*talk).rows()[0]["ids"]
+    for flags in [["--temp", 0.7], ["--top-p", 0.95], ["--ratio", 1]]:
+        check(works(*talk, *flags).rows()[0]["ids"] == ids, "%s, the default, changes the text" % flags)
+
+
 # ---- tokens ----
 
 def test_tokenize(m):
@@ -760,9 +808,10 @@ def test_eval_stream(m, d):
     many = dict(long, questions=long["questions"] * 20)  # more than decode together
     more = works(*args[:2], write(d + "/many.jsonl", json.dumps(many)), *args[3:], "--stream", "--window", "0").rows()
     check(all(abs(a - b) < 1e-6 for a, b in zip(of(more, "kl"), of(early, "kl"))), "eval --stream: many questions")
-    fails(2, "looks back at the whole context", *args, "--stream", "--policy", "knorm,snapkv")
-    fails(2, "keeps whole heads", *args, "--stream", "--level", "uniform,head")
-    fails(2, "choose one", *args, "--stream", "--kv", "f16+q2")
+    other = lambda old, new: [new if a == old else a for a in args]  # noqa: E731
+    fails(2, "looks back at the whole context", *other("knorm", "knorm,snapkv"), "--stream")
+    fails(2, "keeps whole heads", *other("uniform", "uniform,head"), "--stream")
+    fails(2, "choose one", *other("f32", "f16+q2"), "--stream")
 
 
 def kept_pairs(cache, n_prefix):
@@ -949,6 +998,7 @@ def main():
     smol, llama = Model("smol"), Model("llama")
     with tempfile.TemporaryDirectory() as d:
         test_usage(smol)
+        test_flags(smol, d)
         test_tokenize_input(smol, d)
         for m in [smol, llama, Model("qwen2"), Model("qwen3"), Model("gemma3")]:
             test_tokenize(m)
