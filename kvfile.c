@@ -181,8 +181,13 @@ static int put_meta(const Save *save) {
                          {"n_prefix", n_prefix},
                          {"n_ctx", n_ctx},
                          {"next_pos", next_pos},
-                         {"kv", kvcache_types_name(save->kv->types, types)}};
+                         {"kv", kvcache_types_name(save->kv->types, types)},
+                         {"level", info->level},
+                         {"profile", info->profile},
+                         {"set", info->set},
+                         {"budget", info->budget}};
     for (size_t i = 0; i < sizeof meta / sizeof *meta; i++) {
+        if (!meta[i].value) continue;
         if (tensors_write_meta(save->w, meta[i].key, meta[i].value, save->err) != 0) return -1;
     }
     return 0;
@@ -317,6 +322,10 @@ static int read_origin(Saved *s, const KVModel *model, char *err) {
     s->info = (KVInfo){.fingerprint = tensors_meta(f, "fingerprint"),
                        .model = tensors_meta(f, "model"),
                        .policy = tensors_meta(f, "policy"),
+                       .level = tensors_meta(f, "level"),
+                       .profile = tensors_meta(f, "profile"),
+                       .set = tensors_meta(f, "set"),
+                       .budget = tensors_meta(f, "budget"),
                        .ratio = ratio ? strtod(ratio, NULL) : 0.0};
     if (!format || (strcmp(format, formats[0]) != 0 && strcmp(format, formats[1]) != 0))
         return tensors_wrong_format(f, "a saved cache", formats[0], err);

@@ -21,7 +21,7 @@
 //
 // Metadata: format ("kvzip.c cache 1", or 2 with page_class), fingerprint and model (keys mean
 // nothing to another model), policy, ratio, n_prefix, n_ctx, next_pos, and kv, the types that pages
-// settle to.
+// settle to; where they are known level, profile, set and budget, as in KVInfo.
 #ifndef KVFILE_H
 #define KVFILE_H
 #include "kvcache.h"
@@ -31,6 +31,9 @@
 typedef struct {
     const char *fingerprint, *model;  // of the model file
     const char *policy;               // who scored
+    // How else pairs were chosen; NULL: not known, or nothing was said. Level, file of the profile
+    // ("model": the model's own), parameters, pairs a head.
+    const char *level, *profile, *set, *budget;
     int n_prefix, n_ctx;
     double ratio;    // asked for
     const int *ids;  // [n_ids = n_prefix + n_ctx] what was read

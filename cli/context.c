@@ -181,21 +181,34 @@ static Shrunk shrink(Session *s, const Context *c, float *score) {
     return r;
 }
 
+// What the context is compressed by, as flags would say it.
+static KVInfo method_info(const Session *s, const Context *c) {
+    const Options *o = s->o;
+    const char *profile = o->profile ? o->profile : "model";
+    return (KVInfo){.fingerprint = s->model.fingerprint,
+                    .model = s->model.name,
+                    .policy = c->policy->name,
+                    .level = c->level->name,
+                    .profile = uses_profile(c) ? profile : NULL,
+                    .set = o->set};
+}
+
 // kept: the share achieved.
 static void save_context(Session *s, const Context *c, double kept) {
     char err[ERR_LEN];
-    KVInfo info = {.fingerprint = s->model.fingerprint,
-                   .model = s->model.name,
-                   .policy = c->policy->name,
-                   .n_prefix = c->n_prefix,
-                   .n_ctx = c->n_ctx,
-                   .ratio = s->o->budget > 0 ? kept : s->o->ratio,
-                   .ids = c->ids,
-                   .n_ids = c->n_prefix + c->n_ctx};
+    char budget[24];
+    KVInfo info = method_info(s, c);
+    info.n_prefix = c->n_prefix, info.n_ctx = c->n_ctx;
+    info.ids = c->ids, info.n_ids = c->n_prefix + c->n_ctx;
+    info.ratio = s->o->budget > 0 ? kept : s->o->ratio;
+    snprintf(budget, sizeof budget, "%ld", s->o->budget);
+    if (s->o->budget > 0) info.budget = budget;
     if (kvfile_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die_file(s->o->out, err);
 }
 
-static void compress_figures(const Options *o, const Context *c, const Shrunk *r) {
+static void compress_figures(const Session *s, const Context *c, const Shrunk *r) {
+    const Options *o = s->o;
+    const KVInfo how = method_info(s, c);
     char a[32], b[32];
     if (o->json) {
         json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx,
@@ -205,14 +218,21 @@ static void compress_figures(const Options *o, const Context *c, const Shrunk *r
             "'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
             c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
         json_print(stdout,
-                   "'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'path': %s}\n",
-                   r->peak, r->memory_full, r->memory, o->out);
+                   "'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'policy': %s, ",
+                   r->peak, r->memory_full, r->memory, how.policy);
+        json_print(stdout, "'level': %s, 'profile': %s, 'set': %s, 'path': %s}\n", how.level,
+                   how.profile, how.set, o->out);
     }
     out_flush();
     if (o->quiet) return;
     int n = c->n_prefix + c->n_ctx;
     note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s]\n", c->n_prefix, c->n_ctx,
          c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
+    note("[policy %s, level %s", how.policy, how.level);
+    if (how.profile) note(", profile %s", how.profile);
+    if (how.set) note(", %s", how.set);
+    note(o->budget > 0 ? ", budget %.0f]\n" : ", ratio %g]\n",
+         o->budget > 0 ? (double)o->budget : o->ratio);
     note("[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
          size_text(a, r->full), size_text(b, r->bytes));
     if (r->peak < r->full) note(", %s at most", size_text(a, r->peak));
@@ -236,7 +256,7 @@ int cmd_compress(const Options *o) {
     else
         r = shrink(s, c, read_context(c, scored, &in.progress));
     save_context(s, c, r.ratio);
-    compress_figures(o, c, &r);
+    compress_figures(s, c, &r);
     close_reading(&in);
     return 0;
 }

@@ -238,6 +238,13 @@ const char *default_level(const Session *s) {
     return s->has_profile && strcmp(policy, "expected") == 0 ? "profile" : "pair";
 }
 
+bool uses_profile(const Context *c) {
+    static const char *const users[] = {"kvzap", "heads"};
+    bool uses = strcmp(c->level->name, "profile") == 0;
+    for (int i = 0; i < 2; i++) uses = uses || strcmp(c->policy->name, users[i]) == 0;
+    return uses;
+}
+
 Context chosen_method(Session *s) {
     char err[ERR_LEN];
     const Options *o = s->o;
@@ -250,6 +257,9 @@ Context chosen_method(Session *s) {
     const Level *level = get_level(o, o->level ? o->level : default_level(s));
     if (context_set(&c, policy, level, o->set, err) != 0)
         die_usage(o->command, "--set %s: %s", o->set, err);
+    if (o->profile && !uses_profile(&c))
+        warn(s, "--profile has no effect: policy %s and level %s do not use it", policy->name,
+             level->name);
     return c;
 }
 
@@ -269,4 +279,7 @@ void stream_sequence(Session *s, int seq, int n_prefix) {
     s->context.state = &s->state, s->context.kv = &s->kv, s->context.tok = s->tok;
     s->context.seq = seq, s->context.n_prefix = max_int(n_prefix, SINK);
     start_stream(s, &s->context);
+    if (!s->o->quiet)
+        fprintf(stderr, "[evicting: policy %s, level %s]\n", s->context.policy->name,
+                s->context.level->name);
 }

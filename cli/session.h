@@ -74,6 +74,8 @@ void open_profile(Session *s);  // the one that --profile names or the model car
 const char *default_policy(const Session *s);
 const char *default_level(const Session *s);
 
+bool uses_profile(const Context *c);  // whether policy or level look into it
+
 // A context that knows how it will be compressed, and nothing else yet.
 Context chosen_method(Session *s);
 // From here on c->seq, of which the first c->n_prefix pairs stay, is evicted while it grows.

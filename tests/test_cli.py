@@ -186,6 +186,17 @@ def test_flags(m, d):
         check(cache(*flags) == plain, "%s, the default, changes the cache" % flags)
     for flags in [["--policy", "expected"], ["--level", "profile"], ["--policy", "expected", "--level", "profile"]]:
         check(cache(*with_it, *flags) == by_profile, "%s, the default with a profile, changes the cache" % flags)
+    r = works(*compress, *with_it, "--json")
+    row, facts = r.rows()[0], info(d + "/flags.kvc")
+    want = {"policy": "expected", "level": "profile", "profile": profile}
+    check(all(row[k] == v == facts[k] for k, v in want.items()), "what was chosen: %s %s" % (row, facts))
+    check("[policy expected, level profile, profile %s" % profile in r.err, "what was chosen is said: %s" % r.err)
+    works(*compress, "--policy", "snapkv", "--set", "window=8")
+    facts = info(d + "/flags.kvc")
+    check((facts["policy"], facts["level"], facts["profile"], facts["set"]) == ("snapkv", "pair", "none", "window=8"), "info: %s" % facts)
+    works(*compress, "--budget", 20)
+    check(info(d + "/flags.kvc")["budget"] == "20", "info: the budget")
+    check("--profile has no effect" in works(*compress, *with_it, "--policy", "knorm").err, "a profile that nothing uses")
     live = cache("--stream")
     for flags in [["--window", "128"], ["--policy", "expected"], ["--level", "pair"]]:
         check(cache("--stream", *flags) == live, "%s, the default while tokens come, changes the cache" % flags)
