@@ -193,12 +193,11 @@ void text_put(FILE *f, const char *s, size_t n) {
 
 // What the bytes of a text from `at` on, where the first one is that is no UTF-8, look like.
 static const char *encoding(const uint8_t *p, const uint8_t *at, const uint8_t *end) {
-    size_t whole = 0, broken = 0, windows = 0, high = 0;
+    size_t whole = 0, broken = 0, windows = 0;
     uint32_t c;
     for (int len; p < end; p += len) {
         len = utf8_get(p, end, &c);
         whole += len > 1;
-        high += len != 1;
         if (len > 0) continue;
         len = 1;
         broken++;
