@@ -283,13 +283,19 @@ static void check_live(const Options *o, const Eval *e) {
 
 // --shard I/N, I from 1; without it all contexts are one shard.
 static void set_shard(const Options *o, Eval *e) {
-    char end;
     e->n_shards = 1;
     if (!o->shard) return;
-    if (sscanf(o->shard, "%d/%d%c", &e->shard, &e->n_shards, &end) != 2 || e->shard < 1 ||
-        e->shard > e->n_shards)
+    size_t n = strcspn(o->shard, "/");
+    double i = number_read(o->shard, n), all = NAN;
+    if (o->shard[n]) all = number_read(o->shard + n + 1, strlen(o->shard + n + 1));
+    if (!(i >= 1 && i <= all && all <= 1 << 30) || i != floor(i) || all != floor(all))
         die_usage(o->command, "--shard %s: needs I/N, I from 1 to N", o->shard);
-    e->shard--;
+    e->shard = (int)i - 1, e->n_shards = (int)all;
+}
+
+// A list has names, and all of them were taken.
+static void check_list(const Options *o, const char *flag, int n, const char *rest) {
+    if (n == 0 || *rest) die_usage(o->command, "%s needs 1 to %d names", flag, EVAL_LIST);
 }
 
 // What is compared with what, from the flags.
@@ -307,7 +313,9 @@ static void eval_lists(const Session *s, Eval *e) {
         e->kv[e->n_kvs] = get_eval_kv(o, name);
     for (; e->n_ratios < o->shares.n; e->n_ratios++)
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
-    if (e->n_kvs == 0) die_usage(o->command, "--kv needs a type");
+    check_list(o, "--policy", e->n_policies, policy);
+    check_list(o, "--level", e->n_levels, level);
+    check_list(o, "--kv", e->n_kvs, kv);
     if (e->stream) check_live(o, e);
     if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
     set_shard(o, e);

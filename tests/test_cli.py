@@ -780,6 +780,15 @@ def test_eval_show(m, d):
     fails(1, "an empty answer", "eval", m.path, write(d + "/show.jsonl", json.dumps(task)))
 
 
+def test_eval_flags(m, d):
+    args = ["eval", m.path, write(d + "/lists.jsonl", json.dumps(TASKS[0])), "-n", 1]
+    fails(2, "--policy needs 1 to 16 names", *args, "--policy", "")
+    fails(2, "--policy needs 1 to 16 names", *args, "--policy", ",".join(["knorm"] * 17))
+    fails(2, "--kv needs 1 to 16 names", *args, "--kv", "")
+    for shard in ["", "1", "0/2", "3/2", " 1/2", "1/2 ", "1/0x2", "1/2/3", "1.5/2"]:
+        fails(2, "needs I/N", *args, "--shard", shard)
+
+
 def test_intervals(d):
     """Eight right answers of eight do not say that all will be right (Wilson); one says nothing about a mean."""
     def rows(value, kl):
@@ -1032,6 +1041,7 @@ def main():
         test_perplexity(smol, d)
         test_eval(smol, d)
         test_eval_show(smol, d)
+        test_eval_flags(smol, d)
         test_intervals(d)
         test_eval_stream(smol, d)
         test_map(smol, d)
