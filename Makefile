@@ -120,6 +120,11 @@ mutants:
 	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
 	@$(PYTHON) tests/mutate.py build/asan/run --mutants $(MUTANTS) --seed $(SEED)
 
+# The long forms of what .ci/run does briefly (docs/trust.md): about an hour and a half.
+trust: lint asan valgrind neon
+	@$(MAKE) --no-print-directory mutants MUTANTS=3000 SEED=$$$$
+	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=360
+
 # ---- Python and models ----
 
 .venv/ok: requirements.txt
@@ -167,7 +172,8 @@ help:
 	@echo "make fuzz       libFuzzer over all that is read (clang), FUZZ_SECONDS=60 each"
 	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
 	@echo "make lint       -Wconversion, cppcheck and clang-tidy"
+	@echo "make trust      the long forms of mutants, fuzz, asan, valgrind, neon and lint"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants lint venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants lint trust venv clean help force
