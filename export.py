@@ -1995,15 +1995,6 @@ def vocab_from_model(path, model_type):
     return v
 
 
-def gguf_id(meta, key, n, default):
-    """A special id of a GGUF; as in llama.cpp one that is no token's gives way to the default."""
-    i = meta.get(f"tokenizer.ggml.{key}_token_id", default)
-    if isinstance(i, int) and -1 <= i < n:
-        return i
-    warn(f"{key}_token_id is {i}, of {n} tokens; {default} is used")
-    return default
-
-
 def known_pre(meta, texts):
     """The pre-tokenizer of a GGUF. Those of Llama 3's first weeks have none, but Llama 3's
     vocabulary: the only one with its header token and 128,256 tokens."""
@@ -2045,13 +2036,13 @@ def vocab_from_gguf(meta):
         raise Refusal("the tokenizer removes extra white space, which is not supported")
     v = Vocab(texts, kinds, "spm" if model == "llama" else "bpe")
     add_gguf_facts(v, str(meta.get("general.name", "")))
-    v.meta.update(bos_id=gguf_id(meta, "bos", len(texts), 1 if model == "llama" else -1))
+    v.meta.update(bos_id=get("bos_token_id", 1 if model == "llama" and len(texts) > 1 else -1))
     if model == "llama":
         if len(get("scores") or []) != len(texts):
             raise Refusal(f"{len(texts)} tokens, but {len(get('scores') or [])} scores")
         add_spm_merges(v, get("scores"))
         v.meta.update(add_bos=int(get("add_bos_token", True)),
-                      unk_id=gguf_id(meta, "unknown", len(texts), 0),
+                      unk_id=get("unknown_token_id", 0),
                       space_prefix=int(get("add_space_prefix", True)))
         return v
     pre = known_pre(meta, texts)
@@ -2647,8 +2638,8 @@ def read_directory(path):
         raise Refusal(f"tokenizer_config.json: eos_token {eos!r} is no token of the vocabulary")
     configs = {"config.json": config, "generation_config.json": generation}
     check_ids(v, rows, configs)
-    if v.meta["bos_id"] < 0 and id_list(config.get("bos_token_id")) and "bos_token" not in tc:
-        v.meta["bos_id"] = id_list(config["bos_token_id"])[0]
+    if v.meta["bos_id"] < 0 and config.get("bos_token_id") is not None and "bos_token" not in tc:
+        v.meta["bos_id"] = config["bos_token_id"]
     stops = stop_ids(v, config.get("eos_token_id"), generation.get("eos_token_id"),
                      v.ids.get(eos))
     with within("the chat template"):
