@@ -52,7 +52,13 @@ static void make_cache(int i, KVTypes types) {
     for (size_t t = 0; t < sizeof keep; t++) keep[t] = t % 3 == 0;
     must((i ? kvcache_demote : kvcache_evict)(&kv, seq, 0, 200, keep, err) == 0);
     must(kvcache_settle(&kv, seq, err) == 0);
-    KVInfo info = {tiny.model.fingerprint, "m", "kvzip", 0, 200, 0.3, ids, 200};
+    KVInfo info = {.fingerprint = tiny.model.fingerprint,
+                   .model = "m",
+                   .policy = "kvzip",
+                   .n_ctx = 200,
+                   .ratio = 0.3,
+                   .ids = ids,
+                   .n_ids = 200};
     must(kvfile_save(&kv, seq, path, &info, err) == 0);
     kvcache_close(&kv);
     valid[i] = (uint8_t *)file_read(path, &valid_bytes[i], err);
@@ -128,7 +134,8 @@ static void fuzz_tasks(const uint8_t *p, size_t n) {
     put_file(p, n);
     if (eval_tasks_open(&t, path, err) != 0) return;
     char answer[64] = "The seven (b) geese, 12.";
-    double v = eval_answer(&t.task[0], &t.task[0].questions[0], answer);
+    double v;
+    must(eval_answer(&t.task[0], &t.task[0].questions[0], answer, &v, err) == 0);
     must(v >= 0 && v <= 1);
     eval_tasks_close(&t);
 }
