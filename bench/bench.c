@@ -109,7 +109,7 @@ static double peak_gflop_per_s(ThreadPool *pool, const Peak *p) {
     return best;
 }
 
-enum { READ_BYTES = 256 << 20, READ_CHUNK = 1 << 20 };  // several times what caches hold
+enum { READ_CHUNK = 1 << 20 };  // several times what caches hold
 
 static void touch_chunk(void *ctx, int i) {
     memset((uint8_t *)ctx + i * (size_t)READ_CHUNK, 1, READ_CHUNK);
@@ -125,13 +125,13 @@ static void read_chunk(void *ctx, int i) {
 }
 
 static int peak_gb_per_s(ThreadPool *pool, double *best, char *err) {
-    void *buffer = malloc(READ_BYTES);
-    if (!buffer) return fail(err, "out of memory: %d MB to read", READ_BYTES >> 20);
-    parallel_for(pool, READ_BYTES / READ_CHUNK, touch_chunk, buffer);
+    void *buffer = malloc(BENCH_READ_BYTES);
+    if (!buffer) return fail(err, "out of memory: %d MB to read", BENCH_READ_BYTES >> 20);
+    parallel_for(pool, BENCH_READ_BYTES / READ_CHUNK, touch_chunk, buffer);
     for (double begin = now(), start = begin; start - begin < PEAK_SECONDS;) {
-        parallel_for(pool, READ_BYTES / READ_CHUNK, read_chunk, buffer);
+        parallel_for(pool, BENCH_READ_BYTES / READ_CHUNK, read_chunk, buffer);
         double end = now();
-        *best = fmax(*best, 1e-9 * READ_BYTES / (end - start));
+        *best = fmax(*best, 1e-9 * BENCH_READ_BYTES / (end - start));
         start = end;
     }
     free(buffer);

@@ -12,6 +12,8 @@ typedef struct {
     int n;
 } BenchList;
 
+enum { BENCH_READ_BYTES = 256 << 20 };  // in memory while its speed is measured
+
 // What this machine can do at most, with the threads in use: the best of many short stretches.
 typedef struct {
     double gb_per_s;              // reading memory

@@ -1,6 +1,7 @@
 // context.c: compress, score and map: a context is read, its pairs are scored, and the scores
 // decide which pairs stay, are saved, or are drawn.
 #define _POSIX_C_SOURCE 200809L
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,7 @@
 
 #include "cli/commands.h"
 #include "cli/input.h"
+#include "cli/memory.h"
 #include "cli/output.h"
 #include "cli/session.h"
 #include "eval/chart.h"
@@ -25,6 +27,22 @@ typedef struct {
     Progress progress;
     Context c;
 } Reading;
+
+// A score is a float, and whether its pair stays a byte. While it is repeated a context is longer
+// by what is repeated at a time; KVzip+ has a float for each query head as well.
+static MemoryNeed reading_need(const Reading *r, int n_prefix) {
+    const Options *o = r->s.o;
+    const Config *m = &r->s.model.config;
+    double n = r->ids.n, chunk = fmin((double)o->chunk, n);
+    bool scored = !wants_stream(o) && (o->ratio < 1 || o->bit == SCORE);
+    bool logs = strcmp(r->c.policy->name, "kvzip+") == 0;
+    return (MemoryNeed){.tokens = n,
+                        .forked = scored ? chunk : 0,
+                        .n_prefix = n_prefix,
+                        .scores = scored ? 5 + 4.0 * logs * m->n_heads / m->n_kv_heads : 0,
+                        .evicts = o->bit == COMPRESS,
+                        .whole = scored};
+}
 
 static void open_reading(Reading *r, const Options *o) {
     Session *s = &r->s;
@@ -47,6 +65,8 @@ static void open_reading(Reading *r, const Options *o) {
     warn_length(s, r->ids.n);
     show_prompt(s, "prefix", r->ids.id, n_prefix);
     show_prompt(s, "context", r->ids.id + n_prefix, r->ids.n - n_prefix);
+    MemoryNeed need = reading_need(r, n_prefix);
+    memory_check(s, &need);
     r->progress = progress_begin(s);
     Context *c = &r->c;
     c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);

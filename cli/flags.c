@@ -29,9 +29,9 @@ static const Options defaults = {.n = -1,
                                  .prompts = {{512}, 1},
                                  .batches = {{1, 4}, 2}};
 
-// In Options: bool, const char *, [MAX_STOPS] of these, long, double, int (which of the choices),
-// BenchList.
-typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, CHOICE, LIST, COUNTS } FlagKind;
+// In Options: bool, const char *, [MAX_STOPS] of these, long, double, double, int (which of the
+// choices), BenchList.
+typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, BYTES, CHOICE, LIST, COUNTS } FlagKind;
 
 typedef struct {
     const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
@@ -181,6 +181,11 @@ static const Flag flags[] = {
              "clock, shown)"},
     {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
      .help = "threads (default and at most: one per processor that this process may use)"},
+    {"--mem", "N", BYTES, AT(mem), RANGE(1, 1e15), .takes = RUNS, .also = ALL,
+     .help =
+         "bytes, or with K, M or G thousands, millions or billions of them: what does not fit is "
+         "refused before it starts, with what would fit. Counts the model's file (mapped, but "
+         "slow unless it stays in memory), scratch, cache, scores"},
     {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,
      .help = "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
     {"--kv", "TYPE", TEXT, AT(kv), .takes = RUNS & ~EVAL, .also = ALL & ~EVAL,
@@ -209,6 +214,17 @@ static bool parse_number(const char *text, const Flag *f, double *v) {
     bool whole = f->kind == COUNT || f->kind == COUNTS;
     if (whole && text[strspn(text, "0123456789")] != '\0') return false;
     *v = number_read(text, strlen(text));
+    return *v >= f->lo && *v <= f->hi;
+}
+
+// "4096", "500M": whole numbers, with K, M or G behind them or nothing.
+static bool parse_bytes(const char *text, const Flag *f, double *v) {
+    static const char units[] = "KMG";
+    size_t n = strspn(text, "0123456789");
+    const char *unit = text[n] ? strchr(units, text[n]) : NULL;
+    if (n == 0 || (text[n] && (!unit || text[n + 1]))) return false;
+    *v = number_read(text, n);
+    for (int i = 0; unit && i <= unit - units; i++) *v *= 1000;
     return *v >= f->lo && *v <= f->hi;
 }
 
@@ -258,6 +274,11 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
         break;
     case TEXTS:
         add_stop(o, f, value);
+        break;
+    case BYTES:
+        if (!parse_bytes(value, f, (double *)at))
+            die_usage(o->command, "%s %s: needs a whole number of bytes, as in 4096, 500M or 4G",
+                      f->name, value);
         break;
     case CHOICE:
         if (!parse_choice(value, f->choices, (int *)at))
@@ -342,7 +363,7 @@ static const Rule rules[] = {
     {"--system --task ", CONTEXT | EVAL | CALIBRATE, is_raw, false, "--raw leaves them out"},
     {"--system --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
-    {READING "--kv --shard --show --ppl ", EVAL, merges, false, "--merge only joins results"},
+    {READING "--kv --shard --show --ppl --mem ", EVAL, merges, false, "--merge only joins results"},
     {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},
     {"--seed --top-p ", ANSWERS, takes_likeliest, true, "--temp 0 takes the likeliest token"},
 };

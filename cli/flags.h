@@ -70,6 +70,7 @@ typedef struct {
     bool merge, show;
     // the program
     long threads;  // 0: one per processor
+    double mem;    // bytes; 0: not given
     bool json, quiet;
     const char *program;  // argv[0]
     const char *command;  // its name

@@ -11,6 +11,7 @@
 
 #include "cli/commands.h"
 #include "cli/input.h"
+#include "cli/memory.h"
 #include "cli/output.h"
 #include "cli/session.h"
 #include "eval/results.h"
@@ -59,6 +60,7 @@ int cmd_logits(const Options *o) {
     input_ids(&s, &text, o->cache ? 0 : TOK_BOS, &ids);
     if (ids.n == 0) die("no tokens given");
     show_prompt(&s, "prompt", ids.id, ids.n);
+    memory_check(&s, &(MemoryNeed){.tokens = ids.n, .loaded = (double)s.kv.file.map_bytes});
     int seq = o->cache ? 0 : new_sequence(&s);
     warn_length(&s, (long)s.kv.seqs[seq].next_pos + ids.n);
     if (write_logits(&s, &w, &ids, seq, err) != 0) {

@@ -8,12 +8,14 @@
 #include "bench/bench.h"
 #include "cli/commands.h"
 #include "cli/input.h"
+#include "cli/memory.h"
 #include "cli/output.h"
 #include "cli/session.h"
 #include "eval/chart.h"
 #include "eval/eval.h"
 #include "json.h"
 #include "policies/calibrate.h"
+#include "policies/ridge.h"
 
 // ---- bench ----
 
@@ -68,6 +70,23 @@ static void print_bench(void *arg, const BenchRow *r) {
     out_flush();
 }
 
+static double longest(const BenchList *list) {
+    double most = 0;
+    for (int i = 0; i < list->n; i++) most = fmax(most, list->v[i]);
+    return most;
+}
+
+// The scored context and the part of it that a ratio keeps, with forks that decode.
+static void bench_memory(const Session *s, int batch) {
+    const Options *o = s->o;
+    memory_check(s, &(MemoryNeed){.tokens = fmax(longest(&o->depths), longest(&o->prompts)),
+                                  .copies = 1 + fmin(1, longest(&o->ratios)),
+                                  .forked = batch * (o->n < 0 ? 32.0 : (double)o->n),
+                                  .more = BENCH_READ_BYTES,
+                                  .scores = 5,
+                                  .whole = true});
+}
+
 int cmd_bench(const Options *o) {
     Session s;
     char err[ERR_LEN], size[32];
@@ -77,6 +96,7 @@ int cmd_bench(const Options *o) {
     char kv_name[KV_NAME];
     open_session(&s, o, NULL, most);
     Context method = chosen_method(&s);
+    bench_memory(&s, most);
     Bench b = {.state = &s.state,
                .tok = s.tok,
                .kv = s.kv.types,
@@ -119,6 +139,7 @@ static int eval_text(const Options *o) {
     Buffer text = read_all(o, o->ppl);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
+    memory_check(&s, &(MemoryNeed){.tokens = o->n < 0 ? 512.0 : (double)o->n});
     Progress progress = progress_begin(&s);
     Perplexity p = {.state = &s.state,
                     .tok = s.tok,
@@ -387,6 +408,29 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
     return rc;
 }
 
+// Of the longest context: a cache of each page type, one that is scored and one that is evicted
+// from; the questions at work, each with the full cache's logits.
+static void eval_memory(const Session *s, const Eval *e, const EvalTasks *tasks) {
+    enum { GROUP = 32, LOGITS_BYTES = 256 << 20 };  // as eval/ask.c has them
+    size_t most = 0;
+    const char *longest = "";
+    Ids ids = {0};
+    for (int i = 0; i < tasks->n; i++) {
+        size_t n = strlen(tasks->task[i].context);
+        if (n > most) most = n, longest = tasks->task[i].context;
+    }
+    encode(s->tok, longest, most, 0, &ids);
+    double answers = (double)GROUP * e->max_tokens;
+    double logits = answers * s->model.config.vocab_size * sizeof(float);
+    memory_check(s, &(MemoryNeed){.tokens = (double)ids.n + 64,
+                                  .copies = e->n_kvs + 2,
+                                  .forked = answers,
+                                  .more = fmin(logits, LOGITS_BYTES),
+                                  .scores = 5,
+                                  .whole = true});
+    ids_free(&ids);
+}
+
 // Answers the questions of a file.
 static int eval_tasks(const Options *o) {
     Session s;
@@ -407,6 +451,7 @@ static int eval_tasks(const Options *o) {
     open_session(&s, o, NULL, MAX_BATCH);
     open_profile(&s);
     eval_lists(&s, &e);
+    eval_memory(&s, &e, &tasks);
     if (o->out && eval_results_open(&results, o->out, err) != 0) die("%s: %s", o->out, err);
     int rc = run_eval(&s, &e, &tasks, &results, err);
     if (rc != 0) die_failed(err);
@@ -453,6 +498,20 @@ static void calibrate_figures(const Options *o, const CalibrateResult *r) {
             r->n_texts, r->n_tokens, r->longest, 100 * r->explained, r->seconds, o->out);
 }
 
+// As if the texts were one, so never too little for them; and the sums of the regression.
+static void calibrate_memory(const Session *s, const Buffer *text) {
+    Ids ids = {0};
+    encode(s->tok, text->s, text->n, 0, &ids);
+    KVShape shape = model_kv_shape(&s->model);
+    memory_check(s,
+                 &(MemoryNeed){.tokens = ids.n,
+                               .forked = fmin((double)s->o->chunk, ids.n),
+                               .more = ridge_bytes(&s->state, kvcache_scored_layers(&shape, NULL)),
+                               .scores = 5,
+                               .whole = true});
+    ids_free(&ids);
+}
+
 int cmd_calibrate(const Options *o) {
     Session s;
     Ids prefix = {0};
@@ -463,6 +522,7 @@ int cmd_calibrate(const Options *o) {
     catch_signals();
     open_session(&s, o, NULL, 1);
     prefix_ids(&s, &prefix);
+    calibrate_memory(&s, &text);
     Progress progress = progress_begin(&s);
     Calibrate c = {.context = {.state = &s.state,
                                .kv = &s.kv,

@@ -16,11 +16,13 @@
 #include "cli/commands.h"
 #include "cli/input.h"
 #include "cli/lines.h"
+#include "cli/memory.h"
 #include "cli/output.h"
 #include "cli/session.h"
 #include "json.h"
 
 enum { ASK_BATCH = 8 };            // questions that ask answers together
+enum { QUESTION = 64 };            // tokens of a question, where it is not known yet
 static const double CHATTY = 0.7;  // temperature of generate and chat
 
 // ---- replies ----
@@ -141,8 +143,10 @@ int cmd_generate(const Options *o) {
     input_ids(&s, &text, TOK_BOS, &ids);
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
     show_prompt(&s, "prompt", ids.id, ids.n);
+    int limit = o->n < 0 ? 256 : (int)o->n;
+    memory_check(&s, &(MemoryNeed){.tokens = (double)ids.n + limit, .evicts = true});
     open_answers(&s, CHATTY);
-    Reply r = new_reply(&s, new_sequence(&s), &ids, o->n < 0 ? 256 : (int)o->n);
+    Reply r = new_reply(&s, new_sequence(&s), &ids, limit);
     if (reply_begin(&r, "", err) != 0) die("%s", err);
     stream_sequence(&s, r.seq, 0);
     read_prompt(&s, &r);
@@ -345,6 +349,8 @@ int cmd_ask(const Options *o) {
     x.apart = x.from.n_args + x.from.has_lines > 1 || (x.from.has_lines && !lines->person);
     catch_signals();
     open_session(&s, o, o->args[1], x.batch);
+    memory_check(&s, &(MemoryNeed){.forked = x.batch * ((double)x.limit + QUESTION),
+                                   .loaded = (double)s.kv.file.map_bytes});
     open_answers(&s, 0);
     x.talk = (Talk){.tok = s.tok, .raw = o->raw, .on_context = true};
     lines_begin(lines);
@@ -371,6 +377,9 @@ int cmd_chat(const Options *o) {
     if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
     catch_signals();
     open_session(&s, o, o->cache, 1);
+    memory_check(&s, &(MemoryNeed){.tokens = (double)x.limit + QUESTION,
+                                   .loaded = (double)s.kv.file.map_bytes,
+                                   .evicts = !o->cache});
     open_answers(&s, CHATTY);
     if (!tokenizer_chat(s.tok)->present) warn(&s, "%s has no chat template", o->args[0]);
     x.talk =

@@ -16,13 +16,31 @@
 enum { BLOCK = 64, Y_COLS = 16 };
 static const size_t SUMS_BYTES = (size_t)768 << 20;  // for the sums of a group of layers
 
+static int target_cols(const Config *c) { return (c->n_kv_heads + Y_COLS - 1) / Y_COLS * Y_COLS; }
+
+// Of one layer's sums.
+static size_t layer_bytes(const Config *c) {
+    size_t n = (size_t)row_features(c);
+    return n * (n + (size_t)target_cols(c)) * sizeof(float);
+}
+
+static int layers_at_once(const Config *c, int n_layers) {
+    return max_int(1, min_int(n_layers, (int)(SUMS_BYTES / layer_bytes(c))));
+}
+
+size_t ridge_bytes(const RunState *s, int n_layers) {
+    const Config *c = &s->model->config;
+    size_t rows = (size_t)s->max_rows * sizeof(float);
+    return (size_t)layers_at_once(c, n_layers) * layer_bytes(c) +
+           rows * (3 * (size_t)row_features(c) + (size_t)target_cols(c));
+}
+
 int ridge_open(Ridge *r, const RunState *s, int n_layers, double lambda, char *err) {
     const Config *c = &s->model->config;
     size_t n = (size_t)row_features(c), rows = (size_t)s->max_rows;
     *r = (Ridge){.config = c, .pool = s->pool, .lambda = lambda, .n_features = (int)n};
-    r->y_cols = (c->n_kv_heads + Y_COLS - 1) / Y_COLS * Y_COLS;
-    size_t layer = n * (n + (size_t)r->y_cols) * sizeof(float);
-    r->layers = max_int(1, min_int(n_layers, (int)(SUMS_BYTES / layer)));
+    r->y_cols = target_cols(c);
+    r->layers = layers_at_once(c, n_layers);
     r->products = malloc((size_t)r->layers * n * n * sizeof(float));
     r->targets = malloc((size_t)r->layers * n * (size_t)r->y_cols * sizeof(float));
     r->x = malloc(rows * n * sizeof(float)), r->xt = malloc(rows * n * sizeof(float));

@@ -33,7 +33,8 @@ typedef struct {
 // Room for as many of n_layers layers as fit into the memory meant for sums, at least one, and for
 // the rows that s computes at once. Returns 0, or -1: no memory.
 int ridge_open(Ridge *r, const RunState *s, int n_layers, double lambda, char *err);
-void ridge_close(Ridge *r);  // safe on a zeroed struct, and twice
+size_t ridge_bytes(const RunState *s, int n_layers);  // what ridge_open takes
+void ridge_close(Ridge *r);                           // safe on a zeroed struct, and twice
 
 void ridge_clear(Ridge *r);  // starts all sums anew
 

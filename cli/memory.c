@@ -1,0 +1,178 @@
+// memory.c: what a command will need at its peak, before it starts.
+//
+// The cache gives its own figures (kvcache_token_bytes and the like); what must be known here is
+// how many pairs are there at once: all tokens, or with eviction those that stay, the window that
+// is not evicted, and the block that is being read.
+#define _POSIX_C_SOURCE 200809L
+#include "cli/memory.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cli/output.h"
+
+// Bytes of a program that has nothing open: code, libraries, stacks, buffers.
+static const double PROGRAM = 6e6;
+enum {
+    PAGE_PAIRS = 64,
+    STREAM_PAIR = 16,  // bytes of scores and of what is noted of a pair while tokens come
+};
+
+// ---- the estimate ----
+
+// Pairs of a head that are in memory together.
+static double pairs_at_once(const Session *s, const MemoryNeed *need, const MemoryPlan *plan) {
+    double text = need->tokens - need->n_prefix;
+    double stay = plan->budget > 0 ? plan->budget : ceil(text * plan->ratio);
+    stay += need->n_prefix + (double)s->o->window + MAX_ROWS;
+    return fmin(stay, need->tokens);
+}
+
+// Of the layers with a window, which hold it, a page that they leave and the block being read.
+static double window_bytes(const KVShape *shape, KVTypes types, double tokens) {
+    double pairs = 0, pair = (double)kvcache_page_bytes(shape, types) / PAGE_PAIRS + sizeof(int);
+    for (int l = 0; l < shape->n_layers; l++) {
+        double window = shape->window[l];
+        if (window > 0) pairs += fmin(tokens, window + MAX_ROWS + PAGE_PAIRS);
+    }
+    return pairs * shape->n_kv_heads * pair;
+}
+
+MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan *plan) {
+    KVShape shape = model_kv_shape(&s->model);
+    KVTypes exact = kvcache_both(s->kv.type), types = need->whole ? exact : plan->types;
+    bool streams = plan->ratio < 1 || plan->budget > 0;
+    double heads = (double)shape.n_kv_heads * kvcache_scored_layers(&shape, NULL);
+    double pairs = streams ? pairs_at_once(s, need, plan) : need->tokens;
+    double copies = need->copies > 0 ? need->copies : 1;
+    double whole_pages = ceil(pairs / PAGE_PAIRS) * PAGE_PAIRS;
+    double open = fmin(need->tokens, MAX_ROWS + 2 * PAGE_PAIRS);  // pages that have not settled yet
+    MemoryUse use = {.weights = (double)s->model.file.map_bytes, .scratch = (double)s->state.bytes};
+    use.cache = copies * (whole_pages * (double)kvcache_token_bytes(&shape, types) +
+                          open * (double)kvcache_token_bytes(&shape, exact) *
+                              (types.k != exact.k || types.v != exact.v));
+    use.cache += need->forked * (double)kvcache_token_bytes(&shape, exact);
+    use.cache += copies * window_bytes(&shape, exact, need->tokens);
+    use.cache += need->loaded;
+    use.rest = PROGRAM + need->more;
+    if (s->kv.type == KV_F16) use.rest += whole_pages * (double)kvcache_read_bytes(&shape);
+    use.rest += heads * pairs * (streams ? STREAM_PAIR : need->scores);
+    return use;
+}
+
+double memory_total(const MemoryUse *use) {
+    return use->weights + use->scratch + use->cache + use->rest;
+}
+
+// ---- what there is ----
+
+// The number in root/folder/name, or INFINITY ("max", no such file).
+static double read_limit(const char *root, const char *folder, const char *name) {
+    char path[4096], text[64] = "";
+    double limit;
+    int n = snprintf(path, sizeof path, "%s%s/%s", root, folder, name);
+    FILE *f = n > 0 && n < (int)sizeof path ? fopen(path, "r") : NULL;
+    if (!f) return INFINITY;
+    limit = fgets(text, sizeof text, f) ? number_read(text, strcspn(text, "\n")) : NAN;
+    fclose(f);
+    return limit > 0 ? limit : INFINITY;
+}
+
+// A group's own limit and those of the groups it lies in.
+static double group_limit(const char *root, char *folder, const char *name) {
+    double limit = read_limit(root, "", name);
+    for (char *slash; (slash = strrchr(folder, '/')); *slash = '\0')
+        limit = fmin(limit, read_limit(root, folder, name));
+    return limit;
+}
+
+double memory_group_limit(const char *text, const char *root) {
+    double limit = INFINITY;
+    char folder[2048], old_root[2048];
+    snprintf(old_root, sizeof old_root, "%s/memory", root);
+    for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+        const char *kinds = memchr(line, ':', strcspn(line, "\n"));  // "4:memory:/a", "0::/a"
+        const char *at = kinds ? memchr(kinds + 1, ':', strcspn(kinds + 1, "\n")) : NULL;
+        if (!at) continue;
+        snprintf(folder, sizeof folder, "%.*s", (int)strcspn(at + 1, "\n"), at + 1);
+        if (at == kinds + 1)
+            limit = fmin(limit, group_limit(root, folder, "memory.max"));
+        else if (at - kinds == 7 && memcmp(kinds, ":memory", 7) == 0)
+            limit = fmin(limit, group_limit(old_root, folder, "memory.limit_in_bytes"));
+    }
+    return limit;
+}
+
+// Bytes that the machine has and this process may use; *who says which of them is less.
+static double memory_here(const char **who) {
+    char text[4096] = "";
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (f) {
+        text[fread(text, 1, sizeof text - 1, f)] = '\0';
+        fclose(f);
+    }
+    double group = memory_group_limit(text, "/sys/fs/cgroup");
+    *who = group < machine ? "this control group" : "this machine";
+    return fmin(machine > 0 ? machine : INFINITY, group);
+}
+
+// ---- advice ----
+
+static double total_of(const Session *s, const MemoryNeed *need, const MemoryPlan *plan) {
+    MemoryUse use = memory_use(s, need, plan);
+    return memory_total(&use);
+}
+
+// The largest ratio, in hundredths, with which it fits; 0: none does.
+static double fitting_ratio(const Session *s, MemoryNeed need, KVTypes types, double limit) {
+    need.whole = false;
+    for (int hundredths = 99; need.evicts && hundredths > 0; hundredths--) {
+        MemoryPlan plan = {types, hundredths / 100.0, 0};
+        if (total_of(s, &need, &plan) <= limit) return plan.ratio;
+    }
+    return 0;
+}
+
+// What would fit, as flags: a ratio, another type of pages, or both. Returns text.
+static const char *advice(char text[160], const Session *s, const MemoryNeed *need, MemoryPlan plan,
+                          double limit) {
+    static const KVType smaller[] = {KV_Q8, KV_Q4};
+    const char *stream = s->o->bit == COMPRESS ? "--stream " : "";
+    double ratio = fitting_ratio(s, *need, plan.types, limit);
+    size_t n = 0;
+    text[0] = '\0';
+    if (ratio > 0) n += (size_t)snprintf(text, 160, "%s--ratio %g", stream, ratio);
+    for (int i = 0; i < 2; i++) {
+        plan.types = kvcache_both(smaller[i]);
+        if (total_of(s, need, &plan) > limit) continue;
+        snprintf(text + n, 160 - n, "%s--kv %s", n ? " or " : "", kvcache_type_name(smaller[i]));
+        return text;
+    }
+    for (int i = 0; i < 2 && n == 0; i++) {
+        ratio = fitting_ratio(s, *need, kvcache_both(smaller[i]), limit);
+        if (ratio > 0)
+            n += (size_t)snprintf(text, 160, "%s--ratio %g with --kv %s", stream, ratio,
+                                  kvcache_type_name(smaller[i]));
+    }
+    return n > 0 ? text : "a shorter text or a smaller model alone";
+}
+
+void memory_check(const Session *s, const MemoryNeed *need) {
+    const Options *o = s->o;
+    char size[6][32], text[160];
+    const char *who = "--mem";
+    MemoryPlan plan = {s->kv.types, wants_stream(o) && o->ratio > 0 ? o->ratio : 1,
+                       (double)o->budget};
+    MemoryUse use = memory_use(s, need, &plan);
+    double total = memory_total(&use), limit = o->mem > 0 ? o->mem : memory_here(&who);
+    if (total <= limit || (o->mem == 0 && o->quiet)) return;
+    (o->mem > 0 ? die : warning)(
+        "this needs %s (weights %s, scratch %s, cache %s, more %s), %s has %s; what fits: %s",
+        size_text(size[0], total), size_text(size[1], use.weights), size_text(size[2], use.scratch),
+        size_text(size[3], use.cache), size_text(size[4], use.rest), who, size_text(size[5], limit),
+        advice(text, s, need, plan, limit));
+}
