@@ -120,10 +120,25 @@ mutants:
 	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
 	@$(PYTHON) tests/mutate.py build/asan/run --mutants $(MUTANTS) --seed $(SEED)
 
-# The long forms of what .ci/run does briefly (docs/trust.md): about an hour and a half.
-trust: lint asan valgrind neon
+# Sizes of real models, on files of holes, under the sanitizers (tests/sizes.py); SIZES=long reads a million tokens.
+sizes:
+	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
+	@$(PYTHON) tests/sizes.py build/asan/run $(SIZES)
+
+# Every level of optimization of both compilers: no warning, and what computes computes the same.
+COMPILERS = $(foreach cc,gcc clang,$(foreach o,0 1 2 3,$(cc)-O$(o)))
+COMPILED = test_kernels test_kvcache test_model
+compilers: $(COMPILERS:%=compiler-%)
+compiler-%:
+	@$(MAKE) --no-print-directory werror=1 BUILD=build/$* CC=$(firstword $(subst -, ,$*)) CFLAGS=-$(lastword $(subst -, ,$*)) \
+	    build/$*/run $(COMPILED:%=build/$*/%)
+	@for t in $(COMPILED); do echo "== $* $$t"; build/$*/$$t || exit 1; done
+
+# The long forms of what .ci/run does briefly (docs/trust.md): about two hours.
+trust: lint asan valgrind neon compilers
 	@$(MAKE) --no-print-directory mutants MUTANTS=3000 SEED=$$$$
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=360
+	@$(MAKE) --no-print-directory sizes SIZES=long
 
 # ---- Python and models ----
 
@@ -172,8 +187,10 @@ help:
 	@echo "make fuzz       libFuzzer over all that is read (clang), FUZZ_SECONDS=60 each"
 	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
 	@echo "make lint       -Wconversion, cppcheck and clang-tidy"
-	@echo "make trust      the long forms of mutants, fuzz, asan, valgrind, neon and lint"
+	@echo "make compilers  gcc and clang at -O0 to -O3, without a warning, and the tests of what computes"
+	@echo "make trust      the long forms of mutants, fuzz, asan, valgrind, neon and lint; compilers, sizes"
+	@echo "make sizes      files of the sizes of real models, most of them holes, under the sanitizers"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants lint trust venv clean help force
+.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clean help force
