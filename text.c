@@ -265,7 +265,7 @@ TextKind text_read(Buffer *b, const char *path, char *err) {
     if (strcmp(path, "-") != 0 && check_head(path, err) != TEXT_FINE) return TEXT_OTHER;
     b->s = file_read(path, &b->n, err);
     if (!b->s) {
-        if (strcmp(path, "-") != 0) path_fail(err, path, errno);
+        if (strcmp(path, "-") != 0 && errno != EFBIG) path_fail(err, path, errno);
         return TEXT_FAILED;
     }
     b->cap = b->n + 1;

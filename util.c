@@ -109,16 +109,18 @@ double number_read(const char *text, size_t n) {
     if (n == 0 || n >= sizeof copy || *text == '+') return NAN;
     memcpy(copy, text, n);
     copy[n] = '\0';
-    if (strspn(copy, "0123456789.eE+-") != n) return NAN;  // strtod takes " 5", "0x10" and "nan", too
+    if (strspn(copy, "0123456789.eE+-") != n)
+        return NAN;  // strtod takes " 5", "0x10" and "nan", too
     double x = strtod(copy, &end);
     return end == copy + n && isfinite(x) ? x : NAN;
 }
 
-// Bytes of a regular file and one more, else of a first block.
-static size_t size_of(FILE *f) {
+// Bytes of a regular file and one more, else of a first block. *most: what may be read of it.
+static size_t size_of(FILE *f, size_t *most) {
     struct stat st;
-    bool known = fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0;
-    return known ? (size_t)st.st_size + 1 : 256;
+    bool regular = fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode);
+    *most = regular ? SIZE_MAX : STREAM_MOST;
+    return regular && st.st_size > 0 ? (size_t)st.st_size + 1 : 256;
 }
 
 char *file_read(const char *path, size_t *n, char *err) {
@@ -126,16 +128,22 @@ char *file_read(const char *path, size_t *n, char *err) {
     FILE *f = is_stdin ? stdin : fopen(path, "rb");
     Buffer text = {0};
     char block[16384];
-    int why = f ? 0 : errno, rc = buffer_reserve(&text, f ? size_of(f) : 1);
+    size_t most = 0;
+    int why = f ? 0 : errno, rc = buffer_reserve(&text, f ? size_of(f, &most) : 1);
     if (rc == 0) rc = buffer_add(&text, "", 0);
-    for (size_t got; f && rc == 0 && (got = fread(block, 1, sizeof block, f)) > 0;)
+    for (size_t got;
+         f && rc == 0 && text.n <= most && (got = fread(block, 1, sizeof block, f)) > 0;)
         rc = buffer_add(&text, block, got);
     if (f && ferror(f)) why = errno;
+    if (f && text.n > most) why = EFBIG;
     if (f && !is_stdin) fclose(f);
     if (rc != 0) why = ENOMEM;
     if (why == 0) return *n = text.n, text.s;
     free(text.s);
-    fail(err, "%s", why == EBADF ? "it is closed" : strerror(why));
+    if (why == EFBIG)
+        fail(err, "more than %d MB and no end", STREAM_MOST >> 20);
+    else
+        fail(err, "%s", why == EBADF ? "it is closed" : strerror(why));
     errno = why;
     return NULL;
 }

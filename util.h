@@ -61,11 +61,15 @@ int buffer_add(Buffer *b, const char *s, size_t n);
 // s [n] without the white space at both ends: the first byte that stays, how many in *length.
 const char *stripped(const char *s, size_t n, size_t *length);
 
-// The number that text [n] is, all of it, in decimal ("5", "-0.5", "1e3", nothing before or behind it);
-// NaN where it is none, or no finite double.
+// The number that text [n] is, all of it, in decimal ("5", "-0.5", "1e3", nothing before or behind
+// it); NaN where it is none, or no finite double.
 double number_read(const char *text, size_t n);
 
+// What has no size, a pipe or a device, and a line of it are taken up to this many bytes: it may
+// have no end.
+enum { STREAM_MOST = 1 << 28 };
+
 // The whole file, or stdin for "-", and a NUL behind its *n bytes; malloc'ed, once where the file's
-// size is known. NULL with err; then errno says why.
+// size is known. NULL with err; then errno says why, EFBIG what is beyond STREAM_MOST.
 char *file_read(const char *path, size_t *n, char *err);
 #endif

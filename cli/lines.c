@@ -53,6 +53,8 @@ static bool read_more(Lines *l) {
     }
     ssize_t n = read(l->fd, block, sizeof block);
     if (n > 0) add_text(&l->in, block, (size_t)n);
+    if (l->in.n > STREAM_MOST)
+        die("%s: line %ld: more than %d MB and no end", l->name, l->number + 1, STREAM_MOST >> 20);
     if (n == 0) l->ended = true;
     if (n >= 0) return true;
     if (errno == EAGAIN) return poll(&(struct pollfd){.fd = l->fd, .events = POLLIN}, 1, -1) >= 0;

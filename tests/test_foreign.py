@@ -156,6 +156,10 @@ def test_no_text(m, d):
     fails(1, "cannot open: Is a directory", "ask", m.path, cache, "-f", d)
     fails(1, "no question in it", "ask", m.path, cache, "-f", write(d + "/empty", b""))
     fails(1, "no tasks in it", "eval", m.path, d + "/empty")
+    for args in [["compress", m.path, "-f", "/dev/zero", "-o", d + "/x"], ["eval", m.path, "/dev/zero"]]:
+        fails(1, "/dev/zero: more than 256 MB and no end", *args)
+    with open("/dev/zero", "rb") as endless:
+        fails(1, "stdin: line 1: more than 256 MB and no end", "ask", m.path, cache, "-q", input=None, stdin=endless)
     check(not os.path.exists(d + "/x"), "a refused text leaves no file")
 
 
