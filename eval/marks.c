@@ -308,14 +308,18 @@ static double word_f1(const char *text, const char *want) {
 static bool is_letter(unsigned char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
 
 // The first letter that stands alone, "(b)" and "B." too, as a capital; 0 when there is none. "I"
-// and "a" before a word in small letters are words.
+// and "a" before a word in small letters are words; in "U.S.", "C++" and "R&D" none stands alone.
 static int choice_letter(const char *s) {
     for (bool inside = false; *s; s++) {
         unsigned char c = (unsigned char)s[0], after = (unsigned char)s[1];
         bool ends = !is_letter(after) && !is_digit(after) && after < 0x80 && after != '\'';
         bool word = (c == 'I' || c == 'a') && after == ' ' && s[2] >= 'a' && s[2] <= 'z';
-        if (!inside && is_letter(c) && ends && !word) return c & ~32;
-        inside = is_letter(c) || is_digit(c) || c >= 0x80 || c == '\'';
+        bool pair = (after == '.' || after == '&') && is_letter((unsigned char)s[2]) &&
+                    !is_letter((unsigned char)s[3]);
+        bool joined = after == '+' || after == '#' || pair;
+        if (!inside && is_letter(c) && ends && !word && !joined) return c & ~32;
+        inside = is_letter(c) || is_digit(c) || c >= 0x80 || c == '\'' ||
+                 (inside && (c == '.' || c == '&') && is_letter(after));
     }
     return 0;
 }

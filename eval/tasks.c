@@ -33,7 +33,18 @@ static const char *const metric_names[METRICS] = {"contained", "exact", "f1", "c
 
 const char *eval_metric_name(EvalMetric metric) { return metric_names[metric]; }
 
-static int take_question(EvalQuestion *q, const JsonNode *object, char *err) {
+// An answer that nothing could say would be marked wrong, or right, whatever comes.
+static int check_answer(EvalMetric metric, const char *answer, char *err) {
+    if (metric == METRIC_CHOICE && mark_answer(metric, answer, answer) != 1)
+        return fail(err, "metric choice: answer \"%s\" has no letter that stands alone", answer);
+    char *words = mark_words(answer, true);
+    if (!words) return fail(err, "out of memory");
+    bool none = !*words;
+    free(words);
+    return none ? fail(err, "an empty answer") : 0;
+}
+
+static int take_question(EvalQuestion *q, EvalMetric metric, const JsonNode *object, char *err) {
     if (object->kind != JSON_OBJECT) return fail(err, "a question is not an object");
     JsonFields f = {.object = object, .err = err};
     q->question = json_need_text(&f, "question");
@@ -46,9 +57,7 @@ static int take_question(EvalQuestion *q, const JsonNode *object, char *err) {
     if (!q->answers) return fail(err, "out of memory");
     for (const JsonNode *m = list->child; m; m = m->next) {
         if (m->kind != JSON_STRING) return fail(err, "an answer is not a string");
-        size_t n;
-        stripped(m->text, (size_t)m->n, &n);
-        if (n == 0) return fail(err, "an empty answer");
+        if (check_answer(metric, m->text, err) != 0) return -1;
         q->answers[q->n_answers++] = m->text;
     }
     return 0;
@@ -60,7 +69,7 @@ static int take_questions(EvalTask *t, const JsonNode *list, char *err) {
     if (!t->questions) return fail(err, "out of memory");
     for (const JsonNode *m = list->child; m; m = m->next) {
         EvalQuestion *q = &t->questions[t->n_questions++];
-        if (take_question(q, m, err) != 0) return -1;
+        if (take_question(q, t->metric, m, err) != 0) return -1;
     }
     return 0;
 }

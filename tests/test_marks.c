@@ -85,6 +85,9 @@ static void test_others(void) {
     CHECK(f1("C++", "C#") == 0 && f1("A", "a") == 1 && f1("x", "y") == 0 && f1("", "y") == 0);
     CHECK(chooses("(b)", "B") && chooses("The answer is B.", "b") && !chooses("C", "B"));
     CHECK(chooses("I think B", "B") && chooses("It is a guess: C", "C") && !chooses("none", "N"));
+    CHECK(chooses("The U.S. one, (C)", "C") && chooses("U.S.A: b", "B") &&
+          chooses("C++ is B", "B"));
+    CHECK(chooses("R&D: D", "D") && chooses("B.", "B") && chooses("B.Paris", "B"));
 }
 
 int main(void) {
