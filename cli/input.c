@@ -54,8 +54,12 @@ void check_arguments(Options *o) {
     o->system = check_argument(o, "--system", o->system);
     o->task = check_argument(o, "--task", o->task);
     o->answer_prefix = check_argument(o, "--answer-prefix", o->answer_prefix);
-    for (int i = 2; o->bit == ASK && i < o->n_args; i++)
+    for (int i = 2; o->bit == ASK && i < o->n_args; i++) {
+        size_t n;
         o->args[i] = (char *)check_argument(o, "a question", o->args[i]);
+        stripped(o->args[i], strlen(o->args[i]), &n);
+        if (n == 0) die("number %d of the arguments: no question in it", i - 1);
+    }
 }
 
 size_t check_line(const char *from, long number, const char *line, size_t n) {
@@ -127,6 +131,8 @@ void check_writable(const Options *o, const char *path) {
     char err[ERR_LEN];
     const char *const inputs[] = {o->file, o->ids, o->cache, o->profile, o->ppl},
                       *other = path == o->out ? o->chart : o->out;
+    if (strcmp(path, "-") == 0)
+        die_usage(o->command, "-: stdout is no file that can be written anew; ./- is one");
     for (int i = o->into; i < o->n_args; i++)  // into itself: the old file stays mapped
         not_the_same(path, o->args[i], "read");
     for (int i = 0; i < 5; i++) not_the_same(path, inputs[i], "read");

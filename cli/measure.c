@@ -258,10 +258,10 @@ static void print_rows(const Options *o, const EvalResults *results) {
 static int eval_merge(const Options *o) {
     EvalResults results = {0};
     char err[ERR_LEN];
-    for (int i = 0; i < o->n_args; i++)
-        if (eval_results_read(&results, o->args[i], err) != 0) die("%s: %s", o->args[i], err);
     if (o->out) check_output(o);
     if (o->chart) check_writable(o, o->chart);
+    for (int i = 0; i < o->n_args; i++)
+        if (eval_results_read(&results, o->args[i], err) != 0) die("%s: %s", o->args[i], err);
     if (o->out && eval_results_save(&results, o->out, err) != 0) die_file(o->out, err);
     print_rows(o, &results);
     eval_results_close(&results);

@@ -267,6 +267,9 @@ static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
     int seq = kvcache_fork(&s->kv, x->talk.seq, err);
     if (seq < 0 || talk_ask(&x->talk, q->text, q->prefix, &q->ids, err) != 0) die("%s", err);
     show_prompt(s, "question", q->ids.id, q->ids.n);
+    size_t n = strlen(q->prefix);
+    if (n > 0 && q->prefix[n - 1] == ' ')  // models know a space as the start of the next word
+        warn(s, "the start of an answer ends with a space: answers are better without it");
     q->reply = new_reply(s, seq, &q->ids, x->limit);
     if (!x->keep) {
         q->sampling = own_sampling(s, q);

@@ -371,6 +371,10 @@ def test_answer_prefix(m, d, cache, question):
     check(by_flag["answer"].startswith("It is"), "the answer starts with its prefix")
     check(by_tab[0]["answer"] == by_flag["answer"], "a prefix after a tab")
     check(not by_tab[1]["answer"].startswith("It is"), "is for its own line alone")
+    for args in [[question, "--answer-prefix", "It is "], ["-f", write(d + "/tab", question + "\tIt is ")]]:
+        check("ends with a space" in works("ask", m.path, cache, "-n", 1, *args).err, "a space that the next word has")
+    check("space" not in works("ask", m.path, cache, question, "-n", 1, "--answer-prefix", "It is:\n").err, "a newline may")
+    fails(1, "number 2 of the arguments: no question in it", "ask", m.path, cache, question, " ", question)
     plain = ["ask", m.path, cache, question, "-n", 8, "--ignore-eos", "-q"]
     plain += ["--answer-prefix", "It is"]
     whole = works(*plain).out
@@ -407,6 +411,9 @@ def test_talk(m, d):
         row = works(*ask, "--json", asked[0], *flags).rows()[0]
         check(row["answer"] == text[:5].strip() and row["finish_reason"] == "stop", "the first of two stop texts: %s" % row)
     fails(2, "an empty text", *ask, asked[0], "--stop", "")
+    for args in [["compress", m.path, "-p", "a"], ["eval", "--merge", cache]]:
+        fails(2, "-: stdout is no file", *args, "-o", "-", cwd=d)
+    check(not os.path.exists(d + "/-"), "no file of the name -")
 
 
 def test_apart(m, d):
@@ -778,6 +785,9 @@ def test_eval_show(m, d):
     check("Which vitamin?" in text and "wanted  A | " in text and "\033" not in text, "eval --show in words: %s" % text)
     task["questions"][0]["answers"] = ["A", " "]
     fails(1, "an empty answer", "eval", m.path, write(d + "/show.jsonl", json.dumps(task)))
+    for metric, answer, words in [("exact", "\u200b", "an empty answer"), ("choice", "Paris", "no letter that stands alone")]:
+        task["metric"], task["questions"][0]["answers"] = metric, [answer]
+        fails(1, words, "eval", m.path, write(d + "/show.jsonl", json.dumps(task)))
 
 
 def test_eval_flags(m, d):
