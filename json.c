@@ -227,10 +227,21 @@ int json_size(const JsonNode *v, size_t *size) {
     return 0;
 }
 
+// Whether an object says key more than once, of which readers take the first or the last.
+static bool is_twice(const JsonNode *object, const char *key) {
+    int n = 0;
+    for (const JsonNode *m = object->child; m; m = m->next) n += strcmp(m->key, key) == 0;
+    return n > 1;
+}
+
 const JsonNode *json_may(JsonFields *f, const char *key, JsonKind kind) {
     static const char *const kinds[] = {"null",     "true or false", "a number",
                                         "a string", "a list",        "an object"};
     const JsonNode *m = f->failed ? NULL : json_member(f->object, key);
+    if (!f->failed && is_twice(f->object, key)) {
+        f->failed = fail(f->err, "\"%s\" is given twice", key);
+        return NULL;
+    }
     if (!m || m->kind == kind) return m;
     f->failed = fail(f->err, "\"%s\" is not %s", key, kinds[kind]);
     return NULL;

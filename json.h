@@ -43,8 +43,8 @@ double json_number(const JsonNode *v);
 // A number without sign, point and exponent. Returns 0, or -1 when it is not one or does not fit.
 int json_size(const JsonNode *v, size_t *size);
 
-// Members of an object by name and kind. The first that is missing or of another kind is an error:
-// it is noted in err and `failed`, and from then on all are NULL.
+// Members of an object by name and kind. The first that is missing, given twice or of another kind
+// is an error: it is noted in err and `failed`, and from then on all are NULL.
 typedef struct {
     const JsonNode *object;
     char *err;  // [ERR_LEN]
@@ -61,7 +61,8 @@ char *json_may_text(JsonFields *f, const char *key);
 
 // ---- JSON Lines ----
 
-// A document a line, blank ones left out; lines end with \n, \r\n or \r. Zeroed but for rest at the start.
+// A document a line, blank ones left out; lines end with \n, \r\n or \r. Zeroed but for rest at the
+// start.
 typedef struct {
     char *rest;      // what is not read yet, NUL-terminated; changed as by json_read
     int line;        // of the document last read, from 1

@@ -141,17 +141,28 @@ int eval_results_save(const EvalResults *r, const char *path, char *err) {
 
 // ---- reading ----
 
-// A column's numbers; one that was not finite is null.
+// A column's numbers: shares from 0 to 1, or others, of which one that was not finite is null.
 static int read_column(float *v, int n, JsonFields *f, const char *key) {
+    bool share = strcmp(key, "value") == 0 || strcmp(key, "same") == 0;
     const JsonNode *list = json_need(f, key, JSON_LIST);
     if (!list) return -1;
     if (list->n != n) return fail(f->err, "\"%s\" has %d numbers, not %d", key, list->n, n);
     for (const JsonNode *m = list->child; m; m = m->next) {
         if (m->kind != JSON_NUMBER && m->kind != JSON_NULL)
             return fail(f->err, "\"%s\" holds what is no number", key);
-        *v++ = m->kind == JSON_NUMBER ? (float)json_number(m) : NAN;
+        *v = m->kind == JSON_NUMBER ? (float)json_number(m) : NAN;
+        if (share ? !(*v >= 0 && *v <= 1) : isinf(*v))
+            return fail(f->err, "\"%s\" holds %g, %s", key, *v,
+                        share ? "not a share from 0 to 1" : "not a finite number");
+        v++;
     }
     return 0;
+}
+
+// Whether both marked the same answers alike; the distance to the full cache may differ by the
+// instruction set.
+static bool same_values(const EvalCell *a, const EvalCell *b) {
+    return a->n == b->n && memcmp(a->value, b->value, (size_t)a->n * sizeof *a->value) == 0;
 }
 
 static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
@@ -170,14 +181,19 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
     if (!(line >= 0 && line <= INT_MAX)) return fail(err, "\"context\" is not a line's number");
     c.context = (int)line;
     c.ratio = json_number(ratio), c.kept = json_number(kept);
-    if (eval_results_find(r, &c)) return 0;
+    if (!(c.ratio > 0 && c.ratio <= 1 && c.kept >= 0 && c.kept <= 1))
+        return fail(err, "\"ratio\" %g, \"kept\" %g: not shares from 0 to 1", c.ratio, c.kept);
     if (value->n == 0) return fail(err, "a cell of no questions");
     if (eval_cell_alloc(&c, value->n) != 0) return fail(err, "out of memory");
     int rc = 0;
     for (int m = 0; m < EVAL_COLUMNS && rc == 0; m++)
         rc = read_column(c.value + (size_t)m * c.n, c.n, &f, columns[m]);
-    if (rc == 0) rc = add_cell(r, c, err);
-    if (rc != 0) free(c.value);
+    const EvalCell *known = eval_results_find(r, &c);
+    if (rc == 0 && known && !same_values(known, &c))
+        rc = fail(err, "context %d, policy %s, ratio %g is there already with other values",
+                  c.context, c.policy, c.ratio);
+    if (rc == 0 && !known) return add_cell(r, c, err) == 0 ? 0 : (free(c.value), -1);
+    free(c.value);
     return rc;
 }
 

@@ -92,6 +92,7 @@ static int take_task(EvalTask *t, const JsonNode *top, char *err) {
     const JsonNode *most = json_may(&f, "max_tokens", JSON_NUMBER);
     const JsonNode *questions = json_need(&f, "questions", JSON_LIST);
     if (f.failed || take_metric(t, metric, err) != 0) return -1;
+    if (!*t->context) return fail(err, "an empty context");
     t->task = name ? name : "task";
     t->all = all && all->n;
     double limit = most ? json_number(most) : 1;

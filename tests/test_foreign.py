@@ -51,6 +51,14 @@ def test_results(d):
     check(not steers(r.out) and SEEN + "task" in r.text(), "a table of hostile names: %r" % r.text())
     check(r.text().count("\n") == works("eval", "--merge", results_file(d + "/plain", task="b")).text().count("\n"),
           "a name makes no line of a table")
+    plain = results_file(d + "/plain")
+    check(works("eval", "--merge", plain, plain).out == works("eval", "--merge", plain).out, "the same cells twice count once")
+    fails(1, "context 1, policy kvzip, ratio 1 is there already", "eval", "--merge", plain, results_file(d + "/x", value=[0, 0]))
+    for cell in [dict(value=[float("1e39"), 0]), dict(value=[None, 0]), dict(same=[-5, 0]), dict(ratio=7), dict(ratio=0),
+                 dict(kept=-1)]:
+        fails(1, "from 0 to 1", "eval", "--merge", results_file(d + "/x", **cell))
+    fails(1, "finite number", "eval", "--merge", results_file(d + "/x", kl=[float("1e39"), 0]))
+    fails(1, '"ratio" is given twice', "eval", "--merge", write(d + "/x", open(plain).read().replace('"ratio"', '"ratio": 1, "ratio"')))
     r = works("eval", "--merge", results, "--json", "-q")
     check(not steers(r.out) and r.rows()[-1]["policy"] == EVIL + "policy", "JSON keeps a hostile name")
     svg = xml.parse(d + "/evil.svg").getroot()
@@ -156,6 +164,7 @@ def test_no_text(m, d):
     fails(1, "cannot open: Is a directory", "ask", m.path, cache, "-f", d)
     fails(1, "no question in it", "ask", m.path, cache, "-f", write(d + "/empty", b""))
     fails(1, "no tasks in it", "eval", m.path, d + "/empty")
+    fails(1, "empty: line 1: an empty context", "eval", m.path, write(d + "/empty", task.replace('"context": "a"', '"context": ""')))
     for args in [["compress", m.path, "-f", "/dev/zero", "-o", d + "/x"], ["eval", m.path, "/dev/zero"]]:
         fails(1, "/dev/zero: more than 256 MB and no end", *args)
     with open("/dev/zero", "rb") as endless:
