@@ -93,6 +93,7 @@ bool file_lock(int fd) {
 
 // *there: a file to be replaced, with *st its facts.
 static int check_target(const char *path, bool *there, struct stat *st, char *err) {
+    if (!*path) return fail(err, "cannot be written: it has no name");
     *there = stat(path, st) == 0;
     if (!*there) return 0;  // what else is wrong, making the temporary file finds out
     if (!S_ISREG(st->st_mode)) return fail(err, "cannot be written: not a regular file");

@@ -414,6 +414,7 @@ def test_talk(m, d):
     for args in [["compress", m.path, "-p", "a"], ["eval", "--merge", cache]]:
         fails(2, "-: stdout is no file", *args, "-o", "-", cwd=d)
     check(not os.path.exists(d + "/-"), "no file of the name -")
+    fails(1, "it has no name", "compress", m.path, "-p", "a", "-o", "")
 
 
 def test_apart(m, d):
