@@ -174,7 +174,7 @@ static void settle_page(void *ctx, int unit) {
     const Settle *s = &job->pages[unit];
     KVPage *from = &job->kv->pages[*s->listed], *to = &job->kv->pages[s->id];
     float x[MAX_HEAD_DIM * PAGE];
-    memcpy(to->pos, from->pos, PAGE * sizeof(int));
+    page_copy_list(to, from);
     for (Side side = KEYS; side <= VALUES; side++) {
         part_read(job->kv, part_of(from, side), side, x);
         part_write(job->kv, part_of(to, side), side, x);
@@ -233,6 +233,14 @@ int kvcache_settle(KVCache *kv, int seq, char *err) {
 
 // ---- appending ----
 
+// An exact page becomes a copy of another.
+static void page_copy(const KVCache *kv, KVPage *to, const KVPage *from) {
+    size_t half = kv->store[PAGE_EXACT].page_bytes / 2;
+    memcpy(to->k.data, from->k.data, half);
+    memcpy(to->v.data, from->v.data, half);
+    page_copy_list(to, from);
+}
+
 // The last, partly filled page of a head is about to be written: if others list it too, take a
 // copy.
 static int own_last_page(KVCache *kv, KVHead *h, char *err) {
@@ -240,11 +248,7 @@ static int own_last_page(KVCache *kv, KVHead *h, char *err) {
     if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
     int id = page_take(kv, PAGE_EXACT, err);
     if (id < 0) return -1;
-    const KVPage *from = &kv->pages[h->page[last]], *to = &kv->pages[id];
-    size_t half = kv->store[PAGE_EXACT].page_bytes / 2;
-    memcpy(to->k.data, from->k.data, half);
-    memcpy(to->v.data, from->v.data, half);
-    memcpy(to->pos, from->pos, PAGE * sizeof(int));
+    page_copy(kv, &kv->pages[id], &kv->pages[h->page[last]]);
     page_unref(kv, h->page[last]);
     h->page[last] = id;
     return 0;
@@ -278,6 +282,7 @@ static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k
     int d = kv->shape.head_dim, i = t - h->dropped, c = i % PAGE;
     const KVPage *p = &kv->pages[h->page[i / PAGE]];
     p->pos[c] = pos;
+    if (p->biased) p->bias[c] = 0;
     if (kv->type == KV_F32) {
         float *keys = (float *)p->k.data;
         for (int j = 0; j < d; j++) keys[j * PAGE + c] = k[j];
@@ -462,8 +467,15 @@ static void fill_page(void *ctx, int page) {
     KVPage *to = &v->kv->pages[v->next.page[page]];
     const int *from = v->from + page * PAGE, n = min_int(v->next.len - page * PAGE, PAGE);
     for (Side side = KEYS; side <= VALUES; side++) fill_side(v, part_of(to, side), side, from, n);
-    for (int i = 0; i < PAGE; i++)
-        to->pos[i] = i < n ? old_page(v, from[i])->pos[from[i] % PAGE] : -1;
+    for (int i = 0; i < PAGE; i++) {
+        const KVPage *old = i < n ? old_page(v, from[i]) : NULL;
+        to->pos[i] = old ? old->pos[from[i] % PAGE] : -1;
+        if (old && old->biased && !to->biased) {
+            to->biased = true;
+            memset(to->bias, 0, PAGE * sizeof *to->bias);
+        }
+        if (to->biased) to->bias[i] = old && old->biased ? old->bias[from[i] % PAGE] : 0;
+    }
 }
 
 // On failure the head has not changed.
@@ -511,6 +523,56 @@ int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t 
     return evict_layers(kv, seq, (Evict){{n_prefix, n_ctx}, keep, .demote = true}, err);
 }
 
+// ---- fitting ----
+
+int kvcache_own(KVCache *kv, int seq, char *err) {
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        KVHead *h = &kv->seqs[seq].head[i];
+        if (kv->shape.window[i / kv->shape.n_kv_heads] != 0) continue;
+        for (int j = 0; j < pages_used(h); j++) {
+            const KVPage *p = &kv->pages[h->page[j]];
+            if (p->refs == 1 || p->class != PAGE_EXACT) continue;
+            int id = page_take(kv, PAGE_EXACT, err);
+            if (id < 0) return -1;
+            page_copy(kv, &kv->pages[id], &kv->pages[h->page[j]]);
+            page_unref(kv, h->page[j]);
+            h->page[j] = id;
+        }
+    }
+    return 0;
+}
+
+// Row c of a page's values becomes v [head_dim].
+static void write_value(const KVPage *p, int c, const float *v, int head_dim) {
+    if (p->v.type == KV_F32)
+        memcpy((float *)p->v.data + c * head_dim, v, (size_t)head_dim * sizeof(float));
+    else
+        kern.f32_to_f16((uint16_t *)p->v.data + c * head_dim, v, (size_t)head_dim);
+}
+
+void kvcache_refit(KVCache *kv, KVHeadAt at, const KVFitted *fit) {
+    const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
+    int d = kv->shape.head_dim;
+    for (int i = 0; i < fit->n; i++) {
+        KVPage *p = &kv->pages[h->page[fit->kept[i] / PAGE]];
+        int c = fit->kept[i] % PAGE;
+        write_value(p, c, fit->v + (size_t)i * d, d);
+        if (!fit->bias) continue;
+        if (!p->biased) memset(p->bias, 0, PAGE * sizeof *p->bias);
+        p->biased = true;
+        p->bias[c] = fit->bias[i];
+    }
+}
+
+bool kvcache_biased(const KVCache *kv, int seq) {
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        const KVHead *h = &kv->seqs[seq].head[i];
+        for (int j = 0; j < pages_used(h); j++)
+            if (kv->pages[h->page[j]].biased) return true;
+    }
+    return false;
+}
+
 // ---- looking inside ----
 
 static float number_at(const KVPart *p, int i) {
@@ -534,6 +596,12 @@ int kvcache_pair(const KVCache *kv, KVHeadAt at, int t, float *k, float *v) {
     return p->pos[c];
 }
 
+float kvcache_bias(const KVCache *kv, KVHeadAt at, int t) {
+    const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
+    const KVPage *p = &kv->pages[h->page[(t - h->dropped) / PAGE]];
+    return p->biased ? p->bias[(t - h->dropped) % PAGE] : 0;
+}
+
 int kvcache_block(const KVCache *kv, KVHeadAt at, int b, float *k, float *v) {
     const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
     const KVPage *p = &kv->pages[h->page[b - h->dropped / PAGE]];
@@ -547,13 +615,16 @@ static size_t listed_bytes(const KVCache *kv, PageClass class) {
     return kv->store[class].page_bytes + (PAGE + 1) * sizeof(int);
 }
 
+static size_t bias_bytes(const KVPage *p) { return p->biased ? PAGE * sizeof *p->bias : 0; }
+
 size_t kvcache_bytes(const KVCache *kv, int seq) {
     size_t bytes = 0;
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         bytes += sizeof *h;
         for (int j = 0; j < pages_used(h); j++)
-            bytes += listed_bytes(kv, kv->pages[h->page[j]].class);
+            bytes +=
+                listed_bytes(kv, kv->pages[h->page[j]].class) + bias_bytes(&kv->pages[h->page[j]]);
     }
     return bytes;
 }

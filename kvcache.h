@@ -66,7 +66,9 @@ typedef enum { PAGE_EXACT, PAGE_SETTLED, PAGE_DEMOTED, PAGE_CLASSES } PageClass;
 // 64 pairs of one (layer, kv head).
 typedef struct {
     KVPart k, v;
-    int *pos;  // [64] absolute token positions
+    int *pos;     // [64] absolute token positions
+    float *bias;  // [64] added to scale q . k, where the page is biased (fit.h)
+    bool biased;
     int refs;  // heads that list it; a page of a mapped file has one more and is never written
     PageClass class;
 } KVPage;
@@ -245,11 +247,32 @@ int kvcache_evict_head(KVCache *kv, KVHeadAt at, KVSpan span, const uint8_t *kee
 // pages.
 void kvcache_trim(KVCache *kv);
 
+// ---- fitting ----
+
+// Gives pairs of a head new values and biases (fit.h): pair i of `kept`, rising, becomes v
+// [n][head_dim] and bias [n]; all others, which are about to be evicted, stay. Pages must be exact
+// and the head's own (kvcache_own). For layers without a window.
+typedef struct {
+    const int *kept;  // [n]
+    int n;
+    const float *v, *bias;  // bias NULL: none
+} KVFitted;
+void kvcache_refit(KVCache *kv, KVHeadAt at, const KVFitted *fit);
+
+// Makes the exact pages of the scored layers the sequence's own, so that they can be written: forks
+// keep theirs. 0, or -1 with err.
+int kvcache_own(KVCache *kv, int seq, char *err);
+
+// Whether any of its pages has biases.
+bool kvcache_biased(const KVCache *kv, int seq);
+
 // ---- looking inside ----
 
 // k, v [head_dim] (each may be NULL) of pair t as float; returns its position. For
 // methods that look at norms and geometry.
 int kvcache_pair(const KVCache *kv, KVHeadAt at, int t, float *k, float *v);
+// What is added to scale q . k of pair t: 0 where it has no bias.
+float kvcache_bias(const KVCache *kv, KVHeadAt at, int t);
 // The same for the 64 pairs from 64 b on, of which a window must have left none behind: k
 // [head_dim][64], one pair a column, and v [64][head_dim]. Returns how many of them there are; the
 // other columns mean nothing.

@@ -6,13 +6,16 @@
 // the same bytes, and a file whose pages are all exact is one of the first version.
 #include "kvfile.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kvpages.h"
 
 static const char format_start[] = "kvzip.c cache ";
-static const char *const formats[2] = {"kvzip.c cache 1", "kvzip.c cache 2"};
+// The first version knows exact pages alone, the third has biases.
+static const char *const formats[] = {"kvzip.c cache 1", "kvzip.c cache 2", "kvzip.c cache 3"};
+enum { FORMATS = sizeof formats / sizeof *formats };
 
 // ---- the tensors ----
 
@@ -70,7 +73,7 @@ static size_t page_part_bytes(const Group *g, GroupPart part, int head_dim) {
 
 // The other tensors are lists, with sizes that they share.
 typedef enum { N_PAGES, N_PAIRS, N_LAYERS, N_KV_HEADS, N_IDS, SIZES } Size;
-typedef enum { POS, LEN, DROPPED, WINDOW, IDS, CLASSES, LISTS } List;
+typedef enum { POS, LEN, DROPPED, WINDOW, IDS, CLASSES, BIAS, LISTS } List;
 
 static TensorSpec list_spec(List list, const int sizes[SIZES]) {
     static const struct {
@@ -85,6 +88,7 @@ static TensorSpec list_spec(List list, const int sizes[SIZES]) {
         [WINDOW] = {"window", T_I32, 1, {N_LAYERS}},
         [IDS] = {"ids", T_I32, 1, {N_IDS}},
         [CLASSES] = {"page_class", T_U8, 1, {N_PAGES}},
+        [BIAS] = {"bias", T_F32, 2, {N_PAGES, N_PAIRS}},
     };
     TensorSpec s = {.type = lists[list].type, .n_dims = lists[list].n_dims};
     snprintf(s.name, sizeof s.name, "%s", lists[list].name);
@@ -100,7 +104,8 @@ typedef struct {
     const KVInfo *info;
     TensorWriter *w;
     char *err;
-    bool plain;  // all pages are exact
+    bool plain;   // all pages are exact
+    bool biased;  // some pages have biases
     int n_pages;
     Group groups[GROUPS];
     const Group *group;  // whose part is being written
@@ -140,6 +145,11 @@ static int put_pos(Save *save, KVPage *p) {
     return tensors_write_put(save->w, p->pos, PAGE * sizeof(int32_t), save->err);
 }
 
+static int put_bias(Save *save, KVPage *p) {
+    static const float none[PAGE];
+    return tensors_write_put(save->w, p->biased ? p->bias : none, sizeof none, save->err);
+}
+
 static int put_class(Save *save, KVPage *p) {
     uint8_t class = (uint8_t)p->class;
     return tensors_write_put(save->w, &class, 1, save->err);
@@ -160,6 +170,7 @@ static int put_list(Save *save, List list) {
     size_t n_layers = (size_t)shape->n_layers, n_ids = (size_t)info->n_ids;
     if (list == POS) return each_page(save, put_pos);
     if (list == CLASSES) return each_page(save, put_class);
+    if (list == BIAS) return each_page(save, put_bias);
     if (list == LEN || list == DROPPED) return put_head_list(save, list);
     return list == WINDOW
                ? tensors_write_put(save->w, shape->window, n_layers * sizeof(int32_t), save->err)
@@ -173,7 +184,9 @@ static int put_meta(const Save *save) {
     snprintf(n_prefix, sizeof n_prefix, "%d", info->n_prefix);
     snprintf(n_ctx, sizeof n_ctx, "%d", info->n_ctx);
     snprintf(next_pos, sizeof next_pos, "%d", save->kv->seqs[save->seq].next_pos);
-    const Meta meta[] = {{"format", formats[save->plain ? 0 : 1]},
+    const Meta meta[] = {{"format", formats[save->biased  ? 2
+                                            : save->plain ? 0
+                                                          : 1]},
                          {"fingerprint", info->fingerprint},
                          {"model", info->model},
                          {"policy", info->policy},
@@ -185,7 +198,8 @@ static int put_meta(const Save *save) {
                          {"level", info->level},
                          {"profile", info->profile},
                          {"set", info->set},
-                         {"budget", info->budget}};
+                         {"budget", info->budget},
+                         {"fit", info->fit}};
     for (size_t i = 0; i < sizeof meta / sizeof *meta; i++) {
         if (!meta[i].value) continue;
         if (tensors_write_meta(save->w, meta[i].key, meta[i].value, save->err) != 0) return -1;
@@ -200,12 +214,14 @@ static int declare(Save *save, TensorSpec s) {
 }
 
 // Groups without pages are left out, but for that of exact pages. The class of each page is left
-// out where all are exact.
+// out where all are exact, biases where there are none.
 static bool group_in_file(const Save *save, const Group *g) {
     return g->n > 0 || g->type == save->kv->type;
 }
 
-static int n_lists(const Save *save) { return save->plain ? CLASSES : LISTS; }
+static bool list_in_file(const Save *save, List list) {
+    return list == CLASSES ? !save->plain : list == BIAS ? save->biased : true;
+}
 
 static int declare_all(Save *save) {
     const KVShape *shape = &save->kv->shape;
@@ -220,8 +236,9 @@ static int declare_all(Save *save) {
             if (declare(save, page_spec(g, part, shape->head_dim)) != 0) return -1;
         }
     }
-    for (int list = 0; list < n_lists(save); list++) {
-        if (declare(save, list_spec((List)list, sizes)) != 0) return -1;
+    for (int list = 0; list < LISTS; list++) {
+        if (list_in_file(save, (List)list) && declare(save, list_spec((List)list, sizes)) != 0)
+            return -1;
     }
     return 0;
 }
@@ -234,15 +251,21 @@ static int put_all(Save *save) {
             if (has_part(g, part) && each_page(save, put_part) != 0) return -1;
         }
     }
-    for (int list = 0; list < n_lists(save); list++) {
-        if (put_list(save, (List)list) != 0) return -1;
+    for (int list = 0; list < LISTS; list++) {
+        if (list_in_file(save, (List)list) && put_list(save, (List)list) != 0) return -1;
     }
     return 0;
 }
 
 int kvfile_save(const KVCache *kv, int seq, const char *path, const KVInfo *info, char *err) {
     TensorWriter w = {0};
-    Save save = {.kv = kv, .seq = seq, .info = info, .w = &w, .err = err, .plain = true};
+    Save save = {.kv = kv,
+                 .seq = seq,
+                 .info = info,
+                 .w = &w,
+                 .err = err,
+                 .plain = true,
+                 .biased = kvcache_biased(kv, seq)};
     if (tensors_write_begin(&w, path, err) != 0) return -1;
     groups_start(save.groups);
     each_page(&save, count_page);
@@ -265,6 +288,7 @@ typedef struct {
     int head_dim;
     const int32_t *pos, *len, *dropped, *window;
     const uint8_t *class;                   // [pages], NULL: all exact
+    const float *bias;                      // [pages][64], NULL: none
     Group groups[GROUPS];                   // n: how many pages there are of each
     const void *data[GROUPS][GROUP_PARTS];  // NULL where a group has no pages
 } Saved;
@@ -326,8 +350,11 @@ static int read_origin(Saved *s, const KVModel *model, char *err) {
                        .profile = tensors_meta(f, "profile"),
                        .set = tensors_meta(f, "set"),
                        .budget = tensors_meta(f, "budget"),
+                       .fit = tensors_meta(f, "fit"),
                        .ratio = ratio ? strtod(ratio, NULL) : 0.0};
-    if (!format || (strcmp(format, formats[0]) != 0 && strcmp(format, formats[1]) != 0))
+    int version = 0;
+    while (format && version < FORMATS && strcmp(format, formats[version]) != 0) version++;
+    if (!format || version == FORMATS)
         return tensors_wrong_format(f, "a saved cache", formats[0], err);
     if (!s->info.fingerprint || !s->info.model || !s->info.policy)
         return fail(err, "the cache does not name its model");
@@ -385,6 +412,12 @@ static int read_pages(Saved *s, char *err) {
     bool classes = tensors_find(s->file, list_spec(CLASSES, s->sizes).name) != NULL;
     const Tensor *pos = get_list(s, POS, err), *class = NULL;
     if (!pos || (classes && !(class = get_list(s, CLASSES, err)))) return -1;
+    bool biased = tensors_find(s->file, list_spec(BIAS, s->sizes).name) != NULL;
+    const Tensor *bias = biased ? get_list(s, BIAS, err) : NULL;
+    if (biased && !bias) return -1;
+    s->bias = bias ? bias->data : NULL;
+    for (size_t i = 0; bias && i < bias->bytes / sizeof(float); i++)
+        if (!isfinite(s->bias[i])) return fail(err, "the bias of a pair is no number");
     s->pos = pos->data, s->class = class ? class->data : NULL;
     for (int i = 0; i < s->sizes[N_PAGES]; i++) {
         if (class_of(s, i) >= PAGE_CLASSES)
@@ -466,6 +499,8 @@ static int load_pages(KVCache *kv, const Saved *s, char *err) {
             KVTypes t = class_types(s->types, class);
             KVPage *p = &kv->pages[kv->n_pages];
             *p = (KVPage){.pos = (int *)s->pos + (size_t)page * PAGE, .refs = 2, .class = class};
+            p->bias = s->bias ? (float *)s->bias + (size_t)page * PAGE : NULL;
+            for (int c = 0; p->bias && c < PAGE; c++) p->biased |= p->bias[c] != 0;
             p->k = load_part(s, used, t.k, KEYS), p->v = load_part(s, used, t.v, VALUES);
             h->page[h->n_pages++] = kv->n_pages++;
         }
@@ -512,6 +547,7 @@ static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
     for (; page < end; page++) {
         PageClass class = class_of(s, page);
         c->bytes[class] += (double)(kvcache_page_bytes(&shape, c->types[class]) + pos);
+        if (s->bias) c->bytes[class] += PAGE * sizeof *s->bias;
         if (class == PAGE_DEMOTED) demoted += PAGE;
     }
     size_t exact_page = kvcache_page_bytes(&shape, c->types[PAGE_EXACT]) + pos;

@@ -18,10 +18,11 @@
 //   window      i32 [layers]                 0: all pairs are seen, and evicted from
 //   ids         i32 [n_prefix + n_ctx]       the tokens that were read
 //   page_class  u8  [pages]                  PageClass of each page; absent: all are exact
+//   bias        f32 [pages][64]              of each pair, added to scale q . k; absent: none
 //
-// Metadata: format ("kvzip.c cache 1", or 2 with page_class), fingerprint and model (keys mean
-// nothing to another model), policy, ratio, n_prefix, n_ctx, next_pos, and kv, the types that pages
-// settle to; where they are known level, profile, set and budget, as in KVInfo.
+// Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias), fingerprint and model (keys
+// mean nothing to another model), policy, ratio, n_prefix, n_ctx, next_pos, and kv, the types that
+// pages settle to; where they are known level, profile, set, budget and fit, as in KVInfo.
 #ifndef KVFILE_H
 #define KVFILE_H
 #include "kvcache.h"
@@ -34,6 +35,7 @@ typedef struct {
     // How else pairs were chosen; NULL: not known, or nothing was said. Level, file of the profile
     // ("model": the model's own), parameters, pairs a head.
     const char *level, *profile, *set, *budget;
+    const char *fit;  // how what stays was fitted; NULL: not at all
     int n_prefix, n_ctx;
     double ratio;    // asked for
     const int *ids;  // [n_ids = n_prefix + n_ctx] what was read

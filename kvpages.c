@@ -83,7 +83,7 @@ void memory_unmap(uint8_t *memory, size_t bytes) {
 static size_t page_step(const KVStore *store) { return (store->page_bytes + 63) / 64 * 64; }
 
 static size_t slab_bytes(const KVStore *store) {
-    return SLAB_PAGES * (page_step(store) + PAGE * sizeof(int));
+    return SLAB_PAGES * (page_step(store) + PAGE * (sizeof(int) + sizeof(float)));
 }
 
 int pages_grow(KVCache *kv, int n, char *err) {
@@ -107,7 +107,8 @@ static KVPart part_at(const KVCache *kv, KVType t, Side side, uint8_t *at) {
     return p;
 }
 
-// A slab is 64 pages and, after them, their positions.
+// A slab is 64 pages and, after them, their positions and biases, which the system gives no memory
+// as long as none is written.
 static int slab_new(KVCache *kv, PageClass class, char *err) {
     KVStore *store = &kv->store[class];
     size_t n_slabs = (size_t)store->n_slabs + 1, used = 0;
@@ -123,13 +124,15 @@ static int slab_new(KVCache *kv, PageClass class, char *err) {
         return fail(err, "out of memory: the cache needs more than the %zu MB it has", used >> 20);
     store->slab[store->n_slabs++] = memory;
     int *pos = (int *)(memory + SLAB_PAGES * page_step(store));
+    float *bias = (float *)(pos + SLAB_PAGES * PAGE);
     for (int i = SLAB_PAGES - 1; i >= 0; i--) store->free_page[store->n_free++] = kv->n_pages + i;
     for (int i = 0; i < SLAB_PAGES; i++) {
         uint8_t *at = memory + (size_t)i * page_step(store);
         KVPart k = part_at(kv, store->types.k, KEYS, at);
         at += part_bytes(kv->shape.head_dim, store->types.k, KEYS);
         KVPart v = part_at(kv, store->types.v, VALUES, at);
-        kv->pages[kv->n_pages++] = (KVPage){k, v, pos + i * PAGE, 0, class};
+        kv->pages[kv->n_pages++] = (KVPage){
+            .k = k, .v = v, .pos = pos + i * PAGE, .bias = bias + i * PAGE, .class = class};
     }
     return 0;
 }
@@ -138,7 +141,7 @@ int page_take(KVCache *kv, PageClass class, char *err) {
     KVStore *store = &kv->store[class];
     if (store->n_free == 0 && slab_new(kv, class, err) != 0) return -1;
     int id = store->free_page[--store->n_free];
-    kv->pages[id].refs = 1;
+    kv->pages[id].refs = 1, kv->pages[id].biased = false;
     return id;
 }
 
@@ -149,6 +152,12 @@ int page_new(KVCache *kv, char *err) {
     memset(p->k.data, 0, kv->store[PAGE_EXACT].page_bytes);
     for (int i = 0; i < PAGE; i++) p->pos[i] = -1;
     return id;
+}
+
+void page_copy_list(KVPage *to, const KVPage *from) {
+    memcpy(to->pos, from->pos, PAGE * sizeof *to->pos);
+    to->biased = from->biased;
+    if (from->biased) memcpy(to->bias, from->bias, PAGE * sizeof *to->bias);
 }
 
 void page_unref(KVCache *kv, int id) {

@@ -70,6 +70,8 @@ int page_take(KVCache *kv, PageClass class, char *err);
 int page_new(KVCache *kv, char *err);
 // One reference less; with the last one the page is free.
 void page_unref(KVCache *kv, int id);
+// Positions and biases of one page become those of another.
+void page_copy_list(KVPage *to, const KVPage *from);
 // Room in the table for n pages in all. 0, or -1 with err.
 int pages_grow(KVCache *kv, int n, char *err);
 // Hands the memory of free pages back to the system; they stay usable.

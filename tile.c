@@ -139,6 +139,7 @@ void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
     const void *rows = packs_rows(t, &p->k) ? t->q_packed : t->q;
     tile_product(t, t->s, rows, &p->k, &ahead->k, KEYS);
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
+    for (int i = 0; p->biased && i < t->n; i++) kern.add(t->s + i * PAGE, p->bias, PAGE);
 }
 
 // ---- the online softmax ----

@@ -3,6 +3,7 @@
 #include "kvcache.h"
 #include "kvfile.h"
 #include "test.h"
+#include <unistd.h>
 
 enum { L = 2, HEADS = 6, KV = 2, GROUP = HEADS / KV, D = 16, MAX_N = 400 };
 
@@ -64,6 +65,7 @@ static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, 
         for (int i = 0; i < D; i++) s[t] += (double)q[i] * k[i];
         s[t] *= kv->shape.scale;
         if (kv->shape.softcap > 0) s[t] = kv->shape.softcap * tanh(s[t] / kv->shape.softcap);
+        s[t] += kvcache_bias(kv, (KVHeadAt){seq, layer, h / GROUP}, t);
         max = fmax(max, s[t]);
     }
     for (int i = 0; i < D; i++) out[i] = 0;
@@ -131,6 +133,85 @@ static void test_attention(KVTypes types, const int *window, float softcap) {
               h->n_pages < 5);  // a window of pages, not the whole past
     kvcache_close(&kv);
     kvcache_close(&kv);
+}
+
+// Rows of the last layer after n more tokens against the brute force.
+static void check_rows(KVCache *kv, int seq, int n, double exact) {
+    float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
+          *v = randoms((size_t)n * KV * D), *out = malloc((size_t)n * HEADS * D * sizeof *out);
+    KVRun run = {seq, n};
+    CHECK(kvcache_reserve(kv, seq, n, err) == 0);
+    for (int l = 0; l < L; l++) {
+        kvcache_append(kv, l, &run, 1, k, v);
+        kvcache_attend(kv, l, &run, 1, &(KVQuery){q, out, HEADS * D, NULL});
+    }
+    int len = kvcache_head(kv, seq, L - 1, 0)->len;
+    for (int row = 0; row < n; row += 7) {
+        for (int h = 0; h < HEADS; h++) {
+            double want[D];
+            int own = kvcache_head(kv, seq, L - 1, h / GROUP)->len - n + row + 1;
+            brute(kv, seq, L - 1, h, q + (row * HEADS + h) * D, 0, own, want, NULL);
+            for (int j = 0; j < D; j++)
+                CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], allowed(kv, exact));
+        }
+    }
+    CHECK(len > 0);
+    kvcache_advance(kv, &run, 1);
+    free(q), free(k), free(v), free(out);
+}
+
+// Biases and new values: in attention of short and long runs, in pages of every kind, after
+// evicting, in forks and in files; a fork made before them keeps what it had.
+static void test_fitted(KVTypes types, float softcap) {
+    enum { N = 300 };
+    double exact = types.k > KV_F32 || types.v > KV_F32 ? 1e-4 : 4e-6;
+    KVShape shape = shape_with(no_window);
+    KVCache kv, loaded;
+    KVInfo info;
+    char path[64];
+    uint8_t keep[L * KV * N];
+    int kept[N], n = 0;
+    float bias[N], *value = randoms(N * D), before[D], after[D];
+    shape.softcap = softcap;
+    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
+    int seq = kvcache_new(&kv, err);
+    kv.settling = false;
+    append_random(&kv, seq, N, NULL);
+    int fork = kvcache_fork(&kv, seq, err);
+    CHECK(!kvcache_biased(&kv, seq) && kvcache_own(&kv, seq, err) == 0);
+    for (int t = 0; t < N; t++)
+        if (t % 3 == 0) bias[n] = 3 * rnd(), kept[n++] = t;
+    kvcache_pair(&kv, (KVHeadAt){fork, 1, 1}, 3, NULL, before);
+    for (int i = 0; i < L * KV; i++)
+        kvcache_refit(&kv, (KVHeadAt){seq, i / KV, i % KV}, &(KVFitted){kept, n, value, bias});
+    kvcache_pair(&kv, (KVHeadAt){fork, 1, 1}, 3, NULL, after);
+    CHECK(memcmp(before, after, sizeof before) == 0 && !kvcache_biased(&kv, fork));
+    kvcache_pair(&kv, (KVHeadAt){seq, 1, 1}, 3, NULL, after);
+    for (int j = 0; j < D; j++) CHECK_NEAR(after[j], value[D + j], 1e-3);
+    CHECK(kvcache_bias(&kv, (KVHeadAt){seq, 1, 1}, 3) == bias[1]);
+    for (int i = 0; i < L * KV * N; i++) keep[i] = i % N % 3 == 0;
+    CHECK(kvcache_evict(&kv, seq, 0, N, keep, err) == 0);
+    for (int t = 0; t < n; t++) CHECK(kvcache_bias(&kv, (KVHeadAt){seq, 0, 1}, t) == bias[t]);
+    CHECK(kvcache_settle(&kv, seq, err) == 0);
+    for (int t = 0; t < n; t++) CHECK(kvcache_bias(&kv, (KVHeadAt){seq, 1, 0}, t) == bias[t]);
+    test_path(path, "fitted.kvc");
+    int ids[N] = {0};
+    KVInfo of = {.fingerprint = "f", .model = "m", .policy = "p", .n_ctx = N, .ratio = 0.3, .ids = ids, .n_ids = N};
+    CHECK(kvfile_save(&kv, seq, path, &of, err) == 0);
+    CHECK(kvfile_load(&loaded, path, &(KVModel){shape, "f"}, NULL, &info, err) == 0);
+    CHECK(kvcache_bytes(&loaded, 0) == kvcache_bytes(&kv, seq));
+    int again = kvcache_fork(&kv, seq, err);
+    for (int run = 1; run <= 128; run *= 4) {
+        check_rows(&kv, seq, run, exact);
+        check_rows(&loaded, 0, run, exact);
+    }
+    CHECK(kvcache_bias(&kv, (KVHeadAt){seq, 1, 0}, n + 5) == 0);
+    check_rows(&kv, again, 3, exact);
+    check_rows(&kv, fork, 3, exact);
+    kvcache_close(&loaded);
+    kvcache_close(&kv);
+    free(value);
+    unlink(path);
 }
 
 // The same bits from 1, 2 and 4 threads.
@@ -961,6 +1042,7 @@ int main(int argc, char **argv) {
         test_attention(t, one_window, 0);
         test_files(t);
         test_demote(t);
+        test_fitted(t, i % 2 ? 0.5f : 0);
         if (codes) test_settle(t, no_window), test_settle(t, one_window);
         if (codes) test_settle_and_evict(t), test_head_dims(t);
     }
