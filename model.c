@@ -631,6 +631,7 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
         project_qkv(s, l, n);                           // q, k, v = wq xb, wk xb, wv xb, rotated
         if (s->tap) s->tap(s->tap_arg, l, n);
         kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
+        if (s->watch) s->watch(s->watch_arg, l, n);
         attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
         if (l == last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;

@@ -83,6 +83,9 @@ typedef struct {
     // (both rotated), v and pos. For policies that learn from what passes.
     void (*tap)(void *arg, int layer, int n);
     void *tap_arg;
+    // The same, once the rows' own pairs are in the cache: for fitting (policies/fitting.h).
+    void (*watch)(void *arg, int layer, int n);
+    void *watch_arg;
 } RunState;
 
 enum { MAX_ROWS = 512 };  // of one call: blocks of prefill

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "policies/fitting.h"
 #include "policies/methods.h"
 #include "util.h"
 
@@ -180,9 +181,11 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
 const Policy policies[] = {
     {.name = "kvzip",
      .score = score_kvzip,
+     .repeats = true,
      .help = "largest attention while the context is repeated (arXiv 2505.23416)"},
     {.name = "kvzip+",
      .score = score_kvzip_plus,
+     .repeats = true,
      .help = "the same times |Wo v| / |x|, its share of the output (arXiv 2601.07891)"},
     {.name = "kvzap",
      .live = &kvzap_method,
@@ -285,7 +288,12 @@ int context_score(Context *c, const Policy *p, float *score, char *err) {
     double start = now();
     c->prefill_s = 0.0;
     if (c->policy != p) context_set_policy(c, p);
-    if ((p->score ? p->score(c, score, err) : live_whole(c, score, err)) != 0) return -1;
+    bool reading = c->fitting && !p->repeats;  // what repeats has its own queries caught
+    int n = c->n_prefix + c->n_ctx;
+    if (reading) fitting_watch(c->fitting, c, (FitPass){.seq = c->seq, .n_tokens = n});
+    int rc = p->score ? p->score(c, score, err) : live_whole(c, score, err);
+    if (reading) fitting_rest(c->fitting);
+    if (rc != 0) return -1;
     c->score_s = now() - start - c->prefill_s;
     return 0;
 }

@@ -35,13 +35,16 @@ static MemoryNeed reading_need(const Reading *r, int n_prefix) {
     const Config *m = &r->s.model.config;
     double n = r->ids.n, chunk = fmin((double)o->chunk, n);
     bool scored = !wants_stream(o) && (o->ratio < 1 || o->bit == SCORE);
-    bool logs = strcmp(r->c.policy->name, "kvzip+") == 0;
-    return (MemoryNeed){.tokens = n,
-                        .forked = scored ? chunk : 0,
-                        .n_prefix = n_prefix,
-                        .scores = scored ? 5 + 4.0 * logs * m->n_heads / m->n_kv_heads : 0,
-                        .evicts = o->bit == COMPRESS,
-                        .whole = scored};
+    bool logs = strcmp(r->c.policy->name, "kvzip+") == 0, fits = scored && o->fit != FIT_NONE;
+    int stay = n_prefix + (int)(o->ratio * n), threads = pool_threads(r->s.pool);
+    return (MemoryNeed){
+        .tokens = n,
+        .more = fits ? (double)fitting_bytes(&r->s.kv.shape, (int)n, stay, threads) : 0,
+        .forked = scored ? chunk : 0,
+        .n_prefix = n_prefix,
+        .scores = scored ? 5 + 4.0 * logs * m->n_heads / m->n_kv_heads : 0,
+        .evicts = o->bit == COMPRESS,
+        .whole = scored};
 }
 
 static void open_reading(Reading *r, const Options *o) {
@@ -193,6 +196,8 @@ static Shrunk shrink(Session *s, const Context *c, float *score) {
         free(score);
         int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
             s->o->demote < 0 ? kvcache_evict : kvcache_demote;
+        if (r.n_kept >= 0 && c->fitting && fitting_apply(c->fitting, c, keep, err) != 0)
+            r.n_kept = -1;
         if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
             r.n_kept = -1;
         free(keep);
@@ -210,7 +215,8 @@ static KVInfo method_info(const Session *s, const Context *c) {
                     .policy = c->policy->name,
                     .level = c->level->name,
                     .profile = uses_profile(c) ? profile : NULL,
-                    .set = o->set};
+                    .set = o->set,
+                    .fit = c->fitting ? fit_kind_name(c->fitting->kind) : NULL};
 }
 
 // kept: the share achieved.
@@ -240,8 +246,8 @@ static void compress_figures(const Session *s, const Context *c, const Shrunk *r
         json_print(stdout,
                    "'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'policy': %s, ",
                    r->peak, r->memory_full, r->memory, how.policy);
-        json_print(stdout, "'level': %s, 'profile': %s, 'set': %s, 'path': %s}\n", how.level,
-                   how.profile, how.set, o->out);
+        json_print(stdout, "'level': %s, 'profile': %s, 'set': %s, 'fit': %s, 'path': %s}\n",
+                   how.level, how.profile, how.set, how.fit, o->out);
     }
     out_flush();
     if (o->quiet) return;
@@ -251,6 +257,7 @@ static void compress_figures(const Session *s, const Context *c, const Shrunk *r
     note("[policy %s, level %s", how.policy, how.level);
     if (how.profile) note(", profile %s", how.profile);
     if (how.set) note(", %s", how.set);
+    if (how.fit) note(", fitted %s", how.fit);
     note(o->budget > 0 ? ", budget %.0f]\n" : ", ratio %g]\n",
          o->budget > 0 ? (double)o->budget : o->ratio);
     note("[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
@@ -270,6 +277,11 @@ int cmd_compress(const Options *o) {
     Context *c = &in.c;
     if (c->n_ctx == 0) warn(s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c->n_ctx > 0;
+    char err[ERR_LEN];
+    if (o->fit != FIT_NONE && scored) {
+        if (fitting_open(&s->fitting, (FitKind)o->fit, c, err) != 0) die("%s", err);
+        c->fitting = &s->fitting;
+    }
     Shrunk r;
     if (wants_stream(o))
         r = read_and_shrink(s, c, &in.progress);

@@ -123,6 +123,9 @@ static const Flag flags[] = {
     {"--chunk", "N", COUNT, AT(chunk), RANGE(1, INT_MAX),
      .takes = CONTEXT | BENCH | EVAL | CALIBRATE,
      .help = "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
+    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both",
+     .takes = COMPRESS | EVAL,
+     .help = "fit what stays to what all pairs gave: values, or values and biases"},
     {"--score-attn", "HOW", CHOICE, AT(score_attn), .takes = CONTEXT | EVAL, .also = BENCH,
      .choices = "full|local",
      .help = "the repeated text sees all of the context (default), or its own part"},
@@ -330,6 +333,8 @@ bool wants_stream(const Options *o) {
 static bool has_budget(const Options *o) { return o->budget > 0; }
 static bool is_raw(const Options *o) { return o->raw; }
 static bool has_ids(const Options *o) { return o->ids != NULL; }
+static bool streams(const Options *o) { return wants_stream(o); }
+static bool demotes(const Options *o) { return o->demote >= 0; }
 static bool decodes(const Options *o) { return o->decode; }
 static bool merges(const Options *o) { return o->merge; }
 static bool measures_text(const Options *o) { return o->ppl != NULL; }
@@ -360,6 +365,10 @@ static const Rule rules[] = {
      "there is no window without --stream or --budget"},
     {METHOD "--chunk --score-attn --ref-ties --demote ", COMPRESS | MAP, keeps_all, true,
      "--ratio 1 keeps all"},
+    {"--fit ", COMPRESS | EVAL, streams, false,
+     "what is evicted while a context is read leaves nothing to fit to"},
+    {"--fit ", COMPRESS, demotes, false, "--demote keeps the pairs that others would stand for"},
+    {"--fit ", COMPRESS, keeps_all, true, "--ratio 1 keeps all"},
     {"--system --task ", CONTEXT | EVAL | CALIBRATE, is_raw, false, "--raw leaves them out"},
     {"--system --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},

@@ -52,6 +52,7 @@ typedef struct {
     double ratio;                      // 0: not given
     long budget;                       // pairs per head; 0: not given
     long window, chunk;                // chunk 0: not given
+    int fit;                           // FitKind
     int score_attn;                    // 0 full, 1 local
     int demote;                        // 0: to q2; -1: not given
     bool ref_ties, stream;

@@ -338,6 +338,9 @@ static void eval_lists(const Session *s, Eval *e) {
     check_list(o, "--level", e->n_levels, level);
     check_list(o, "--kv", e->n_kvs, kv);
     if (e->stream) check_live(o, e);
+    for (int i = 0; i < e->n_kvs && e->fit != FIT_NONE; i++)
+        if (e->kv[i].demote)
+            die_usage(o->command, "--kv %s keeps what --fit replaces: choose one", e->kv[i].name);
     if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
     set_shard(o, e);
 }
@@ -443,7 +446,8 @@ static int eval_tasks(const Options *o) {
               .set = o->set,
               .stream = o->stream,
               .window = (int)o->window,
-              .settings = o->raw};
+              .settings = o->raw,
+              .fit = (FitKind)o->fit};
     if (o->out) check_output(o);
     if (o->chart) check_writable(o, o->chart);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);

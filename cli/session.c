@@ -84,6 +84,7 @@ void open_session(Session *s, const Options *o, const char *path, int max_logits
 void close_session(Session *s) {
     answer_close(&s->answerer);
     stream_close(&s->stream);
+    fitting_close(&s->fitting);
     profile_close(&s->profile);
     kvcache_close(&s->kv);
     state_close(&s->state);

@@ -6,6 +6,7 @@
 #include "kvfile.h"
 #include "model.h"
 #include "policies.h"
+#include "policies/fitting.h"
 #include "policies/stream.h"
 #include "tokenizer.h"
 
@@ -25,6 +26,7 @@ typedef struct {
     // how contexts are compressed (chosen_method)
     Profile profile;  // of --profile, or the model's own
     bool has_profile;
+    Fitting fitting;  // of --fit
     Context context;  // what is evicted while tokens come, when `streams`
     Stream stream;
     bool streams;

@@ -24,6 +24,7 @@ typedef struct {
     KVCache kv[EVAL_LIST];  // one of each page type
     int full[EVAL_LIST];    // the sequence in each that holds the context, nothing settled yet
     int yardstick;          // the first of them, settled
+    Fitting fitting;        // to queries that passed while the policy at hand scored
     float *score;           // of the policy at hand
     uint8_t *keep;
     long done, total;  // questions times cells
@@ -127,6 +128,7 @@ typedef struct {
 static long shrink_context(Run *r, const Context *c, const Cell *cell, char *err) {
     long kept = context_select(c, r->score, cell->c.ratio, r->keep, err);
     if (kept < 0) return -1;
+    if (r->e->fit != FIT_NONE && fitting_apply(&r->fitting, c, r->keep, err) != 0) return -1;
     int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
         r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_evict;
     return evict(c->kv, c->seq, c->n_prefix, c->n_ctx, r->keep, err) == 0 ? kept : -1;
@@ -253,6 +255,11 @@ static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char 
     if (!r->score || !r->keep)
         return fail(err, "out of memory for the scores of %d tokens", c.n_ctx);
     int rc = set_method(r->e, &c, p, r->e->level[0], err);
+    if (rc == 0 && r->e->fit != FIT_NONE) {
+        fitting_close(&r->fitting);
+        rc = fitting_open(&r->fitting, r->e->fit, &c, err);
+        c.fitting = &r->fitting;
+    }
     if (rc == 0) rc = context_score(&c, p, r->score, err);
     kvcache_drop(&r->kv[0], seq);
     return rc;
@@ -320,6 +327,7 @@ static uint64_t settings_hash(const Eval *e) {
     h = hash_text(h, c->postfix);
     h = hash_text(h, e->kv[0].name);
     h = hash_text(h, e->set ? e->set : "");
+    if (e->fit != FIT_NONE) h = hash_text(h, fit_kind_name(e->fit));
     if (e->stream) h = hash_bytes(h, &e->window, sizeof e->window);
     return c->profile ? profile_hash(c->profile, &e->state->model->config, h) : h;
 }
@@ -358,6 +366,7 @@ int eval_run(const Eval *e, const EvalTasks *tasks, EvalResults *results, char *
     int rc = run_all(r, tasks, err);
     for (int k = 0; k < EVAL_LIST; k++) kvcache_close(&r->kv[k]);
     ids_free(&r->ids);
+    fitting_close(&r->fitting);
     free(r->score);
     free(r->keep);
     free(r);

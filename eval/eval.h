@@ -7,6 +7,7 @@
 #include "eval/results.h"
 #include "eval/tasks.h"
 #include "policies.h"
+#include "policies/fitting.h"
 
 enum { EVAL_LIST = 16 };
 
@@ -30,6 +31,7 @@ typedef struct {
     // Evict while a context is read: policies that score live, no level of whole heads, nothing
     // demoted.
     bool stream;
+    FitKind fit;     // what stays is fitted
     int window;      // with stream: newest pairs of each head, which stay meanwhile
     int max_tokens;  // of an answer, where the task does not say
     // Texts, NULL behind the last: an answer ends after one, where the task does not say.

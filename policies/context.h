@@ -11,6 +11,7 @@
 enum { MAX_PARAMS = 4 };
 
 typedef struct Context Context;
+typedef struct Fitting Fitting;        // what stays is fitted to queries that passed (fitting.h)
 typedef struct Head Head;              // pairs of one kv head (live.h)
 typedef struct LiveMethod LiveMethod;  // how a method watches tokens pass (live.h)
 
@@ -36,6 +37,7 @@ typedef struct {
     void (*head)(const Head *h);
     const LiveMethod *live;
     int (*score)(Context *c, float *score, char *err);
+    bool repeats;  // it lets the model say the context again: fitting uses the queries of that
     const char *help;
     Param params[MAX_PARAMS];
 } Policy;
@@ -74,6 +76,7 @@ struct Context {
     const Level *level;
     double level_param[MAX_PARAMS];
     bool ref_ties;           // select by the authors' threshold rule
+    Fitting *fitting;        // catches queries while the context is scored, or NULL
     const Profile *profile;  // of the model, for the methods that need one; NULL: there is none
     // called after each forward call of context_read; nonzero, with err, stops
     int (*after)(void *arg, char *err);

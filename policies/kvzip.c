@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "policies/fitting.h"
 #include "policies/methods.h"
 #include "util.h"
 
@@ -58,11 +59,16 @@ static int repeat_chunk(Context *c, KVScoring *s, int a, int b, char *err) {
     } else if ((s->seq = kvcache_fork(c->kv, c->seq, err)) >= 0) {
         Feed pass = {
             .seq = s->seq, .ids = in.id, .n = in.n, .what = "score", .done = a, .total = c->n_ctx};
+        // Fitted to these rows: the one at position from + i says token i of the context again.
+        int from = c->n_prefix + c->n_ctx + in.n - b;
+        if (c->fitting)
+            fitting_watch(c->fitting, c, (FitPass){s->seq, from, a, c->n_ctx, .repeats = true});
         s->t0 = c->n_prefix + a, s->t1 = c->n_prefix + b;
         if (kvcache_score_begin(c->kv, s, err) == 0) status = context_feed(c, &pass, err);
         kvcache_score_end(c->kv);
         kvcache_drop(c->kv, s->seq);
     }
+    if (c->fitting) fitting_rest(c->fitting);
     ids_free(&in);
     return status;
 }

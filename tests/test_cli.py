@@ -992,6 +992,40 @@ def test_processors(m):
     check(r.rows()[0]["threads"] == 1 and "may use 1 processor" in r.err, "-j 8 on one processor: %s" % r.err)
 
 
+def test_fit(m, d):
+    """What stays is fitted: the next token's distribution comes nearer to the full cache's, whoever scores."""
+    text = write(d + "/fit.txt", "The mill of Gavi was built by Ann Grey, who kept forty goats and a blue boat. " * 8)
+    task = {"task": "fit", "context": open(text).read(), "metric": "contained",
+            "questions": [{"question": "Who built the mill?", "answers": ["Ann"]},
+                          {"question": "What did she keep?", "answers": ["goats"]}]}
+    tasks = write(d + "/fit.jsonl", json.dumps(task) + "\n")
+    for policy in ("kvzip", "snapkv", "random"):
+        kl = {}
+        for fit in ("none", "values", "both"):
+            rows = works("eval", m.path, tasks, "--policy", policy, "--ratio", "1,0.2", "--fit", fit, "-n", "12", "--json",
+                         "-q").rows()
+            kl[fit], = (r["value"] for r in rows if r["metric"] == "kl" and r["ratio"] == 0.2)
+            check(all(r["value"] < 1e-12 for r in rows if r["metric"] == "kl" and r["ratio"] == 1), "fit: ratio 1 is untouched")
+        check(kl["both"] < 0.8 * kl["none"] and kl["values"] < kl["none"], "fit, %s: KL %s" % (policy, kl))
+    plain, fitted, again = d + "/plain.kvc", d + "/fitted.kvc", d + "/again.kvc"
+    compress = ("compress", m.path, "-f", text, "--ratio", "0.2", "-q", "-o")
+    works(*compress, plain)
+    works(*compress, fitted, "--fit", "none")
+    check(open(plain, "rb").read() == open(fitted, "rb").read(), "--fit none changes no byte")
+    row = works(*compress, fitted, "--fit", "both", "--json", "-j", "1").rows()[0]
+    works(*compress, again, "--fit", "both", "-j", "3")
+    check(row["fit"] == "both" and open(again, "rb").read() == open(fitted, "rb").read(), "fit: the same bits from more threads")
+    check("bias" in Tensors(fitted).shape and "bias" not in Tensors(plain).shape, "biases are saved where there are some")
+    check(works("info", fitted, "--json").rows()[0]["fit"] == "both", "info shows how a cache was fitted")
+    works("ask", m.path, fitted, "Who?", "-n", "3", "-q")
+    for flags in (("--stream", "--policy", "streaming"), ("--budget", "40", "--policy", "streaming"), ("--demote", "q2")):
+        fails(2, "--fit has no effect", "compress", m.path, "-f", text, "-o", again, "--fit", "both", *flags)
+    fails(2, "keeps what --fit replaces", "eval", m.path, tasks, "--kv", "f16+q2", "--fit", "both")
+    data, at = bytearray(open(fitted, "rb").read()), Tensors(fitted).at["bias"]
+    data[at:at + 4] = struct.pack("<f", float("inf"))
+    fails(1, "the bias of a pair is no number", "ask", m.path, write(again, bytes(data)), "Who?", "-q")
+
+
 def test_left_behind(m, d):
     """Pairs that a window left behind, in a layer that has none: ask ended in a segmentation fault."""
     works("compress", m.path, "-p", "The mill was built by Ann Grey. " * 20, "-o", d + "/whole.kvc", "-q")
@@ -1062,6 +1096,8 @@ def main():
         test_small_stack(smol, d)
         test_lying_counts(smol, d)
         test_left_behind(smol, d)
+        for m in (smol, Model("qwen3"), Model("gemma3")):
+            test_fit(m, d)
         test_processors(smol)
         test_interrupt(smol, d)
         test_interrupted_chat(smol)

@@ -1,0 +1,229 @@
+// fitting.c: fitting a whole context.
+//
+// Two moments: while the context is read (or repeated, for KVzip), evenly spaced queries are copied
+// as they pass; once it is known which pairs stay, and before the others go, each head is fitted to
+// them on its own. Queries of reading are turned to where later questions stand, behind the
+// context.
+#include "policies/fitting.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fit.h"
+#include "util.h"
+
+static const char *const kind_names[FIT_KINDS] = {"none", "values", "both"};
+
+// Of the fit (fit.h).
+static const double RIDGE = 0.1, FLOOR = 0.1;
+enum { STEPS = 20, SPREAD = 64 };  // positions behind the context that queries are turned to
+
+int fit_kind(const char *name) {
+    for (int i = 0; i < FIT_KINDS; i++)
+        if (strcmp(name, kind_names[i]) == 0) return i;
+    return -1;
+}
+
+const char *fit_kind_name(FitKind kind) { return kind_names[kind]; }
+
+size_t fitting_bytes(const KVShape *shape, int n, int kept, int threads) {
+    size_t d = (size_t)shape->head_dim, group = (size_t)(shape->n_heads / shape->n_kv_heads);
+    size_t heads = (size_t)kvcache_scored_layers(shape, NULL) * (size_t)shape->n_heads;
+    size_t rows = group * FIT_POSITIONS, pairs = (size_t)n, stay = (size_t)kept;
+    size_t size = rows < stay ? rows : stay;
+    size_t head = 3 * pairs * d + 2 * rows * d + 3 * rows * stay + size * size;  // of fit_head
+    return heads * FIT_POSITIONS * (d * sizeof(uint16_t) + sizeof(float)) +
+           (size_t)threads * head * sizeof(float);
+}
+
+int fitting_open(Fitting *f, FitKind kind, const Context *c, char *err) {
+    const KVShape *shape = &c->kv->shape;
+    size_t heads = (size_t)kvcache_scored_layers(shape, NULL) * shape->n_heads;
+    *f = (Fitting){.kind = kind, .c = c};
+    f->q = malloc(heads * FIT_POSITIONS * shape->head_dim * sizeof *f->q + 1);
+    f->own = malloc(heads * FIT_POSITIONS * sizeof *f->own + 1);
+    if (f->q && f->own) return 0;
+    fitting_close(f);
+    return fail(err, "out of memory for the queries of %zu heads", heads);
+}
+
+void fitting_close(Fitting *f) {
+    free(f->q);
+    free(f->own);
+    *f = (Fitting){0};
+}
+
+// ---- catching queries ----
+
+void fitting_watch(Fitting *f, const Context *c, FitPass pass) {
+    f->c = c, f->seq = pass.seq, f->from = pass.from, f->first = pass.first;
+    f->n_tokens = pass.n_tokens, f->repeats = pass.repeats;
+    f->watching = true;
+    f->n = min_int(pass.n_tokens, FIT_POSITIONS);
+    c->state->watch = fitting_tap, c->state->watch_arg = f;
+}
+
+void fitting_rest(Fitting *f) {
+    f->watching = false;
+    f->c->state->watch = NULL;
+}
+
+// Where token i's query goes, or -1: it is not one of those caught.
+static int slot_of(const Fitting *f, int i) {
+    if (i < f->first || i >= f->n_tokens) return -1;
+    long before = (long)i * f->n / f->n_tokens, after = (long)(i + 1) * f->n / f->n_tokens;
+    return after > before ? (int)before : -1;
+}
+
+typedef struct {
+    Fitting *f;
+    int layer, n;
+} Passing;
+
+// Of the row's own pass: log of the sum of exp(scale q . k) over the pairs from `own` on to its
+// own.
+static float own_sum(const Fitting *f, int layer, int h, int pos, const float *q) {
+    const KVShape *shape = &f->c->kv->shape;
+    int d = shape->head_dim, first = f->c->n_prefix + f->c->n_ctx, last = pos;
+    float k[MAX_HEAD_DIM * PAGE], s[PAGE], max = -INFINITY, sum = 0;
+    KVHeadAt at = {f->seq, layer, h / (shape->n_heads / shape->n_kv_heads)};
+    for (int b = first / PAGE; b * PAGE <= last; b++) {
+        kvcache_block(f->c->kv, at, b, k, NULL);
+        kern.gemm_f32(&(Gemm){.c = s,
+                              .ldc = PAGE,
+                              .a = q,
+                              .lda = (size_t)d,
+                              .b = k,
+                              .n = 1,
+                              .inner = d,
+                              .cols = PAGE});
+        for (int j = 0; j < PAGE; j++) {
+            int t = b * PAGE + j;
+            if (t < first || t > last) continue;
+            float x = shape->scale * s[j];
+            if (shape->softcap > 0) x = shape->softcap * tanhf(x / shape->softcap);
+            if (x > max) sum *= expf(max - x), max = x;
+            sum += expf(x - max);
+        }
+    }
+    return max + logf(sum);
+}
+
+// The rows of query head h.
+static void catch_head(void *ctx, int h) {
+    const Passing *p = ctx;
+    const Fitting *f = p->f;
+    const RunState *s = f->c->state;
+    const Config *m = &s->model->config;
+    int d = m->head_dim, end = f->c->n_prefix + f->c->n_ctx;
+    size_t at = (size_t)kvcache_scored_index(&f->c->kv->shape, p->layer) * m->n_heads + h;
+    float q[MAX_HEAD_DIM], rope[MAX_HEAD_DIM];
+    for (int i = 0; i < p->n; i++) {
+        int token = s->pos[i] - f->from, slot = slot_of(f, token);
+        if (slot < 0) continue;
+        memcpy(q, s->q + ((size_t)i * m->n_heads + h) * d, (size_t)d * sizeof *q);
+        if (f->repeats) {
+            f->own[at * FIT_POSITIONS + slot] = own_sum(f, p->layer, h, s->pos[i], q);
+        } else {
+            model_unrotate(s, p->layer, i, q);
+            model_rope(s->model, p->layer, end + 37 * slot % SPREAD, rope);
+            model_rotate(s->model, q, rope);
+        }
+        kern.f32_to_f16(f->q + (at * FIT_POSITIONS + slot) * d, q, (size_t)d);
+    }
+}
+
+void fitting_tap(void *arg, int layer, int n) {
+    Fitting *f = arg;
+    if (!f->watching || f->c->kv->shape.window[layer] != 0) return;
+    parallel_for(f->c->state->pool, f->c->kv->shape.n_heads, catch_head, &(Passing){f, layer, n});
+}
+
+// ---- fitting ----
+
+typedef struct {
+    const Fitting *f;
+    const Context *c;
+    const uint8_t *keep;
+    bool *failed;  // [scored heads]
+} Apply;
+
+// The queries of kv head h, of all heads of its group, as f32 times the scale: q [group * n][d].
+static void gather_queries(const Fitting *f, const KVShape *shape, int h, float *q, float *own) {
+    int group = shape->n_heads / shape->n_kv_heads, d = shape->head_dim;
+    size_t first =
+        (size_t)(h / shape->n_kv_heads) * shape->n_heads + (size_t)(h % shape->n_kv_heads) * group;
+    for (int i = 0; i < group; i++) {
+        float *to = q + (size_t)i * f->n * d;
+        kern.f16_to_f32(to, f->q + (first + i) * FIT_POSITIONS * d, (size_t)f->n * d);
+        kern.scale(to, shape->scale, f->n * d);
+        memcpy(own + (size_t)i * f->n, f->own + (first + i) * FIT_POSITIONS,
+               (size_t)f->n * sizeof *own);
+    }
+}
+
+// The pairs of a head that stay: the prefix and what keep says. Returns how many.
+static int list_kept(const Context *c, const uint8_t *keep, int *kept) {
+    int n = 0;
+    for (int t = 0; t < c->n_prefix; t++) kept[n++] = t;
+    for (int t = 0; t < c->n_ctx; t++)
+        if (keep[t]) kept[n++] = c->n_prefix + t;
+    return n;
+}
+
+static void apply_head(void *ctx, int h) {
+    const Apply *a = ctx;
+    const Context *c = a->c;
+    const Fitting *f = a->f;
+    KVCache *kv = c->kv;
+    const KVShape *shape = &kv->shape;
+    KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
+                   h % shape->n_kv_heads};
+    int d = shape->head_dim, n_pairs = c->n_prefix + c->n_ctx, pages = (n_pairs + PAGE - 1) / PAGE;
+    int rows = f->n * (shape->n_heads / shape->n_kv_heads);
+    size_t block = (size_t)d * PAGE;
+    float *k = malloc((size_t)pages * block * sizeof *k),
+          *v = malloc((size_t)pages * block * sizeof *v);
+    float *q = malloc(((size_t)rows * d + 1) * sizeof *q),
+          *own = malloc(((size_t)rows + 1) * sizeof *own);
+    float *values = malloc((size_t)pages * block * sizeof *values);
+    float *bias = malloc((size_t)pages * PAGE * sizeof *bias);
+    int *kept = malloc((size_t)pages * PAGE * sizeof *kept);
+    a->failed[h] = !k || !v || !q || !own || !values || !bias || !kept;
+    if (!a->failed[h]) {
+        for (int b = 0; b < pages; b++) kvcache_block(kv, at, b, k + b * block, v + b * block);
+        gather_queries(f, shape, h, q, own);
+        int n = list_kept(c, a->keep + (size_t)h * c->n_ctx, kept);
+        FitHead fit = {.head_dim = d,
+                       .n_pairs = n_pairs,
+                       .k = k,
+                       .v = v,
+                       .n_kept = n,
+                       .kept = kept,
+                       .n_rows = rows,
+                       .q = q,
+                       .softcap = shape->softcap,
+                       .own = f->repeats ? own : NULL,
+                       .biases = f->kind == FIT_BOTH,
+                       .ridge = RIDGE,
+                       .floor = FLOOR,
+                       .steps = STEPS};
+        a->failed[h] = fit_head(&fit, values, bias) != 0;
+        if (!a->failed[h] && n < n_pairs)
+            kvcache_refit(kv, at, &(KVFitted){kept, n, values, fit.biases ? bias : NULL});
+    }
+    free(k), free(v), free(q), free(own), free(values), free(bias), free(kept);
+}
+
+int fitting_apply(const Fitting *f, const Context *c, const uint8_t *keep, char *err) {
+    int n = context_heads(c);
+    if (f->kind == FIT_NONE) return 0;
+    if (kvcache_own(c->kv, c->seq, err) != 0) return -1;
+    Apply a = {f, c, keep, calloc((size_t)n + 1, sizeof *a.failed)};
+    bool failed = !a.failed;
+    if (a.failed) parallel_for(c->state->pool, n, apply_head, &a);
+    for (int i = 0; i < n && a.failed; i++) failed = failed || a.failed[i];
+    free(a.failed);
+    return failed ? fail(err, "out of memory for fitting %d pairs", c->n_ctx) : 0;
+}
