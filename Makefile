@@ -139,6 +139,8 @@ trust: lint asan valgrind neon compilers
 	@$(MAKE) --no-print-directory mutants MUTANTS=3000 SEED=$$$$
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=360
 	@$(MAKE) --no-print-directory sizes SIZES=long
+	@$(MAKE) --no-print-directory faults FAULTS=long
+	@$(PYTHON) tests/soak.py long
 
 # ---- Python and models ----
 

@@ -1,5 +1,6 @@
 // newfile.c: how a file is written so that nothing is lost.
 #define _POSIX_C_SOURCE 200809L
+#define _DARWIN_C_SOURCE  // O_NOFOLLOW
 #include "newfile.h"
 
 #include <dirent.h>

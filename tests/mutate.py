@@ -264,8 +264,9 @@ class Files:
         self.text = self.put("text", TEXT.encode())
         self.questions = self.put("questions", b"Who kept geese?\tThe\nWhat rose?\nHow many?\n")
         tasks = [{"context": TEXT[:120], "task": "mill", "metric": metric, "max_tokens": 3, "stop": ".",
-                  "questions": [{"question": "Who?", "answers": ["the miller", "7"], "answer_prefix": "It was"},
-                                {"question": "What?", "answers": ["b"]}]} for metric in ("contained", "choice")]
+                  "questions": [{"question": "Who?", "answers": answers, "answer_prefix": "It was"},
+                                {"question": "What?", "answers": ["b"]}]}
+                 for metric, answers in (("contained", ["the miller", "7"]), ("choice", ["c"]))]
         self.tasks = self.put("tasks", "".join(json.dumps(t) + "\n" for t in tasks).encode())
         self.caches, self.profiles, self.models = [], [], {m: os.path.join(FIXTURES, m + ".kvz") for m in MODELS}
         for m in MODELS:

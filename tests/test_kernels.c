@@ -379,7 +379,7 @@ static Matrix random_matrix(WType type, int rows, int cols, bool offset, float *
            groups = (size_t)m.panels * m.cols_padded / QGROUP * PANEL;
     uint8_t *data = aligned_alloc(64, lines * 64);
     uint16_t *scale = malloc(groups * 2), *off = malloc(groups * 2);
-    for (size_t i = 0; i < lines * 64; i++) data[i] = (uint8_t)(rnd() * 1000);
+    for (size_t i = 0; i < lines * 64; i++) data[i] = (uint8_t)(int)(rnd() * 1000);
     for (size_t i = 0; i < groups; i++)
         scale[i] = i % PANEL == 3   ? (uint16_t)(i / PANEL % 2 * 0x8000)
                    : i % PANEL == 4 ? (uint16_t)(i % 7)  // subnormal
