@@ -3,7 +3,8 @@
 // The cache gives its own figures (kvcache_token_bytes and the like); what must be known here is
 // how many pairs are there at once: all tokens, or with eviction those that stay, the window that
 // is not evicted, and the block that is being read.
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE  // _SC_PHYS_PAGES
+#define _DARWIN_C_SOURCE
 #include "cli/memory.h"
 
 #include <math.h>
