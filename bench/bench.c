@@ -8,6 +8,7 @@
 // The model and the cache count the operations they are asked for, so a row's share of the peaks is
 // what the work needs, without what tiles and pages compute in vain.
 #define _POSIX_C_SOURCE 200809L
+#define _DARWIN_C_SOURCE  // mkdtemp
 #include "bench/bench.h"
 
 #include <errno.h>
