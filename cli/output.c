@@ -3,7 +3,7 @@
 // Results go to stdout, figures and warnings to stderr. Only run.c and this folder print or exit:
 // all other code returns -1 and leaves a sentence in err, which ends up in die(). What others wrote
 // is shown, never sent to the terminal (text.c).
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #include "cli/output.h"
 
 #include <errno.h>
