@@ -142,6 +142,7 @@ def within(what):
 FOREIGN = (
     (rb"version https://git-lfs", "a git-lfs pointer, not the file itself: run git lfs pull"),
     (rb"\s*<(!doctype|html)", "a web page, not the file itself: download it again"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text; save it as UTF-8"),
     (rb"PK\x03\x04|\x80[\x02-\x05]", "pickled weights; save the model as safetensors first"),
     (rb"(tjgg|lmgg|fmgg|algg)", "a GGML file, older than GGUF, which is not supported"),
     (rb"[\0-\xff]{8}\{\"__metadata__\":\{\"format\":\"kvzip", "converted already: ./run reads it"),
@@ -1290,10 +1291,13 @@ def to_f16(x, what):
     return y
 
 
-def to_bf16(x):
+def to_bf16(x, what):
     """Rounded to nearest even, as uint16."""
     u = x.view(np.uint32)
-    return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+    y = ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+    if (y & 0x7F80 == 0x7F80).any():
+        raise Refusal(f"tensor {what} holds values too large for 16-bit floats; try --type f32")
+    return y
 
 
 def quantize_q8(x, name):
@@ -1425,7 +1429,7 @@ class Matrix:
         if self.kind == "f16":
             x = to_f16(x, self.t.name)
         elif self.kind == "bf16":
-            x = to_bf16(x)
+            x = to_bf16(x, self.t.name)
         return to_panels(x, K[self.kind])
 
     def quantized(self, a, b, rows):
@@ -1492,7 +1496,6 @@ def model_outputs(model, weights, target):
 
 NORMAL, SPECIAL, ADDED, BYTE, UNUSED = range(5)  # tok.kind
 NORMALIZED, STRIPS_LEFT, STRIPS_RIGHT = 1, 2, 4  # tok.flags
-MAX_IDS = 1 << 24  # more are a mistake
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 GPT4 = (
@@ -1533,6 +1536,7 @@ class Vocab:
         self.flags = {}  # id -> bits of tok.flags
         self.merges = np.zeros((0, 3), np.int32)
         self.ids = {t: i for i, t in reversed(list(enumerate(texts))) if t is not None}
+        self.spaces = False  # the normalizer of tokenizer.json makes them U+2581
         self.strippers = []  # special tokens that swallow the white space after them
         self.meta = dict(model=model, split="none", nfc=0, ignore_merges=0, add_bos=0,
                          bos_id=-1, unk_id=-1, space_prefix=0, byte_fallback=0)
@@ -1766,9 +1770,6 @@ def vocab_from_json(spec):
             raise Refusal(f"tokenizer.json: {key} is not supported")
     check_tokenizer_json(spec)
     added = {t["id"]: t for t in spec.get("added_tokens") or []}
-    for i in (*m["vocab"].values(), *added):
-        if not isinstance(i, int) or not 0 <= i < MAX_IDS:
-            raise Refusal(f"tokenizer.json: {i!r} is no token id")
     n = 1 + max([*m["vocab"].values(), *added])
     texts, kinds = [None] * n, [UNUSED] * n
     for text, i in m["vocab"].items():
@@ -1782,13 +1783,13 @@ def vocab_from_json(spec):
     v.merges = merges_by_pair(pairs, m["vocab"])
     v.meta.update(ignore_merges=int(bool(m.get("ignore_merges"))),
                   byte_fallback=int(bool(m.get("byte_fallback"))))
-    spaces = read_normalizer(v, spec.get("normalizer"))
+    v.spaces = read_normalizer(v, spec.get("normalizer"))
     if byte_level:
         v.meta["split"] = split_of(spec["pre_tokenizer"])
     else:
-        read_spm_pretokenizer(v, spec.get("pre_tokenizer"), spaces)
+        read_spm_pretokenizer(v, spec.get("pre_tokenizer"), v.spaces)
     for i, t in added.items():
-        add_token(v, i, t, spaces)
+        add_token(v, i, t)
     unk = m.get("unk_token")
     if unk is not None and unk not in v.ids:
         raise Refusal(f"tokenizer.json: unk_token {unk!r} is no token")
@@ -1800,11 +1801,10 @@ def vocab_from_json(spec):
     return v
 
 
-def add_token(v, i, t, spaces=False):
-    """An added token of tokenizer.json or tokenizer_config.json. spaces: the normalizer makes them
-    U+2581."""
+def add_token(v, i, t):
+    """An added token of tokenizer.json or tokenizer_config.json."""
     text, special = t["content"], bool(t.get("special"))
-    if not isinstance(i, int) or not 0 <= i < MAX_IDS or not isinstance(text, str):
+    if not isinstance(i, int) or not 0 <= i < MOST or not isinstance(text, str):
         raise Refusal(f"tokenizer: {text!r} cannot be added as id {i!r}")
     if v.ids.get(text, i) != i:
         i = v.ids[text]  # tokens of the vocabulary keep their ids
@@ -1814,9 +1814,9 @@ def add_token(v, i, t, spaces=False):
         raise Refusal(f"tokenizer: added token {text!r} is for whole words, which is not supported")
     flags = [t.get("normalized", False), t.get("lstrip"), t.get("rstrip")]
     if flags[0] and v.meta["model"] == "spm" and (
-            any(flags[1:]) if spaces else any(c in text for c in (" ", SPACE))):
+            any(flags[1:]) if v.spaces else any(c in text for c in (" ", SPACE))):
         raise Refusal(f"tokenizer: added token {text!r} is normalized and "
-                      f"{'swallows' if spaces else 'holds'} spaces, which is not supported")
+                      f"{'swallows' if v.spaces else 'holds'} spaces, which is not supported")
     if t.get("rstrip"):
         v.strippers.append(text)
     grow = i + 1 - len(v.texts)
@@ -1918,6 +1918,18 @@ def token_text(value):
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
+def named_tokens(config):
+    """-> [(key, token)] of what tokenizer_config.json names, in the order in which transformers
+    gives ids to those that are new: the usual names, others of a model's own, then lists."""
+    extra = config.get("extra_special_tokens")
+    lists = {"extra_special_tokens": extra or config.get("additional_special_tokens") or []}
+    others = [k for k in config if k.endswith("_token") and k[:4] != "add_" and k not in NAMED]
+    out = [(k, config[k]) for k in (*NAMED, *others) if config.get(k)]
+    for key, tokens in lists.items():
+        out += [(key, t) for t in (tokens.values() if isinstance(tokens, dict) else tokens)]
+    return out
+
+
 def tokenizer_config(path):
     """tokenizer_config.json; without added_tokens_decoder with those files that older versions of
     transformers put beside it, as the newer ones read them."""
@@ -1925,33 +1937,40 @@ def tokenizer_config(path):
     if "added_tokens_decoder" in config:
         return config
     config.update(read_json(os.path.join(path, "special_tokens_map.json"), {}))
-    special = {token_text(config.get(k)) for k in NAMED}
-    for k in ("additional_special_tokens", "extra_special_tokens"):
-        special |= {token_text(t) for t in config.get(k) or []}
+    special = {token_text(t) for _, t in named_tokens(config)}
     added = read_json(os.path.join(path, "added_tokens.json"), {})
     config["added_tokens_decoder"] = {
         i: {"content": t, "special": t in special} for t, i in added.items()}
     return config
 
 
-def add_named_tokens(v, config, grows):
+def add_named_tokens(v, config, from_json):
     """Tokens that only the config knows; transformers gives those without an id the next ones.
-    grows: the vocabulary is one to which it does."""
+    from_json: the vocabulary is that of tokenizer.json."""
+    def flags_of(t):  # as AddedToken has them; without tokenizer.json nothing is normalized
+        return {**t, "normalized": from_json and t.get("normalized", not t.get("special"))}
+
     decoder = sorted((int(i), t) for i, t in config["added_tokens_decoder"].items())
     for i, t in decoder:
-        if t.get("content") not in v.ids or v.kinds[v.ids[t["content"]]] not in (SPECIAL, ADDED):
-            # between added tokens a model's text begins anew
-            add_token(v, i, {**t, "normalized": t.get("normalized") and not v.meta["space_prefix"]})
-    for key in NAMED:
-        token = config.get(key)
-        text = token_text(token)
-        if not isinstance(text, str) or not text or text in v.ids:
+        text = t.get("content")
+        if text not in v.ids or v.kinds[v.ids[text]] not in (SPECIAL, ADDED):
+            if from_json and text not in v.ids and i > len(v.texts):
+                raise Refusal(f"tokenizer_config.json: added_tokens_decoder gives {text!r} id {i}, "
+                              f"and transformers {len(v.texts)}, the next one of tokenizer.json")
+            add_token(v, i, flags_of(t))
+    merged = set(v.merges[:, 2].tolist())
+    for key, token in named_tokens(config):
+        t = flags_of(token) if isinstance(token, dict) else {"content": token}
+        text = t.get("content")
+        i = v.ids.get(text)
+        if not text or (i is not None and (v.kinds[i] != NORMAL or i in merged or len(text) == 1)):
+            continue  # what merges make of a text stays a part of it
+        if not from_json and v.meta["model"] != "spm":
+            if i is None:
+                warn(f"{key} {text!r} is no token of the vocabulary")
             continue
-        if not grows:
-            warn(f"{key} {text!r} is no token of the vocabulary")
-        else:
-            flags = token if isinstance(token, dict) else {}
-            add_token(v, len(v.texts), {**flags, "content": text, "special": True})
+        add_token(v, len(v.texts), {**t, "special": True})
+        if i is None:
             warn(f"{key} {text!r} is not in the vocabulary and becomes id {v.ids[text]}")
 
 
@@ -1959,6 +1978,8 @@ def vocab_from_directory(path, model_type):
     """-> Vocab, tokenizer_config.json"""
     config = tokenizer_config(path)
     as_json, as_model = (os.path.join(path, n) for n in ("tokenizer.json", "tokenizer.model"))
+    check_there(as_json)
+    check_there(as_model)
     ranks = glob.glob(os.path.join(path, "*.tiktoken"))
     if os.path.exists(as_json):
         try:
@@ -1969,12 +1990,16 @@ def vocab_from_directory(path, model_type):
         v = vocab_from_model(as_model if os.path.exists(as_model) else ranks[0], model_type)
     else:
         raise Refusal("no tokenizer.json, tokenizer.model or *.tiktoken")
-    add_named_tokens(v, config, os.path.exists(as_json) or v.meta["model"] == "spm")
+    add_named_tokens(v, config, os.path.exists(as_json))
     bos = v.ids.get(token_text(config.get("bos_token")))
     if bos is not None and v.meta["bos_id"] < 0:
         v.meta["bos_id"] = bos
-    if isinstance(config.get("add_bos_token"), bool):
-        v.meta["add_bos"] = int(config["add_bos_token"])
+    said = config.get("add_bos_token")
+    if said is not None and not os.path.exists(as_json):
+        v.meta["add_bos"] = int(said)
+    elif said is not None and bos is not None and said != v.meta["add_bos"]:
+        warn(f"tokenizer_config.json: add_bos_token is {json.dumps(said)}, which the post-processor "
+             "of tokenizer.json overrules, as in transformers 5")
     if config.get("add_eos_token"):
         warn("tokenizer_config.json sets add_eos_token, which would close every text; no text is")
     if v.meta["bos_id"] < 0:
@@ -2027,9 +2052,10 @@ def vocab_from_gguf(meta):
     model, texts = get("model"), get("tokens")
     if model not in ("gpt2", "llama") or not texts:
         raise Refusal(f"tokenizer {model!r} is not supported, gpt2 and llama (SentencePiece) are")
-    kinds = [GGUF_KINDS.get(k, NORMAL) for k in get("token_type") or [1] * len(texts)]
-    if len(kinds) != len(texts):
-        raise Refusal(f"{len(texts)} tokens, but {len(kinds)} token types")
+    if not get("token_type"):
+        raise Refusal("tokenizer.ggml.token_type is missing: which tokens are control tokens and "
+                      "bytes is not known; convert the model anew")
+    kinds = [GGUF_KINDS.get(k, NORMAL) for k in get("token_type")]
     if get("add_eos_token"):
         warn("the file sets add_eos_token, which would close every text; no text is")
     if get("remove_extra_whitespaces"):
@@ -2045,6 +2071,8 @@ def vocab_from_gguf(meta):
                       unk_id=get("unknown_token_id", 0),
                       space_prefix=int(get("add_space_prefix", True)))
         return v
+    if not get("merges"):
+        raise Refusal("tokenizer.ggml.merges is missing, and a gpt2 vocabulary needs it")
     pre = known_pre(meta, texts)
     if pre not in GGUF_PRE:
         raise Refusal(f"pre-tokenizer {pre!r} is not supported, {', '.join(GGUF_PRE)} are")
@@ -2055,18 +2083,13 @@ def vocab_from_gguf(meta):
         pairs.append((m[:cut], m[cut + 1 :]))
     v.merges = merges_by_pair(pairs, v.ids)
     v.meta.update(split=split, nfc=nfc, ignore_merges=ignore,
-                  add_bos=int(get("add_bos_token", split == "llama3")))
+                  add_bos=int(v.meta["bos_id"] >= 0 and get("add_bos_token", split == "llama3")))
     return v
-
-
-def id_list(value):
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
 
 def stop_ids(v, *sources):
     """Ids that end an answer: those the files name, and the turn ends among the special tokens."""
-    ids = {i for s in sources for i in id_list(s)}
+    ids = {i for s in sources for i in (s if isinstance(s, list) else [s]) if i is not None}
     ids |= {v.ids[t] for t in TURN_ENDS if t in v.ids and v.kinds[v.ids[t]] in (SPECIAL, ADDED)}
     return sorted(i for i in ids if 0 <= i < len(v.texts))
 
@@ -2299,14 +2322,22 @@ def chat_metadata(source, v, tokens):
 def template_of(path, config):
     """The chat template of a Hugging Face directory, wherever this version keeps it."""
     jinja = os.path.join(path, "chat_template.jinja")
+    check_there(jinja)
     if os.path.exists(jinja):
-        with open(jinja, encoding="utf-8") as f:
-            return f.read()
+        try:
+            with open(jinja, encoding="utf-8") as f:
+                return f.read()
+        except ValueError as e:
+            found = foreign(jinja) or f"damaged: {e}"
+            raise Refusal(f"chat_template.jinja is {found}") from None
     source = config.get("chat_template")
     if source is None:
         source = read_json(os.path.join(path, "chat_template.json"), {}).get("chat_template")
     if isinstance(source, list):
-        source = {t["name"]: t["template"] for t in source}.get("default")
+        named = {t["name"]: t["template"] for t in source}
+        source = named.get("default")
+        if named and source is None:
+            warn(f"of the chat templates {', '.join(named)} none is called default: none is used")
     return source
 
 
@@ -2407,6 +2438,8 @@ class NewFile:
         be replaced either."""
         if not os.path.basename(self.asked):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if self.asked == "-":
+            raise Refusal("a model is written to a file, not to stdout; ./- is one", self.asked)
         if not os.path.lexists(self.path):
             return None
         st = os.lstat(self.path)
@@ -2601,6 +2634,10 @@ def check_tokenizer_config(path):
         for key, value in c.items():
             if key.endswith("_token") and not key.startswith("add_"):
                 check_token(where, key, value)
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            tokens = c.get(key) or []
+            for t in tokens.values() if isinstance(tokens, dict) else tokens:
+                check_token(where, key, t)
         if c.get("add_bos_token") is not None:
             check_value(where, "add_bos_token", c["add_bos_token"], "true or false")
         added = c.get("added_tokens_decoder", {})
@@ -2820,7 +2857,8 @@ def convert(args):
         with within("the model"):
             meta, outputs = (plan_tokenizer if args.tokenizer_only else plan)(args)
             refuse_opened(out)
-            write_file(out, meta, outputs)
+            with np.errstate(all="ignore"):  # what is no number in the end is refused by its name
+                write_file(out, meta, outputs)
     except KeyboardInterrupt:
         sys.exit("export.py: interrupted, " + ("all written" if out.written else "nothing written"))
     finally:

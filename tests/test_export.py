@@ -473,6 +473,21 @@ class TestFolders(Case):
         os.symlink("gone", os.path.join(self.dir, "link"))
         self.refuse(os.path.join(self.dir, "link"), "link is a link to nothing: gone")
 
+    def test_links_and_texts_beside(self):
+        """A link to nothing does not make another file count; UTF-16 is named in each."""
+        for file in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+            path = self.copy("smol")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(path, file))
+            os.symlink("blobs/gone", os.path.join(path, file))
+            self.refuse(path, f"{file} is a link to nothing: blobs/gone")
+        for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
+            path = self.copy("smol")
+            self.put(os.path.join(path, file), "{}".encode("utf-16"), "wb")
+            self.refuse(path, file, "UTF-16")
+        self.put(os.path.join(path, "chat_template.jinja"), b"caf\xe9", "wb")
+        self.refuse(path, "chat_template.jinja is damaged")
+
     def test_other_folders(self):
         for file, bare, word in (
             ("adapter_config.json", True, "LoRA"), ("adapter_config.json", False, "LoRA"),
@@ -819,6 +834,20 @@ class TestRefusals(Case):
         write_source(path, {**whole, name: np.full((96, 96), 1e9, np.float32)})
         self.refuse(path, name, "too large", args=("--type", "f16"))
 
+    def test_values_too_large(self):
+        """What becomes infinite in the type asked for is refused in one line."""
+        path, name = self.copy("llama"), "model.layers.1.mlp.up_proj.weight"
+        tensors = read_source(path)
+        tensors[name] = tensors[name].copy()
+        tensors[name][3, 5] = np.float32(3.4e38)
+        write_source(path, tensors)
+        for kind in ("bf16", "f16", "q8", "q4"):
+            script = [sys.executable, export.__file__, path, "-o", self.out, "--type", kind]
+            p = subprocess.run(script, capture_output=True, text=True)
+            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
+            self.assertIn(name + " holds values too large", p.stderr)
+        self.convert(path, "--type", "f32")
+
     def test_untied_without_head(self):
         self.refuse(self.copy("smol", tie_word_embeddings=False), "lm_head.weight is missing")
 
@@ -922,6 +951,14 @@ class TestWriting(Case):
         self.convert(os.path.join(FIXTURES, "smol"))
         with open(out, "rb") as a, open(self.out, "rb") as b:
             self.assertEqual(a.read(), b.read())
+
+    def test_no_stream(self):
+        here = os.getcwd()
+        os.chdir(self.dir)
+        self.addCleanup(os.chdir, here)
+        status, said = run(os.path.join(FIXTURES, "smol"), "-o", "-")
+        self.assertEqual((status, os.listdir(self.dir)), (1, []), said)
+        self.assertIn("not to stdout", said)
 
     def test_places(self):
         smol = os.path.join(FIXTURES, "smol")
@@ -1132,6 +1169,12 @@ class TestChat(unittest.TestCase):
         source = "{{ strftime_now('%d') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
         self.assertEqual(self.pieces(source)[0]["default_system"], export.TODAY)
 
+    def test_none_called_default(self):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            named = [{"name": "tool_use", "template": "x"}]
+            self.assertIsNone(export.template_of("/nowhere", {"chat_template": named}))
+        self.assertIn("tool_use none is called default", said.getvalue())
+
     def test_hopeless(self):
         self.assertIsNone(self.pieces("constant")[0])
         self.assertIsNone(self.pieces("{{ messages[0].content | upper }}")[0])
@@ -1288,6 +1331,87 @@ class TestTokenizers(Case):
         self.edit(os.path.dirname(path), "tokenizer.json", **spec)
         self.refuse(path, "<R>", "swallows", args=("--tokenizer-only",))
 
+    def wide(self, name):
+        """A copy of a fixture with 32 more rows in its embedding, as padded models have them."""
+        path = self.copy(name)
+        tensors = read_source(path)
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            if key in tensors:
+                more = np.zeros((32, tensors[key].shape[1]), np.float32)
+                tensors[key] = np.vstack([tensors[key], more])
+        write_source(path, tensors)
+        self.edit(path, "config.json", vocab_size=len(tensors["model.embed_tokens.weight"]))
+        return path
+
+    def added(self, name, **config):
+        """What tokenizer_config.json adds -> [(text, kind, flags)] from the first new id on."""
+        path = self.wide(name)
+        self.edit(path, "tokenizer_config.json", **config)
+        c = self.convert(path)
+        n, ends = len(self.tokenizer(name)[1]["model"]["vocab"]), c.t["tok.offsets"]
+        data, flags = c.t["tok.bytes"].tobytes(), c.t.get("tok.flags", c.t["tok.kind"] * 0)
+        return [(data[ends[i] : ends[i + 1]].decode(), int(c.t["tok.kind"][i]), int(flags[i]))
+                for i in range(n, len(c.t["tok.kind"]))]
+
+    def test_named_tokens(self):
+        """Ids and flags of tokens that only the config names, as AutoTokenizer of transformers 5.24
+        gives them: the usual names first, then others, then one of the two lists."""
+        tool, x, end = ("<tool>", 1, 0), ("<X>", 1, 0), ("<end>", 1, 0)
+        for config, want in (
+            (dict(extra_special_tokens=["<tool>", "<X>"]), [tool, x]),
+            (dict(extra_special_tokens={"image_token": "<tool>"}), [tool]),
+            (dict(additional_special_tokens=["<tool>"], extra_special_tokens=["<X>"]), [x]),
+            (dict(image_token="<tool>", additional_special_tokens=["<X>"], pad_token="<end>"),
+             [end, tool, x]),
+            (dict(pad_token={"content": "<X>", "lstrip": True, "rstrip": True,
+                             "normalized": False}), [("<X>", 1, 6)]),
+            (dict(added_tokens_decoder={"641": {"content": "<tool>", "special": True},
+                                        "640": {"content": "<X>"}}), [("<X>", 2, 1), tool]),
+        ):
+            self.assertEqual(self.added("smol", **config), want, config)
+        os.unlink(self.out)
+        path = self.wide("smol")
+        gap = {"645": {"content": "<tool>", "special": True}}
+        self.edit(path, "tokenizer_config.json", added_tokens_decoder=gap)
+        self.refuse(path, "'<tool>' id 645", "640")
+        self.edit(path, "tokenizer_config.json", added_tokens_decoder=DROP,
+                  extra_special_tokens=[3])
+        self.refuse(path, "extra_special_tokens is 3")
+
+    def test_named_and_normalized(self):
+        """A token of the config without flags is normalized unless it is special."""
+        self.assertEqual(self.added("mistral", added_tokens_decoder={"640": {"content": "<t>"}}),
+                         [(" <t>", 2, 1)])
+
+    def test_named_in_the_vocabulary(self):
+        """A named token that tokenizer.json does not list as added is special all the same, unless
+        merges make it of a text."""
+        spec = self.tokenizer("smol")[1]
+        path = self.wide("smol")
+        merged = "".join(spec["model"]["merges"][0]).replace(" ", "")
+        self.edit(path, "tokenizer.json", added_tokens=[])
+        self.edit(path, "tokenizer_config.json", pad_token=merged, unk_token="!")
+        kinds = self.convert(path).t["tok.kind"]
+        ids = spec["model"]["vocab"]
+        self.assertEqual([int(kinds[ids[t]]) for t in ("<|im_start|>", "<|im_end|>", merged, "!")],
+                         [1, 1, 0, 0])
+
+    def test_who_adds_bos(self):
+        """The post-processor of tokenizer.json; add_bos_token counts where there is none of both,
+        as in transformers 5.24."""
+        for name, said, want in (("llama", False, "1"), ("smol", True, "0"), ("llama", True, "1")):
+            path = self.copy(name)
+            self.edit(path, "tokenizer_config.json", add_bos_token=said)
+            status, text = run(path, "-o", self.out)
+            self.assertEqual(status, 0, text)
+            self.assertEqual("overrules" in text, want != str(int(said)))
+            self.assertEqual(Converted(self.out).meta["tokenizer.add_bos"], want)
+        path = self.copy("mistral")
+        os.unlink(os.path.join(path, "tokenizer.json"))
+        shutil.move(self.write(self.sentencepiece()), path)
+        self.edit(path, "tokenizer_config.json", add_bos_token=False, eos_token="<s>")
+        self.assertEqual(self.convert(path).meta["tokenizer.add_bos"], "0")
+
     def test_fields(self):
         """What neither side does is refused by name."""
         for model, word in (({"dropout": 0.1}, "dropout"), ({"end_of_word_suffix": "x"}, "suffix"),
@@ -1441,6 +1565,20 @@ class TestGGUF(Case):
             self.assertEqual(export.known_pre({}, llama), "llama-bpe")
             self.assertIsNone(export.known_pre({}, llama[1:]))
         self.assertEqual(export.known_pre({"tokenizer.ggml.pre": "qwen2"}, llama), "qwen2")
+
+    def test_vocabulary_left_out(self):
+        """Merges and types of tokens cannot be guessed; without a BOS none is added."""
+        def without(name, key):
+            with mock.patch.object(gguf.GGUFWriter, key, lambda *a, **k: None):
+                return self.gguf(name, "llama")
+
+        self.refuse(without("smol", "add_token_merges"), "tokenizer.ggml.merges is missing")
+        for name in ("smol", "mistral"):
+            self.refuse(without(name, "add_token_types"), "tokenizer.ggml.token_type is missing")
+        meta = {"tokenizer.ggml." + k: v for k, v in dict(
+            model="gpt2", pre="llama-bpe", tokens=["a", "b", "ab"], token_type=[1, 1, 1],
+            merges=["a b"], add_bos_token=True).items()}
+        self.assertEqual(export.vocab_from_gguf(meta).meta["add_bos"], 0)
 
     def test_llama_family(self):
         """Rows of q and k put back, tokenizer and chat pieces as from tokenizer.json."""
