@@ -123,8 +123,7 @@ static const Flag flags[] = {
     {"--chunk", "N", COUNT, AT(chunk), RANGE(1, INT_MAX),
      .takes = CONTEXT | BENCH | EVAL | CALIBRATE,
      .help = "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
-    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both",
-     .takes = COMPRESS | EVAL,
+    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both", .takes = COMPRESS | EVAL,
      .help = "fit what stays to what all pairs gave: values, or values and biases"},
     {"--score-attn", "HOW", CHOICE, AT(score_attn), .takes = CONTEXT | EVAL, .also = BENCH,
      .choices = "full|local",
@@ -391,8 +390,7 @@ static void check_rules(const Options *o, const bool *given) {
         for (int i = 0; i < N_FLAGS; i++) {
             if (!given[i] || !has_name(r->names, flags[i].name)) continue;
             if (!r->warns) die_usage(o->command, "%s has no effect: %s", flags[i].name, r->why);
-            if (!o->quiet)
-                fprintf(stderr, "run: warning: %s has no effect: %s\n", flags[i].name, r->why);
+            if (!o->quiet) warning("%s has no effect: %s", flags[i].name, r->why);
         }
     }
 }

@@ -146,12 +146,16 @@ void note(const char *fmt, ...) {
     va_end(ap);
 }
 
-void warning(const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
+void warning_list(const char *fmt, va_list ap) {
     fputs("run: warning: ", stderr);
     text_print(stderr, fmt, ap);
     fputc('\n', stderr);
+}
+
+void warning(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    warning_list(fmt, ap);
     va_end(ap);
 }
 

@@ -2,6 +2,7 @@
 // Ctrl-C is noticed.
 #ifndef OUTPUT_H
 #define OUTPUT_H
+#include <stdarg.h>
 #include <stddef.h>
 
 #include "newfile.h"
@@ -47,8 +48,9 @@ void out_flush(void);                         // or the end
 
 // ---- stderr ----
 
-PRINTF(1, 2) void note(const char *fmt, ...);     // as out, but never the end
-PRINTF(1, 2) void warning(const char *fmt, ...);  // "run: warning: <sentence>"
+PRINTF(1, 2) void note(const char *fmt, ...);                 // as out, but never the end
+PRINTF(1, 2) void warning(const char *fmt, ...);              // "run: warning: <sentence>"
+PRINTF(1, 0) void warning_list(const char *fmt, va_list ap);  // the same
 
 // ---- sizes ----
 

@@ -20,9 +20,7 @@ void warn(const Session *s, const char *fmt, ...) {
     va_list ap;
     if (s->o->quiet) return;
     va_start(ap, fmt);
-    fputs("run: warning: ", stderr);
-    text_print(stderr, fmt, ap);
-    fputc('\n', stderr);
+    warning_list(fmt, ap);
     va_end(ap);
 }
 
