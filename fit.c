@@ -101,7 +101,7 @@ static void multiply_symmetric(float *y, const float *g, const float *x, int n) 
     }
 }
 
-// y [n] = A^T (A x), scratch r [rows].
+// y [n] = A^T (A x).
 static void multiply_twice(const Fit *f, float *y, const float *x) {
     memset(y, 0, (size_t)f->n * sizeof *y);
     for (int i = 0; i < f->h->n_rows; i++) {
@@ -112,7 +112,7 @@ static void multiply_twice(const Fit *f, float *y, const float *x) {
     }
 }
 
-// w >= 0 with A w near alpha: multiplicative steps that never change a sign.
+// w >= 0, from 1 on, with A w near alpha: multiplicative steps that never change a sign.
 static void fit_biases(Fit *f, float *bias) {
     const FitHead *h = f->h;
     float mu = (float)h->floor;
@@ -124,7 +124,6 @@ static void fit_biases(Fit *f, float *bias) {
         gram_spread(f->xt, f->xb, f->a, f->rows, f->n);
         gram(f->g, f->xt, f->xb, f->rows, f->n);
     }
-    for (int j = 0; j < f->n; j++) f->w[j] = 1;
     for (int step = 0; step < h->steps; step++) {
         if (small)
             multiply_symmetric(f->m, f->g, f->w, f->n);
@@ -170,15 +169,14 @@ static void leave_over(Fit *f) {
 static void solve_values(Fit *f) {
     int d = f->h->head_dim, size = min_int(f->n, f->rows);
     bool dual = f->rows < f->n;
+    gram_spread(f->xt, f->xb, f->a, f->rows, f->n);
     if (dual) {  // xt [n][rows] is X^T: its own Gram matrix is X X^T
-        gram_spread(f->xt, f->xb, f->a, f->rows, f->n);
         for (int b = 0; b < f->rows / BLOCK; b++)
             for (int j = 0; j < f->n; j++)
                 memcpy(f->xb + ((size_t)b * f->n + j) * BLOCK,
                        f->xt + (size_t)j * f->rows + b * BLOCK, BLOCK * sizeof *f->xb);
         gram(f->g, f->a, f->xb, f->n, f->rows);
     } else {
-        gram_spread(f->xt, f->xb, f->a, f->rows, f->n);
         gram(f->g, f->xt, f->xb, f->rows, f->n);
     }
     for (int i = 0; i < size; i++) f->g[(size_t)i * size + i] += (float)f->h->ridge;
@@ -197,7 +195,7 @@ static void solve_values(Fit *f) {
 
 // ---- all of it ----
 
-// Zeroed room for n floats out of *at, or with at NULL only counted.
+// Room for n floats out of the block, of which *used are taken; with block NULL only counted.
 static float *take(float *block, size_t *used, size_t n) {
     float *p = block ? block + *used : NULL;
     *used += (n + 15) / 16 * 16;
@@ -209,7 +207,6 @@ static size_t lay_out(Fit *f, float *block) {
     size_t used = 0, d = (size_t)h->head_dim, rows = (size_t)f->rows, n = (size_t)f->n;
     size_t size = (size_t)min_int(f->rows, f->n),
            pairs = (size_t)(h->n_pairs + PAGE - 1) / PAGE * PAGE;
-    if (2 * n <= rows || size < n) size = size > n ? size : size;
     f->p = take(block, &used, ROWS * pairs);
     f->a = take(block, &used, rows * n);
     f->xt = take(block, &used, rows * n);
@@ -237,7 +234,7 @@ int fit_head(const FitHead *h, float *values, float *bias) {
     memset(block, 0, floats * sizeof *block);
     lay_out(&f, block);
     for (int i = 0; i < h->n_rows; i += ROWS) weigh(&f, i, min_int(h->n_rows - i, ROWS));
-    for (int j = 0; j < h->n_kept; j++) f.w[j] = 1;
+    for (int j = 0; j < f.n; j++) f.w[j] = 1;
     if (h->biases) fit_biases(&f, bias);
     memcpy(f.v, values, (size_t)h->n_kept * d * sizeof *values);
     reweigh(&f);

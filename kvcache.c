@@ -241,17 +241,22 @@ static void page_copy(const KVCache *kv, KVPage *to, const KVPage *from) {
     page_copy_list(to, from);
 }
 
+// Exact page i of a head becomes a copy, which no other head lists.
+static int own_page(KVCache *kv, KVHead *h, int i, char *err) {
+    int id = page_take(kv, PAGE_EXACT, err);
+    if (id < 0) return -1;
+    page_copy(kv, &kv->pages[id], &kv->pages[h->page[i]]);
+    page_unref(kv, h->page[i]);
+    h->page[i] = id;
+    return 0;
+}
+
 // The last, partly filled page of a head is about to be written: if others list it too, take a
 // copy.
 static int own_last_page(KVCache *kv, KVHead *h, char *err) {
     int last = pages_used(h) - 1;
     if ((h->len - h->dropped) % PAGE == 0 || kv->pages[h->page[last]].refs == 1) return 0;
-    int id = page_take(kv, PAGE_EXACT, err);
-    if (id < 0) return -1;
-    page_copy(kv, &kv->pages[id], &kv->pages[h->page[last]]);
-    page_unref(kv, h->page[last]);
-    h->page[last] = id;
-    return 0;
+    return own_page(kv, h, last, err);
 }
 
 // Pages for n more pairs.
@@ -276,6 +281,14 @@ int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
     return attend_reserve(kv, seq, n, err);
 }
 
+// Row c of a page's values becomes v [head_dim].
+static void write_value(const KVPage *p, int c, const float *v, int head_dim) {
+    if (p->v.type == KV_F32)
+        memcpy((float *)p->v.data + c * head_dim, v, (size_t)head_dim * sizeof(float));
+    else
+        kern.f32_to_f16((uint16_t *)p->v.data + c * head_dim, v, (size_t)head_dim);
+}
+
 // Pair t of a head becomes k, v [head_dim] at position pos; its page is the head's own.
 static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k, const float *v,
                        int pos) {
@@ -286,13 +299,12 @@ static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k
     if (kv->type == KV_F32) {
         float *keys = (float *)p->k.data;
         for (int j = 0; j < d; j++) keys[j * PAGE + c] = k[j];
-        memcpy((float *)p->v.data + c * d, v, (size_t)d * sizeof(float));
     } else {
         uint16_t half[MAX_HEAD_DIM], *keys = (uint16_t *)p->k.data;
         kern.f32_to_f16(half, k, (size_t)d);
         for (int j = 0; j < d; j++) keys[j * PAGE + c] = half[j];
-        kern.f32_to_f16((uint16_t *)p->v.data + c * d, v, (size_t)d);
     }
+    write_value(p, c, v, d);
 }
 
 typedef struct {
@@ -531,23 +543,11 @@ int kvcache_own(KVCache *kv, int seq, char *err) {
         if (kv->shape.window[i / kv->shape.n_kv_heads] != 0) continue;
         for (int j = 0; j < pages_used(h); j++) {
             const KVPage *p = &kv->pages[h->page[j]];
-            if (p->refs == 1 || p->class != PAGE_EXACT) continue;
-            int id = page_take(kv, PAGE_EXACT, err);
-            if (id < 0) return -1;
-            page_copy(kv, &kv->pages[id], &kv->pages[h->page[j]]);
-            page_unref(kv, h->page[j]);
-            h->page[j] = id;
+            bool writable = p->refs == 1 || p->class != PAGE_EXACT;
+            if (!writable && own_page(kv, h, j, err) != 0) return -1;
         }
     }
     return 0;
-}
-
-// Row c of a page's values becomes v [head_dim].
-static void write_value(const KVPage *p, int c, const float *v, int head_dim) {
-    if (p->v.type == KV_F32)
-        memcpy((float *)p->v.data + c * head_dim, v, (size_t)head_dim * sizeof(float));
-    else
-        kern.f32_to_f16((uint16_t *)p->v.data + c * head_dim, v, (size_t)head_dim);
 }
 
 void kvcache_refit(KVCache *kv, KVHeadAt at, const KVFitted *fit) {

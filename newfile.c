@@ -33,6 +33,12 @@ static char *join(const char *dir, size_t n_dir, const char *name) {
     return path;
 }
 
+// The directory that path lies in; malloc'ed, NULL: no memory.
+static char *directory_of(const char *path) {
+    size_t n = directory_length(path);
+    return join(path, n, n > 0 ? "" : ".");
+}
+
 // ---- the target ----
 
 // What path names once its last part is no link any more, whether it is there or not; malloc'ed.
@@ -61,10 +67,8 @@ static bool is_locked(const char *path) {
     return held;
 }
 
-// The directory that path lies in.
-static bool directory_of(const char *path, struct stat *st) {
-    size_t n_dir = directory_length(path);
-    char *name = join(path, n_dir, n_dir > 0 ? "" : ".");
+static bool directory_facts(const char *path, struct stat *st) {
+    char *name = directory_of(path);
     bool found = name && stat(name, st) == 0;
     free(name);
     return found;
@@ -81,7 +85,7 @@ bool newfile_same(const char *a, const char *b) {
     if (there) return same_node(&x, &y);
     char *p = follow_links(a), *q = follow_links(b);
     bool same = p && q && strcmp(p + directory_length(p), q + directory_length(q)) == 0 &&
-                directory_of(p, &x) && directory_of(q, &y) && same_node(&x, &y);
+                directory_facts(p, &x) && directory_facts(q, &y) && same_node(&x, &y);
     free(p);
     free(q);
     return same;
@@ -130,7 +134,7 @@ static void remove_if_dead(const char *path) {
 // Temporary files of this target whose writers died.
 static void remove_dead(const char *path) {
     size_t n_dir = directory_length(path);
-    char *name = join(path, n_dir, n_dir > 0 ? "" : ".");
+    char *name = directory_of(path);
     DIR *dir = name ? opendir(name) : NULL;
     free(name);
     for (struct dirent *e; dir && (e = readdir(dir));) {
@@ -201,8 +205,7 @@ int newfile_begin(NewFile *f, const char *path, char *err) {
 
 // Makes a rename durable. Some file systems cannot sync a directory; the file is whole either way.
 static void sync_directory_of(const char *path) {
-    size_t n_dir = directory_length(path);
-    char *name = join(path, n_dir, n_dir > 0 ? "" : ".");
+    char *name = directory_of(path);
     if (!name) return;
     int fd = open(name, O_RDONLY | O_CLOEXEC);
     free(name);

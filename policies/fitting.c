@@ -59,15 +59,11 @@ void fitting_close(Fitting *f) {
 void fitting_watch(Fitting *f, const Context *c, FitPass pass) {
     f->c = c, f->seq = pass.seq, f->from = pass.from, f->first = pass.first;
     f->n_tokens = pass.n_tokens, f->repeats = pass.repeats;
-    f->watching = true;
     f->n = min_int(pass.n_tokens, FIT_POSITIONS);
     c->state->watch = fitting_tap, c->state->watch_arg = f;
 }
 
-void fitting_rest(Fitting *f) {
-    f->watching = false;
-    f->c->state->watch = NULL;
-}
+void fitting_rest(Fitting *f) { f->c->state->watch = NULL; }
 
 // Where token i's query goes, or -1: it is not one of those caught.
 static int slot_of(const Fitting *f, int i) {
@@ -136,7 +132,7 @@ static void catch_head(void *ctx, int h) {
 
 void fitting_tap(void *arg, int layer, int n) {
     Fitting *f = arg;
-    if (!f->watching || f->c->kv->shape.window[layer] != 0) return;
+    if (f->c->kv->shape.window[layer] != 0) return;
     parallel_for(f->c->state->pool, f->c->kv->shape.n_heads, catch_head, &(Passing){f, layer, n});
 }
 

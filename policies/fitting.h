@@ -19,11 +19,10 @@ struct Fitting {
     // What passes at the moment: the row of seq at position from + i is token i of n_tokens, if i
     // is `first` or more.
     int seq, from, first, n_tokens;
-    bool repeats;   // they follow the context, and see themselves as well
-    bool watching;  // rows that pass are caught
-    int n;          // positions caught
-    uint16_t *q;    // [scored layers][n_heads][FIT_POSITIONS][head_dim] after RoPE
-    float *own;     // [scored layers][n_heads][FIT_POSITIONS] as FitHead.own, where they repeat
+    bool repeats;  // they follow the context, and see themselves as well
+    int n;         // positions caught
+    uint16_t *q;   // [scored layers][n_heads][FIT_POSITIONS][head_dim] after RoPE
+    float *own;    // [scored layers][n_heads][FIT_POSITIONS] as FitHead.own, where they repeat
 };
 
 // Bytes that catching and fitting take for a context of n tokens of which `kept` pairs a head stay.
