@@ -29,12 +29,15 @@ typedef struct {
     int n, rows;       // kept pairs and queries, both in whole blocks
     float *p;          // [64][pages * 64] weights of the queries at work
     float *a;          // [rows][n] of the kept pairs, before; then after
-    float *xt, *xb;    // a as gram reads it
+    float *xt, *xb;    // [n][rows] a transposed; one of the two split (linear.h)
     float *target;     // [rows][head_dim] P V, then what is left of it
     float *alpha;      // [rows]
     float *g;          // [n][n] or, where rows are fewer, [rows][rows]
     float *most;       // [pages] of a row's logits
+    float *inverse;    // of g's diagonal blocks, once factored
+    float *room;       // [64][head_dim]
     float *w, *c, *m;  // [n]
+    float *reach;      // [rows] A w
     float *v;          // [n][head_dim] values of the kept pairs
 } Fit;
 
@@ -76,6 +79,7 @@ static void weigh(Fit *f, int first, int n) {
         f->alpha[first + i] =
             softmax(s, h->n_pairs, h->own ? h->own[first + i] : -INFINITY, f->most);
         for (int j = 0; j < h->n_kept; j++) a[j] = s[h->kept[j]];
+        for (int j = h->n_kept; j < f->n; j++) a[j] = 0;
     }
     kern.gemm_f32(&(Gemm){.c = f->target + (size_t)first * d,
                           .ldc = (size_t)d,
@@ -89,46 +93,26 @@ static void weigh(Fit *f, int first, int n) {
 
 // ---- biases ----
 
-// y [n] = G x by the lower half of G.
-static void multiply_symmetric(float *y, const float *g, const float *x, int n) {
-    memset(y, 0, (size_t)n * sizeof *y);
-    for (int i = 0; i < n; i++) {
-        const float *gi = g + (size_t)i * n;
-        float sum = gi[i] * x[i], xi = x[i];
-        for (int j = 0; j < i; j++) y[j] += gi[j] * xi;
-        for (int j = 0; j < i; j++) sum += gi[j] * x[j];
-        y[i] += sum;
-    }
-}
-
-// y [n] = A^T (A x).
-static void multiply_twice(const Fit *f, float *y, const float *x) {
-    memset(y, 0, (size_t)f->n * sizeof *y);
-    for (int i = 0; i < f->h->n_rows; i++) {
-        const float *a = f->a + (size_t)i * f->n;
-        float sum = 0;
-        for (int j = 0; j < f->n; j++) sum += a[j] * x[j];
-        for (int j = 0; j < f->n; j++) y[j] += a[j] * sum;
-    }
+// y [cols] = x [inner] b, b [inner][cols].
+static void multiply(float *y, const float *x, const float *b, int inner, int cols) {
+    kern.gemm_f32(&(Gemm){.c = y,
+                          .ldc = (size_t)cols,
+                          .a = x,
+                          .lda = (size_t)inner,
+                          .b = b,
+                          .n = 1,
+                          .inner = inner,
+                          .cols = cols});
 }
 
 // w >= 0, from 1 on, with A w near alpha: multiplicative steps that never change a sign.
 static void fit_biases(Fit *f, float *bias) {
     const FitHead *h = f->h;
     float mu = (float)h->floor;
-    bool small = 2 * f->n <= f->rows;
-    memset(f->c, 0, (size_t)f->n * sizeof *f->c);
-    for (int i = 0; i < h->n_rows; i++)
-        for (int j = 0; j < f->n; j++) f->c[j] += f->a[(size_t)i * f->n + j] * f->alpha[i];
-    if (small) {
-        gram_spread(f->xt, f->xb, f->a, f->rows, f->n);
-        gram(f->g, f->xt, f->xb, f->rows, f->n);
-    }
+    multiply(f->c, f->alpha, f->a, f->rows, f->n);
     for (int step = 0; step < h->steps; step++) {
-        if (small)
-            multiply_symmetric(f->m, f->g, f->w, f->n);
-        else
-            multiply_twice(f, f->m, f->w);
+        multiply(f->reach, f->w, f->xt, f->n, f->rows);
+        multiply(f->m, f->reach, f->a, f->rows, f->n);
         for (int j = 0; j < f->n; j++) f->w[j] *= (f->c[j] + mu) / (f->m[j] + mu * f->w[j]);
     }
     for (int j = 0; j < h->n_kept; j++) {
@@ -139,14 +123,16 @@ static void fit_biases(Fit *f, float *bias) {
 
 // ---- values ----
 
-// A becomes X: each row's weights over the kept pairs alone, with their biases, times alpha.
+// A becomes X: each row's weights over the kept pairs alone, with their biases, times alpha. The
+// transposed copy follows.
 static void reweigh(Fit *f) {
-    for (int i = 0; i < f->h->n_rows; i++) {
-        float *a = f->a + (size_t)i * f->n, sum = 0;
-        for (int j = 0; j < f->h->n_kept; j++) sum += a[j] *= f->w[j];
-        float scale = sum > 0 ? f->alpha[i] / sum : 0;
-        for (int j = 0; j < f->h->n_kept; j++) a[j] *= scale;
-    }
+    float *scale = f->reach;
+    multiply(f->reach, f->w, f->xt, f->n, f->rows);
+    for (int i = 0; i < f->rows; i++) scale[i] = f->reach[i] > 0 ? f->alpha[i] / f->reach[i] : 0;
+    for (int i = 0; i < f->rows; i++)
+        for (int j = 0; j < f->n; j++) f->a[(size_t)i * f->n + j] *= scale[i] * f->w[j];
+    for (int j = 0; j < f->n; j++)
+        for (int i = 0; i < f->rows; i++) f->xt[(size_t)j * f->rows + i] *= scale[i] * f->w[j];
 }
 
 // target -= X V: what the old values leave over.
@@ -169,19 +155,16 @@ static void leave_over(Fit *f) {
 static void solve_values(Fit *f) {
     int d = f->h->head_dim, size = min_int(f->n, f->rows);
     bool dual = f->rows < f->n;
-    gram_spread(f->xt, f->xb, f->a, f->rows, f->n);
-    if (dual) {  // xt [n][rows] is X^T: its own Gram matrix is X X^T
-        for (int b = 0; b < f->rows / BLOCK; b++)
-            for (int j = 0; j < f->n; j++)
-                memcpy(f->xb + ((size_t)b * f->n + j) * BLOCK,
-                       f->xt + (size_t)j * f->rows + b * BLOCK, BLOCK * sizeof *f->xb);
+    if (dual) {  // xt is X^T: its own Gram matrix is X X^T
+        split_columns(f->xb, f->xt, f->n, f->rows);
         gram(f->g, f->a, f->xb, f->n, f->rows);
     } else {
+        split_columns(f->xb, f->a, f->rows, f->n);
         gram(f->g, f->xt, f->xb, f->rows, f->n);
     }
     for (int i = 0; i < size; i++) f->g[(size_t)i * size + i] += (float)f->h->ridge;
-    cholesky(f->g, size, 1e-12f);
-    if (dual) cholesky_solve(f->g, f->target, f->rows, d);
+    cholesky(f->g, f->inverse, size, 1e-12f);
+    if (dual) cholesky_solve(f->g, f->inverse, f->target, f->rows, d, f->room);
     kern.gemm_f32(&(Gemm){.c = f->v,
                           .ldc = (size_t)d,
                           .a = f->xt,
@@ -190,7 +173,7 @@ static void solve_values(Fit *f) {
                           .n = f->n,
                           .inner = f->rows,
                           .cols = d});
-    if (!dual) cholesky_solve(f->g, f->v, f->n, d);
+    if (!dual) cholesky_solve(f->g, f->inverse, f->v, f->n, d, f->room);
 }
 
 // ---- all of it ----
@@ -214,13 +197,44 @@ static size_t lay_out(Fit *f, float *block) {
     f->target = take(block, &used, rows * d);
     f->alpha = take(block, &used, rows);
     f->g = take(block, &used, size * size);
+    f->inverse = take(block, &used, size * BLOCK);
+    f->room = take(block, &used, BLOCK * d);
     f->w = take(block, &used, n), f->c = take(block, &used, n), f->m = take(block, &used, n);
+    f->reach = take(block, &used, rows);
     f->v = take(block, &used, n * d);
     f->most = take(block, &used, pairs / PAGE);
     return used;
 }
 
-int fit_head(const FitHead *h, float *values, float *bias) {
+// What products read but nobody writes: rows and pairs that fill the last block.
+static void pad(Fit *f) {
+    size_t n = (size_t)f->n, d = (size_t)f->h->head_dim, rows = (size_t)f->h->n_rows;
+    size_t more = (size_t)f->rows - rows, kept = (size_t)f->h->n_kept;
+    memset(f->a + rows * n, 0, more * n * sizeof *f->a);
+    memset(f->alpha + rows, 0, more * sizeof *f->alpha);
+    memset(f->target + rows * d, 0, more * d * sizeof *f->target);
+    memset(f->v + kept * d, 0, (n - kept) * d * sizeof *f->v);
+    for (int j = 0; j < f->n; j++) f->w[j] = 1;
+}
+
+// The room is as large as the largest head that was fitted in it. -1: no memory.
+static int grow(FitRoom *room, size_t floats) {
+    if (floats <= room->floats) return 0;
+    fit_room_free(room);
+    if (posix_memalign((void **)&room->block, 64, floats * sizeof *room->block) != 0) {
+        room->block = NULL;
+        return -1;
+    }
+    room->floats = floats;
+    return 0;
+}
+
+void fit_room_free(FitRoom *room) {
+    free(room->block);
+    *room = (FitRoom){0};
+}
+
+int fit_head(const FitHead *h, FitRoom *room, float *values, float *bias) {
     int d = h->head_dim;
     for (int j = 0; j < h->n_kept; j++) {
         memcpy(values + (size_t)j * d, h->v + (size_t)h->kept[j] * d, (size_t)d * sizeof *values);
@@ -228,19 +242,16 @@ int fit_head(const FitHead *h, float *values, float *bias) {
     }
     if (h->n_kept == h->n_pairs || h->n_kept == 0 || h->n_rows == 0) return 0;
     Fit f = {.h = h, .n = whole_blocks(h->n_kept), .rows = whole_blocks(h->n_rows)};
-    float *block = NULL;
-    size_t floats = lay_out(&f, NULL);
-    if (posix_memalign((void **)&block, 64, floats * sizeof *block) != 0) return -1;
-    memset(block, 0, floats * sizeof *block);
-    lay_out(&f, block);
+    if (grow(room, lay_out(&f, NULL)) != 0) return -1;
+    lay_out(&f, room->block);
+    pad(&f);
     for (int i = 0; i < h->n_rows; i += ROWS) weigh(&f, i, min_int(h->n_rows - i, ROWS));
-    for (int j = 0; j < f.n; j++) f.w[j] = 1;
+    transpose(f.xt, f.a, f.rows, f.n);
     if (h->biases) fit_biases(&f, bias);
     memcpy(f.v, values, (size_t)h->n_kept * d * sizeof *values);
     reweigh(&f);
     leave_over(&f);
     solve_values(&f);
     kern.add(values, f.v, h->n_kept * d);
-    free(block);
     return 0;
 }

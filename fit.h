@@ -23,7 +23,15 @@ typedef struct {
     int steps;     // of the biases' iteration
 } FitHead;
 
+// Memory to work in, zeroed at first, for one head after the other; each thread has its own.
+typedef struct {
+    float *block;
+    size_t floats;
+} FitRoom;
+
+void fit_room_free(FitRoom *room);
+
 // values [n_kept][head_dim]; bias [n_kept], which is added to scale q . k, zeros without biases.
 // Where all pairs are kept: the values as they are. Returns 0, or -1: no memory.
-int fit_head(const FitHead *h, float *values, float *bias);
+int fit_head(const FitHead *h, FitRoom *room, float *values, float *bias);
 #endif

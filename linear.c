@@ -9,29 +9,30 @@
 
 // ---- blocks ----
 
-// to = -from^T, blocks with rows ld apart and 64 apart.
-static void negate_transposed(float *to, const float *from, int ld) {
-    for (int i = 0; i < BLOCK; i++)
-        for (int j = 0; j < BLOCK; j++) to[j * BLOCK + i] = -from[(size_t)i * ld + j];
-}
+enum { AREA = BLOCK * BLOCK };
 
-static void negate(float *to, const float *from, int ld) {
+// to = sign * from^T of one block each. What is read in columns lies together, for rows that are a
+// power of two apart push each other out of the cache.
+static void transpose_block(float *to, int ld_to, const float *from, int ld, float sign) {
+    float block[AREA];
     for (int i = 0; i < BLOCK; i++)
-        for (int j = 0; j < BLOCK; j++) to[i * BLOCK + j] = -from[(size_t)i * ld + j];
+        memcpy(block + (size_t)i * BLOCK, from + (size_t)i * ld, BLOCK * sizeof *block);
+    for (int j = 0; j < BLOCK; j++)
+        for (int i = 0; i < BLOCK; i++) to[(size_t)j * ld_to + i] = sign * block[i * BLOCK + j];
 }
 
 // ---- Gram ----
 
-void gram_spread(float *xt, float *xb, const float *x, int rows, int n) {
-    for (int b = 0; b < n; b += BLOCK) {
-        float *to = xb + (size_t)b * rows;
-        for (int i = 0; i < rows; i++)
-            memcpy(to + (size_t)i * BLOCK, x + (size_t)i * n + b, BLOCK * sizeof *x);
-        for (int i = 0; i < rows; i += BLOCK)  // 64 by 64 at a time, which stay in the cache
-            for (int j = 0; j < BLOCK; j++)
-                for (int k = i; k < i + BLOCK; k++)
-                    xt[(size_t)(b + j) * rows + k] = to[(size_t)k * BLOCK + j];
-    }
+void transpose(float *to, const float *x, int rows, int cols) {
+    for (int i = 0; i < rows; i += BLOCK)
+        for (int j = 0; j < cols; j += BLOCK)
+            transpose_block(to + (size_t)j * rows + i, rows, x + (size_t)i * cols + j, cols, 1);
+}
+
+void split_columns(float *to, const float *x, int rows, int cols) {
+    for (int j = 0; j < cols; j += BLOCK)
+        for (int i = 0; i < rows; i++, to += BLOCK)
+            memcpy(to, x + (size_t)i * cols + j, BLOCK * sizeof *x);
 }
 
 void gram(float *g, const float *xt, const float *xb, int rows, int n) {
@@ -51,40 +52,63 @@ void gram(float *g, const float *xt, const float *xb, int rows, int n) {
 
 // ---- Cholesky ----
 
+// L of one block in place of A's lower half, column by column: each is taken from all that follow.
 static void factor_block(float *a, int ld, float least) {
-    for (int i = 0; i < BLOCK; i++) {
-        float *ai = a + (size_t)i * ld;
-        for (int j = 0; j <= i; j++) {
-            const float *aj = a + (size_t)j * ld;
-            float sum = ai[j];
-            for (int k = 0; k < j; k++) sum -= ai[k] * aj[k];
-            ai[j] = i == j ? sqrtf(fmaxf(sum, least)) : sum / aj[j];
+    float column[BLOCK];
+    for (int k = 0; k < BLOCK; k++) {
+        float pivot = sqrtf(fmaxf(a[(size_t)k * ld + k], least)), inverse = 1.0f / pivot;
+        a[(size_t)k * ld + k] = pivot;
+        for (int i = k + 1; i < BLOCK; i++) {
+            float *ai = a + (size_t)i * ld;
+            float x = column[i] = ai[k] *= inverse;
+            for (int j = k + 1; j <= i; j++) ai[j] -= x * column[j];
         }
     }
 }
 
-// Row by row x of the block below the factored block l: x = x L^-T.
-static void solve_below(float *a, const float *l, int ld) {
+// inverse [64][64] = L^-1 of a factored block, row by row: L L^-1 = I.
+static void invert_block(float *inverse, const float *l, int ld) {
+    memset(inverse, 0, AREA * sizeof *inverse);
     for (int i = 0; i < BLOCK; i++) {
-        float *x = a + (size_t)i * ld;
-        for (int j = 0; j < BLOCK; j++) {
-            const float *lj = l + (size_t)j * ld;
-            float sum = x[j];
-            for (int k = 0; k < j; k++) sum -= x[k] * lj[k];
-            x[j] = sum / lj[j];
+        float *to = inverse + (size_t)i * BLOCK, scale = 1.0f / l[(size_t)i * ld + i];
+        to[i] = 1;
+        for (int k = 0; k < i; k++) {
+            float w = l[(size_t)i * ld + k];
+            for (int j = 0; j <= k; j++) to[j] -= w * inverse[(size_t)k * BLOCK + j];
         }
+        for (int j = 0; j <= i; j++) to[j] *= scale;
+    }
+}
+
+// Blocks below the factored one at akk: A becomes A L^-T.
+static void solve_below(float *akk, const float *inverse, int ld, int blocks) {
+    float transposed[AREA], x[AREA];
+    transpose_block(transposed, BLOCK, inverse, BLOCK, 1);
+    for (int i = 1; i <= blocks; i++) {
+        float *to = akk + (size_t)i * BLOCK * ld;
+        kern.gemm_f32(&(Gemm){.c = x,
+                              .ldc = BLOCK,
+                              .a = to,
+                              .lda = (size_t)ld,
+                              .b = transposed,
+                              .n = BLOCK,
+                              .inner = BLOCK,
+                              .cols = BLOCK});
+        for (int r = 0; r < BLOCK; r++)
+            memcpy(to + (size_t)r * ld, x + (size_t)r * BLOCK, BLOCK * sizeof *x);
     }
 }
 
 // The blocks of column k, transposed and negated, are what all later blocks multiply by.
-void cholesky(float *a, int n, float least) {
-    float below[BLOCK * BLOCK];
+void cholesky(float *a, float *inverse, int n, float least) {
+    float below[AREA];
     for (int k = 0; k < n; k += BLOCK) {
         float *akk = a + (size_t)k * n + k;
         factor_block(akk, n, least);
-        for (int i = k + BLOCK; i < n; i += BLOCK) solve_below(a + (size_t)i * n + k, akk, n);
+        invert_block(inverse + (size_t)k * BLOCK, akk, n);
+        solve_below(akk, inverse + (size_t)k * BLOCK, n, (n - k) / BLOCK - 1);
         for (int j = k + BLOCK; j < n; j += BLOCK) {
-            negate_transposed(below, a + (size_t)j * n + k, n);
+            transpose_block(below, BLOCK, a + (size_t)j * n + k, n, -1);
             kern.gemm_f32(&(Gemm){.c = a + (size_t)j * n + j,
                                   .ldc = (size_t)n,
                                   .a = a + (size_t)j * n + k,
@@ -98,44 +122,54 @@ void cholesky(float *a, int n, float least) {
     }
 }
 
-// x [64][cols] = L^-1 x of a factored block, or L^-T x.
-static void solve_triangle(const float *l, int ld, float *x, int cols, bool transposed) {
-    for (int step = 0; step < BLOCK; step++) {
-        int i = transposed ? BLOCK - 1 - step : step;
-        float *xi = x + (size_t)i * cols, inverse = 1.0f / l[(size_t)i * ld + i];
-        for (int c = 0; c < cols; c++) xi[c] *= inverse;
-        int from = transposed ? 0 : i + 1, to = transposed ? i : BLOCK;
-        for (int j = from; j < to; j++) {
-            float w = transposed ? l[(size_t)i * ld + j] : l[(size_t)j * ld + i];
-            float *xj = x + (size_t)j * cols;
-            for (int c = 0; c < cols; c++) xj[c] -= w * xi[c];
-        }
-    }
+// ---- solving ----
+
+// x [64][cols] = m x, m [64][64]; room [64][cols].
+static void multiply_block(float *x, const float *m, float *room, int cols) {
+    kern.gemm_f32(&(Gemm){.c = room,
+                          .ldc = (size_t)cols,
+                          .a = m,
+                          .lda = BLOCK,
+                          .b = x,
+                          .n = BLOCK,
+                          .inner = BLOCK,
+                          .cols = cols});
+    memcpy(x, room, (size_t)BLOCK * cols * sizeof *x);
 }
 
-void cholesky_solve(const float *l, float *b, int n, int cols) {
-    float block[BLOCK * BLOCK];
-    Gemm g = {.ldc = (size_t)cols,
-              .a = block,
-              .lda = BLOCK,
-              .n = BLOCK,
-              .inner = BLOCK,
-              .cols = cols,
-              .add = true};
-    for (int i = 0; i < n; i += BLOCK) {
-        for (int j = 0; j < i; j += BLOCK) {
-            negate(block, l + (size_t)i * n + j, n);
-            g.c = b + (size_t)i * cols, g.b = b + (size_t)j * cols;
-            kern.gemm_f32(&g);
-        }
-        solve_triangle(l + (size_t)i * n + i, n, b + (size_t)i * cols, cols, false);
+// Forward, a block that is solved is taken from all below it; backward, all below from each block.
+void cholesky_solve(const float *l, const float *inverse, float *b, int n, int cols, float *room) {
+    float transposed[AREA];
+    for (int k = 0; k < n; k += BLOCK) {
+        float *x = b + (size_t)k * cols;
+        multiply_block(x, inverse + (size_t)k * BLOCK, room, cols);
+        if (k + BLOCK == n) break;
+        for (int i = 0; i < BLOCK * cols; i++) room[i] = -x[i];
+        kern.gemm_f32(&(Gemm){.c = x + (size_t)BLOCK * cols,
+                              .ldc = (size_t)cols,
+                              .a = l + (size_t)(k + BLOCK) * n + k,
+                              .lda = (size_t)n,
+                              .b = room,
+                              .n = n - k - BLOCK,
+                              .inner = BLOCK,
+                              .cols = cols,
+                              .add = true});
     }
-    for (int i = n - BLOCK; i >= 0; i -= BLOCK) {
-        for (int j = i + BLOCK; j < n; j += BLOCK) {
-            negate_transposed(block, l + (size_t)j * n + i, n);
-            g.c = b + (size_t)i * cols, g.b = b + (size_t)j * cols;
-            kern.gemm_f32(&g);
+    for (int k = n - BLOCK; k >= 0; k -= BLOCK) {
+        float *x = b + (size_t)k * cols;
+        for (int j = k + BLOCK; j < n; j += BLOCK) {
+            transpose_block(transposed, BLOCK, l + (size_t)j * n + k, n, -1);
+            kern.gemm_f32(&(Gemm){.c = x,
+                                  .ldc = (size_t)cols,
+                                  .a = transposed,
+                                  .lda = BLOCK,
+                                  .b = b + (size_t)j * cols,
+                                  .n = BLOCK,
+                                  .inner = BLOCK,
+                                  .cols = cols,
+                                  .add = true});
         }
-        solve_triangle(l + (size_t)i * n + i, n, b + (size_t)i * cols, cols, true);
+        transpose_block(transposed, BLOCK, inverse + (size_t)k * BLOCK, BLOCK, 1);
+        multiply_block(x, transposed, room, cols);
     }
 }

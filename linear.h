@@ -8,17 +8,21 @@ enum { BLOCK = 64 };
 
 static inline int whole_blocks(int n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
-// The lower blocks of G [n][n] = X^T X, X [rows][n]; xt [n][rows] and xb [n / 64][rows][64] are X
-// as products read it (gram_spread).
+// to [cols][rows] = X^T, X [rows][cols]
+void transpose(float *to, const float *x, int rows, int cols);
+
+// to [cols / 64][rows][64]: 64 columns of X [rows][cols] after the other.
+void split_columns(float *to, const float *x, int rows, int cols);
+
+// The lower blocks of G [n][n] = X^T X, X [rows][n]; xt [n][rows] is X transposed and xb
+// [n / 64][rows][64] is X split.
 void gram(float *g, const float *xt, const float *xb, int rows, int n);
 
-// X [rows][n] as gram reads it.
-void gram_spread(float *xt, float *xb, const float *x, int rows, int n);
-
 // L L^T = A in place of the lower half of A [n][n], symmetric and positive definite; pivots below
-// `least` are raised to it. (Golub, Van Loan: Matrix Computations, 4.2.6.)
-void cholesky(float *a, int n, float least);
+// `least` are raised to it. inverse [n / 64][64][64] receives L^-1 of the blocks on the diagonal.
+// (Golub, Van Loan: Matrix Computations, 4.2.6.)
+void cholesky(float *a, float *inverse, int n, float least);
 
-// b [n][cols] = (L L^T)^-1 b
-void cholesky_solve(const float *l, float *b, int n, int cols);
+// b [n][cols] = (L L^T)^-1 b; room [64][cols].
+void cholesky_solve(const float *l, const float *inverse, float *b, int n, int cols, float *room);
 #endif

@@ -161,7 +161,7 @@ typedef struct {
 
 // What is left once evicting is done; err is of the step before, which may have failed.
 static void shrunk(Session *s, const Context *c, Shrunk *r, char *err) {
-    if (r->n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die("%s", err);
+    if (r->n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die_failed(err);
     r->ratio = r->n_pairs > 0 ? (double)r->n_kept / r->n_pairs : 1;
     r->bytes = kvcache_bytes(&s->kv, c->seq);
     r->memory = private_memory();
@@ -183,7 +183,7 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
 }
 
 // Evicts by the scores, which are freed before memory for new pages is needed; NULL: all stay.
-static Shrunk shrink(Session *s, const Context *c, float *score) {
+static Shrunk shrink(Session *s, const Context *c, float *score, const Progress *progress) {
     char err[ERR_LEN];
     Shrunk r = {.n_pairs = (long)context_scores(c),
                 .full = kvcache_full_bytes(&s->kv, c->seq),
@@ -198,6 +198,7 @@ static Shrunk shrink(Session *s, const Context *c, float *score) {
             s->o->demote < 0 ? kvcache_evict : kvcache_demote;
         if (r.n_kept >= 0 && c->fitting && fitting_apply(c->fitting, c, keep, err) != 0)
             r.n_kept = -1;
+        progress_end(progress);
         if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
             r.n_kept = -1;
         free(keep);
@@ -286,7 +287,7 @@ int cmd_compress(const Options *o) {
     if (wants_stream(o))
         r = read_and_shrink(s, c, &in.progress);
     else
-        r = shrink(s, c, read_context(c, scored, &in.progress));
+        r = shrink(s, c, read_context(c, scored, &in.progress), &in.progress);
     save_context(s, c, r.ratio);
     compress_figures(s, c, &r);
     close_reading(&in);

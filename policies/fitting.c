@@ -7,6 +7,7 @@
 #include "policies/fitting.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,7 +17,7 @@
 static const char *const kind_names[FIT_KINDS] = {"none", "values", "both"};
 
 // Of the fit (fit.h).
-static const double RIDGE = 0.1, FLOOR = 0.1;
+static const double RIDGE = 0.05, FLOOR = 0.05;
 enum { STEPS = 20, SPREAD = 64 };  // positions behind the context that queries are turned to
 
 int fit_kind(const char *name) {
@@ -32,7 +33,8 @@ size_t fitting_bytes(const KVShape *shape, int n, int kept, int threads) {
     size_t heads = (size_t)kvcache_scored_layers(shape, NULL) * (size_t)shape->n_heads;
     size_t rows = group * FIT_POSITIONS, pairs = (size_t)n, stay = (size_t)kept;
     size_t size = rows < stay ? rows : stay;
-    size_t head = 3 * pairs * d + 2 * rows * d + 3 * rows * stay + size * size;  // of fit_head
+    size_t head = 3 * pairs * d + 2 * rows * d + 3 * rows * stay + size * (size + 64) +
+                  pairs * 64;  // of fit_head
     return heads * FIT_POSITIONS * (d * sizeof(uint16_t) + sizeof(float)) +
            (size_t)threads * head * sizeof(float);
 }
@@ -138,11 +140,24 @@ void fitting_tap(void *arg, int layer, int n) {
 
 // ---- fitting ----
 
+// What a thread fits in, one head after the other.
+typedef struct {
+    float *k, *v;    // pages of a head, as FitHead
+    float *q, *own;  // its queries
+    float *values;   // [pairs][head_dim] of those that stay
+    float *bias;     // [pairs]
+    int *kept;       // [pairs]
+    FitRoom room;
+    bool failed;
+} Desk;
+
 typedef struct {
     const Fitting *f;
     const Context *c;
     const uint8_t *keep;
-    bool *failed;  // [scored heads]
+    atomic_int next;  // head that nobody has begun
+    int end;          // the last one of this round, and one
+    Desk *desk;       // [threads]
 } Apply;
 
 // The queries of kv head h, of all heads of its group, as f32 times the scale: q [group * n][d].
@@ -168,58 +183,96 @@ static int list_kept(const Context *c, const uint8_t *keep, int *kept) {
     return n;
 }
 
-static void apply_head(void *ctx, int h) {
-    const Apply *a = ctx;
+static void fit_one(const Apply *a, Desk *desk, int h) {
     const Context *c = a->c;
     const Fitting *f = a->f;
     KVCache *kv = c->kv;
     const KVShape *shape = &kv->shape;
     KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
                    h % shape->n_kv_heads};
-    int d = shape->head_dim, n_pairs = c->n_prefix + c->n_ctx, pages = (n_pairs + PAGE - 1) / PAGE;
-    int rows = f->n * (shape->n_heads / shape->n_kv_heads);
-    size_t block = (size_t)d * PAGE;
-    float *k = malloc((size_t)pages * block * sizeof *k),
-          *v = malloc((size_t)pages * block * sizeof *v);
-    float *q = malloc(((size_t)rows * d + 1) * sizeof *q),
-          *own = malloc(((size_t)rows + 1) * sizeof *own);
-    float *values = malloc((size_t)pages * block * sizeof *values);
-    float *bias = malloc((size_t)pages * PAGE * sizeof *bias);
-    int *kept = malloc((size_t)pages * PAGE * sizeof *kept);
-    a->failed[h] = !k || !v || !q || !own || !values || !bias || !kept;
-    if (!a->failed[h]) {
-        for (int b = 0; b < pages; b++) kvcache_block(kv, at, b, k + b * block, v + b * block);
-        gather_queries(f, shape, h, q, own);
-        int n = list_kept(c, a->keep + (size_t)h * c->n_ctx, kept);
-        FitHead fit = {.head_dim = d,
-                       .n_pairs = n_pairs,
-                       .k = k,
-                       .v = v,
-                       .n_kept = n,
-                       .kept = kept,
-                       .n_rows = rows,
-                       .q = q,
-                       .softcap = shape->softcap,
-                       .own = f->repeats ? own : NULL,
-                       .biases = f->kind == FIT_BOTH,
-                       .ridge = RIDGE,
-                       .floor = FLOOR,
-                       .steps = STEPS};
-        a->failed[h] = fit_head(&fit, values, bias) != 0;
-        if (!a->failed[h] && n < n_pairs)
-            kvcache_refit(kv, at, &(KVFitted){kept, n, values, fit.biases ? bias : NULL});
+    int n_pairs = c->n_prefix + c->n_ctx;
+    int n = list_kept(c, a->keep + (size_t)h * c->n_ctx, desk->kept);
+    if (n == n_pairs) return;
+    size_t block = (size_t)shape->head_dim * PAGE;
+    for (int b = 0; b * PAGE < n_pairs; b++)
+        kvcache_block(kv, at, b, desk->k + b * block, desk->v + b * block);
+    gather_queries(f, shape, h, desk->q, desk->own);
+    FitHead fit = {.head_dim = shape->head_dim,
+                   .n_pairs = n_pairs,
+                   .k = desk->k,
+                   .v = desk->v,
+                   .n_kept = n,
+                   .kept = desk->kept,
+                   .n_rows = f->n * (shape->n_heads / shape->n_kv_heads),
+                   .q = desk->q,
+                   .softcap = shape->softcap,
+                   .own = f->repeats ? desk->own : NULL,
+                   .biases = f->kind == FIT_BOTH,
+                   .ridge = RIDGE,
+                   .floor = FLOOR,
+                   .steps = STEPS};
+    desk->failed = fit_head(&fit, &desk->room, desk->values, desk->bias) != 0;
+    if (!desk->failed)
+        kvcache_refit(kv, at,
+                      &(KVFitted){desk->kept, n, desk->values, fit.biases ? desk->bias : NULL});
+}
+
+static void fit_heads(void *ctx, int i) {
+    Apply *a = ctx;
+    Desk *desk = &a->desk[i];
+    for (int h; !desk->failed && (h = atomic_fetch_add(&a->next, 1)) < a->end;) fit_one(a, desk, h);
+}
+
+static int desk_open(Desk *desk, const Fitting *f, const Context *c) {
+    const KVShape *shape = &c->kv->shape;
+    size_t pairs = ((size_t)c->n_prefix + c->n_ctx + PAGE - 1) / PAGE * PAGE;
+    size_t numbers = pairs * shape->head_dim;
+    size_t rows = (size_t)f->n * (shape->n_heads / shape->n_kv_heads);
+    desk->k = malloc(numbers * sizeof(float)), desk->v = malloc(numbers * sizeof(float));
+    desk->q = malloc((rows * shape->head_dim + 1) * sizeof(float));
+    desk->own = malloc((rows + 1) * sizeof(float));
+    desk->values = malloc(numbers * sizeof(float));
+    desk->bias = malloc(pairs * sizeof(float));
+    desk->kept = malloc(pairs * sizeof(int));
+    return desk->k && desk->v && desk->q && desk->own && desk->values && desk->bias && desk->kept
+               ? 0
+               : -1;
+}
+
+static void desk_close(Desk *desk) {
+    free(desk->k), free(desk->v), free(desk->q), free(desk->own);
+    free(desk->values), free(desk->bias), free(desk->kept);
+    fit_room_free(&desk->room);
+}
+
+// All heads, a few for each thread between two looks at progress. 0, or -1 with err.
+static int fit_rounds(Apply *a, const Context *c, int threads, char *err) {
+    int n = context_heads(c), round = 4 * threads;
+    for (int h = 0; h < n; h += round) {
+        a->end = min_int(h + round, n);
+        atomic_store(&a->next, h);
+        parallel_for(c->state->pool, threads, fit_heads, a);
+        for (int i = 0; i < threads; i++)
+            if (a->desk[i].failed) return fail(err, "out of memory for fitting %d pairs", c->n_ctx);
+        long done = (long)c->n_ctx * a->end / n;
+        if (c->progress && c->progress(c->progress_arg, "fit", done, c->n_ctx) != 0)
+            return fail(err, "interrupted");
     }
-    free(k), free(v), free(q), free(own), free(values), free(bias), free(kept);
+    return 0;
 }
 
 int fitting_apply(const Fitting *f, const Context *c, const uint8_t *keep, char *err) {
-    int n = context_heads(c);
+    int threads = pool_threads(c->state->pool), status = 0;
     if (f->kind == FIT_NONE) return 0;
     if (kvcache_own(c->kv, c->seq, err) != 0) return -1;
-    Apply a = {f, c, keep, calloc((size_t)n + 1, sizeof *a.failed)};
-    bool failed = !a.failed;
-    if (a.failed) parallel_for(c->state->pool, n, apply_head, &a);
-    for (int i = 0; i < n && a.failed; i++) failed = failed || a.failed[i];
-    free(a.failed);
-    return failed ? fail(err, "out of memory for fitting %d pairs", c->n_ctx) : 0;
+    Apply a = {.f = f, .c = c, .keep = keep, .desk = calloc((size_t)threads, sizeof(Desk))};
+    for (int i = 0; i < threads && status == 0; i++)
+        status = a.desk ? desk_open(&a.desk[i], f, c) : -1;
+    if (status != 0)
+        fail(err, "out of memory for fitting %d pairs", c->n_ctx);
+    else
+        status = fit_rounds(&a, c, threads, err);
+    for (int i = 0; i < threads && a.desk; i++) desk_close(&a.desk[i]);
+    free(a.desk);
+    return status;
 }

@@ -152,7 +152,12 @@ static void test_case(const Case *t) {
           *bias = malloc((size_t)n * sizeof *bias);
     double *values_is = doubles((size_t)n * t->d), *bias_is = doubles((size_t)n), off = 0, size = 0,
            worst = 0;
-    CHECK(fit_head(&h, values, bias) == 0);
+    FitRoom room = {0};
+    CHECK(fit_head(&h, &room, values, bias) == 0);
+    // what another head left in the room does not matter
+    memset(room.block, 0xff, room.floats * sizeof *room.block);
+    CHECK(fit_head(&h, &room, values, bias) == 0);
+    fit_room_free(&room);
     naive_fit(&h, values_is, bias_is);
     for (int i = 0; i < n * t->d; i++) {
         off += (values[i] - values_is[i]) * (values[i] - values_is[i]);
