@@ -1,0 +1,118 @@
+// test_fitting.c: fitting a whole context against the reference (tests/fixtures/make_fits.py, in
+// double precision): after it the tiny models give the stored logits, whether it is fitted to the
+// queries of reading or of repeating, values alone or biases as well.
+#include "fixture.h"
+#include "policies.h"
+#include "policies/fitting.h"
+
+// Logits: of the largest one; biases: logs. A query that differs in the seventh digit is rounded to
+// another half in 3 of 1,000 numbers: in the reference alone that moves logits by 5e-5 and biases
+// by 1e-4. Single precision moves them by 3e-5 and 5e-4.
+static const double LOGITS = 1e-4, BIASES = 1e-3;
+
+typedef struct {
+    const char *name, *policy;
+    int times;  // the context, repeated
+} Case;
+
+static const Case cases[] = {{"read", "knorm", 1}, {"long", "knorm", 4}, {"repeat", "kvzip", 1}};
+
+static const Tensor *stored(const TensorFile *fits, const char *a, const char *b) {
+    char name[64];
+    snprintf(name, sizeof name, "%s.%s", a, b);
+    const Tensor *t = tensors_find(fits, name);
+    if (!t) printf("no %s\n", name), exit(1);
+    return t;
+}
+
+static double worst(double a, double b) { return b > a || isnan(b) ? b : a; }
+
+// Of the kept pairs, before the others go.
+static double bias_difference(const Fixture *f, int seq, const Tensor *is) {
+    int n_kv_heads = f->kv.shape.n_kv_heads, n = (int)is->shape[2];
+    double off = 0;
+    for (int h = 0; h < (int)is->shape[0] * n_kv_heads; h++) {
+        KVHeadAt at = {seq, kvcache_scored_layer(&f->kv.shape, h / n_kv_heads), h % n_kv_heads};
+        for (int t = 0; t < n; t++) {
+            float bias = ((const float *)is->data)[(size_t)h * n + t];
+            off = worst(off, fabs(kvcache_bias(&f->kv, at, t) - bias));
+        }
+    }
+    return off;
+}
+
+// Of the last logits of the fixture's query, over the largest.
+static double logit_difference(Fixture *f, int seq, const Tensor *is) {
+    const Tensor *query = want(f, "kvzip.query");
+    int n = (int)query->shape[0], rows = (int)is->shape[0];
+    Row row[64];
+    for (int i = 0; i < n; i++) row[i] = (Row){seq, ((const int *)query->data)[i], i >= n - rows};
+    CHECK(forward(&f->state, &f->kv, row, n, err) == 0);
+    size_t n_logits = is->bytes / sizeof(float);
+    double largest = 0;
+    for (size_t i = 0; i < n_logits; i++)
+        largest = fmax(largest, fabs(((const float *)is->data)[i]));
+    return far(f->state.logits, is->data, n_logits) / largest;
+}
+
+static void test_case(Fixture *f, const TensorFile *fits, const Case *t, FitKind kind) {
+    int ids[1024];
+    Context c = fixture_context(f, ids, 64);
+    const Tensor *mask = want(f, "mask.pair.r30");
+    int once = c.n_ctx, heads = context_heads(&c);
+    for (int i = once; i < t->times * once; i++) ids[c.n_prefix + i] = ids[c.n_prefix + i - once];
+    c.n_ctx = t->times * once;
+    uint8_t *keep = malloc(context_scores(&c));
+    float *score = malloc(context_scores(&c) * sizeof *score);
+    for (int i = 0; i < heads * t->times; i++)
+        memcpy(keep + (size_t)i * once, (const uint8_t *)mask->data + (size_t)(i / t->times) * once,
+               once);
+    Fitting fitting;
+    CHECK(fitting_open(&fitting, kind, &c, err) == 0);
+    c.fitting = &fitting;
+    CHECK(context_score(&c, policy_find(t->policy), score, err) == 0);
+    CHECK(fitting_apply(&fitting, &c, keep, err) == 0);
+    double biases = 0;
+    if (kind == FIT_BOTH && t->times == 1)
+        biases = bias_difference(f, c.seq, stored(fits, t->name, "bias"));
+    CHECK(kvcache_evict(&f->kv, c.seq, c.n_prefix, c.n_ctx, keep, err) == 0);
+    char name[32];
+    snprintf(name, sizeof name, "%s.logits", fit_kind_name(kind));
+    double logits = logit_difference(f, c.seq, stored(fits, t->name, name));
+    if (!CHECK(logits < LOGITS) | !CHECK(biases < BIASES))
+        printf("%s, %s, %s: logits off by %g, biases by %g\n", f->name, t->name,
+               fit_kind_name(kind), logits, biases);
+    kvcache_drop(&f->kv, c.seq);
+    fitting_close(&fitting);
+    free(keep), free(score);
+}
+
+static void test_family(const char *family) {
+    Fixture f;
+    TensorFile fits;
+    char path[64];
+    snprintf(path, sizeof path, "%s.kvz", family);
+    if (!fixture_open(&f, family, path, KV_F32, 2)) return;
+    if (strcmp(family, "mistral") == 0) window_off(&f);
+    snprintf(path, sizeof path, "tests/fixtures/%s/fits.safetensors", family);
+    if (!CHECK(tensors_open(&fits, path, err) == 0)) printf("%s\n", err), exit(1);
+    const char *positions = tensors_meta(&fits, "positions");
+    if (!CHECK(positions && atoi(positions) == FIT_POSITIONS))
+        printf("%s: made for %s positions, not %d\n", path, positions, FIT_POSITIONS);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int kind = FIT_VALUES; kind <= FIT_BOTH; kind++)
+            test_case(&f, &fits, &cases[i], (FitKind)kind);
+    tensors_close(&fits);
+    fixture_close(&f);
+}
+
+int main(int argc, char **argv) {
+    static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
+    if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) {
+        printf("test_fitting: no %s on this machine\n", argv[1]);
+        return 0;
+    }
+    for (size_t i = 0; i < (getenv("QUICK") ? 1 : sizeof families / sizeof *families); i++)
+        test_family(families[i]);
+    return test_end("test_fitting");
+}
