@@ -28,6 +28,12 @@ typedef struct {
     Context c;
 } Reading;
 
+// Whether what stays is fitted; new values alone cannot be drawn.
+static bool wants_fit(const Options *o) {
+    bool fits = o->bit == COMPRESS ? o->fit != FIT_NONE : o->bit == MAP && o->fit == FIT_BOTH;
+    return fits && !wants_stream(o) && o->ratio < 1;
+}
+
 // A score is a float, and whether its pair stays a byte. While it is repeated a context is longer
 // by what is repeated at a time; KVzip+ has a float for each query head as well.
 static MemoryNeed reading_need(const Reading *r, int n_prefix) {
@@ -35,11 +41,11 @@ static MemoryNeed reading_need(const Reading *r, int n_prefix) {
     const Config *m = &r->s.model.config;
     double n = r->ids.n, chunk = fmin((double)o->chunk, n);
     bool scored = !wants_stream(o) && (o->ratio < 1 || o->bit == SCORE);
-    bool logs = strcmp(r->c.policy->name, "kvzip+") == 0, fits = scored && o->fit != FIT_NONE;
+    bool logs = strcmp(r->c.policy->name, "kvzip+") == 0;
     int stay = n_prefix + (int)(o->ratio * n), threads = pool_threads(r->s.pool);
     return (MemoryNeed){
         .tokens = n,
-        .more = fits ? (double)fitting_bytes(&r->s.kv.shape, (int)n, stay, threads) : 0,
+        .more = wants_fit(o) ? (double)fitting_bytes(&r->s.kv.shape, (int)n, stay, threads) : 0,
         .forked = scored ? chunk : 0,
         .n_prefix = n_prefix,
         .scores = scored ? 5 + 4.0 * logs * m->n_heads / m->n_kv_heads : 0,
@@ -269,6 +275,14 @@ static void compress_figures(const Session *s, const Context *c, const Shrunk *r
     note("; saved as %s]\n", o->out);
 }
 
+// From here on c's queries are caught, where --fit asks for it.
+static void open_fitting(Session *s, Context *c) {
+    char err[ERR_LEN];
+    if (!wants_fit(s->o) || c->n_ctx == 0) return;
+    if (fitting_open(&s->fitting, (FitKind)s->o->fit, c, err) != 0) die("%s", err);
+    c->fitting = &s->fitting;
+}
+
 int cmd_compress(const Options *o) {
     Reading in;
     if (wants_stream(o) && o->demote >= 0)
@@ -278,11 +292,7 @@ int cmd_compress(const Options *o) {
     Context *c = &in.c;
     if (c->n_ctx == 0) warn(s, "the context is empty: only the prefix is saved");
     bool scored = o->ratio < 1 && c->n_ctx > 0;
-    char err[ERR_LEN];
-    if (o->fit != FIT_NONE && scored) {
-        if (fitting_open(&s->fitting, (FitKind)o->fit, c, err) != 0) die("%s", err);
-        c->fitting = &s->fitting;
-    }
+    open_fitting(s, c);
     Shrunk r;
     if (wants_stream(o))
         r = read_and_shrink(s, c, &in.progress);
@@ -294,6 +304,36 @@ int cmd_compress(const Options *o) {
     return 0;
 }
 
+// The biases [as keep] that what stays gets by fitting it, 0 where nothing stays. To be freed.
+static float *fitted_biases(const Context *c, const uint8_t *keep) {
+    char err[ERR_LEN];
+    const KVShape *shape = &c->kv->shape;
+    float *bias = allocate(context_scores(c), sizeof *bias);
+    if (fitting_apply(c->fitting, c, keep, err) != 0) die("%s", err);
+    for (size_t i = 0; i < context_scores(c); i++) {
+        int h = (int)(i / c->n_ctx), t = c->n_prefix + (int)(i % c->n_ctx);
+        KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
+                       h % shape->n_kv_heads};
+        bias[i] = keep[i] ? kvcache_bias(c->kv, at, t) : 0;
+    }
+    return bias;
+}
+
+static void map_figures(const Options *o, const ChartMap *m) {
+    long n_pairs = (long)m->n_layers * m->n_kv_heads * m->n_ctx;
+    double stands_for = chart_stands_for(m);
+    if (o->json) {
+        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %ld, ", m->n_ctx,
+                   (double)m->n_kept / n_pairs, m->n_kept, n_pairs);
+        json_print(stdout, "'fit': %s, 'stands_for': %g, 'path': %s}\n", m->fit, stands_for,
+                   o->out);
+    }
+    if (o->quiet) return;
+    note("[%ld of %ld pairs stay", m->n_kept, n_pairs);
+    if (m->bias) note(", each stands for %.2f", stands_for);
+    note("; open %s]\n", o->out);
+}
+
 int cmd_map(const Options *o) {
     Reading in;
     char err[ERR_LEN];
@@ -303,28 +343,31 @@ int cmd_map(const Options *o) {
     size_t n_pairs = context_scores(c);
     if (c->n_ctx == 0) die("the context is empty: there is nothing to show");
     if (n_pairs == 0) die("this model evicts from no layer: there is nothing to show");
-    float *score = read_context(c, o->ratio < 1, &in.progress);
+    bool scored = o->ratio < 1;
+    open_fitting(s, c);
+    float *score = read_context(c, scored, &in.progress);
     uint8_t *keep = allocate(n_pairs, 1);
     memset(keep, 1, n_pairs);
     long kept = score ? context_select(c, score, o->ratio, keep, err) : (long)n_pairs;
     if (kept < 0) die("%s", err);
     int *layers = allocate(s->model.config.n_layers, sizeof *layers);
+    float *bias = c->fitting ? fitted_biases(c, keep) : NULL;
     ChartMap map = {.model = s->model.name,
                     .policy = c->policy->name,
                     .level = c->level->name,
+                    .fit = scored && o->fit != FIT_NONE ? fit_kind_name((FitKind)o->fit) : NULL,
                     .tok = s->tok,
                     .ids = c->ids + c->n_prefix,
                     .layer = layers,
                     .keep = keep,
+                    .bias = bias,
                     .n_ctx = c->n_ctx,
                     .n_layers = kvcache_scored_layers(&s->kv.shape, layers),
                     .n_kv_heads = s->kv.shape.n_kv_heads,
                     .n_kept = kept};
     if (chart_map(&map, o->out, err) != 0) die_file(o->out, err);
-    if (o->json)
-        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %zu, 'path': %s}\n",
-                   c->n_ctx, (double)kept / n_pairs, kept, n_pairs, o->out);
-    if (!o->quiet) note("[%ld of %zu pairs stay; open %s]\n", kept, n_pairs, o->out);
+    map_figures(o, &map);
+    free(bias);
     free(layers);
     free(keep);
     free(score);

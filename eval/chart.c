@@ -185,6 +185,11 @@ static const char map_script[] =
     "<script>\n"
     "const all = [...document.querySelectorAll('td')], tokens = document.querySelectorAll('i');\n"
     "const bit = (td, i) => parseInt(td.dataset.kept[i >> 2], 16) >> (i & 3) & 1;\n"
+    "const biased = all.length > 0 && 'bias' in all[0].dataset;\n"
+    "all.forEach(td => {\n"
+    "  let next = 0, bias = (td.dataset.bias || '').split(' ');\n"
+    "  td.bias = [...tokens].map((t, i) => biased && bit(td, i) ? Number(bias[next++]) : 0);\n"
+    "});\n"
     "function show(heads) {\n"
     "  all.forEach(td => td.classList.toggle('on', heads !== all && heads.includes(td)));\n"
     "  tokens.forEach((t, i) => {\n"
@@ -192,6 +197,11 @@ static const char map_script[] =
     "    t.style.background = `rgba(0,114,178,${n / heads.length * 0.7})`;\n"
     "    t.style.color = n ? '' : '#aaa';\n"
     "    t.title = `token ${i}: kept by ${n} of ${heads.length}`;\n"
+    "    if (!biased) return;\n"
+    "    const w = heads.reduce((sum, td) => sum + bit(td, i) * Math.exp(td.bias[i]), 0) / n;\n"
+    "    t.style.boxShadow = n && w > 1\n"
+    "      ? `inset 0 -3px rgba(213,94,0,${Math.min(Math.log(w) / 3, 1)})` : '';\n"
+    "    if (n) t.title += `, stands for ${w.toFixed(1)} pairs in each`;\n"
     "  });\n"
     "}\n"
     "document.querySelector('table').onclick = e => {\n"
@@ -214,6 +224,19 @@ static void put_bits(FILE *f, const uint8_t *keep, int n) {
     }
 }
 
+// The biases of the pairs of a head that stay, in their order.
+static void put_biases(FILE *f, const ChartMap *m, size_t head) {
+    double sum = 0;
+    int n = 0;
+    for (size_t i = head * m->n_ctx; i < (head + 1) * m->n_ctx; i++)
+        if (m->keep[i]) sum += exp(m->bias[i]), n++;
+    if (n > 0) fprintf(f, "' title='each stands for %.2f pairs", sum / n);
+    fputs("' data-bias='", f);
+    n = 0;
+    for (size_t i = head * m->n_ctx; i < (head + 1) * m->n_ctx; i++)
+        if (m->keep[i]) fprintf(f, n++ ? " %.2f" : "%.2f", m->bias[i]);
+}
+
 // A column per layer, a row per kv head, in each cell the share that stays in percent.
 static void map_table(FILE *f, const ChartMap *m) {
     fputs("<table><tr><th>all</th>", f);
@@ -222,13 +245,15 @@ static void map_table(FILE *f, const ChartMap *m) {
     for (int g = 0; g < m->n_kv_heads; g++) {
         fprintf(f, "</tr>\n<tr><th>head %d</th>", g);
         for (int l = 0; l < m->n_layers; l++) {
-            const uint8_t *keep = m->keep + ((size_t)l * m->n_kv_heads + g) * m->n_ctx;
+            size_t head = (size_t)l * m->n_kv_heads + g;
+            const uint8_t *keep = m->keep + head * m->n_ctx;
             int kept = 0;
             for (int i = 0; i < m->n_ctx; i++) kept += keep[i] != 0;
             double share = (double)kept / m->n_ctx;
             fprintf(f, "<td data-layer='%d' style='background:rgba(0,114,178,%.2f)' data-kept='",
                     m->layer[l], share * 0.7);
             put_bits(f, keep, m->n_ctx);
+            if (m->bias) put_biases(f, m, head);
             fprintf(f, "'>%.0f</td>", share * 100);
         }
     }
@@ -249,6 +274,14 @@ static void map_text(FILE *f, const ChartMap *m) {
     fputs("</p>\n", f);
 }
 
+double chart_stands_for(const ChartMap *m) {
+    double sum = 0;
+    size_t n = (size_t)m->n_layers * m->n_kv_heads * m->n_ctx;
+    for (size_t i = 0; i < n && m->bias; i++)
+        if (m->keep[i]) sum += exp(m->bias[i]);
+    return m->bias && m->n_kept > 0 ? sum / m->n_kept : 1;
+}
+
 int chart_map(const ChartMap *m, const char *path, char *err) {
     NewFile out;
     if (newfile_begin(&out, path, err) != 0) return -1;
@@ -257,10 +290,13 @@ int chart_map(const ChartMap *m, const char *path, char *err) {
     fputs("<!doctype html><html lang='en'><meta charset='utf-8'><title>What stays</title>\n", f);
     fprintf(f, "%s<h2>What stays of %d tokens</h2>\n<p>", map_head, m->n_ctx);
     put_name(f, m->model);
-    fprintf(f,
-            ", policy %s, level %s: %ld of %zu pairs, %.1f%%. Darker: kept by more heads. Click a "
-            "number, a layer (top row), a head (left) or <em>all</em>.</p>\n",
-            m->policy, m->level, m->n_kept, n_pairs, 100.0 * m->n_kept / n_pairs);
+    fprintf(f, ", policy %s, level %s%s%s: %ld of %zu pairs, %.1f%%. Darker: kept by more heads. ",
+            m->policy, m->level, m->fit ? ", fitted " : "", m->fit ? m->fit : "", m->n_kept,
+            n_pairs, 100.0 * m->n_kept / n_pairs);
+    if (m->bias)
+        fprintf(f, "Each stands for %.2f pairs; line below: for more of them. ",
+                chart_stands_for(m));
+    fputs("Click a number, a layer (top row), a head (left) or <em>all</em>.</p>\n", f);
     map_table(f, m);
     map_text(f, m);
     fputs(map_script, f);
