@@ -26,6 +26,7 @@ static const Options defaults = {.n = -1,
                                  .ratios = {{1, 0.3}, 2},
                                  .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
                                  .kvs = "f16",
+                                 .fits = "none",
                                  .prompts = {{512}, 1},
                                  .batches = {{1, 4}, 2}};
 
@@ -123,9 +124,12 @@ static const Flag flags[] = {
     {"--chunk", "N", COUNT, AT(chunk), RANGE(1, INT_MAX),
      .takes = CONTEXT | BENCH | EVAL | CALIBRATE,
      .help = "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
-    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both",
-     .takes = COMPRESS | MAP | EVAL, .also = SCORE,
-     .help = "fit what stays to what all pairs gave: values, or values and biases"},
+    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both", .takes = COMPRESS | MAP,
+     .also = SCORE, .help = "fit what stays to what all pairs gave: values, or values and biases"},
+    {"--fit", "WHAT,..", TEXT, AT(fits), .takes = EVAL,
+     .help =
+         "none (default), values, both: what stays is fitted to what all pairs gave, values, or "
+         "values and biases"},
     {"--score-attn", "HOW", CHOICE, AT(score_attn), .takes = CONTEXT | EVAL, .also = BENCH,
      .choices = "full|local",
      .help = "the repeated text sees all of the context (default), or its own part"},
@@ -355,7 +359,7 @@ typedef struct {
 
 #define METHOD "--policy --level --set --profile "
 #define READING \
-    METHOD "--ratio --stream --window --chunk --score-attn --system --task --raw --stop "
+    METHOD "--ratio --fit --stream --window --chunk --score-attn --system --task --raw --stop "
 // clang-format off: a table
 static const Rule rules[] = {
     {"--ratio ", STREAMS, has_budget, false, "--budget says already how much stays"},

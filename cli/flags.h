@@ -53,6 +53,7 @@ typedef struct {
     long budget;                       // pairs per head; 0: not given
     long window, chunk;                // chunk 0: not given
     int fit;                           // FitKind
+    const char *fits;                  // --fit of eval, several between commas
     int score_attn;                    // 0 full, 1 local
     int demote;                        // 0: to q2; -1: not given
     bool ref_ties, stream;

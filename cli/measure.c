@@ -173,7 +173,8 @@ static bool same_table(const EvalRow *a, const EvalRow *b) {
 
 static bool same_line(const EvalRow *a, const EvalRow *b) {
     return same_table(a, b) && strcmp(a->policy, b->policy) == 0 &&
-           strcmp(a->level, b->level) == 0 && strcmp(a->kv, b->kv) == 0;
+           strcmp(a->level, b->level) == 0 && strcmp(a->fit, b->fit) == 0 &&
+           strcmp(a->kv, b->kv) == 0;
 }
 
 // The first row that is in the same table, or on the same line of it, as rows[i] is i itself.
@@ -202,7 +203,8 @@ static void print_cell(const EvalRow *row, bool share) {
     out("%16s", text);
 }
 
-// One line per policy, one column per ratio; ± is half the width of the 95% interval.
+// One line per policy, level, page type and fit, one column per ratio; ± is half the width of the
+// 95% interval.
 static void print_table(const EvalRow *rows, int n, int first, const double *column,
                         int n_columns) {
     const EvalRow *head = &rows[first];
@@ -215,7 +217,9 @@ static void print_table(const EvalRow *rows, int n, int first, const double *col
     out_bytes("\n", 1);
     for (int i = first; i < n; i++) {
         if (!same_table(&rows[i], head) || !is_first(rows, i, same_line)) continue;
-        snprintf(name, sizeof name, "  %s %s %s", rows[i].policy, rows[i].level, rows[i].kv);
+        bool fitted = strcmp(rows[i].fit, "none") != 0;
+        snprintf(name, sizeof name, "  %s %s %s%s%s", rows[i].policy, rows[i].level, rows[i].kv,
+                 fitted ? " " : "", fitted ? rows[i].fit : "");
         out("%-30s", name);
         for (int k = 0; k < n_columns; k++) {
             int j = i;
@@ -244,8 +248,9 @@ static void print_rows(const Options *o, const EvalResults *results) {
                 stdout,
                 "{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ",
                 r->task, r->policy, r->level, r->ratio, r->kept, r->kv);
-            json_print(stdout, "'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n",
-                       r->metric, r->value, r->low, r->high, r->n);
+            json_print(stdout,
+                       "'fit': %s, 'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n",
+                       r->fit, r->metric, r->value, r->low, r->high, r->n);
         } else if (is_first(rows, i, same_table)) {
             print_table(rows, n, i, column, n_columns);
         }
@@ -319,11 +324,23 @@ static void check_list(const Options *o, const char *flag, int n, const char *re
     if (n == 0 || *rest) die_usage(o->command, "%s needs 1 to %d names", flag, EVAL_LIST);
 }
 
+static FitKind get_fit(const Options *o, const char *name) {
+    int kind = fit_kind(name);
+    if (kind < 0) die_usage(o->command, "--fit %s: needs one of none|values|both", name);
+    return (FitKind)kind;
+}
+
+static bool eval_fits(const Eval *e) {
+    bool fits = false;
+    for (int i = 0; i < e->n_fits; i++) fits = fits || e->fit[i] != FIT_NONE;
+    return fits;
+}
+
 // What is compared with what, from the flags.
 static void eval_lists(const Session *s, Eval *e) {
     const Options *o = s->o;
     const char *policy = o->policy ? o->policy : default_policy(s);
-    const char *level = o->level ? o->level : default_level(s), *kv = o->kvs;
+    const char *level = o->level ? o->level : default_level(s), *kv = o->kvs, *fit = o->fits;
     char *name;
     char err[ERR_LEN];
     for (; e->n_policies < EVAL_LIST && (name = next_name(&policy)); free(name))
@@ -332,13 +349,16 @@ static void eval_lists(const Session *s, Eval *e) {
         e->level[e->n_levels++] = get_level(o, name);
     for (; e->n_kvs < EVAL_LIST && (name = next_name(&kv)); e->n_kvs++)
         e->kv[e->n_kvs] = get_eval_kv(o, name);
+    for (; e->n_fits < EVAL_LIST && (name = next_name(&fit)); free(name))
+        e->fit[e->n_fits++] = get_fit(o, name);
     for (; e->n_ratios < o->shares.n; e->n_ratios++)
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
     check_list(o, "--policy", e->n_policies, policy);
     check_list(o, "--level", e->n_levels, level);
     check_list(o, "--kv", e->n_kvs, kv);
+    check_list(o, "--fit", e->n_fits, fit);
     if (e->stream) check_live(o, e);
-    for (int i = 0; i < e->n_kvs && e->fit != FIT_NONE; i++)
+    for (int i = 0; i < e->n_kvs && eval_fits(e); i++)
         if (e->kv[i].demote)
             die_usage(o->command, "--kv %s keeps what --fit replaces: choose one", e->kv[i].name);
     if (eval_check_set(e, err) != 0) die_usage(o->command, "--set %s: %s", o->set, err);
@@ -375,15 +395,16 @@ static void show_answer(void *arg, const EvalCell *c, const EvalQuestion *q, con
     if (how->json) {
         json_print(stdout, "{'task': %s, 'context': %d, 'policy': %s, 'level': %s, ", c->task,
                    c->context, c->policy, c->level);
-        json_print(stdout, "'ratio': %g, 'kv': %s, 'question': %s, 'wanted': [", c->ratio, c->kv,
-                   q->question);
+        json_print(stdout, "'ratio': %g, 'kv': %s, 'fit': %s, 'question': %s, 'wanted': [",
+                   c->ratio, c->kv, c->fit, q->question);
         for (int i = 0; i < q->n_answers; i++) json_print(stdout, i ? ", %s" : "%s", q->answers[i]);
         json_print(stdout, "], 'answer': %s, 'metric': %s, 'value': %g}\n", mark->answer, c->metric,
                    mark->value);
         return;
     }
-    out("%s, context %d, %s %s %g %s: %s\n  wanted  ", c->task, c->context, c->policy, c->level,
-        c->ratio, c->kv, q->question);
+    bool fitted = strcmp(c->fit, "none") != 0;
+    out("%s, context %d, %s %s %g %s%s%s: %s\n  wanted  ", c->task, c->context, c->policy, c->level,
+        c->ratio, c->kv, fitted ? " " : "", fitted ? c->fit : "", q->question);
     for (int i = 0; i < q->n_answers; i++) out(i ? " | %s" : "%s", q->answers[i]);
     out("\n  %.2f    %s%s\n", mark->value, q->answer_prefix, mark->answer);
 }
@@ -424,11 +445,17 @@ static void eval_memory(const Session *s, const Eval *e, const EvalTasks *tasks)
     }
     encode(s->tok, longest, most, 0, &ids);
     double answers = (double)GROUP * e->max_tokens;
-    double logits = answers * s->model.config.vocab_size * sizeof(float);
+    double logits = answers * s->model.config.vocab_size * sizeof(float), fits = 0;
+    KVShape shape = model_kv_shape(&s->model);
+    for (int i = 0; i < e->n_ratios && eval_fits(e); i++) {
+        int stay = 64 + (int)(e->ratio[i] * ids.n);
+        if (e->ratio[i] < 1)
+            fits = fmax(fits, (double)fitting_bytes(&shape, ids.n, stay, pool_threads(s->pool)));
+    }
     memory_check(s, &(MemoryNeed){.tokens = (double)ids.n + 64,
                                   .copies = e->n_kvs + 2,
                                   .forked = answers,
-                                  .more = fmin(logits, LOGITS_BYTES),
+                                  .more = fmin(logits, LOGITS_BYTES) + fits,
                                   .scores = 5,
                                   .whole = true});
     ids_free(&ids);
@@ -446,8 +473,7 @@ static int eval_tasks(const Options *o) {
               .set = o->set,
               .stream = o->stream,
               .window = (int)o->window,
-              .settings = o->raw,
-              .fit = (FitKind)o->fit};
+              .settings = o->raw};
     if (o->out) check_output(o);
     if (o->chart) check_writable(o, o->chart);
     if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);

@@ -37,7 +37,7 @@ typedef struct {
     FILE *f;
     const EvalRow *rows;  // [n]
     int n;
-    int line[MAX_LINES];  // a row of each line: policy, level and page type
+    int line[MAX_LINES];  // a row of each line: policy, level, fit and page type
     int n_lines;
 } Chart;
 
@@ -56,7 +56,7 @@ static const double KL_LEAST = 1e-4, KL_MOST = 10;
 
 static bool same_line(const EvalRow *a, const EvalRow *b) {
     return strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
-           strcmp(a->kv, b->kv) == 0;
+           strcmp(a->fit, b->fit) == 0 && strcmp(a->kv, b->kv) == 0;
 }
 
 static bool same_panel(const EvalRow *a, const EvalRow *b) {
@@ -133,6 +133,10 @@ static void chart_legend(const Chart *c, int top) {
         put_name(c->f, row->level);
         fputs(", ", c->f);
         put_name(c->f, row->kv);
+        if (strcmp(row->fit, "none") != 0) {
+            fputs(", fitted ", c->f);
+            put_name(c->f, row->fit);
+        }
         fputs("</text>\n", c->f);
     }
 }

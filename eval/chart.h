@@ -3,8 +3,8 @@
 #define CHART_H
 #include "eval/eval.h"
 
-// SVG: a panel per task and metric, a line per policy, level and page type, the share of pairs kept
-// from left to right. Returns 0, or -1 with err.
+// SVG: a panel per task and metric, a line per policy, level, fit and page type, the share of pairs
+// kept from left to right. Returns 0, or -1 with err.
 int chart_curves(const EvalRow *rows, int n, const char *path, char *err);
 
 // Which pairs of a context stay, by layer and head.

@@ -1,10 +1,10 @@
-// eval.c: what compressing costs, for each policy, level, ratio and page type.
+// eval.c: what compressing costs, for each policy, level, fit, ratio and page type.
 //
 // A context is read once per page type; a policy scores it once, on exact keys, and its scores
-// serve all ratios, levels and page types: each of these evicts from a fork. What results there are
-// already is planned first, so that nothing is read or scored for cells that are known. The full
-// cache is planned like a policy, before all others, and ratio 1 is the full cache under another
-// name. Cells go to the results as they are done.
+// serve all ratios, levels, fits and page types: each of these evicts from a fork. What results
+// there are already is planned first, so that nothing is read or scored for cells that are known.
+// The full cache is planned like a policy, before all others, and ratio 1 is the full cache under
+// another name. Cells go to the results as they are done.
 #define _POSIX_C_SOURCE 200809L
 #include "eval/eval.h"
 
@@ -121,6 +121,7 @@ typedef struct {
     EvalCell c;
     const Policy *policy;  // NULL: full
     const Level *level;
+    FitKind fit;
     int kv;
 } Cell;
 
@@ -128,7 +129,8 @@ typedef struct {
 static long shrink_context(Run *r, const Context *c, const Cell *cell, char *err) {
     long kept = context_select(c, r->score, cell->c.ratio, r->keep, err);
     if (kept < 0) return -1;
-    if (r->e->fit != FIT_NONE && fitting_apply(&r->fitting, c, r->keep, err) != 0) return -1;
+    r->fitting.kind = cell->fit;
+    if (fitting_apply(&r->fitting, c, r->keep, err) != 0) return -1;
     int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
         r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_evict;
     return evict(c->kv, c->seq, c->n_prefix, c->n_ctx, r->keep, err) == 0 ? kept : -1;
@@ -195,7 +197,7 @@ static int run_cells(Run *r, Cell *cells, int n, char *err) {
 // ---- all of them ----
 
 static int cells_per_context(const Eval *e) {
-    return e->n_kvs * (1 + e->n_policies * e->n_levels * e->n_ratios);
+    return e->n_kvs * (1 + e->n_policies * e->n_levels * e->n_fits * e->n_ratios);
 }
 
 // Adds a cell to the plan unless the results have it, or have it under the name "full".
@@ -203,13 +205,13 @@ static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
     const EvalTask *task = r->asking.task;
     EvalCell *c = &cell.c, like;
     c->task = task->task, c->metric = eval_metric_name(task->metric), c->context = task->line;
-    c->kv = r->e->kv[cell.kv].name;
+    c->kv = r->e->kv[cell.kv].name, c->fit = fit_kind_name(cell.fit);
     if (eval_results_find(r->results, c)) {
         r->done += task->n_questions;
         return 0;
     }
     if (eval_cell_alloc(c, task->n_questions) != 0) return fail(err, "out of memory");
-    like = *c, like.policy = "full", like.level = "";
+    like = *c, like.policy = "full", like.level = "", like.fit = fit_kind_name(FIT_NONE);
     const EvalCell *full = c->ratio >= 1 ? eval_results_find(r->results, &like) : NULL;
     if (!full) {
         plan[(*n)++] = cell;
@@ -224,15 +226,17 @@ static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
 // What a policy has yet to do in this context, [n] cells; p NULL: the full caches.
 static int plan_cells(Run *r, const Policy *p, Cell *plan, int *n, char *err) {
     const Eval *e = r->e;
+    int lines = e->n_levels * e->n_fits;
     for (int k = 0; k < e->n_kvs; k++) {
         Cell full = {.c = {.policy = "full", .level = "", .ratio = 1}, .kv = k};
         if (!p && plan_cell(r, plan, n, full, err) != 0) return -1;
-        for (int i = 0; p && i < e->n_levels * e->n_ratios; i++) {
-            const Level *l = e->level[i / e->n_ratios];
+        for (int i = 0; p && i < lines * e->n_ratios; i++) {
+            const Level *l = e->level[i / e->n_ratios / e->n_fits];
             Cell c = {
                 .c = {.policy = p->name, .level = l->name, .ratio = e->ratio[i % e->n_ratios]},
                 .policy = p,
                 .level = l,
+                .fit = e->fit[i / e->n_ratios % e->n_fits],
                 .kv = k};
             if (plan_cell(r, plan, n, c, err) != 0) return -1;
         }
@@ -242,8 +246,11 @@ static int plan_cells(Run *r, const Policy *p, Cell *plan, int *n, char *err) {
 
 // Scores the context, unless no cell needs that, on a sequence of its own.
 static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char *err) {
-    bool needed = false;
-    for (int i = 0; i < n; i++) needed = needed || plan[i].c.ratio < 1;
+    bool needed = false, fits = false;
+    for (int i = 0; i < n; i++) {
+        needed = needed || plan[i].c.ratio < 1;
+        fits = fits || (plan[i].c.ratio < 1 && plan[i].fit != FIT_NONE);
+    }
     if (!p || !needed || r->e->stream) return 0;
     int seq = kvcache_new(&r->kv[0], err);
     if (seq < 0) return -1;
@@ -255,9 +262,9 @@ static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char 
     if (!r->score || !r->keep)
         return fail(err, "out of memory for the scores of %d tokens", c.n_ctx);
     int rc = set_method(r->e, &c, p, r->e->level[0], err);
-    if (rc == 0 && r->e->fit != FIT_NONE) {
-        fitting_close(&r->fitting);
-        rc = fitting_open(&r->fitting, r->e->fit, &c, err);
+    fitting_close(&r->fitting);
+    if (rc == 0 && fits) {  // each cell says what its queries serve for
+        rc = fitting_open(&r->fitting, FIT_NONE, &c, err);
         c.fitting = &r->fitting;
     }
     if (rc == 0) rc = context_score(&c, p, r->score, err);
@@ -327,7 +334,6 @@ static uint64_t settings_hash(const Eval *e) {
     h = hash_text(h, c->postfix);
     h = hash_text(h, e->kv[0].name);
     h = hash_text(h, e->set ? e->set : "");
-    if (e->fit != FIT_NONE) h = hash_text(h, fit_kind_name(e->fit));
     if (e->stream) h = hash_bytes(h, &e->window, sizeof e->window);
     return c->profile ? profile_hash(c->profile, &e->state->model->config, h) : h;
 }

@@ -1,6 +1,6 @@
 // eval.h: what compressing costs: questions of which every one is asked of the same compressed
-// cache, for each policy, level, ratio and page type, beside the full cache. Tasks, results and
-// perplexity come with it.
+// cache, for each policy, level, fit, ratio and page type, beside the full cache. Tasks, results
+// and perplexity come with it.
 #ifndef EVAL_H
 #define EVAL_H
 #include "eval/judge.h"
@@ -26,12 +26,12 @@ typedef struct {
     const Level *level[EVAL_LIST];
     const char *set;  // "key=value,..": each takes the parameters it knows; or NULL
     double ratio[EVAL_LIST];
-    EvalKV kv[EVAL_LIST];  // the full cache of the first one is the yardstick
-    int n_policies, n_levels, n_ratios, n_kvs;
+    FitKind fit[EVAL_LIST];  // how what stays is fitted
+    EvalKV kv[EVAL_LIST];    // the full cache of the first one is the yardstick
+    int n_policies, n_levels, n_ratios, n_fits, n_kvs;
     // Evict while a context is read: policies that score live, no level of whole heads, nothing
-    // demoted.
+    // demoted or fitted.
     bool stream;
-    FitKind fit;     // what stays is fitted
     int window;      // with stream: newest pairs of each head, which stay meanwhile
     int max_tokens;  // of an answer, where the task does not say
     // Texts, NULL behind the last: an answer ends after one, where the task does not say.
@@ -53,8 +53,8 @@ typedef struct {
 // err.
 int eval_check_set(const Eval *e, char *err);
 
-// Every question of every context, for each policy, level, ratio and page type that r does not have
-// yet. A policy scores a context once; its scores serve all ratios, levels and page types. With
+// Every question of every context, for each policy, level, fit, ratio and page type that r does not
+// have yet. A policy scores a context once; its scores serve all the others. With
 // stream every cell reads the context for itself, once per group of questions that decode together.
 // Pages settle once pairs have been evicted, as in compressing. Answers are greedy and leave no
 // trace. Returns 0, or -1 with err.

@@ -41,7 +41,8 @@ static int take_settings(EvalResults *r, const char *settings, char *err) {
 
 static bool same_cell(const EvalCell *a, const EvalCell *b) {
     return a->context == b->context && a->ratio == b->ratio && strcmp(a->policy, b->policy) == 0 &&
-           strcmp(a->level, b->level) == 0 && strcmp(a->kv, b->kv) == 0;
+           strcmp(a->level, b->level) == 0 && strcmp(a->fit, b->fit) == 0 &&
+           strcmp(a->kv, b->kv) == 0;
 }
 
 const EvalCell *eval_results_find(const EvalResults *r, const EvalCell *like) {
@@ -78,7 +79,8 @@ static void put_settings(FILE *f, const char *settings) {
 static void put_cell(FILE *f, const EvalCell *c) {
     json_print(f, "{'task': %s, 'metric': %s, 'policy': %s, 'level': %s, 'kv': %s", c->task,
                c->metric, c->policy, c->level, c->kv);
-    json_print(f, ", 'context': %d, 'ratio': %.17g, 'kept': %.17g", c->context, c->ratio, c->kept);
+    json_print(f, ", 'fit': %s, 'context': %d, 'ratio': %.17g, 'kept': %.17g", c->fit, c->context,
+               c->ratio, c->kept);
     for (int m = 0; m < EVAL_COLUMNS; m++) {
         const float *v = c->value + (size_t)m * c->n;
         json_print(f, ", %s: [", columns[m]);
@@ -172,6 +174,8 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
     c.policy = json_need_text(&f, "policy");
     c.level = json_need_text(&f, "level");
     c.kv = json_need_text(&f, "kv");
+    c.fit = json_may_text(&f, "fit");
+    if (!c.fit) c.fit = "none";
     const JsonNode *context = json_need(&f, "context", JSON_NUMBER);
     const JsonNode *ratio = json_need(&f, "ratio", JSON_NUMBER);
     const JsonNode *kept = json_need(&f, "kept", JSON_NUMBER);
@@ -190,8 +194,8 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
         rc = read_column(c.value + (size_t)m * c.n, c.n, &f, columns[m]);
     const EvalCell *known = eval_results_find(r, &c);
     if (rc == 0 && known && !same_values(known, &c))
-        rc = fail(err, "context %d, policy %s, ratio %g is there already with other values",
-                  c.context, c.policy, c.ratio);
+        rc = fail(err, "context %d, policy %s, ratio %g is there already with other values, fit %s",
+                  c.context, c.policy, c.ratio, c.fit);
     if (rc == 0 && !known) return add_cell(r, c, err) == 0 ? 0 : (free(c.value), -1);
     free(c.value);
     return rc;
@@ -316,7 +320,7 @@ static void summarize(EvalRow *row, const float *v, int n, bool share) {
     row->high = fmin(row->value + half, most);
 }
 
-// The same task under the same policy, level, ratio and page type.
+// The same task under the same policy, level, fit, ratio and page type.
 static bool same_figure(const EvalCell *a, const EvalCell *b) {
     EvalCell c = *b;
     c.context = a->context;
@@ -344,6 +348,7 @@ static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *ro
                            .policy = c->policy,
                            .level = c->level,
                            .kv = c->kv,
+                           .fit = c->fit,
                            .metric = m == 0 ? c->metric : columns[m],
                            .ratio = c->ratio,
                            .kept = kept / n};

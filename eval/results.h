@@ -10,10 +10,11 @@ enum { EVAL_COLUMNS = 4 };  // numbers of a question: value, same, kl, nll
 // The questions of one context, asked of one cache. Policy "full" is the yardstick.
 typedef struct {
     const char *task, *metric, *policy, *level, *kv;
-    int context;   // the line of the task file, from 1
-    double ratio;  // asked for
-    double kept;   // achieved: share of the context's pairs, in the layers that evict
-    int n;         // questions
+    const char *fit;  // "none", "values", "both" (fit.h); of the full cache "none"
+    int context;      // the line of the task file, from 1
+    double ratio;     // asked for
+    double kept;      // achieved: share of the context's pairs, in the layers that evict
+    int n;            // questions
     // One block of EVAL_COLUMNS x n numbers, which begins with value.
     float *value;     // [n] the task's metric
     float *same;      // [n] 1: the answer is the full cache's, token for token
@@ -61,7 +62,7 @@ void eval_results_close(EvalResults *r);
 // 0, or -1 with err.
 int eval_results_begin(EvalResults *r, const char *settings, char *err);
 
-// The cell of the same context, ratio, policy, level and page type; NULL when there is none.
+// The cell of the same context, ratio, policy, level, fit and page type; NULL when there is none.
 const EvalCell *eval_results_find(const EvalResults *r, const EvalCell *like);
 
 // Room for the numbers of n questions, zeros; free(c->value) frees it. 0, or -1: no memory.
@@ -74,7 +75,7 @@ int eval_results_add(EvalResults *r, EvalCell *c, char *err);
 
 // A figure over all contexts of a task.
 typedef struct {
-    const char *task, *policy, *level, *kv;
+    const char *task, *policy, *level, *kv, *fit;
     const char *metric;  // contained, exact, f1, choice; same, kl, nll
     double ratio, kept;
     // Mean over questions and its 95% interval, of shares that are 0 or 1 each Wilson's, else

@@ -4,13 +4,19 @@
 Run after `make run`. The last line says how many checks passed and failed.
 """
 import itertools
+import json
 import math
 import re
 import sys
 import tempfile
 
 from checks import Tensors, check, end
-from test_cli import Model, fails, works
+from test_cli import Model, fails, works, write
+
+TEXT = "The mill of Gavi was built by Ann Grey, who kept forty goats and a blue boat. " * 8
+TASK = {"task": "mill", "context": TEXT, "metric": "contained",
+        "questions": [{"question": "Who built the mill?", "answers": ["Ann"]},
+                      {"question": "What did she keep?", "answers": ["goats"]}]}
 
 # ---- map ----
 
@@ -51,11 +57,76 @@ def test_map_fitted(m, d):
     fails(2, "--fit has no effect", "map", m.path, *text, "-o", page, "--fit", "both", "--demote", "q2")
 
 
+# ---- results ----
+
+def cells(path):
+    return [json.loads(line) for line in open(path, "rb").read().splitlines()[1:]]
+
+
+def test_eval_fits(m, d):
+    """Several fits in one run give what each gives alone; files tell them apart, and so do tables and charts."""
+    args = ["eval", m.path, write(d + "/fit.jsonl", json.dumps(TASK) + "\n"), "--policy", "knorm", "--ratio", "1,0.2", "-n", "8"]
+    file, chart = d + "/fits", d + "/fits.svg"
+    rows = works(*args, "--fit", "none,values,both", "-o", file, "--chart", chart, "--json").rows()
+    for fit in ("none", "values", "both"):
+        alone = works(*args, "--fit", fit, "--json").rows()
+        check(alone == [r for r in rows if r["fit"] == fit or r["policy"] == "full"], "eval: --fit %s alone differs" % fit)
+    kl = {(r["policy"], r["fit"], r["ratio"]): r["value"] for r in rows if r["metric"] == "kl"}
+    check(set(kl) == {("full", "none", 1)} | {("knorm", f, r) for f in ("none", "values", "both") for r in (1, 0.2)},
+          "eval: rows %s" % sorted(kl))
+    check(kl["knorm", "both", 0.2] != kl["knorm", "values", 0.2] != kl["knorm", "none", 0.2], "eval: fits that make no difference")
+    check(kl["knorm", "both", 1] == kl["full", "none", 1], "eval: ratio 1 is the full cache, however it is fitted")
+    check({c["fit"] for c in cells(file)} == {"none", "values", "both"}, "eval: the column of the file")
+    drawn = open(chart, encoding="utf-8").read()
+    check(len(re.findall(">knorm pair, f16[^<]*<", drawn)) == 3 and ">knorm pair, f16, fitted both<" in drawn, "eval: the chart's lines")
+    table = works("eval", "--merge", file).text()
+    lines = re.findall(r"\n  knorm pair f16( values| both)? +[0-9]", table)
+    check(sorted(lines) == 4 * [""] + 4 * [" both"] + 4 * [" values"], "eval: the table: %s" % table)
+    before = open(file, "rb").read()
+    works(*args, "--fit", "none,values,both", "-o", file)
+    check(open(file, "rb").read() == before, "eval: with nothing left to do, the file grew")
+    some = d + "/some"
+    works(*args, "--fit", "both", "-o", some)
+    works(*args, "--fit", "none,values,both", "-o", some)
+    key = lambda c: json.dumps(c, sort_keys=True)  # noqa: E731
+    check(sorted(cells(some), key=key) == sorted(cells(file), key=key), "eval: fits added to a file")
+    shown = works(*args, "--fit", "both", "--show", "--json").rows()
+    check({r["fit"] for r in shown if "question" in r} == {"none", "both"}, "eval --show: which fit")
+    for fit, words in (("", "--fit needs 1 to 16 names"), ("bias", "--fit bias: needs one of"), ("none,x", "--fit x: needs one of")):
+        fails(2, words, *args, "--fit", fit)
+    fails(2, "keeps what --fit replaces", *args, "--kv", "f16,f16+q2", "--fit", "none,values")
+    fails(2, "--fit has no effect", "eval", "--merge", file, "--fit", "both")
+
+
+def test_results_without_fit(m, d):
+    """Results of before there was a fit are those of none: resumed, merged, contradicted."""
+    args = ["eval", m.path, write(d + "/fit.jsonl", json.dumps(TASK) + "\n"), "--policy", "knorm", "--ratio", "0.2", "-n", "8"]
+    new, old = d + "/new", d + "/old"
+    rows = works(*args, "-o", new, "--json").rows()
+    lines = open(new).read().replace(', "fit": "none"', "")
+    check('"fit"' not in lines, "eval: the old format: %s" % lines)
+    write(old, lines)
+    check(works("eval", "--merge", old, "--json").rows() == rows, "eval: results without a fit are not those of none")
+    check(works("eval", "--merge", old, new, "--json").rows() == rows, "eval: merged with newer ones they are there twice")
+    works(*args, "-o", old)
+    check(open(old).read() == lines, "eval: resumed, known cells are done again")
+    works(*args, "--fit", "none,both", "-o", old)
+    check(open(old).read().startswith(lines) and [c.get("fit") for c in cells(old)] == [None, None, "both"], "eval: a fit added")
+    cell = json.loads(lines.splitlines()[-1])
+    cell["value"] = [1 - v for v in cell["value"]]
+    other = write(d + "/other", lines.splitlines()[0] + "\n" + json.dumps(cell) + "\n")
+    fails(1, "policy knorm, ratio 0.2 is there already with other values, fit none", "eval", "--merge", new, other)
+    cell["fit"] = 5
+    fails(1, "fit", "eval", "--merge", write(other, lines.splitlines()[0] + "\n" + json.dumps(cell) + "\n"))
+
+
 def main():
     smol = Model("smol")
     with tempfile.TemporaryDirectory() as d:
         test_map_fitted(smol, d)
         test_map_fitted(Model("gemma3"), d)
+        test_eval_fits(smol, d)
+        test_results_without_fit(smol, d)
     return end("test_fitted")
 
 

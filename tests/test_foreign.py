@@ -45,7 +45,7 @@ def results_file(path, **cell):
 
 
 def test_results(d):
-    evil = {k: EVIL + k for k in ["task", "policy", "level", "kv"]}
+    evil = {k: EVIL + k for k in ["task", "policy", "level", "kv", "fit"]}
     results = results_file(d + "/evil.results", **evil)
     r = works("eval", "--merge", results, "--chart", d + "/evil.svg", "-q")
     check(not steers(r.out) and SEEN + "task" in r.text(), "a table of hostile names: %r" % r.text())
