@@ -1,9 +1,11 @@
 // threads.c: a pool of threads that share the rounds of a loop.
 //
-// A job is a function and a counter; whoever is free takes the next indices. Workers spin for a
-// moment after a job, because the next one usually follows within microseconds, then sleep: an idle
-// program costs nothing. The fact that must stay true: which thread runs an index changes no bit of
-// its result, for each index writes only what is its own.
+// A job is a function and a ticket; whoever is free takes the next indices. The caller waits for
+// indices that were taken, never for a worker that took none: where other programs have the
+// processors, a worker that does not get to run holds nobody up. Workers spin for a moment after a
+// job, because the next one usually follows within microseconds, then sleep: an idle program costs
+// nothing. The fact that must stay true: which thread runs an index changes no bit of its result,
+// for each index writes only what is its own.
 #ifdef __linux__  // elsewhere all is declared unless a standard is asked for
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -14,6 +16,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 
 enum {
@@ -27,12 +30,14 @@ enum {
 struct ThreadPool {
     int n_workers;
     pthread_t *workers;
+    // Of the current job; written while its ticket is closed.
     void (*fn)(void *ctx, int i);
     void *ctx;
-    int n;
-    atomic_int next;  // index to take
-    atomic_int busy;  // workers that have not finished the current job
-    atomic_uint job;  // counts jobs; a change wakes the workers
+    atomic_int n;
+    // The number of the job in the high half, the index to take in the low one. As both change
+    // together, nobody takes an index of a job that they did not see.
+    atomic_uint_fast64_t ticket;
+    atomic_int done;  // indices that have run
     atomic_bool closing;
     atomic_int sleepers;
     pthread_mutex_t mutex;
@@ -49,43 +54,56 @@ static inline void relax(int spin) {
     if (spin % 1024 == 1023) sched_yield();  // more threads than cores: let the others work
 }
 
-// Large shares first, single indices last: little contention at the counter, long runs of memory,
+static const uint64_t CLOSED = UINT32_MAX;  // in a ticket: no index is left
+
+static inline uint32_t job_of(uint64_t ticket) { return (uint32_t)(ticket >> 32); }
+static inline int64_t index_of(uint64_t ticket) { return (int64_t)(ticket & CLOSED); }
+
+// Large shares first, single indices last: little contention at the ticket, long runs of memory,
 // and all finish together.
 static void take_work(ThreadPool *p) {
-    int n = p->n, threads = p->n_workers + 1;
-    for (;;) {
-        int left = n - atomic_load_explicit(&p->next, memory_order_relaxed);
-        int share = left / (2 * threads) + 1;
-        int i = atomic_fetch_add_explicit(&p->next, share, memory_order_relaxed);
-        if (i >= n) return;
-        for (int end = i + share < n ? i + share : n; i < end; i++) p->fn(p->ctx, i);
+    int threads = p->n_workers + 1;
+    for (uint64_t ticket = atomic_load(&p->ticket);;) {
+        int n = atomic_load_explicit(&p->n, memory_order_relaxed);
+        int64_t first = index_of(ticket), left = n - first, share = left / (2 * threads) + 1;
+        if (left <= 0) return;
+        if (!atomic_compare_exchange_weak(&p->ticket, &ticket, ticket + (uint64_t)share)) continue;
+        int i = (int)first, end = (int)(first + share);
+        for (; i < end; i++) p->fn(p->ctx, i);
+        atomic_fetch_add_explicit(&p->done, (int)share, memory_order_release);
+        ticket = atomic_load(&p->ticket);
     }
 }
 
-static void wait_for_job(ThreadPool *p, unsigned seen) {
+// Returns the number of the next job that is not `seen`.
+static uint32_t wait_for_job(ThreadPool *p, uint32_t seen) {
+    uint32_t job;
     for (int spin = 0; spin < SPINS; spin++) {
-        if (atomic_load_explicit(&p->job, memory_order_acquire) != seen) return;
+        if ((job = job_of(atomic_load_explicit(&p->ticket, memory_order_acquire))) != seen)
+            return job;
         relax(spin);
     }
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleepers, 1);
-    while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    while ((job = job_of(atomic_load(&p->ticket))) == seen) pthread_cond_wait(&p->wake, &p->mutex);
     atomic_fetch_sub(&p->sleepers, 1);
     pthread_mutex_unlock(&p->mutex);
+    return job;
 }
 
 static void *worker(void *arg) {
     ThreadPool *p = arg;
-    for (unsigned seen = 0;; seen++) {
-        wait_for_job(p, seen);
+    for (uint32_t seen = 0;;) {
+        seen = wait_for_job(p, seen);
         if (atomic_load(&p->closing)) return NULL;
         take_work(p);
-        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
     }
 }
 
-static void post_job(ThreadPool *p) {
-    atomic_fetch_add(&p->job, 1);
+// A ticket for the next job; `first` is CLOSED where there is nothing to do but to wake.
+static void post_job(ThreadPool *p, uint64_t first) {
+    uint64_t job = (uint64_t)(job_of(atomic_load(&p->ticket)) + 1u) << 32;
+    atomic_store(&p->ticket, job | first);
     if (atomic_load(&p->sleepers) > 0) {
         pthread_mutex_lock(&p->mutex);
         pthread_cond_broadcast(&p->wake);
@@ -96,6 +114,7 @@ static void post_job(ThreadPool *p) {
 ThreadPool *pool_open(int n_threads) {
     ThreadPool *p = calloc(1, sizeof *p);
     if (!p) return NULL;
+    atomic_store(&p->ticket, CLOSED);
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->workers = calloc((size_t)n_threads, sizeof *p->workers);
@@ -119,7 +138,7 @@ ThreadPool *pool_open(int n_threads) {
 void pool_close(ThreadPool *p) {
     if (!p) return;
     atomic_store(&p->closing, true);
-    post_job(p);
+    post_job(p, CLOSED);
     for (int i = 0; i < p->n_workers; i++) pthread_join(p->workers[i], NULL);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
@@ -134,11 +153,12 @@ void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx)
         for (int i = 0; i < n; i++) fn(ctx, i);
         return;
     }
-    p->fn = fn, p->ctx = ctx, p->n = n;
-    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&p->busy, p->n_workers, memory_order_relaxed);
-    post_job(p);
+    p->fn = fn, p->ctx = ctx;
+    atomic_store_explicit(&p->n, n, memory_order_relaxed);
+    atomic_store_explicit(&p->done, 0, memory_order_relaxed);
+    post_job(p, 0);
     take_work(p);
-    for (int spin = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; spin++)
+    for (int spin = 0; atomic_load_explicit(&p->done, memory_order_acquire) < n; spin++)
         relax(spin);
+    atomic_store(&p->ticket, atomic_load(&p->ticket) | CLOSED);
 }
