@@ -120,6 +120,64 @@ def test_results_without_fit(m, d):
     fails(1, "fit", "eval", "--merge", write(other, lines.splitlines()[0] + "\n" + json.dumps(cell) + "\n"))
 
 
+# ---- what comes after a fitted context ----
+
+def compressed(m, d, name, *flags):
+    """A cache of TEXT: its path, and the row that compress prints."""
+    path = d + "/" + name
+    row = works("compress", m.path, "-f", write(d + "/mill.txt", TEXT), "--ratio", "0.2", "--json", "-q", "-o", path, *flags).rows()[0]
+    return path, row
+
+
+def test_again(m, d):
+    """A fitted cache is not compressed again: whichever way is tried, one line says so."""
+    cache, _ = compressed(m, d, "once.kvc", "--fit", "both")
+    before = open(cache, "rb").read()
+    for flags in (("--budget", "20"), ("--ratio", "0.5")):
+        fails(2, "-c: its pairs have been chosen already", "chat", m.path, "-c", cache, *flags)
+    fails(1, "once.kvc: ", "compress", m.path, "-f", cache, "-o", d + "/twice.kvc", "--fit", "both")
+    fails(2, "unexpected argument", "compress", m.path, cache, "-p", TEXT, "-o", d + "/twice.kvc")
+    check(open(cache, "rb").read() == before, "what is refused changes the cache")
+
+
+def test_questions(m, d):
+    """Questions together, one at a time and in a conversation: the answers that a fitted context gives."""
+    flags = ["-n", 12, "--ignore-eos", "--json", "-q"]
+    asked = ["Who built the mill?", "What did she keep?", "And the boat?", "Who?"]
+    answers = {}
+    for fit in ("none", "both"):
+        cache, _ = compressed(m, d, "asked.kvc", "--fit", fit)
+        of = lambda *args: [r["answer"] for r in works("ask", m.path, cache, *args, *flags).rows()]  # noqa: E731
+        answers[fit] = of(*asked)
+        check(all(of(*asked, "--batch", b) == answers[fit] for b in (1, 3)), "fit %s: batches change answers" % fit)
+        check([of(q)[0] for q in asked] == answers[fit], "fit %s: questions together change answers" % fit)
+        check(of(*asked, "-j", 1) == of(*asked, "-j", 3) == answers[fit], "fit %s: threads change answers" % fit)
+        turns = of(*asked, "--keep")
+        chat = works("chat", m.path, "-c", cache, "--temp", 0, *flags, input="\n".join(asked).encode()).rows()
+        check([r["answer"] for r in chat] == turns, "fit %s: chat's turns are not those of ask --keep" % fit)
+        check(turns[0] == answers[fit][0] and turns[1:] != answers[fit][1:], "fit %s: turns that see each other" % fit)
+    check(answers["both"] != answers["none"], "a fit that changes no answer: %s" % answers)
+
+
+def test_pages(m, d):
+    """Every type of page takes a fit: the same biases, values settled as others are, and it pays in each."""
+    biases = {}
+    for kv in ("f32", "f16", "q8", "q4", "q8/q4", "q2"):
+        cache, row = compressed(m, d, "pages.kvc", "--fit", "both", "--kv", kv)
+        facts, saved = works("info", cache, "--json").rows()[0], Tensors(cache)
+        check(facts["fit"] == "both" and facts["kv"].lower() == kv, "info: %s" % facts)
+        plain, less = compressed(m, d, "plain.kvc", "--kv", kv)
+        more = facts["bytes"] - works("info", plain, "--json").rows()[0]["bytes"]
+        check(row["bytes"] - less["bytes"] == more == 256 * saved.shape["bias"][0], "--kv %s: biases take %d bytes" % (kv, more))
+        biases[kv] = saved["bias"]
+        works("ask", m.path, cache, "Who?", "-n", 3, "-q")
+    check(all(b == biases["f16"] for kv, b in biases.items() if kv != "f32"), "biases depend on what pages settle to")
+    rows = works("eval", m.path, write(d + "/fit.jsonl", json.dumps(TASK) + "\n"), "--policy", "kvzip", "--ratio", "0.2", "-n", "8",
+                 "--kv", "f16,f32,q8,q4,q8/q4", "--fit", "none,both", "--json").rows()
+    kl = {(r["kv"], r["fit"]): r["value"] for r in rows if r["metric"] == "kl" and r["ratio"] == 0.2}
+    check(all(kl[kv, "both"] < 0.8 * kl[kv, "none"] for kv, _ in kl), "a fit that does not pay: %s" % kl)
+
+
 def main():
     smol = Model("smol")
     with tempfile.TemporaryDirectory() as d:
@@ -127,6 +185,10 @@ def main():
         test_map_fitted(Model("gemma3"), d)
         test_eval_fits(smol, d)
         test_results_without_fit(smol, d)
+        test_again(smol, d)
+        test_pages(smol, d)
+        for m in (smol, Model("gemma3")):
+            test_questions(m, d)
     return end("test_fitted")
 
 

@@ -87,6 +87,47 @@ static void test_case(Fixture *f, const TensorFile *fits, const Case *t, FitKind
     free(keep), free(score);
 }
 
+// Pairs that stay keep their values and biases, so that evicting twice leaves what evicting at once
+// does: of what a context was fitted to, every second pair goes.
+static void test_again(Fixture *f) {
+    int ids[1024];
+    Context c = fixture_context(f, ids, 64);
+    const Tensor *mask = want(f, "mask.pair.r30");
+    const uint8_t *keep = mask->data;
+    int n_kv_heads = f->kv.shape.n_kv_heads;
+    uint8_t *half = calloc(mask->bytes, 1), *rest = malloc(mask->bytes);
+    float *score = malloc(context_scores(&c) * sizeof *score);
+    Fitting fitting;
+    CHECK(fitting_open(&fitting, FIT_BOTH, &c, err) == 0);
+    c.fitting = &fitting;
+    CHECK(context_score(&c, policy_find("knorm"), score, err) == 0);
+    CHECK(fitting_apply(&fitting, &c, keep, err) == 0);
+    int twice = kvcache_fork(&f->kv, c.seq, err);
+    CHECK(kvcache_evict(&f->kv, twice, c.n_prefix, c.n_ctx, keep, err) == 0);
+    for (int h = 0; h < context_heads(&c); h++) {
+        KVHeadAt at = {twice, kvcache_scored_layer(&f->kv.shape, h / n_kv_heads), h % n_kv_heads};
+        int n = 0;
+        for (int t = h * c.n_ctx; t < (h + 1) * c.n_ctx; t++)
+            if (keep[t]) half[t] = rest[n] = n % 2 == 0, n++;
+        CHECK(kvcache_evict_head(&f->kv, at, (KVSpan){c.n_prefix, n}, rest, err) == 0);
+    }
+    CHECK(kvcache_evict(&f->kv, c.seq, c.n_prefix, c.n_ctx, half, err) == 0);
+    CHECK(kvcache_biased(&f->kv, twice));
+    const Tensor *query = want(f, "kvzip.query");
+    float *logits[2];
+    int seq[] = {c.seq, twice}, vocab = f->model.config.vocab_size;
+    for (int i = 0; i < 2; i++) {
+        Row row = {seq[i], ((const int *)query->data)[0], true};
+        logits[i] = malloc((size_t)vocab * sizeof **logits);
+        CHECK(forward(&f->state, &f->kv, &row, 1, err) == 0);
+        memcpy(logits[i], f->state.logits, (size_t)vocab * sizeof **logits);
+        kvcache_drop(&f->kv, seq[i]);
+    }
+    CHECK(memcmp(logits[0], logits[1], (size_t)vocab * sizeof **logits) == 0);
+    fitting_close(&fitting);
+    free(half), free(rest), free(score), free(logits[0]), free(logits[1]);
+}
+
 static void test_family(const char *family) {
     Fixture f;
     TensorFile fits;
@@ -102,6 +143,7 @@ static void test_family(const char *family) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int kind = FIT_VALUES; kind <= FIT_BOTH; kind++)
             test_case(&f, &fits, &cases[i], (FitKind)kind);
+    test_again(&f);
     tensors_close(&fits);
     fixture_close(&f);
 }
