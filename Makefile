@@ -85,22 +85,26 @@ blas:
 	@$(MAKE) --no-print-directory BLAS=1 tests
 	@BUILD=build/blas C_ONLY=1 sh tests/run.sh $(TESTS)
 
-# libFuzzer over everything that is read, FUZZ_SECONDS each; instruction sets' own files, which are slow to build with
-# the sanitizers, are without. What it found before the corpus starts from is kept in build/fuzz/corpus.
+# libFuzzer over everything that is read, FUZZ_SECONDS each, from valid inputs (tests/seeds.py) and what was found
+# before, which is kept in build/fuzz/corpus. Instruction sets' own files, which are slow to build with the sanitizers,
+# are without.
 FUZZ_SECONDS ?= 60
-FUZZ = json tensors tokenizer model files
+FUZZ = json tensors tokenizer chat ids lines model cache profile tasks results
 SANITIZE = -O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 build/fuzz/kernels/%.o: SANITIZE = -O2 -g
 build/fuzz/fuzz_%: tests/fuzz_%.c build/fuzz/libkvzip.a
-	$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -o $@ $^ $(LDLIBS)
+	$(CC) $(ALL_CFLAGS) -MMD -fsanitize=fuzzer -Wl,--wrap=exit -o $@ $(filter %.c %.a,$^) $(LDLIBS)
 fuzzers: $(FUZZ:%=build/fuzz/fuzz_%)
-fuzz:
+fuzz: run
 	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=clang CFLAGS='$$(SANITIZE) -fsanitize=fuzzer-no-link' fuzzers
+	@$(PYTHON) tests/seeds.py ./run build/fuzz/seeds
 	@for t in $(FUZZ); do \
 	    mkdir -p build/fuzz/corpus/$$t && echo "== fuzz_$$t" && \
-	    build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -timeout=10 -close_fd_mask=1 \
-	        -print_final_stats=1 build/fuzz/corpus/$$t >build/fuzz/$$t.log 2>&1; \
-	    status=$$?; grep -E "executed_units|average_exec|ERROR|SUMMARY" build/fuzz/$$t.log; [ $$status -eq 0 ] || exit 1; \
+	    build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -timeout=10 -close_fd_mask=3 \
+	        -artifact_prefix=build/fuzz/$$t- -print_final_stats=1 build/fuzz/corpus/$$t build/fuzz/seeds/$$t \
+	        >build/fuzz/$$t.log 2>&1; \
+	    status=$$?; grep -E "executed_units|average_exec|ERROR|SUMMARY|written to" build/fuzz/$$t.log; \
+	    [ $$status -eq 0 ] || exit 1; \
 	done
 
 # Faults that can be seen without running anything: conversions of sizes and indices, cppcheck, clang-tidy

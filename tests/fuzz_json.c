@@ -1,9 +1,5 @@
 // fuzz_json.c: any bytes are read or refused; what is read and written again stays as it is.
-#define _POSIX_C_SOURCE 200809L
-#include "json.h"
-
-#include <stdlib.h>
-#include <string.h>
+#include "fuzz.h"
 
 #include "tree.h"
 #include "util.h"
@@ -30,7 +26,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     char *once = rewritten(data, n, &n_once);
     if (!once) return 0;
     char *twice = rewritten(once, n_once, &n_twice);
-    if (!twice || n_once != n_twice || memcmp(once, twice, n_once) != 0) abort();
+    MUST(twice && n_once == n_twice && memcmp(once, twice, n_once) == 0);
     free(once);
     free(twice);
     return 0;

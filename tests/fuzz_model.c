@@ -1,16 +1,8 @@
-// fuzz_model.c: libFuzzer target for models: a valid one with a list of changes, three bytes of
-// place and one of value each, is refused or computes three tokens. Run in the project's directory.
-#define _GNU_SOURCE
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
+// fuzz_model.c: a damaged model is refused or computes three tokens. The input is a list of changes
+// to a valid one (fuzz.h).
+#include "fuzz.h"
 
 #include "model.h"
-
-static void must(int ok) {
-    if (!ok) abort();
-}
 
 static void compute(Model *m) {
     char err[ERR_LEN];
@@ -27,34 +19,21 @@ static void compute(Model *m) {
     state_close(&state);
 }
 
-// The valid file with changes [n], three of four in its header; or as it was again.
-static void put_changes(int file, const uint8_t *valid, size_t bytes, const uint8_t *p, size_t n,
-                        bool undo) {
-    for (; n >= 4; p += 4, n -= 4) {
-        size_t at = (size_t)(p[0] | p[1] << 8 | p[2] << 16);
-        at = p[0] & 3 ? at % 8192 : at % bytes;
-        must(pwrite(file, undo ? &valid[at] : &p[3], 1, (off_t)at) == 1);
-    }
-}
-
-int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n) {
-    static uint8_t *valid;
-    static size_t bytes;
-    static int file;
-    static char path[32], err[ERR_LEN];
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
+    static FuzzValid valid;
+    char err[ERR_LEN];
+    size_t bytes;
     Model m;
-    if (!valid) {
+    if (!valid.map) {
         kernels_init(NULL);
-        valid = (uint8_t *)file_read("tests/fixtures/smol-q4.kvz", &bytes, err);
-        must(valid && (file = memfd_create("fuzz", 0)) >= 0);
-        must(pwrite(file, valid, bytes, 0) == (ssize_t)bytes);
-        snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+        uint8_t *file = (uint8_t *)file_read("tests/fixtures/smol-q4.kvz", &bytes, err);
+        valid = fuzz_valid(file, bytes);
     }
-    put_changes(file, valid, bytes, p, n, false);
-    if (model_open(&m, path, err) == 0) {
+    fuzz_change(&valid, data, n, false);
+    if (model_open(&m, valid.file.path, err) == 0) {
         compute(&m);
         model_close(&m);
     }
-    put_changes(file, valid, bytes, p, n, true);
+    fuzz_change(&valid, data, n, true);
     return 0;
 }

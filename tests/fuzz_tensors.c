@@ -1,25 +1,20 @@
-// fuzz_tensors.c: libFuzzer target for the file layer: any bytes are refused or give tensors inside
-// the map.
-//   clang -g -fsanitize=fuzzer,address,undefined tests/fuzz_tensors.c tensors.c && ./a.out
-#define _POSIX_C_SOURCE 200809L
-#include "tensors.h"
+// fuzz_tensors.c: any bytes are refused as a container or give tensors inside the map.
+#include "fuzz.h"
 
-#include <stdlib.h>
-#include <unistd.h>
+#include "tensors.h"
 
 static volatile uint8_t sink;
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
-    static char path[] = "/tmp/fuzz_tensors.XXXXXX";
-    static int fd = -1;
+    static FuzzFile file;
     char err[ERR_LEN];
     TensorFile f;
-    if (fd < 0) fd = mkstemp(path);
-    if (fd < 0 || ftruncate(fd, 0) != 0 || pwrite(fd, data, n, 0) != (ssize_t)n) abort();
-    if (tensors_open(&f, path, err) != 0) return 0;
+    if (!file.path[0]) file = fuzz_file();
+    fuzz_put(&file, data, n);
+    if (tensors_open(&f, file.path, err) != 0) return 0;
     for (int i = 0; i < f.n_tensors; i++) {
         const Tensor *t = &f.tensors[i];
-        if (tensors_find(&f, t->name) != t) abort();
+        MUST(tensors_find(&f, t->name) == t);
         for (size_t b = 0; b < t->bytes; b++) sink ^= ((const uint8_t *)t->data)[b];
     }
     for (int i = 0; i < f.n_meta; i++) {

@@ -1,10 +1,7 @@
-// fuzz_tokenizer.c: clang -fsanitize=fuzzer,address,undefined tests/fuzz_tokenizer.c tokenizer.c
-// pretokenize.c bpe.c tensors.c util.c json.c -lm
-//
-// The first byte picks what the rest is: a text for one of the fixtures' vocabularies, which has to
-// come back; merges and a text, whose ids have to be those of the plain definition; or a damaged
-// vocabulary, which has to be refused or to work. Run in the project's directory.
-#include <stdio.h>
+// fuzz_tokenizer.c: the first byte picks what the rest is: a text for one of the fixtures'
+// vocabularies, which has to come back; merges and a text, whose ids have to be those of the plain
+// definition; or a damaged vocabulary, which has to be refused or to work.
+#include "fuzz.h"
 
 #include "vocab.h"
 
@@ -14,17 +11,13 @@ enum { N_FAMILIES = sizeof families / sizeof *families, QWEN2 = 2, QWEN3, GEMMA3
 static char err[ERR_LEN];
 static Tokenizer *fixture[N_FAMILIES];
 
-static void must(int ok) {
-    if (!ok) abort();
-}
-
 static void open_fixtures(void) {
     static TensorFile files[N_FAMILIES];
     for (int i = 0; i < N_FAMILIES && fixture[N_FAMILIES - 1] == NULL; i++) {
         char path[64];
         snprintf(path, sizeof path, "tests/fixtures/%s.kvz", families[i]);
-        must(tensors_open(&files[i], path, err) == 0);
-        must((fixture[i] = tokenizer_open(&files[i], err)) != NULL);
+        MUST(tensors_open(&files[i], path, err) == 0);
+        MUST((fixture[i] = tokenizer_open(&files[i], err)) != NULL);
     }
 }
 
@@ -35,10 +28,10 @@ static void check_stream(const Tokenizer *t, const Ids *ids, const char *text, s
     size_t at = 0;
     for (int i = 0; i <= ids->n; i++) {
         size_t n = (size_t)tokenizer_stream(t, &s, i < ids->n ? ids->id[i] : -1, out);
-        must(at + n <= bytes && memcmp(text + at, out, n) == 0);
+        MUST(at + n <= bytes && memcmp(text + at, out, n) == 0);
         at += n;
     }
-    must(at == bytes);
+    MUST(at == bytes);
 }
 
 // Text in, text out: byte for byte where nothing is normalized. U+2581 is a space to SentencePiece.
@@ -46,16 +39,16 @@ static void fuzz_text(int which, unsigned flags, const char *text, size_t n) {
     const Tokenizer *t = fixture[which];
     Ids ids = {0};
     size_t bytes;
-    must(tokenizer_encode(t, text, n, flags, &ids) == 0);
+    MUST(tokenizer_encode(t, text, n, flags, &ids) == 0);
     for (int i = 0; i < ids.n; i++) {
-        must(ids.id[i] >= 0 && ids.id[i] < tokenizer_n_vocab(t));
-        must(flags || !tokenizer_is_special(t, ids.id[i]));
+        MUST(ids.id[i] >= 0 && ids.id[i] < tokenizer_n_vocab(t));
+        MUST(flags || !tokenizer_is_special(t, ids.id[i]));
     }
     char *got = tokenizer_decode(t, ids.id, ids.n, &bytes);
     bool exact = which != QWEN2 && which != QWEN3 && which != GEMMA3 && flags == 0;
     for (size_t i = 0; which == MISTRAL && i + 2 < n; i++)
         exact = exact && memcmp(text + i, "\xe2\x96\x81", 3) != 0;
-    must(!exact || (bytes == n && memcmp(got, text, n) == 0));
+    MUST(!exact || (bytes == n && memcmp(got, text, n) == 0));
     check_stream(t, &ids, got, bytes);
     free(got);
     ids_free(&ids);
@@ -64,10 +57,10 @@ static void fuzz_text(int which, unsigned flags, const char *text, size_t n) {
     memcpy(message, text, n);
     int specials[2] = {0};
     for (int i = 0; i < 2; i++, ids_free(&ids)) {
-        must(tokenizer_turn(t, 'u', i ? "a" : message, true, false, &ids) == 0);
+        MUST(tokenizer_turn(t, 'u', i ? "a" : message, true, false, &ids) == 0);
         for (int j = 0; j < ids.n; j++) specials[i] += tokenizer_is_special(t, ids.id[j]);
     }
-    must(specials[0] == specials[1]);
+    MUST(specials[0] == specials[1]);
     free(message);
 }
 
@@ -98,13 +91,13 @@ static void fuzz_merges(const uint8_t *p, size_t n) {
     }
     Ids ids = {0};
     Tokenizer *t = vocab_open(v, err);
-    must(t != NULL);
+    MUST(t != NULL);
     if (n > sizeof want / sizeof *want) n = sizeof want / sizeof *want;
     char *text = malloc(n + 1);
     for (size_t i = 0; i < n; i++) want[i] = text[i] = (char)('a' + p[i] % 4);
     int n_want = merge_plainly(v, want, (int)n);
-    must(tokenizer_encode(t, text, n, 0, &ids) == 0);
-    must(ids.n == n_want &&
+    MUST(tokenizer_encode(t, text, n, 0, &ids) == 0);
+    MUST(ids.n == n_want &&
          (n_want == 0 || memcmp(ids.id, want, (size_t)n_want * sizeof *want) == 0));
     ids_free(&ids);
     free(text);
@@ -136,7 +129,7 @@ static void fuzz_damage(const uint8_t *p, size_t n) {
     Tokenizer *t = vocab_open(v, err);
     size_t bytes;
     if (t != NULL) {
-        must(tokenizer_encode(t, (const char *)p + half, n - half, p[0] >> 6, &ids) == 0);
+        MUST(tokenizer_encode(t, (const char *)p + half, n - half, p[0] >> 6, &ids) == 0);
         char *text = tokenizer_decode(t, ids.id, ids.n, &bytes);
         check_stream(t, &ids, text, bytes);
         free(text);

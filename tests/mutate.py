@@ -254,6 +254,14 @@ def mutate_lines(data, rng):
 # ---- the files and the commands that read them ----
 
 
+def tasks_text(*metrics):
+    answers = {"contained": ["the miller", "7"], "exact": ["The mill."], "f1": ["seven geese"], "choice": ["c"]}
+    tasks = [{"context": TEXT[:120], "task": "mill", "metric": metric, "max_tokens": 3, "stop": ".",
+              "questions": [{"question": "Who?", "answers": answers[metric], "answer_prefix": "It was"},
+                            {"question": "What?", "answers": ["b"]}]} for metric in metrics]
+    return "".join(json.dumps(t) + "\n" for t in tasks).encode()
+
+
 class Files:
     """Valid files, made by the program itself in a folder of their own."""
 
@@ -263,11 +271,7 @@ class Files:
         os.makedirs(folder)
         self.text = self.put("text", TEXT.encode())
         self.questions = self.put("questions", b"Who kept geese?\tThe\nWhat rose?\nHow many?\n")
-        tasks = [{"context": TEXT[:120], "task": "mill", "metric": metric, "max_tokens": 3, "stop": ".",
-                  "questions": [{"question": "Who?", "answers": answers, "answer_prefix": "It was"},
-                                {"question": "What?", "answers": ["b"]}]}
-                 for metric, answers in (("contained", ["the miller", "7"]), ("choice", ["c"]))]
-        self.tasks = self.put("tasks", "".join(json.dumps(t) + "\n" for t in tasks).encode())
+        self.tasks = self.put("tasks", tasks_text("contained", "choice"))
         self.caches, self.profiles, self.models = [], [], {m: os.path.join(FIXTURES, m + ".kvz") for m in MODELS}
         for m in MODELS:
             for i, flags in enumerate(([], ["--kv", "q8/q4"], ["--demote", "q2"], ["--kv", "f32", "--ratio", "1"])):
