@@ -361,6 +361,7 @@ static void info_profile(const Options *o, const TensorFile *f) {
     const Tensor *probe = share ? tensors_get(f, err, "profile.probe", T_F32, 3, -1, -1, -1) : NULL;
     if (!probe) die("%s: %s", f->path, err);
     const char *model = tensors_meta(f, "model"), *print = tensors_meta(f, "fingerprint");
+    const char *by = tensors_meta(f, PROFILE_LAYER_SHARES);
     const Fact facts[] = {
         {"profile_of", model ? model : "", 0, false},
         {"fingerprint", print ? print : "", 0, false},
@@ -368,6 +369,7 @@ static void info_profile(const Options *o, const TensorFile *f) {
         {"layers", NULL, (double)share->shape[1], false},
         {"kv_heads", NULL, (double)share->shape[2], false},
         {"features", NULL, (double)probe->shape[2], false},
+        {"layer_shares", by ? by : "KVzip's", 0, false},
         {"file", NULL, (double)f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);

@@ -15,6 +15,7 @@
 #include "eval/eval.h"
 #include "json.h"
 #include "policies/calibrate.h"
+#include "policies/effects.h"
 #include "policies/ridge.h"
 
 // ---- bench ----
@@ -513,14 +514,24 @@ static Buffer sample_text(const Options *o) {
     return read_all(o, path);
 }
 
+static void trial_figures(const Options *o, const ShareTrial *t) {
+    if (t->n_texts > 0 && !o->quiet)
+        note("[layer shares by effect: held-out KL %.3g -> %.3g at 0.3 on %d texts, %s]\n",
+             t->kl[0], t->kl[1], t->n_texts, t->used ? "used" : "not used");
+}
+
 static void calibrate_figures(const Options *o, const CalibrateResult *r) {
     if (o->json) {
         json_print(stdout, "{'n_texts': %d, 'n_tokens': %d, 'longest': %d, ", r->n_texts,
                    r->n_tokens, r->longest);
+        json_print(stdout, "'held_out': %d, 'kl_by_kvzip': %g, 'kl_by_effect': %g, ",
+                   r->trial.n_texts, r->trial.kl[0], r->trial.kl[1]);
+        json_print(stdout, "'layer_shares': %s, ", r->trial.used ? "effect" : "kvzip");
         json_print(stdout, "'explained': %g, 'seconds': %g, 'path': %s}\n", r->explained,
                    r->seconds, o->out);
         out_flush();
     }
+    trial_figures(o, &r->trial);
     if (!o->quiet)
         note(
             "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
@@ -550,7 +561,7 @@ int cmd_calibrate(const Options *o) {
     check_output(o);
     Buffer text = sample_text(o);
     catch_signals();
-    open_session(&s, o, NULL, 1);
+    open_session(&s, o, NULL, EFFECT_SPAN);
     prefix_ids(&s, &prefix);
     calibrate_memory(&s, &text);
     Progress progress = progress_begin(&s);

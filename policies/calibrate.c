@@ -3,14 +3,17 @@
 //
 // Each text is scored by KVzip, then read once more with a tap that adds every pair's features to
 // the normal equations of ridge regression (ridge.c): nothing but sums is kept, however long the
-// texts are. Where the sums of all layers would take too much memory, the texts are read again for
-// each group of layers.
+// texts are. Where a trial on texts set aside says that it pays, the shares of layers follow from
+// what evicting them does to the model's words instead (effects.c). Where the sums of all layers
+// would take too much memory, the texts are read again for each group of layers.
 #include "policies/calibrate.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "policies/effects.h"
 #include "policies/ridge.h"
 #include "util.h"
 
@@ -18,6 +21,7 @@
 static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f,
                              0.4f,  0.5f,  0.6f, 0.7f,  0.8f, 0.9f,  0.95f};
 enum { N_GRID = sizeof grid / sizeof *grid, LEAST_TOKENS = 64 };
+static const double TRIAL_RATIO = 0.3;   // of shares against shares
 static const float LEAST_SCORE = 1e-7f;  // added before the log
 
 // A context to learn from.
@@ -33,14 +37,15 @@ typedef struct {
     const Config *m;
     int n_layers, n_heads;  // scored layers; all their kv heads
     Ids ids;                // of all texts, each with its prefix
-    Text *text;             // [n_texts]
-    int n_texts;
+    Text *text;             // [n_texts], the last one all others joined if n_texts > n_parts
+    int n_texts, n_parts;
     float *share, *head_max;  // as in Profile
     float *probe;             // [n_heads][probe_features]
     double *explained;        // [n_heads]
     double *squares, *sums;   // [n_heads] sums of squared log scores and of log scores
     Ridge ridge;              // sums of the layers [layer0, layer0 + group)
     int layer0, group;
+    ShareTrial trial;  // of layer shares
     const Text *now;   // being read for its features
     long done, total;  // tokens, for progress
 } Run;
@@ -88,6 +93,7 @@ static int cut_texts(Run *r, const Ids *parts, const int *part_n, int n_parts, c
     int room = r->m->seq_len - r->c->prefix->n - 2 * chunk, at = 0;
     for (int i = 0; i < n_parts; at += part_n[i++])
         if (push_text(r, parts->id + at, min_int(part_n[i], r->m->seq_len), err) != 0) return -1;
+    r->n_parts = r->n_texts;
     int joined = min_int(parts->n, room);
     if (n_parts > 1 && joined > part_n[0] && push_text(r, parts->id, joined, err) != 0) return -1;
     const int *ids = r->ids.id;
@@ -222,6 +228,123 @@ static int fit_probes(Run *r, char *err) {
     return 0;
 }
 
+// ---- layer shares by effect ----
+
+// Texts of a trial: long enough, and not the joined one. Every second one is measured, the others
+// are set aside to judge what follows from them.
+static int next_trial(const Run *r, int i) {
+    while (i < r->n_parts && !trial_fits(r->text[i].n_ctx)) i++;
+    return i;
+}
+
+static int count_trials(const Run *r) {
+    int n = 0;
+    for (int i = next_trial(r, 0); i < r->n_parts; i = next_trial(r, i + 1)) n++;
+    return n;
+}
+
+// Where it makes sense to try: layers to move pairs between, and texts for both halves.
+static bool tries_shares(const Run *r) { return r->n_layers > 1 && count_trials(r) >= 4; }
+
+static int read_again(Run *r, const Text *t, Context *c, char *err) {
+    int seq = kvcache_new(r->c->context.kv, err);
+    if (seq < 0) return -1;
+    *c = context_of(r, t, seq);
+    if (context_read(c, err) != 0) return -1;
+    r->done += t->n_ctx;
+    return 0;
+}
+
+static int measure_text(Run *r, Effects *e, const Text *t, double weight, char *err) {
+    Context c;
+    if (read_again(r, t, &c, err) != 0 || effects_add(e, &c, t->score, weight, err) != 0) return -1;
+    kvcache_drop(c.kv, c.seq);
+    r->done += trial_tokens(e->n * EFFECT_POINTS);
+    return 0;
+}
+
+// A fork of c evicted at the trial's ratio by KVzip's scores within these shares, or -1 with err.
+static int evict_by(const Run *r, Context *c, const float *score, const float *share, char *err) {
+    Profile p = {.n_layers = r->n_layers,
+                 .n_kv_heads = r->m->n_kv_heads,
+                 .n_ratios = N_GRID,
+                 .ratio = grid,
+                 .share = share};
+    uint8_t *keep = malloc(context_scores(c) + 1);
+    int seq = keep ? kvcache_fork(c->kv, c->seq, err) : fail(err, "out of memory for selecting");
+    c->profile = &p, c->level = level_find("profile");
+    if (seq >= 0 && (context_select(c, score, TRIAL_RATIO, keep, err) < 0 ||
+                     kvcache_evict(c->kv, seq, c->n_prefix, c->n_ctx, keep, err) != 0))
+        seq = -1;
+    c->profile = NULL, c->level = NULL;
+    free(keep);
+    return seq;
+}
+
+// kl [2]: of KVzip's shares, and of the other ones.
+static int judge_text(Run *r, const Text *t, const float *share, double *kl, char *err) {
+    Context c;
+    int seq[2];
+    if (read_again(r, t, &c, err) != 0 || (seq[0] = evict_by(r, &c, t->score, r->share, err)) < 0 ||
+        (seq[1] = evict_by(r, &c, t->score, share, err)) < 0)
+        return -1;
+    Trial trial = {.c = &c, .seq = seq, .n = 2, .kl = kl};
+    if (trial_run(&trial, err) != 0) return -1;
+    for (int i = 0; i < 2; i++) kvcache_drop(c.kv, seq[i]);
+    kvcache_drop(c.kv, c.seq);
+    r->done += trial_tokens(2);
+    return 0;
+}
+
+static int measure_effects(Run *r, Effects *e, char *err) {
+    int n = (count_trials(r) + 1) / 2, at = 0;
+    for (int i = next_trial(r, 0); i < r->n_parts; i = next_trial(r, i + 1))
+        if (at++ % 2 == 0 && measure_text(r, e, &r->text[i], 1.0 / n, err) != 0) return -1;
+    return 0;
+}
+
+// Replaces the shares by `share` where the texts that were not measured say so.
+static int judge_shares(Run *r, const float *share, char *err) {
+    int n = 0, at = 0;
+    double(*kl)[2] = calloc((size_t)r->n_parts, sizeof *kl);
+    if (!kl) return fail(err, "out of memory for %d texts", r->n_parts);
+    int status = 0;
+    for (int i = next_trial(r, 0); i < r->n_parts && status == 0; i = next_trial(r, i + 1))
+        if (at++ % 2 == 1) status = judge_text(r, &r->text[i], share, kl[n++], err);
+    r->trial = (ShareTrial){.n_texts = n, .used = status == 0 && effects_pay(kl, n)};
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 2; j++) r->trial.kl[j] += kl[i][j] / n;
+    if (r->trial.used) memcpy(r->share, share, N_GRID * (size_t)r->n_heads * sizeof *share);
+    free(kl);
+    return status;
+}
+
+static int try_shares(Run *r, char *err) {
+    Effects e = effects_groups(r->n_layers);
+    Profile p = {.n_layers = r->n_layers,
+                 .n_kv_heads = r->m->n_kv_heads,
+                 .n_ratios = N_GRID,
+                 .ratio = grid,
+                 .share = r->share};
+    if (!tries_shares(r)) return 0;
+    float *share = malloc(N_GRID * (size_t)r->n_heads * sizeof *share);
+    if (!share) return fail(err, "out of memory for the shares of %d heads", r->n_heads);
+    int status = measure_effects(r, &e, err);
+    if (status == 0) status = effects_move(&e, &p, share, err);
+    if (status == 0) status = judge_shares(r, share, err);
+    free(share);
+    return status;
+}
+
+// Tokens that all of it feeds, for progress.
+static long trial_total(const Run *r) {
+    int points = effects_groups(r->n_layers).n * EFFECT_POINTS, at = 0;
+    long total = 0;
+    for (int i = next_trial(r, 0); i < r->n_parts && tries_shares(r); i = next_trial(r, i + 1))
+        total += r->text[i].n_ctx + trial_tokens(at++ % 2 == 0 ? points : 2);
+    return total;
+}
+
 // ---- the file ----
 
 static int declare(TensorWriter *w, const Run *r, char *err) {
@@ -252,17 +375,28 @@ static bool copied(const Tensor *t) {
     return strncmp(t->name, "pad.", 4) != 0 && strncmp(t->name, "profile.", 8) != 0;
 }
 
+// What a trial has changed is said; else the file is as if there had been none.
+static int put_trial(TensorWriter *w, const Run *r, char *err) {
+    char text[96];
+    if (!r->trial.used) return 0;
+    snprintf(text, sizeof text, "by effect: held-out KL %.3g -> %.3g at %g", r->trial.kl[0],
+             r->trial.kl[1], TRIAL_RATIO);
+    return tensors_write_meta(w, PROFILE_LAYER_SHARES, text, err);
+}
+
 // All that the model's file holds, and the profile behind it.
 static int put_model(TensorWriter *w, const Model *m, const Run *r, char *err) {
     const TensorFile *f = &m->file;
     for (int i = 0; i < f->n_meta; i++)
-        if (tensors_write_meta(w, f->meta[i].key, f->meta[i].value, err) != 0) return -1;
+        if (strcmp(f->meta[i].key, PROFILE_LAYER_SHARES) != 0 &&
+            tensors_write_meta(w, f->meta[i].key, f->meta[i].value, err) != 0)
+            return -1;
     for (int i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
         if (copied(t) && tensors_write_declare(w, t->name, t->dtype, t->n_dims, t->shape, err) != 0)
             return -1;
     }
-    if (declare(w, r, err) != 0) return -1;
+    if (put_trial(w, r, err) != 0 || declare(w, r, err) != 0) return -1;
     for (int i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
         if (copied(t) && tensors_write_put(w, t->data, t->bytes, err) != 0) return -1;
@@ -273,7 +407,8 @@ static int put_model(TensorWriter *w, const Model *m, const Run *r, char *err) {
 static int put_alone(TensorWriter *w, const Model *m, const Run *r, char *err) {
     if (tensors_write_meta(w, "format", "kvzip.c profile 1", err) != 0 ||
         tensors_write_meta(w, "fingerprint", m->fingerprint, err) != 0 ||
-        tensors_write_meta(w, "model", m->name, err) != 0 || declare(w, r, err) != 0)
+        tensors_write_meta(w, "model", m->name, err) != 0 || put_trial(w, r, err) != 0 ||
+        declare(w, r, err) != 0)
         return -1;
     return put_profile(w, r, err);
 }
@@ -305,9 +440,10 @@ static int run_all(Run *r, const char *text, size_t n, char *err) {
         return -1;
     int passes = (r->n_layers + r->ridge.layers - 1) / r->ridge.layers;
     for (int i = 0; i < r->n_texts; i++) r->total += (2 + passes) * (long)r->text[i].n_ctx;
+    r->total += trial_total(r);
     for (int i = 0; i < r->n_texts; i++)
         if (score_text(r, &r->text[i], err) != 0) return -1;
-    return fit_probes(r, err);
+    return fit_probes(r, err) != 0 || try_shares(r, err) != 0 ? -1 : 0;
 }
 
 static void close_run(Run *r) {
@@ -326,7 +462,7 @@ int calibrate_run(const Calibrate *c, const char *text, size_t n, CalibrateResul
     r.n_heads = r.n_layers * m->n_kv_heads;
     int status = run_all(&r, text, n, err);
     if (status == 0) status = write_profile(&r, err);
-    *result = (CalibrateResult){.n_texts = r.n_texts, .seconds = now() - start};
+    *result = (CalibrateResult){.n_texts = r.n_texts, .trial = r.trial, .seconds = now() - start};
     for (int i = 0; i < r.n_texts; i++) {
         result->n_tokens += r.text[i].n_ctx;
         result->longest = max_int(result->longest, r.text[i].n_ctx);

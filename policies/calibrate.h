@@ -15,17 +15,26 @@ typedef struct {
     void *progress_arg;
 } Calibrate;
 
+// Layer shares by effect (effects.h) against KVzip's own, on texts that were not measured for them.
+typedef struct {
+    int n_texts;   // set aside; 0: not tried, too few texts or a single layer
+    double kl[2];  // mean KL at a ratio of 0.3 with KVzip's layer shares, and with those by effect
+    bool used;     // the profile has the latter
+} ShareTrial;
+
 // What came of it.
 typedef struct {
     int n_texts, n_tokens;  // contexts scored, the joined one included, and their tokens
     int longest;            // tokens of the joined one
     double explained;  // share of the variance of log scores that probes explain, mean over heads
+    ShareTrial trial;
     double seconds;
 } CalibrateResult;
 
 // text [n]: contexts, parted by lines of at least four '='. Each is read and scored by KVzip on its
 // own, and then all of them joined, up to the length the model was trained for, so that late
-// positions are seen as well. Writes the profile. Returns 0, or -1 with err.
+// positions are seen as well. From four texts on, layer shares by effect are tried. Writes the
+// profile. Returns 0, or -1 with err.
 int calibrate_run(const Calibrate *c, const char *text, size_t n, CalibrateResult *result,
                   char *err);
 #endif

@@ -33,9 +33,7 @@ enum { TAIL = 8 };
 
 // ---- the repeat passes ----
 
-// What the model is fed while it repeats ids [a, b) of the context: request, turn change, the ids
-// themselves.
-static int repeat_input(const Context *c, int a, int b, Ids *in) {
+int kvzip_repeat_input(const Context *c, int a, int b, Ids *in) {
     const int *ctx = c->ids + c->n_prefix;
     const char *ask = a == 0 ? ASK_FIRST : ASK_NEXT;
     in->n = 0;
@@ -54,7 +52,7 @@ static int repeat_input(const Context *c, int a, int b, Ids *in) {
 static int repeat_chunk(Context *c, KVScoring *s, int a, int b, char *err) {
     Ids in = {0};
     int status = -1;
-    if (repeat_input(c, a, b, &in) != 0) {
+    if (kvzip_repeat_input(c, a, b, &in) != 0) {
         fail(err, "out of memory for a repeat pass of %d tokens", b - a);
     } else if ((s->seq = kvcache_fork(c->kv, c->seq, err)) >= 0) {
         Feed pass = {

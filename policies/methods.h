@@ -12,6 +12,12 @@ int score_observed(Context *c, float *score, char *err);    // arXiv 2306.14048,
 extern const LiveMethod expected_method;                    // arXiv 2510.00636, expected.c
 extern const LiveMethod kvzap_method;                       // arXiv 2601.07891, kvzap.c
 
+// ---- repeating (kvzip.c) ----
+
+// in = what the model is fed to repeat ids [a, b) of the context: request, turn change, and the ids
+// themselves. Returns 0, or -1: no memory.
+int kvzip_repeat_input(const Context *c, int a, int b, Ids *in);
+
 // ---- the attention of the first pass (observed.c) ----
 
 // Reads the context; the last `rows` of its tokens are watched: score [context_scores(c)] becomes

@@ -76,10 +76,8 @@ void profile_close(Profile *p) {
 
 // ---- budgets ----
 
-// Shares at a ratio, share [n_heads]: linear between the measured ratios, between none and the
-// first one, and between the last one and all.
-static void shares_at(const Profile *p, double ratio, int n_heads, double *share) {
-    int i = 0;
+void profile_shares(const Profile *p, double ratio, double *share) {
+    int i = 0, n_heads = p->n_layers * p->n_kv_heads;
     while (i < p->n_ratios && p->ratio[i] < ratio) i++;
     double lo = i > 0 ? p->ratio[i - 1] : 0, hi = i < p->n_ratios ? p->ratio[i] : 1;
     double w = (ratio - lo) / (hi - lo);
@@ -130,7 +128,7 @@ int profile_budget(const Profile *p, double ratio, int n_ctx, int *budget, char 
     long total = (long)((double)n_heads * n_ctx * ratio);
     double *share = malloc((size_t)(n_heads + 1) * sizeof *share);
     if (!share) return fail(err, "out of memory for the budgets of %d heads", n_heads);
-    shares_at(p, ratio, n_heads, share);
+    profile_shares(p, ratio, share);
     double factor = n_ctx > 0 ? fit_factor(share, n_heads, (double)total / n_ctx) : 0;
     for (int h = 0; h < n_heads; h++) share[h] = fmin(1, factor * share[h]);
     round_budgets(share, n_heads, n_ctx, total, budget);

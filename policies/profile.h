@@ -9,6 +9,10 @@
 #define PROFILE_H
 #include "model.h"
 
+// Metadata of a profile whose layer shares follow from measured effects (effects.h): what that was
+// worth. Absent where they are KVzip's.
+#define PROFILE_LAYER_SHARES "profile.layer_shares"
+
 // An open profile; its numbers lie in the mapped file.
 typedef struct {
     TensorFile file;           // a profile of its own; unused where the model carries one
@@ -38,9 +42,13 @@ bool profile_carried(const Model *m);  // whether the model's own file holds a p
 int profile_open(Profile *p, const Model *m, const char *path, char *err);
 void profile_close(Profile *p);  // safe on a zeroed struct, and twice
 
+// Shares of the heads at a ratio, share [n_layers][n_kv_heads]: linear between the measured ratios,
+// between none and the first one, and between the last one and all.
+void profile_shares(const Profile *p, double ratio, double *share);
+
 // How many of its n_ctx pairs each head keeps, budget [n_layers][n_kv_heads]: the heads' shares at
-// this ratio, between the measured ratios linear; together exactly floor(n_layers * n_kv_heads *
-// n_ctx * ratio). Returns 0, or -1: no memory.
+// this ratio, together exactly floor(n_layers * n_kv_heads * n_ctx * ratio). Returns 0, or -1: no
+// memory.
 int profile_budget(const Profile *p, double ratio, int n_ctx, int *budget, char *err);
 
 // ---- features and probes, for taps of forward ----

@@ -1,9 +1,11 @@
 // What a profile promises: head budgets that add up, probes that solve their ridge regression and
 // predict the same score whatever the block size and the number of threads, shares that are those
-// of KVzip's own selection, a file that is refused when it is another model's, cut or nonsense, and
-// a model that carries its profile and is still the same model.
+// of KVzip's own selection, layer shares by effect that are the least sum of effects and are used
+// only where texts set aside say so, a file that is refused when it is another model's, cut or
+// nonsense, and a model that carries its profile and is still the same model.
 #define _POSIX_C_SOURCE 200809L
 #include "fixture.h"
+#include "policies/effects.h"
 
 #include <unistd.h>
 
@@ -256,6 +258,208 @@ static void test_mixed(Fixture *f) {
     for (int i = 0; i < 3; i++) free(score[i]);
 }
 
+// ---- layer shares by effect ----
+
+// The convex hull of group g's effects at ratio r: the lowest line between any two points.
+static double hull(const Effects *e, int g, double r) {
+    double x[EFFECT_POINTS + 1], y[EFFECT_POINTS + 1], low = INFINITY;
+    for (int i = 0; i < EFFECT_POINTS; i++) x[i] = effect_ratio[i], y[i] = e->effect[g][i];
+    x[EFFECT_POINTS] = 1, y[EFFECT_POINTS] = 0;
+    for (int i = 0; i <= EFFECT_POINTS; i++) {
+        for (int j = i; j <= EFFECT_POINTS; j++) {
+            if (r < x[i] - 1e-9 || r > x[j] + 1e-9) continue;
+            double w = i < j ? (r - x[i]) / (x[j] - x[i]) : 0;
+            low = fmin(low, y[i] + w * (y[j] - y[i]));
+        }
+    }
+    return low;
+}
+
+// No shares on a lattice have a lower sum of effects than those that are chosen.
+static void test_allocation(void) {
+    static const int sizes[][4] = {{0, 1, 2, 3}, {0, 2, 3, 6}};
+    uint64_t seed = 3;
+    for (int i = 0; i < 60; i++) {
+        Effects e = {.n = 3};
+        memcpy(e.first, sizes[i % 2], sizeof sizes[0]);
+        for (int g = 0; g < 3; g++) {
+            double y = 0, big = (double)(random_next(&seed) % 1000) / 500;
+            for (int j = EFFECT_POINTS - 1; j >= 0; j--)
+                e.effect[g][j] = y += big * (double)(random_next(&seed) % 1000) / 1000;
+        }
+        int n = e.first[3], total = n + i % 49 * n;  // in steps of .02, of all layers
+        double share[3], best = INFINITY, sum = 0, pairs = 0;
+        effects_share(&e, total * 0.02 / n, share);
+        for (int g = 0; g < 3; g++) {
+            CHECK(share[g] >= 0.02 - 1e-7 && share[g] <= 1 + 1e-9);
+            pairs += share[g] * (e.first[g + 1] - e.first[g]), sum += hull(&e, g, share[g]);
+        }
+        CHECK_NEAR(pairs, total * 0.02, 1e-6);
+        for (int a = 1; a <= 50; a++) {
+            for (int b = 1; b <= 50; b++) {
+                int rest = total - a * e.first[1] - b * (e.first[2] - e.first[1]);
+                double c = rest * 0.02 / (e.first[3] - e.first[2]);
+                if (c < 0.02 - 1e-9 || c > 1 + 1e-9) continue;
+                best = fmin(best, hull(&e, 0, a * 0.02) + hull(&e, 1, b * 0.02) + hull(&e, 2, c));
+            }
+        }
+        CHECK(sum <= best + 1e-6);
+    }
+    // A layer that matters gets what the other does not need; below the first ratio all are alike.
+    Effects e = {.first = {0, 1, 2}, .n = 2, .effect = {{0}, {2, 1.5, 1, 0.7, 0.4}}};
+    double share[2];
+    effects_share(&e, 0.3, share);
+    CHECK_NEAR(share[0], 0.02, 1e-6), CHECK_NEAR(share[1], 0.58, 1e-6);
+    effects_share(&e, 0.01, share);
+    CHECK_NEAR(share[0], 0.01, 1e-6), CHECK_NEAR(share[1], 0.01, 1e-6);
+    e = effects_groups(30);
+    CHECK(e.n == EFFECT_GROUPS && e.first[0] == 0 && e.first[e.n] == 30);
+    for (int g = 0; g < e.n; g++)
+        CHECK(e.first[g + 1] - e.first[g] >= 3 && e.first[g + 1] - e.first[g] <= 4);
+}
+
+static void test_pays(void) {
+    double less[4][2] = {{1, 0.5}, {1, 0.8}, {1, 0.7}, {1, 1.1}};
+    double little[4][2] = {{1, 0.95}, {1, 0.93}, {1, 0.92}, {1, 0.94}};
+    double one[4][2] = {{9, 0.5}, {1, 1.1}, {1, 1.1}, {1, 0.9}};
+    CHECK(effects_pay(less, 4) && !effects_pay(little, 4) && !effects_pay(one, 4));
+    CHECK(!effects_pay(less, 0));
+}
+
+// Groups get what effects_share says, and inside a group heads keep what they kept where the group
+// had as much.
+static void test_moved(const Profile *p) {
+    int n_heads = p->n_layers * p->n_kv_heads;
+    Effects e = effects_groups(p->n_layers);
+    float *share = malloc((size_t)p->n_ratios * n_heads * sizeof *share);
+    double group[EFFECT_GROUPS], *at = malloc(n_heads * sizeof *at);
+    for (int g = 0; g < e.n; g++)
+        for (int i = 0; i < EFFECT_POINTS; i++) e.effect[g][i] = (g + 1) * (1 - effect_ratio[i]);
+    CHECK(effects_move(&e, p, share, err) == 0);
+    for (int i = 0; i < p->n_ratios; i++) {
+        effects_share(&e, p->ratio[i], group);
+        for (int g = 0; g < e.n; g++) {
+            double sum = 0;
+            for (int h = 0; h < p->n_kv_heads; h++)
+                sum += share[i * n_heads + g * p->n_kv_heads + h];
+            CHECK_NEAR(sum / p->n_kv_heads, group[g], 1e-5);
+        }
+    }
+    for (int i = 1; i < 100; i++) {  // one group of all layers: p's own
+        Effects all = {.first = {0, p->n_layers}, .n = 1};
+        profile_shares(p, p->ratio[i % p->n_ratios], at);
+        double mean = 0;
+        for (int h = 0; h < n_heads; h++) mean += at[h] / n_heads;
+        float ratio = (float)mean;
+        Profile here = *p;
+        here.ratio = &ratio, here.n_ratios = 1;
+        here.share = p->share + (size_t)(i % p->n_ratios) * n_heads;
+        CHECK(effects_move(&all, &here, share, err) == 0);
+        for (int h = 0; h < n_heads; h++) CHECK_NEAR(share[h], at[h], 1e-5);
+    }
+    free(share), free(at);
+}
+
+// Layers 1 and 4 of the fixture are evicted, the others have a window; those in `silent` add
+// nothing to what the model says.
+static void make_hybrid(Fixture *f, const char *silent) {
+    static const int window[16] = {8, 0, 8, 8, 0, 8, 8};
+    static const float zero[64 * 128];
+    const Config *m = &f->model.config;
+    CHECK(m->n_layers == 7 && m->dim * m->q_dim <= 64 * 128);
+    f->model.config.window = f->kv.shape.window = window;
+    for (const char *l = silent; *l; l++) f->model.layers[*l - '0'].wo.data = (const uint8_t *)zero;
+}
+
+static int calibrate_many(Fixture *f, CalibrateResult *r) {
+    static const char *const texts[] = {
+        "The miller kept three dogs and a heron that would not leave; he fed all of them.\n",
+        "First the dough is folded, then it rests, then it is folded again until it holds.\n",
+        "def total(xs):\n    s = 0\n    for x in xs:\n        s += x\n    return s  # of all\n",
+        "Seven boats left the harbour on Monday, and by Thursday six of them were back.\n",
+        "Mara asked for the key. Nobody had it. The door, it turned out, was open anyway.\n"};
+    Ids prefix = {0};
+    Buffer text = {0};
+    for (int i = 0; i < 5; i++) {
+        for (int j = 0; j < 2; j++) buffer_add(&text, texts[i], strlen(texts[i]));
+        buffer_add(&text, "=====\n", 6);
+    }
+    CHECK(tokenizer_encode(f->tok, "Read this. ", 11, TOK_BOS, &prefix) == 0);
+    Calibrate c = {.context = {.state = &f->state,
+                               .kv = &f->kv,
+                               .tok = f->tok,
+                               .chunk = 100,
+                               .local = true,
+                               .postfix = tokenizer_chat(f->tok)->kvzip_postfix},
+                   .prefix = &prefix,
+                   .lambda = LAMBDA,
+                   .path = path};
+    int rc = calibrate_run(&c, text.s, text.n, r, err);
+    ids_free(&prefix);
+    free(text.s);
+    return rc;
+}
+
+static uint64_t file_hash(const char *name) {
+    uint64_t h = 1;
+    FILE *in = fopen(name, "rb");
+    for (int c; in && (c = fgetc(in)) != EOF;) h = (h ^ (uint64_t)c) * 0x100000001b3u;
+    CHECK(in != NULL);
+    if (in) fclose(in);
+    return h;
+}
+
+// A layer that adds nothing keeps nearly nothing; where no layer adds anything KVzip's shares stay,
+// and nothing is said. The same file for any number of threads.
+static void test_trial(void) {
+    static const char *const silent[] = {"1", "4", "14"};
+    for (int i = 0; i < 3; i++) {
+        uint64_t hash[2];
+        for (int j = 0; j < 2; j++) {
+            Fixture f;
+            CalibrateResult r;
+            Profile p;
+            if (!fixture_open(&f, "gemma3", "gemma3.kvz", KV_F32, j == 0 ? 1 : 3)) return;
+            make_hybrid(&f, silent[i]);
+            CHECK(calibrate_many(&f, &r) == 0);
+            CHECK(r.trial.n_texts == 2 && r.trial.used == (i < 2));
+            CHECK(i == 2 ? r.trial.kl[0] == 0 : r.trial.kl[1] < 0.9 * r.trial.kl[0]);
+            if (!CHECK(profile_open(&p, &f.model, path, err) == 0)) printf("%s\n", err), exit(1);
+            const char *said = tensors_meta(&p.file, PROFILE_LAYER_SHARES);
+            CHECK((said != NULL) == (i < 2));
+            if (said) CHECK(strncmp(said, "by effect: held-out KL ", 23) == 0);
+            int at = 0;
+            while (p.ratio[at] != 0.3f) at++;
+            double share[2] = {0};
+            for (int h = 0; h < 4; h++) share[h / 2] += p.share[at * 4 + h] / 2;
+            if (i < 2) CHECK_NEAR(share[i], 0.02, 0.005), CHECK_NEAR(share[1 - i], 0.58, 0.005);
+            hash[j] = file_hash(path);
+            profile_close(&p);
+            fixture_close(&f);
+        }
+        CHECK(hash[0] == hash[1]);
+    }
+    remove(path);
+}
+
+// Words after evicting against the same computed plainly: a fork that is whole says the same to the
+// bit, one that lacks pairs does not.
+static void test_words(Fixture *f) {
+    int ids[1024], seq[2];
+    double kl[2];
+    Context c = fixture_context(f, ids, 64);
+    CHECK(trial_fits(c.n_ctx) && context_read(&c, err) == 0);
+    Trial t = {.c = &c, .seq = seq, .n = 2, .kl = kl};
+    for (int i = 0; i < 2; i++) seq[i] = kvcache_fork(&f->kv, c.seq, err);
+    uint8_t *keep = calloc(context_scores(&c), 1);
+    CHECK(kvcache_evict(&f->kv, seq[1], c.n_prefix, c.n_ctx, keep, err) == 0);
+    CHECK(trial_run(&t, err) == 0);
+    CHECK(kl[0] == 0 && kl[1] > 0 && t.fed > 0);
+    for (int i = 0; i < 2; i++) kvcache_drop(&f->kv, seq[i]);
+    kvcache_drop(&f->kv, c.seq);
+    free(keep);
+}
+
 // ---- files ----
 
 static void test_into(Fixture *f) {
@@ -328,6 +532,9 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IONBF, 0);
     kernels_init(argc > 1 ? argv[1] : NULL);
     test_path(path, "test.kvp"), test_path(into, "test-into.kvz"), test_path(bad, "test-bad.kvp");
+    test_allocation();
+    test_pays();
+    test_trial();
     for (int i = 0; i < (quick ? 1 : 3); i++) {
         Fixture f, other;
         char weights[64];
@@ -342,7 +549,9 @@ int main(int argc, char **argv) {
         Profile p;
         CHECK(profile_open(&p, &f.model, path, err) == 0);
         test_budgets(&p);
+        test_moved(&p);
         profile_close(&p);
+        test_words(&f);
         test_probes(&f);
         test_into(&f);
         test_refused(&f, &other);
