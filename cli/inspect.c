@@ -247,6 +247,13 @@ static void print_meta(const Options *o, const TensorFile *f, const char *start)
     }
 }
 
+// Where a profile has them from.
+static const char *layer_shares(const TensorFile *f) {
+    const char *by = tensors_meta(f, PROFILE_LAYER_SHARES);
+    if (!tensors_find(f, "profile.share")) return "no profile";
+    return by ? by : "KVzip's";
+}
+
 static void info_model(const Options *o) {
     Session s;
     RunState state;
@@ -293,6 +300,7 @@ static void info_model(const Options *o) {
         {"cache_windows_f16", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F16)), true},
         {"cache_windows_f32", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F32)), true},
         {"scratch", NULL, state.bytes, true},
+        {"layer_shares", layer_shares(&s.model.file), 0, false},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);
     info_tokens(o, s.tok, tensors_meta(file, "tokenizer.bos_id"));
@@ -361,7 +369,6 @@ static void info_profile(const Options *o, const TensorFile *f) {
     const Tensor *probe = share ? tensors_get(f, err, "profile.probe", T_F32, 3, -1, -1, -1) : NULL;
     if (!probe) die("%s: %s", f->path, err);
     const char *model = tensors_meta(f, "model"), *print = tensors_meta(f, "fingerprint");
-    const char *by = tensors_meta(f, PROFILE_LAYER_SHARES);
     const Fact facts[] = {
         {"profile_of", model ? model : "", 0, false},
         {"fingerprint", print ? print : "", 0, false},
@@ -369,7 +376,7 @@ static void info_profile(const Options *o, const TensorFile *f) {
         {"layers", NULL, (double)share->shape[1], false},
         {"kv_heads", NULL, (double)share->shape[2], false},
         {"features", NULL, (double)probe->shape[2], false},
-        {"layer_shares", by ? by : "KVzip's", 0, false},
+        {"layer_shares", layer_shares(f), 0, false},
         {"file", NULL, (double)f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);

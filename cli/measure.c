@@ -539,17 +539,19 @@ static void calibrate_figures(const Options *o, const CalibrateResult *r) {
             r->n_texts, r->n_tokens, r->longest, 100 * r->explained, r->seconds, o->out);
 }
 
-// As if the texts were one, so never too little for them; and the sums of the regression.
+// As if the texts were one, so never too little for them; and the sums of the regression, and the
+// words of a trial.
 static void calibrate_memory(const Session *s, const Buffer *text) {
     Ids ids = {0};
     encode(s->tok, text->s, text->n, 0, &ids);
     KVShape shape = model_kv_shape(&s->model);
-    memory_check(s,
-                 &(MemoryNeed){.tokens = ids.n,
-                               .forked = fmin((double)s->o->chunk, ids.n),
-                               .more = ridge_bytes(&s->state, kvcache_scored_layers(&shape, NULL)),
-                               .scores = 5,
-                               .whole = true});
+    double logits = (double)EFFECT_SPAN * s->model.config.vocab_size * sizeof(float);
+    double ridge = ridge_bytes(&s->state, kvcache_scored_layers(&shape, NULL));
+    memory_check(s, &(MemoryNeed){.tokens = ids.n,
+                                  .forked = fmin((double)s->o->chunk, ids.n),
+                                  .more = ridge + logits,
+                                  .scores = 5,
+                                  .whole = true});
     ids_free(&ids);
 }
 

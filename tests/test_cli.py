@@ -579,6 +579,12 @@ def test_profile(m, other, d):
     profile, cache, sample = d + "/m.kvp", d + "/p.kvc", write(d + "/sample", SAMPLE)
     row = works("calibrate", m.path, "-f", sample, "-o", profile, "--json", "--chunk", 50).rows()[0]
     check(row["n_texts"] == 3 and 0 < row["longest"] < row["n_tokens"], "calibrate: %s" % row)
+    check((row["held_out"], row["layer_shares"]) == (0, "kvzip"), "two texts are too few to try layer shares: %s" % row)
+    check((info(profile)["layer_shares"], info(m.path)["layer_shares"]) == ("KVzip's", "no profile"), "whose layer shares")
+    many = write(d + "/many", "\n=====\n".join(["%s %s" % (SAMPLE.split("=====")[0], i) for i in range(5)]))
+    said = works("calibrate", m.path, "-f", many, "-o", d + "/many.kvp", "--chunk", 50).err
+    check(re.search(r"layer shares by effect: held-out KL \S+ -> \S+ at 0.3 on 2 texts, (not )?used", said), "what was tried: %s" % said)
+    check(("not used" in said) == (info(d + "/many.kvp")["layer_shares"] == "KVzip's"), "what came of it: %s" % said)
     check(0 < row["explained"] <= 1, "what probes explain")
     text = ["-p", "The code of Chen is 12. " * 30, "-o", cache]
     works("compress", m.path, *text)

@@ -371,7 +371,7 @@ static void make_hybrid(Fixture *f, const char *silent) {
     for (const char *l = silent; *l; l++) f->model.layers[*l - '0'].wo.data = (const uint8_t *)zero;
 }
 
-static int calibrate_many(Fixture *f, CalibrateResult *r) {
+static int calibrate_many(Fixture *f, const char *to, bool in, CalibrateResult *r) {
     static const char *const texts[] = {
         "The miller kept three dogs and a heron that would not leave; he fed all of them.\n",
         "First the dough is folded, then it rests, then it is folded again until it holds.\n",
@@ -393,7 +393,8 @@ static int calibrate_many(Fixture *f, CalibrateResult *r) {
                                .postfix = tokenizer_chat(f->tok)->kvzip_postfix},
                    .prefix = &prefix,
                    .lambda = LAMBDA,
-                   .path = path};
+                   .path = to,
+                   .into = in};
     int rc = calibrate_run(&c, text.s, text.n, r, err);
     ids_free(&prefix);
     free(text.s);
@@ -421,7 +422,7 @@ static void test_trial(void) {
             Profile p;
             if (!fixture_open(&f, "gemma3", "gemma3.kvz", KV_F32, j == 0 ? 1 : 3)) return;
             make_hybrid(&f, silent[i]);
-            CHECK(calibrate_many(&f, &r) == 0);
+            CHECK(calibrate_many(&f, path, false, &r) == 0);
             CHECK(r.trial.n_texts == 2 && r.trial.used == (i < 2));
             CHECK(i == 2 ? r.trial.kl[0] == 0 : r.trial.kl[1] < 0.9 * r.trial.kl[0]);
             if (!CHECK(profile_open(&p, &f.model, path, err) == 0)) printf("%s\n", err), exit(1);
@@ -440,6 +441,26 @@ static void test_trial(void) {
         CHECK(hash[0] == hash[1]);
     }
     remove(path);
+}
+
+// A model that carries its profile says so as well, and no longer once that is another one.
+static void test_trial_into(void) {
+    static const char *const silent[] = {"1", "14"};
+    char weights[96] = "gemma3.kvz";
+    for (int i = 0; i < 2; i++) {
+        Fixture f;
+        CalibrateResult r;
+        Model m;
+        if (!fixture_open(&f, "gemma3", weights, KV_F32, 2)) return;
+        make_hybrid(&f, silent[i]);
+        CHECK(calibrate_many(&f, into, true, &r) == 0 && model_open(&m, into, err) == 0);
+        CHECK_STR(m.fingerprint, f.model.fingerprint);
+        CHECK((tensors_meta(&m.file, PROFILE_LAYER_SHARES) != NULL) == (i == 0));
+        model_close(&m);
+        fixture_close(&f);
+        snprintf(weights, sizeof weights, "../../%s", into);
+    }
+    remove(into);
 }
 
 // Words after evicting against the same computed plainly: a fork that is whole says the same to the
@@ -535,6 +556,7 @@ int main(int argc, char **argv) {
     test_allocation();
     test_pays();
     test_trial();
+    test_trial_into();
     for (int i = 0; i < (quick ? 1 : 3); i++) {
         Fixture f, other;
         char weights[64];
