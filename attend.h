@@ -48,10 +48,12 @@ typedef struct {
     const KVHead *head;
     int n, group, window;
     int first;  // pair of the first token's own key; the token after it owns the next pair
-    const uint8_t *packed;              // the head's pages, packed, or NULL
-    int page;                           // of the head's list: the page at hand
-    const void *q_packed;               // q by kern.pack_rows
-    float q[TILE_ROWS * MAX_HEAD_DIM];  // [n][head_dim], times the attention scale
+    const uint8_t *packed;                    // the head's pages, packed, or NULL
+    int page;                                 // of the head's list: the page at hand
+    const void *q_packed;                     // q by kern.pack_rows
+    float q[TILE_ROWS * MAX_HEAD_DIM];        // [n][head_dim], times the attention scale
+    float q_mixed[TILE_ROWS * MAX_HEAD_DIM];  // q as mixed keys meet it, once there was such a page
+    bool mixed;
     union {
         float o[TILE_ROWS * MAX_HEAD_DIM];          // [n][head_dim] sum of exp(s - max) v
         float swept[SWEEP_PAGES][TILE_ROWS][PAGE];  // sweep.c: [pages][group][64] its result

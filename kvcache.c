@@ -188,13 +188,22 @@ static bool settles(const KVCache *kv, const KVHead *h, int page) {
     return kv->pages[h->page[page]].class == PAGE_EXACT;
 }
 
+// What an exact page of a head settles to. A first page is one that none but demoted pages come
+// before, in the list and ever.
+static PageClass settled_class(const KVCache *kv, const KVHead *h, int page) {
+    int before = 0;
+    if (kv->types.k != KV_Q4) return PAGE_SETTLED;
+    while (before < page && kv->pages[h->page[before]].class == PAGE_DEMOTED) before++;
+    return before == page && h->dropped == 0 ? PAGE_FIRST : PAGE_MIXED;
+}
+
 // Gives each of n pages that are to settle a page to become. On failure there are none.
 static int settle_plan(KVCache *kv, KVSeq *s, Settle *pages, char *err) {
     int n = 0;
     for (KVHead *h = s->head; h < s->head + n_heads_total(kv); h++) {
         for (int i = h->settled; i < pages_ripe(h); i++) {
             if (!settles(kv, h, i)) continue;
-            int id = page_take(kv, PAGE_SETTLED, err);
+            int id = page_take(kv, settled_class(kv, h, i), err);
             if (id >= 0) pages[n++] = (Settle){&h->page[i], id};
             while (id < 0 && n > 0) page_unref(kv, pages[--n].id);
             if (id < 0) return -1;
@@ -656,6 +665,12 @@ static size_t pair_bytes(const KVShape *shape, KVTypes types) {
 size_t kvcache_token_bytes(const KVShape *shape, KVTypes types) {
     size_t heads = (size_t)shape->n_kv_heads * kvcache_scored_layers(shape, NULL);
     return pair_bytes(shape, types) * heads;
+}
+
+size_t kvcache_first_bytes(const KVShape *shape, KVTypes types) {
+    size_t heads = (size_t)shape->n_kv_heads * kvcache_scored_layers(shape, NULL);
+    return heads * (kvcache_page_bytes(shape, class_types(types, PAGE_FIRST)) -
+                    kvcache_page_bytes(shape, types));
 }
 
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types) {

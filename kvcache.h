@@ -8,8 +8,10 @@
 //
 // New pairs are stored in full, f16 or f32. Once 64 newer ones follow it, a page may settle to
 // fewer bits (KIVI, arXiv 2402.02750): keys with a scale per channel of the page, values with one
-// per pair and 32 channels. Pairs that would be evicted may be demoted to 2 bits instead (No Token
-// Left Behind, arXiv 2402.18096). Pages of all kinds may follow one another in a head.
+// per pair and 32 channels. Keys of 4 bits are mixed before they are rounded (kvpages.h), and those
+// of a head's first page, on which every token leans, get 8. Pairs that would be evicted may be
+// demoted to 2 bits instead (No Token Left Behind, arXiv 2402.18096). Pages of all kinds may follow
+// one another in a head.
 //
 //   kvcache.c  sequences: append, settle, fork, evict      attend.c  attention of a batch
 //   kvpages.c  pages and what they hold                    tile.c    one tile over one head's pages
@@ -23,7 +25,8 @@ enum { MAX_HEAD_DIM = 256 };
 
 // ---- types of pairs ----
 
-typedef enum { KV_F16, KV_F32, KV_Q8, KV_Q4, KV_Q2, KV_TYPES } KVType;
+// M4: q4 of mixed channels, what keys settle to that are to be q4. It has no name of its own.
+typedef enum { KV_F16, KV_F32, KV_Q8, KV_Q4, KV_Q2, KV_M4, KV_TYPES } KVType;
 
 // Of keys and of values. Where neither is f32, new pairs are f16.
 typedef struct {
@@ -34,7 +37,7 @@ enum { KV_NAME = 16 };  // room for a name of KVTypes
 
 static inline KVTypes kvcache_both(KVType t) { return (KVTypes){t, t}; }
 
-// "f16", "f32", "q8", "q4" or "q2".
+// "f16", "f32", "q8", "q4" or "q2"; "m4" in names of tensors alone.
 const char *kvcache_type_name(KVType t);
 // Such a name, or two of them, keys first, "q8/q4"; f16 and f32 do not mix. 0 or -1.
 int kvcache_types_parse(const char *name, KVTypes *types);
@@ -61,7 +64,16 @@ typedef struct {
     uint16_t *scale, *min;  // NULL where there are none
 } KVPart;
 
-typedef enum { PAGE_EXACT, PAGE_SETTLED, PAGE_DEMOTED, PAGE_CLASSES } PageClass;
+// Keys that are to be q4 settle to a page of mixed ones, or to the first page of their head, in q8;
+// PAGE_SETTLED has them as they are only in files that know of neither.
+typedef enum {
+    PAGE_EXACT,
+    PAGE_SETTLED,
+    PAGE_DEMOTED,
+    PAGE_MIXED,
+    PAGE_FIRST,
+    PAGE_CLASSES
+} PageClass;
 
 // 64 pairs of one (layer, kv head).
 typedef struct {
@@ -292,6 +304,9 @@ size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);
 // What a cache will need, with positions: for every further token, in the layers without a window;
 // and for the layers with one, at most (the window and a page that it is leaving).
 size_t kvcache_token_bytes(const KVShape *shape, KVTypes types);
+// Once a sequence: what the first pages of the heads in those layers take beyond other settled
+// ones.
+size_t kvcache_first_bytes(const KVShape *shape, KVTypes types);
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types);
 // Beside that, for each token while a long run reads it: its pairs of one layer, packed. Not for
 // f32.

@@ -13,9 +13,11 @@
 #include "kvpages.h"
 
 static const char format_start[] = "kvzip.c cache ";
-// The first version knows exact pages alone, the third has biases.
-static const char *const formats[] = {"kvzip.c cache 1", "kvzip.c cache 2", "kvzip.c cache 3"};
-enum { FORMATS = sizeof formats / sizeof *formats };
+// The first version knows exact pages alone, the second pages of fewer bits, the third biases, the
+// fourth mixed keys. A file is of the first that it can be.
+typedef enum { PLAIN, CODES, BIASES, MIXED, FORMATS } Format;
+static const char *const formats[FORMATS] = {"kvzip.c cache 1", "kvzip.c cache 2",
+                                             "kvzip.c cache 3", "kvzip.c cache 4"};
 
 // ---- the tensors ----
 
@@ -105,6 +107,7 @@ typedef struct {
     TensorWriter *w;
     char *err;
     bool plain;   // all pages are exact
+    bool mixed;   // some are of the classes that 4-bit keys settle to
     bool biased;  // some pages have biases
     int n_pages;
     Group groups[GROUPS];
@@ -127,6 +130,7 @@ static int each_page(Save *save, int (*fn)(Save *save, KVPage *p)) {
 
 static int count_page(Save *save, KVPage *p) {
     save->n_pages++, save->plain = save->plain && p->class == PAGE_EXACT;
+    save->mixed = save->mixed || p->class == PAGE_MIXED || p->class == PAGE_FIRST;
     for (Side side = KEYS; side <= VALUES; side++)
         save->groups[group_index(part_of(p, side)->type, side)].n++;
     return 0;
@@ -177,6 +181,11 @@ static int put_list(Save *save, List list) {
                : tensors_write_put(save->w, info->ids, n_ids * sizeof(int32_t), save->err);
 }
 
+static Format format_of(const Save *save) {
+    if (save->mixed) return MIXED;
+    return save->biased ? BIASES : save->plain ? PLAIN : CODES;
+}
+
 static int put_meta(const Save *save) {
     const KVInfo *info = save->info;
     char ratio[32], n_prefix[16], n_ctx[16], next_pos[16], types[KV_NAME];
@@ -184,9 +193,7 @@ static int put_meta(const Save *save) {
     snprintf(n_prefix, sizeof n_prefix, "%d", info->n_prefix);
     snprintf(n_ctx, sizeof n_ctx, "%d", info->n_ctx);
     snprintf(next_pos, sizeof next_pos, "%d", save->kv->seqs[save->seq].next_pos);
-    const Meta meta[] = {{"format", formats[save->biased  ? 2
-                                            : save->plain ? 0
-                                                          : 1]},
+    const Meta meta[] = {{"format", formats[format_of(save)]},
                          {"fingerprint", info->fingerprint},
                          {"model", info->model},
                          {"policy", info->policy},
@@ -355,7 +362,7 @@ static int read_origin(Saved *s, const KVModel *model, char *err) {
     int version = 0;
     while (format && version < FORMATS && strcmp(format, formats[version]) != 0) version++;
     if (!format || version == FORMATS)
-        return tensors_wrong_format(f, "a saved cache", formats[0], err);
+        return tensors_wrong_format(f, "a saved cache", formats[PLAIN], err);
     if (!s->info.fingerprint || !s->info.model || !s->info.policy)
         return fail(err, "the cache does not name its model");
     if (model && strcmp(model->fingerprint, s->info.fingerprint) != 0) {
@@ -545,9 +552,9 @@ static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
     int full = slides ? live : s->info.n_ids;
     size_t pos = PAGE * sizeof(int32_t);
     for (; page < end; page++) {
-        PageClass class = class_of(s, page);
-        c->bytes[class] += (double)(kvcache_page_bytes(&shape, c->types[class]) + pos);
-        if (s->bias) c->bytes[class] += PAGE * sizeof *s->bias;
+        PageClass class = class_of(s, page), shown = is_settled(class) ? PAGE_SETTLED : class;
+        c->bytes[shown] += (double)(kvcache_page_bytes(&shape, c->types[class]) + pos);
+        if (s->bias) c->bytes[shown] += PAGE * sizeof *s->bias;
         if (class == PAGE_DEMOTED) demoted += PAGE;
     }
     size_t exact_page = kvcache_page_bytes(&shape, c->types[PAGE_EXACT]) + pos;

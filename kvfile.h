@@ -8,7 +8,8 @@
 //   v           f16 or f32 [n][64][d]        their values
 //   k_q8        u8  [n][d / 4][64 * 4]       codes of settled and demoted pages, four rows together
 //   v_q8        u8  [n][B][64 / 4][32 * 4]   as in kernels.h; k_q4, v_q4: half as many bytes,
-//                                            k_q2, v_q2: a quarter
+//                                            k_q2, v_q2: a quarter; k_m4: as k_q4, of mixed
+//                                            channels (kvpages.h)
 //   k_q8.scale  f16 [n][d]                   of each row of codes
 //   v_q8.scale  f16 [n][B][64]
 //   k_q8.min    f16, as .scale               not for v_q8
@@ -20,9 +21,10 @@
 //   page_class  u8  [pages]                  PageClass of each page; absent: all are exact
 //   bias        f32 [pages][64]              of each pair, added to scale q . k; absent: none
 //
-// Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias), fingerprint and model (keys
-// mean nothing to another model), policy, ratio, n_prefix, n_ctx, next_pos, and kv, the types that
-// pages settle to; where they are known level, profile, set, budget and fit, as in KVInfo.
+// Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias, 4 with mixed keys),
+// fingerprint and model (keys mean nothing to another model), policy, ratio, n_prefix, n_ctx,
+// next_pos, and kv, the types that pages settle to; where they are known level, profile, set,
+// budget and fit, as in KVInfo.
 #ifndef KVFILE_H
 #define KVFILE_H
 #include "kvcache.h"
@@ -62,7 +64,7 @@ typedef struct {
     KVInfo info;
     int next_pos;
     KVTypes types[PAGE_CLASSES];
-    double bytes[PAGE_CLASSES];     // of the pages of each class
+    double bytes[PAGE_CLASSES];     // of the pages of each class; all that settled are one
     double pairs;                   // in all heads
     double full_pairs, full_bytes;  // had nothing been evicted, settled or demoted
     // Pairs of the context in layers without a window: all; kept as they were; demoted.

@@ -18,12 +18,12 @@ enum { SLAB_PAGES = 64 };
 
 // ---- types ----
 
-static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2"};
+static const char *const type_names[KV_TYPES] = {"f16", "f32", "q8", "q4", "q2", "m4"};
 
 const char *kvcache_type_name(KVType t) { return type_names[t]; }
 
 static int type_parse(const char *name, size_t n, KVType *t) {
-    for (int i = 0; i < KV_TYPES; i++) {
+    for (int i = 0; i < KV_M4; i++) {
         if (strlen(type_names[i]) != n || memcmp(name, type_names[i], n) != 0) continue;
         *t = (KVType)i;
         return 0;
@@ -47,7 +47,9 @@ const char *kvcache_types_name(KVTypes types, char *name) {
 KVTypes class_types(KVTypes types, PageClass class) {
     bool f32 = types.k == KV_F32 || types.v == KV_F32;
     if (class == PAGE_EXACT) return kvcache_both(f32 ? KV_F32 : KV_F16);
-    return class == PAGE_SETTLED ? types : kvcache_both(KV_Q2);
+    if (class == PAGE_DEMOTED) return kvcache_both(KV_Q2);
+    if (class != PAGE_SETTLED && types.k == KV_Q4) types.k = class == PAGE_MIXED ? KV_M4 : KV_Q8;
+    return types;
 }
 
 // ---- bytes ----
@@ -187,6 +189,52 @@ void pages_trim(KVCache *kv) {
     }
 }
 
+// ---- mixing ----
+
+// to [n][cols] = H from, of which each step takes sums and differences of rows n / 2 apart and puts
+// them side by side (Pease 1968): both ends of every step lie in order. Returns the one of the two
+// that holds the result.
+static inline float *hadamard(float *to, float *from, int n, const int cols) {
+    for (int step = 1; step < n; step *= 2) {
+        for (int i = 0; i < n / 2; i++) {
+            const float *a = from + i * cols, *b = a + n / 2 * cols;
+            float *sum = to + 2 * i * cols, *difference = sum + cols;
+            for (int c = 0; c < cols; c++) sum[c] = a[c] + b[c], difference[c] = a[c] - b[c];
+        }
+        float *done = to;
+        to = from, from = done;
+    }
+    return from;
+}
+
+static int log2_group(int head_dim) { return __builtin_ctz((unsigned)head_dim); }
+
+void mix_queries(float *q, int n, int head_dim) {
+    int m = log2_group(head_dim), group = 1 << m;
+    float room[MAX_HEAD_DIM], scale = 1.0f / (float)(1 << (m - m / 2));
+    for (float *x = q; x < q + n * head_dim; x += group) {
+        const float *mixed = hadamard(room, x, group, 1);
+        for (int i = 0; i < group; i++) x[i] = mixed[i] * scale;
+    }
+}
+
+// Mixes the channels of keys [head_dim][64], or takes that back, some pairs at a time: in the
+// first-level cache.
+static void mix_keys(float *keys, int head_dim, bool back) {
+    enum { COLS = 16 };
+    int m = log2_group(head_dim), group = 1 << m;
+    float room[2][MAX_HEAD_DIM * COLS], scale = 1.0f / (float)(1 << (back ? m - m / 2 : m / 2));
+    for (float *x = keys; x < keys + head_dim * PAGE; x += group * PAGE) {
+        for (float *at = x; at < x + PAGE; at += COLS) {
+            for (int i = 0; i < group; i++)
+                memcpy(room[0] + i * COLS, at + i * PAGE, COLS * sizeof *at);
+            const float *mixed = hadamard(room[1], room[0], group, COLS);
+            for (int i = 0; i < group * COLS; i++)
+                at[i / COLS * PAGE + i % COLS] = mixed[i] * scale;
+        }
+    }
+}
+
 // ---- what a page holds ----
 
 Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block) {
@@ -214,17 +262,19 @@ void part_read(const KVCache *kv, const KVPart *p, Side side, float *out) {
         Codes codes = part_codes(kv, p, side, b);
         kern.unpack_codes(out + b * CODE_COLS, ld, &codes);
     }
+    if (p->type == KV_M4) mix_keys(out, d, true);
 }
 
-void part_write(const KVCache *kv, const KVPart *p, Side side, const float *in) {
+void part_write(const KVCache *kv, const KVPart *p, Side side, float *x) {
     int d = kv->shape.head_dim;
     size_t n = (size_t)d * PAGE, ld = (size_t)side_cols(d, side);
+    if (p->type == KV_M4) mix_keys(x, d, false);
     if (p->type == KV_F32)
-        memcpy(p->data, in, n * sizeof *in);
+        memcpy(p->data, x, n * sizeof *x);
     else if (p->type == KV_F16)
-        kern.f32_to_f16((uint16_t *)p->data, in, n);
+        kern.f32_to_f16((uint16_t *)p->data, x, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
         Codes codes = part_codes(kv, p, side, b);
-        codes_round(&codes, in + b * CODE_COLS, ld);
+        codes_round(&codes, x + b * CODE_COLS, ld);
     }
 }

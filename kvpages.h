@@ -9,6 +9,12 @@
 //           for each 32 channels, one after the other
 //
 //   memory of one side:  data | scales | minima
+//
+// The channels of a page's keys differ in range, and the largest, where rounding is coarsest, are
+// those that queries are large in. In M4 pages they are mixed by a Hadamard matrix H first (QuaRot,
+// arXiv 2404.00456), in groups of p = 2^m, the largest power of two that divides head_dim: each
+// channel becomes a sum of all p with signs. H H = p, so q . k = (2^-(m - m/2) H q) . (2^-(m/2) H
+// k), and all scaling is exact.
 #ifndef KVPAGES_H
 #define KVPAGES_H
 #include "kvcache.h"
@@ -35,7 +41,7 @@ int head_room(KVHead *h, int n_pages, char *err);
 // ---- bytes of a side ----
 
 static inline bool is_codes(KVType t) { return t >= KV_Q8; }
-static inline CodeType code_type(KVType t) { return (CodeType)(t - KV_Q8); }
+static inline CodeType code_type(KVType t) { return t == KV_M4 ? C_U4 : (CodeType)(t - KV_Q8); }
 
 // Rows and columns of one matrix of codes, and how many a side has.
 static inline int code_rows(int head_dim, Side side) { return side == KEYS ? head_dim : PAGE; }
@@ -61,6 +67,10 @@ size_t data_bytes(int head_dim, KVType t, Side side);
 
 // What pages of a class hold in a cache of these types.
 KVTypes class_types(KVTypes types, PageClass class);
+// Whether pages of the class have settled.
+static inline bool is_settled(PageClass class) {
+    return class == PAGE_SETTLED || class == PAGE_MIXED || class == PAGE_FIRST;
+}
 
 // ---- pages ----
 
@@ -85,9 +95,12 @@ void memory_unmap(uint8_t *memory, size_t bytes);
 
 // Matrix `block` of a side that holds codes.
 Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block);
-// A side as floats, keys [head_dim][64] or values [64][head_dim].
+// A side as floats, keys [head_dim][64] or values [64][head_dim], no longer mixed.
 void part_read(const KVCache *kv, const KVPart *p, Side side, float *out);
-// The way back; 16 bits and fewer round.
-void part_write(const KVCache *kv, const KVPart *p, Side side, const float *in);
+// The way back; 16 bits and fewer round. x is overwritten.
+void part_write(const KVCache *kv, const KVPart *p, Side side, float *x);
+
+// Mixes the channels of queries [n][head_dim] for a product with mixed keys.
+void mix_queries(float *q, int n, int head_dim);
 
 #endif

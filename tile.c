@@ -63,6 +63,7 @@ void tile_load(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, i
     size_t packed = packed_page_bytes(shape) * (size_t)g * run->pages;
     t->kv = batch->kv, t->head = kvcache_head(batch->kv, run->seq, batch->layer, g);
     t->packed = run->pages ? run->packed + packed : NULL;
+    t->mixed = false;
     t->n = 0, t->group = shape->n_heads / shape->n_kv_heads,
     t->window = shape->window[batch->layer];
     t->first = t->head->len - run->n + token;
@@ -134,9 +135,22 @@ static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, c
         codes_product(t, c, rows, p, ahead, side);
 }
 
+// The queries as the keys of a page take them.
+static const void *query_rows(Tile *t, const KVPart *keys) {
+    int d = t->kv->shape.head_dim;
+    if (packs_rows(t, keys)) return t->q_packed;
+    if (keys->type != KV_M4) return t->q;
+    if (!t->mixed) {
+        memcpy(t->q_mixed, t->q, (size_t)t->n * d * sizeof *t->q);
+        mix_queries(t->q_mixed, t->n, d);
+        t->mixed = true;
+    }
+    return t->q_mixed;
+}
+
 void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
     float cap = t->kv->shape.softcap;
-    const void *rows = packs_rows(t, &p->k) ? t->q_packed : t->q;
+    const void *rows = query_rows(t, &p->k);
     tile_product(t, t->s, rows, &p->k, &ahead->k, KEYS);
     for (int i = 0; cap > 0.0f && i < t->n * PAGE; i++) t->s[i] = cap * tanhf(t->s[i] / cap);
     for (int i = 0; p->biased && i < t->n; i++) kern.add(t->s + i * PAGE, p->bias, PAGE);
