@@ -76,6 +76,7 @@ static void weigh(Fit *f, int first, int n) {
         float *s = f->p + (size_t)i * ld, *a = f->a + (size_t)(first + i) * f->n;
         for (int j = 0; h->softcap > 0 && j < h->n_pairs; j++)
             s[j] = h->softcap * tanhf(s[j] / h->softcap);
+        for (int j = 0; h->was && j < h->n_pairs; j++) s[j] += h->was[j];
         f->alpha[first + i] =
             softmax(s, h->n_pairs, h->own ? h->own[first + i] : -INFINITY, f->most);
         for (int j = 0; j < h->n_kept; j++) a[j] = s[h->kept[j]];
@@ -116,8 +117,9 @@ static void fit_biases(Fit *f, float *bias) {
         for (int j = 0; j < f->n; j++) f->w[j] *= (f->c[j] + mu) / (f->m[j] + mu * f->w[j]);
     }
     for (int j = 0; j < h->n_kept; j++) {
-        bias[j] = fminf(fmaxf(logf(f->w[j]), -MOST), MOST);
-        f->w[j] = expf(bias[j]);
+        float was = bias[j];
+        bias[j] = fminf(fmaxf(was + logf(f->w[j]), -MOST), MOST);
+        f->w[j] = expf(bias[j] - was);
     }
 }
 
@@ -238,7 +240,7 @@ int fit_head(const FitHead *h, FitRoom *room, float *values, float *bias) {
     int d = h->head_dim;
     for (int j = 0; j < h->n_kept; j++) {
         memcpy(values + (size_t)j * d, h->v + (size_t)h->kept[j] * d, (size_t)d * sizeof *values);
-        bias[j] = 0;
+        bias[j] = h->was ? h->was[h->kept[j]] : 0;
     }
     if (h->n_kept == h->n_pairs || h->n_kept == 0 || h->n_rows == 0) return 0;
     Fit f = {.h = h, .n = whole_blocks(h->n_kept), .rows = whole_blocks(h->n_rows)};

@@ -8,8 +8,9 @@
 // One kv head and the queries of its group that are known.
 typedef struct {
     int head_dim, n_pairs;
-    const float *k;  // [pages][head_dim][64] keys, transposed, as a page has them
-    const float *v;  // [pages * 64][head_dim]
+    const float *k;    // [pages][head_dim][64] keys, transposed, as a page has them
+    const float *v;    // [pages * 64][head_dim]
+    const float *was;  // [n_pairs] biases that they have already; NULL: none
     int n_kept;
     const int *kept;  // [n_kept] rising
     int n_rows;       // queries: positions times query heads of the group
@@ -31,7 +32,7 @@ typedef struct {
 
 void fit_room_free(FitRoom *room);
 
-// values [n_kept][head_dim]; bias [n_kept], which is added to scale q . k, zeros without biases.
-// Where all pairs are kept: the values as they are. Returns 0, or -1: no memory.
+// values [n_kept][head_dim]; bias [n_kept], which is added to scale q . k: without biases what it
+// was, or 0. Where all pairs are kept: all as it is. Returns 0, or -1: no memory.
 int fit_head(const FitHead *h, FitRoom *room, float *values, float *bias);
 #endif

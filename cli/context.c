@@ -31,7 +31,7 @@ typedef struct {
 // Whether what stays is fitted; new values alone cannot be drawn.
 static bool wants_fit(const Options *o) {
     bool fits = o->bit == COMPRESS ? o->fit != FIT_NONE : o->bit == MAP && o->fit == FIT_BOTH;
-    return fits && !wants_stream(o) && o->ratio < 1;
+    return fits && (wants_stream(o) || o->ratio < 1);
 }
 
 // A score is a float, and whether its pair stays a byte. While it is repeated a context is longer
@@ -93,7 +93,7 @@ static void close_reading(Reading *r) {
 // Prefill, and scores [context_scores(c)] if wanted. The result is malloc'ed, or NULL.
 static float *read_context(Context *c, bool scored, const Progress *progress) {
     char err[ERR_LEN];
-    c->kv->settling = !scored;  // exact keys are scored
+    c->kv->settling = !scored && !c->fitting;  // exact keys are scored, exact values fitted
     float *score = scored ? allocate(context_scores(c), sizeof *score) : NULL;
     int rc = scored ? context_score(c, c->policy, score, err) : context_read(c, err);
     progress_end(progress);
@@ -202,7 +202,7 @@ static Shrunk shrink(Session *s, const Context *c, float *score, const Progress 
         free(score);
         int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
             s->o->demote < 0 ? kvcache_evict : kvcache_demote;
-        if (r.n_kept >= 0 && c->fitting && fitting_apply(c->fitting, c, keep, err) != 0)
+        if (r.n_kept >= 0 && c->fitting && fitting_apply_whole(c->fitting, c, keep, err) != 0)
             r.n_kept = -1;
         progress_end(progress);
         if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
@@ -309,7 +309,7 @@ static float *fitted_biases(const Context *c, const uint8_t *keep) {
     char err[ERR_LEN];
     const KVShape *shape = &c->kv->shape;
     float *bias = allocate(context_scores(c), sizeof *bias);
-    if (fitting_apply(c->fitting, c, keep, err) != 0) die("%s", err);
+    if (fitting_apply_whole(c->fitting, c, keep, err) != 0) die("%s", err);
     for (size_t i = 0; i < context_scores(c); i++) {
         int h = (int)(i / c->n_ctx), t = c->n_prefix + (int)(i % c->n_ctx);
         KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),

@@ -337,7 +337,6 @@ bool wants_stream(const Options *o) {
 static bool has_budget(const Options *o) { return o->budget > 0; }
 static bool is_raw(const Options *o) { return o->raw; }
 static bool has_ids(const Options *o) { return o->ids != NULL; }
-static bool streams(const Options *o) { return wants_stream(o); }
 static bool demotes(const Options *o) { return o->demote >= 0; }
 static bool decodes(const Options *o) { return o->decode; }
 static bool merges(const Options *o) { return o->merge; }
@@ -369,8 +368,6 @@ static const Rule rules[] = {
      "there is no window without --stream or --budget"},
     {METHOD "--chunk --score-attn --ref-ties --demote ", COMPRESS | MAP, keeps_all, true,
      "--ratio 1 keeps all"},
-    {"--fit ", COMPRESS | EVAL, streams, false,
-     "what is evicted while a context is read leaves nothing to fit to"},
     {"--fit ", COMPRESS | MAP, demotes, false,
      "--demote keeps the pairs that others would stand for"},
     {"--fit ", COMPRESS | MAP, keeps_all, true, "--ratio 1 keeps all"},

@@ -130,18 +130,23 @@ static long shrink_context(Run *r, const Context *c, const Cell *cell, char *err
     long kept = context_select(c, r->score, cell->c.ratio, r->keep, err);
     if (kept < 0) return -1;
     r->fitting.kind = cell->fit;
-    if (fitting_apply(&r->fitting, c, r->keep, err) != 0) return -1;
+    if (fitting_apply_whole(&r->fitting, c, r->keep, err) != 0) return -1;
     int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
         r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_evict;
     return evict(c->kv, c->seq, c->n_prefix, c->n_ctx, r->keep, err) == 0 ? kept : -1;
 }
 
 // Reads the context and evicts meanwhile. Returns the pairs that stay, or -1.
-static long stream_context(Run *r, Context *c, double ratio, char *err) {
+static long stream_context(Run *r, Context *c, const Cell *cell, char *err) {
     Stream s;
-    if (stream_open(&s, c, ratio, 0, r->e->window, err) != 0) return -1;
+    if (cell->fit != FIT_NONE) {
+        fitting_close(&r->fitting);
+        if (fitting_open(&r->fitting, cell->fit, c, err) != 0) return -1;
+        c->fitting = &r->fitting;
+    }
+    if (stream_open(&s, c, cell->c.ratio, 0, r->e->window, err) != 0) return -1;
     c->after = stream_after, c->after_arg = &s;
-    c->kv->settling = true;
+    c->kv->settling = cell->fit == FIT_NONE;
     long kept = context_read(c, err) == 0 ? stream_finish(&s, err) : -1;
     c->kv->settling = false;
     stream_close(&s);
@@ -161,8 +166,7 @@ static int evicted(Run *r, Cell *cell, char *err) {
     cell->c.kept = 1;
     if (evicts) {
         if (set_method(r->e, &c, cell->policy, cell->level, err) != 0) return -1;
-        long kept =
-            streams ? stream_context(r, &c, cell->c.ratio, err) : shrink_context(r, &c, cell, err);
+        long kept = streams ? stream_context(r, &c, cell, err) : shrink_context(r, &c, cell, err);
         if (kept < 0) return -1;
         cell->c.kept = (double)kept / (double)n_pairs;
     }

@@ -3,9 +3,10 @@
 // Two moments: while the context is read (or repeated, for KVzip), evenly spaced queries are copied
 // as they pass; once it is known which pairs stay, and before the others go, each head is fitted to
 // them on its own. Queries of reading are turned to where later questions stand, behind the
-// context.
+// context. Where pairs are evicted while tokens come, the second moment returns again and again.
 #include "policies/fitting.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -61,15 +62,38 @@ void fitting_close(Fitting *f) {
 void fitting_watch(Fitting *f, const Context *c, FitPass pass) {
     f->c = c, f->seq = pass.seq, f->from = pass.from, f->first = pass.first;
     f->n_tokens = pass.n_tokens, f->repeats = pass.repeats;
-    f->n = min_int(pass.n_tokens, FIT_POSITIONS);
+    f->n = min_int(pass.n_tokens, FIT_POSITIONS), f->every = 0;
     c->state->watch = fitting_tap, c->state->watch_arg = f;
 }
 
-void fitting_rest(Fitting *f) { f->c->state->watch = NULL; }
+void fitting_rest(Fitting *f) {
+    if (f->c) f->c->state->watch = NULL;
+}
+
+void fitting_follow(Fitting *f, const Context *c) {
+    fitting_watch(f, c, (FitPass){.seq = c->seq, .n_tokens = INT_MAX});
+    f->every = 1, f->n = 0;
+}
+
+// Every second of the positions caught goes, until token `last` has a place.
+static void make_places(Fitting *f, int last) {
+    const KVShape *shape = &f->c->kv->shape;
+    size_t heads = (size_t)kvcache_scored_layers(shape, NULL) * shape->n_heads;
+    size_t d = (size_t)shape->head_dim;
+    for (; last / f->every >= FIT_POSITIONS; f->every *= 2) {
+        for (size_t h = 0; h < heads; h++) {
+            uint16_t *q = f->q + h * FIT_POSITIONS * d;
+            for (int i = 1; i < (FIT_POSITIONS + 1) / 2; i++)
+                memcpy(q + i * d, q + 2 * i * d, d * sizeof *q);
+        }
+    }
+    f->n = last / f->every + 1;
+}
 
 // Where token i's query goes, or -1: it is not one of those caught.
 static int slot_of(const Fitting *f, int i) {
     if (i < f->first || i >= f->n_tokens) return -1;
+    if (f->every > 0) return i % f->every == 0 ? i / f->every : -1;
     long before = (long)i * f->n / f->n_tokens, after = (long)(i + 1) * f->n / f->n_tokens;
     return after > before ? (int)before : -1;
 }
@@ -114,27 +138,27 @@ static void catch_head(void *ctx, int h) {
     const Fitting *f = p->f;
     const RunState *s = f->c->state;
     const Config *m = &s->model->config;
-    int d = m->head_dim, end = f->c->n_prefix + f->c->n_ctx;
+    int d = m->head_dim;
     size_t at = (size_t)kvcache_scored_index(&f->c->kv->shape, p->layer) * m->n_heads + h;
-    float q[MAX_HEAD_DIM], rope[MAX_HEAD_DIM];
+    float q[MAX_HEAD_DIM];
     for (int i = 0; i < p->n; i++) {
         int token = s->pos[i] - f->from, slot = slot_of(f, token);
         if (slot < 0) continue;
         memcpy(q, s->q + ((size_t)i * m->n_heads + h) * d, (size_t)d * sizeof *q);
-        if (f->repeats) {
+        if (f->repeats)
             f->own[at * FIT_POSITIONS + slot] = own_sum(f, p->layer, h, s->pos[i], q);
-        } else {
+        else
             model_unrotate(s, p->layer, i, q);
-            model_rope(s->model, p->layer, end + 37 * slot % SPREAD, rope);
-            model_rotate(s->model, q, rope);
-        }
         kern.f32_to_f16(f->q + (at * FIT_POSITIONS + slot) * d, q, (size_t)d);
     }
 }
 
 void fitting_tap(void *arg, int layer, int n) {
     Fitting *f = arg;
-    if (f->c->kv->shape.window[layer] != 0) return;
+    const KVShape *shape = &f->c->kv->shape;
+    if (shape->window[layer] != 0 || n == 0) return;
+    if (f->every > 0 && kvcache_scored_index(shape, layer) == 0)
+        make_places(f, f->c->state->pos[n - 1] - f->from);
     parallel_for(f->c->state->pool, f->c->kv->shape.n_heads, catch_head, &(Passing){f, layer, n});
 }
 
@@ -143,7 +167,9 @@ void fitting_tap(void *arg, int layer, int n) {
 // What a thread fits in, one head after the other.
 typedef struct {
     float *k, *v;    // pages of a head, as FitHead
+    float *was;      // [pairs] their biases
     float *q, *own;  // its queries
+    float *rope;     // [SPREAD][head_dim] of the places that they are turned to
     float *values;   // [pairs][head_dim] of those that stay
     float *bias;     // [pairs]
     int *kept;       // [pairs]
@@ -154,32 +180,47 @@ typedef struct {
 typedef struct {
     const Fitting *f;
     const Context *c;
-    const uint8_t *keep;
+    const FitChoice *choice;
     atomic_int next;  // head that nobody has begun
     int end;          // the last one of this round, and one
     Desk *desk;       // [threads]
 } Apply;
 
+static int pairs_of(const Context *c, int h) {
+    const KVHead *head = kvcache_scored_head(c->kv, c->seq, h);
+    return head->len - head->dropped;
+}
+
 // The queries of kv head h, of all heads of its group, as f32 times the scale: q [group * n][d].
-static void gather_queries(const Fitting *f, const KVShape *shape, int h, float *q, float *own) {
+static void gather_queries(const Apply *a, Desk *desk, int h) {
+    const Fitting *f = a->f;
+    const Context *c = a->c;
+    const Model *m = c->state->model;
+    const KVShape *shape = &c->kv->shape;
     int group = shape->n_heads / shape->n_kv_heads, d = shape->head_dim;
-    size_t first =
-        (size_t)(h / shape->n_kv_heads) * shape->n_heads + (size_t)(h % shape->n_kv_heads) * group;
+    int scored = h / shape->n_kv_heads, layer = kvcache_scored_layer(shape, scored);
+    size_t first = (size_t)scored * shape->n_heads + (size_t)(h % shape->n_kv_heads) * group;
+    for (int i = 0; i < SPREAD && !f->repeats; i++)
+        model_rope(m, layer, c->n_prefix + c->n_ctx + i, desk->rope + (size_t)i * d);
     for (int i = 0; i < group; i++) {
-        float *to = q + (size_t)i * f->n * d;
+        float *to = desk->q + (size_t)i * f->n * d;
         kern.f16_to_f32(to, f->q + (first + i) * FIT_POSITIONS * d, (size_t)f->n * d);
+        for (int slot = 0; slot < f->n && !f->repeats; slot++)
+            model_rotate(m, to + (size_t)slot * d, desk->rope + (size_t)(37 * slot % SPREAD) * d);
         kern.scale(to, shape->scale, f->n * d);
-        memcpy(own + (size_t)i * f->n, f->own + (first + i) * FIT_POSITIONS,
-               (size_t)f->n * sizeof *own);
+        memcpy(desk->own + (size_t)i * f->n, f->own + (first + i) * FIT_POSITIONS,
+               (size_t)f->n * sizeof *f->own);
     }
 }
 
-// The pairs of a head that stay: the prefix and what keep says. Returns how many.
-static int list_kept(const Context *c, const uint8_t *keep, int *kept) {
+// The pairs of head h that stay, of n_pairs. Returns how many.
+static int list_kept(const Apply *a, int h, int n_pairs, int *kept) {
+    const FitChoice *choice = &a->choice[h];
     int n = 0;
-    for (int t = 0; t < c->n_prefix; t++) kept[n++] = t;
-    for (int t = 0; t < c->n_ctx; t++)
-        if (keep[t]) kept[n++] = c->n_prefix + t;
+    for (int t = 0; t < n_pairs; t++) {
+        int i = t - a->c->n_prefix;
+        if (i < 0 || i >= choice->n || choice->keep[i]) kept[n++] = t;
+    }
     return n;
 }
 
@@ -190,17 +231,18 @@ static void fit_one(const Apply *a, Desk *desk, int h) {
     const KVShape *shape = &kv->shape;
     KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
                    h % shape->n_kv_heads};
-    int n_pairs = c->n_prefix + c->n_ctx;
-    int n = list_kept(c, a->keep + (size_t)h * c->n_ctx, desk->kept);
+    int n_pairs = pairs_of(c, h), n = list_kept(a, h, n_pairs, desk->kept);
     if (n == n_pairs) return;
     size_t block = (size_t)shape->head_dim * PAGE;
     for (int b = 0; b * PAGE < n_pairs; b++)
         kvcache_block(kv, at, b, desk->k + b * block, desk->v + b * block);
-    gather_queries(f, shape, h, desk->q, desk->own);
+    for (int t = 0; t < n_pairs; t++) desk->was[t] = kvcache_bias(kv, at, t);
+    gather_queries(a, desk, h);
     FitHead fit = {.head_dim = shape->head_dim,
                    .n_pairs = n_pairs,
                    .k = desk->k,
                    .v = desk->v,
+                   .was = desk->was,
                    .n_kept = n,
                    .kept = desk->kept,
                    .n_rows = f->n * (shape->n_heads / shape->n_kv_heads),
@@ -223,37 +265,38 @@ static void fit_heads(void *ctx, int i) {
     for (int h; !desk->failed && (h = atomic_fetch_add(&a->next, 1)) < a->end;) fit_one(a, desk, h);
 }
 
-static int desk_open(Desk *desk, const Fitting *f, const Context *c) {
+static int desk_open(Desk *desk, const Fitting *f, const Context *c, int most) {
     const KVShape *shape = &c->kv->shape;
-    size_t pairs = ((size_t)c->n_prefix + c->n_ctx + PAGE - 1) / PAGE * PAGE;
-    size_t numbers = pairs * shape->head_dim;
-    size_t rows = (size_t)f->n * (shape->n_heads / shape->n_kv_heads);
-    desk->k = malloc(numbers * sizeof(float)), desk->v = malloc(numbers * sizeof(float));
-    desk->q = malloc((rows * shape->head_dim + 1) * sizeof(float));
-    desk->own = malloc((rows + 1) * sizeof(float));
-    desk->values = malloc(numbers * sizeof(float));
-    desk->bias = malloc(pairs * sizeof(float));
-    desk->kept = malloc(pairs * sizeof(int));
-    return desk->k && desk->v && desk->q && desk->own && desk->values && desk->bias && desk->kept
+    size_t pairs = ((size_t)most + PAGE) / PAGE * PAGE, d = (size_t)shape->head_dim;
+    size_t rows = (size_t)f->n * (shape->n_heads / shape->n_kv_heads) + 1;
+    desk->k = malloc(pairs * d * sizeof(float)), desk->v = malloc(pairs * d * sizeof(float));
+    desk->was = malloc(pairs * sizeof(float));
+    desk->q = malloc(rows * d * sizeof(float)), desk->own = malloc(rows * sizeof(float));
+    desk->rope = malloc(SPREAD * d * sizeof(float));
+    desk->values = malloc(pairs * d * sizeof(float));
+    desk->bias = malloc(pairs * sizeof(float)), desk->kept = malloc(pairs * sizeof(int));
+    return desk->k && desk->v && desk->was && desk->q && desk->own && desk->rope && desk->values &&
+                   desk->bias && desk->kept
                ? 0
                : -1;
 }
 
 static void desk_close(Desk *desk) {
-    free(desk->k), free(desk->v), free(desk->q), free(desk->own);
-    free(desk->values), free(desk->bias), free(desk->kept);
+    free(desk->k), free(desk->v), free(desk->was), free(desk->q), free(desk->own);
+    free(desk->rope), free(desk->values), free(desk->bias), free(desk->kept);
     fit_room_free(&desk->room);
 }
 
 // All heads, a few for each thread between two looks at progress. 0, or -1 with err.
-static int fit_rounds(Apply *a, const Context *c, int threads, char *err) {
+static int fit_rounds(Apply *a, int threads, int most, char *err) {
+    const Context *c = a->c;
     int n = context_heads(c), round = 4 * threads;
     for (int h = 0; h < n; h += round) {
         a->end = min_int(h + round, n);
         atomic_store(&a->next, h);
         parallel_for(c->state->pool, threads, fit_heads, a);
         for (int i = 0; i < threads; i++)
-            if (a->desk[i].failed) return fail(err, "out of memory for fitting %d pairs", c->n_ctx);
+            if (a->desk[i].failed) return fail(err, "out of memory for fitting %d pairs", most);
         long done = (long)c->n_ctx * a->end / n;
         if (c->progress && c->progress(c->progress_arg, "fit", done, c->n_ctx) != 0)
             return fail(err, "interrupted");
@@ -261,18 +304,29 @@ static int fit_rounds(Apply *a, const Context *c, int threads, char *err) {
     return 0;
 }
 
-int fitting_apply(const Fitting *f, const Context *c, const uint8_t *keep, char *err) {
-    int threads = pool_threads(c->state->pool), status = 0;
+int fitting_apply(const Fitting *f, const Context *c, const FitChoice *choice, char *err) {
+    int threads = pool_threads(c->state->pool), status = 0, most = 0;
     if (f->kind == FIT_NONE) return 0;
     if (kvcache_own(c->kv, c->seq, err) != 0) return -1;
-    Apply a = {.f = f, .c = c, .keep = keep, .desk = calloc((size_t)threads, sizeof(Desk))};
+    for (int h = 0; h < context_heads(c); h++) most = max_int(most, pairs_of(c, h));
+    Apply a = {.f = f, .c = c, .choice = choice, .desk = calloc((size_t)threads, sizeof(Desk))};
     for (int i = 0; i < threads && status == 0; i++)
-        status = a.desk ? desk_open(&a.desk[i], f, c) : -1;
+        status = a.desk ? desk_open(&a.desk[i], f, c, most) : -1;
     if (status != 0)
-        fail(err, "out of memory for fitting %d pairs", c->n_ctx);
+        fail(err, "out of memory for fitting %d pairs", most);
     else
-        status = fit_rounds(&a, c, threads, err);
+        status = fit_rounds(&a, threads, most, err);
     for (int i = 0; i < threads && a.desk; i++) desk_close(&a.desk[i]);
     free(a.desk);
+    return status;
+}
+
+int fitting_apply_whole(const Fitting *f, const Context *c, const uint8_t *keep, char *err) {
+    int n = context_heads(c);
+    FitChoice *choice = malloc(((size_t)n + 1) * sizeof *choice);
+    if (!choice) return fail(err, "out of memory for fitting %d heads", n);
+    for (int h = 0; h < n; h++) choice[h] = (FitChoice){c->n_ctx, keep + (size_t)h * c->n_ctx};
+    int status = fitting_apply(f, c, choice, err);
+    free(choice);
     return status;
 }

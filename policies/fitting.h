@@ -22,9 +22,11 @@ struct Fitting {
     // is `first` or more.
     int seq, from, first, n_tokens;
     bool repeats;  // they follow the context, and see themselves as well
+    int every;     // while tokens come, nobody knows how many: one token in `every` is caught
     int n;         // positions caught
-    uint16_t *q;   // [scored layers][n_heads][FIT_POSITIONS][head_dim] after RoPE
-    float *own;    // [scored layers][n_heads][FIT_POSITIONS] as FitHead.own, where they repeat
+    // [scored layers][n_heads][FIT_POSITIONS][head_dim]: after RoPE where they repeat, else before
+    uint16_t *q;
+    float *own;  // [scored layers][n_heads][FIT_POSITIONS] as FitHead.own, where they repeat
 };
 
 // Bytes that catching and fitting take for a context of n tokens of which `kept` pairs a head stay.
@@ -41,10 +43,20 @@ typedef struct {
 } FitPass;
 void fitting_watch(Fitting *f, const Context *c, FitPass pass);
 void fitting_rest(Fitting *f);
+// The same for c->seq as it grows, from its beginning: positions of all that came so far.
+void fitting_follow(Fitting *f, const Context *c);
 // Of a forward call in which it watches, for RunState.watch: the queries of n rows in a layer.
 void fitting_tap(void *f, int layer, int n);
 
-// Gives the pairs of c->seq that keep names (context_select), and those of the prefix, values and
-// biases; they are evicted afterwards. 0, or -1 with err.
-int fitting_apply(const Fitting *f, const Context *c, const uint8_t *keep, char *err);
+// Of a head's pairs all stay but those from the prefix on whose keep [n] is 0.
+typedef struct {
+    int n;
+    const uint8_t *keep;
+} FitChoice;
+
+// Gives the pairs of c->seq that stay values and biases; the others are evicted afterwards. choice
+// [scored heads]. 0, or -1 with err.
+int fitting_apply(const Fitting *f, const Context *c, const FitChoice *choice, char *err);
+// The same for a whole context and the keep of context_select.
+int fitting_apply_whole(const Fitting *f, const Context *c, const uint8_t *keep, char *err);
 #endif

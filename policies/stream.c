@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "policies/fitting.h"
 #include "util.h"
 
 static KVHead *head_of(const Stream *s, int h) {
@@ -50,6 +51,7 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
     if (!s->live.score || !s->live.noted || !s->room || !s->pairs) {
         fail(err, "out of memory for evicting from %d heads", n);
     } else if (make_room(s, err) == 0 && live_open(&s->live, err) == 0) {
+        if (c->fitting) fitting_follow(c->fitting, c);
         return 0;
     }
     stream_close(s);
@@ -57,6 +59,7 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
 }
 
 void stream_close(Stream *s) {
+    if (s->live.c && s->live.c->fitting) fitting_rest(s->live.c->fitting);
     if (s->live.c) live_close(&s->live);
     for (int h = 0; s->live.score && h < s->live.n_heads; h++) free(s->live.score[h]);
     for (int h = 0; s->live.noted && h < s->live.n_heads; h++) free(s->live.noted[h]);
@@ -93,65 +96,70 @@ static int count_places(Stream *s, char *err) {
     return pool;
 }
 
-// One eviction: who competes, and room for the pool at hand.
+// One eviction: who competes, and who stays of them.
 typedef struct {
     Stream *s;
-    int window, pool;  // newest pairs that do not compete; heads of a pool
-    uint8_t *keep;     // [competing pairs of the pool's heads, one head after the other]
-    float *score;      // as keep
+    int window, pool;   // newest pairs that do not compete; heads of a pool
+    FitChoice *choice;  // [heads] pairs that compete, and which of them stay
+    uint8_t *keep;      // what choice points to, one head after the other
+    float *score;       // [competing pairs of the pool at hand]
 } Contest;
 
-// Fills keep for the pool whose first head is h.
-static int choose(const Contest *t, int h, char *err) {
+// Fills keep and the choices of the pool whose first head is h. Returns how many competed, or -1.
+static int choose(const Contest *t, int h, uint8_t *keep, char *err) {
     const Stream *s = t->s;
     int n = 0;
     for (int i = h; i < h + t->pool; i++) {
-        int m = competing(s, i, t->window);
-        memcpy(t->score + n, s->live.score[i], (size_t)m * sizeof *t->score);
-        n += m;
+        t->choice[i] = (FitChoice){competing(s, i, t->window), keep + n};
+        memcpy(t->score + n, s->live.score[i], (size_t)t->choice[i].n * sizeof *t->score);
+        n += t->choice[i].n;
     }
     int places = min_int(s->pairs[h], n);
     Selection select = {
         .n_layers = 1, .n_kv_heads = 1, .n_ctx = n, .level = LEVEL_BUDGET, .budget = &places};
-    return select_pairs(t->keep, t->score, &select, err) < 0 ? -1 : 0;
+    return select_pairs(keep, t->score, &select, err) < 0 ? -1 : n;
 }
 
-// Takes out what keep [n] lacks, of head h and of what was noted of its pairs.
-static int evict_head(Stream *s, int h, int n, const uint8_t *keep, char *err) {
+// Takes out what is not chosen, of head h and of what was noted of its pairs.
+static int evict_head(Stream *s, int h, FitChoice chosen, char *err) {
     const Context *c = s->live.c;
     float *noted = s->live.noted[h];
     int pairs = live_pairs(&s->live, h), to = 0, n_kv_heads = c->kv->shape.n_kv_heads;
     int layer = kvcache_scored_layer(&c->kv->shape, h / n_kv_heads);
     if (kvcache_evict_head(c->kv, (KVHeadAt){c->seq, layer, h % n_kv_heads},
-                           (KVSpan){c->n_prefix, n}, keep, err) != 0)
+                           (KVSpan){c->n_prefix, chosen.n}, chosen.keep, err) != 0)
         return -1;
     for (int t = 0; t < pairs; t++)
-        if (t >= n || keep[t]) noted[to++] = noted[t];
+        if (t >= chosen.n || chosen.keep[t]) noted[to++] = noted[t];
     return 0;
 }
 
-static int evict_pool(const Contest *t, int h, char *err) {
-    const uint8_t *keep = t->keep;
-    if (choose(t, h, err) != 0) return -1;
-    for (int i = h; i < h + t->pool; i++) {
-        int n = competing(t->s, i, t->window);
-        if (evict_head(t->s, i, n, keep, err) != 0) return -1;
-        keep += n;
-    }
+// Chooses in each pool, fits all heads to what stays, then evicts.
+static int decide(const Contest *t, char *err) {
+    const Context *c = t->s->live.c;
+    int n = t->s->live.n_heads, competed;
+    uint8_t *keep = t->keep;
+    for (int h = 0; h < n; h += t->pool, keep += competed)
+        if ((competed = choose(t, h, keep, err)) < 0) return -1;
+    if (c->fitting && fitting_apply(c->fitting, c, t->choice, err) != 0) return -1;
+    for (int h = 0; h < n; h++)
+        if (evict_head(t->s, h, t->choice[h], err) != 0) return -1;
     return 0;
 }
 
 static int evict(Stream *s, int window, char *err) {
     Contest t = {.s = s, .window = window, .pool = count_places(s, err)};
-    size_t most = 1;
-    int status = 0;
+    size_t n = (size_t)s->live.n_heads, all = 0;
     if (t.pool < 0) return -1;
-    for (int h = 0; h < s->live.n_heads; h++) most += (size_t)competing(s, h, window);
-    t.keep = malloc(most);
-    t.score = malloc(most * sizeof *t.score);
-    if (!t.keep || !t.score) status = fail(err, "out of memory for choosing among %zu pairs", most);
-    for (int h = 0; h < s->live.n_heads && status == 0; h += t.pool)
-        status = evict_pool(&t, h, err);
+    for (int h = 0; h < s->live.n_heads; h++) all += (size_t)competing(s, h, window);
+    t.choice = malloc((n + 1) * sizeof *t.choice);
+    t.keep = malloc(all + 1);
+    t.score = malloc((all + 1) * sizeof *t.score);
+    int status = 0;
+    if (!t.choice || !t.keep || !t.score)
+        status = fail(err, "out of memory for choosing among %zu pairs", all);
+    if (status == 0) status = decide(&t, err);
+    free(t.choice);
     free(t.keep);
     free(t.score);
     return status;

@@ -42,7 +42,7 @@ static void naive_weights(const FitHead *h, Naive *f) {
             for (int c = 0; c < h->head_dim; c++)
                 s += h->q[(size_t)i * h->head_dim + c] * key(h, j, c);
             if (h->softcap > 0) s = h->softcap * tanh(s / h->softcap);
-            all += p[j] = exp(s);
+            all += p[j] = exp(s + (h->was ? h->was[j] : 0));
         }
         for (int j = 0; j < h->n_pairs; j++) sum += p[j] /= all;
         f->alpha[i] = sum;
@@ -64,7 +64,10 @@ static void naive_biases(const FitHead *h, Naive *f) {
         for (int a = 0; a < h->n_kept; a++)
             f->w[a] *= (c[a] + h->floor) / (m[a] + h->floor * f->w[a]);
     }
-    for (int a = 0; a < h->n_kept; a++) f->w[a] = fmin(fmax(f->w[a], exp(-4)), exp(4));
+    for (int a = 0; a < h->n_kept && h->biases; a++) {
+        double was = h->was ? h->was[h->kept[a]] : 0;
+        f->w[a] = exp(fmin(fmax(was + log(f->w[a]), -4), 4) - was);
+    }
     free(m), free(c);
 }
 
@@ -110,7 +113,7 @@ static void naive_fit(const FitHead *h, double *values, double *bias) {
     for (int a = 0; a < n; a++) g[(size_t)a * n + a] += h->ridge;
     naive_solve(g, y, n, d);
     for (int a = 0; a < n; a++) {
-        bias[a] = log(f.w[a]);
+        bias[a] = log(f.w[a]) + (h->was ? h->was[h->kept[a]] : 0);
         for (int c = 0; c < d; c++)
             values[(size_t)a * d + c] = h->v[(size_t)h->kept[a] * d + c] + y[(size_t)a * d + c];
     }
@@ -123,6 +126,7 @@ typedef struct {
     int d, pairs, rows, every;
     bool biases, own;
     float softcap;
+    bool was;
 } Case;
 
 static void test_case(const Case *t) {
@@ -130,7 +134,7 @@ static void test_case(const Case *t) {
     size_t all = (size_t)pages * PAGE * t->d;
     float *k = normals(all, 1), *v = normals(all, 1),
           *q = normals((size_t)t->rows * t->d, 2 / sqrtf((float)t->d));
-    float *own = normals((size_t)t->rows, 1);
+    float *own = normals((size_t)t->rows, 1), *was = normals((size_t)t->pairs, 1);
     int *kept = malloc((size_t)t->pairs * sizeof *kept);
     for (int j = 0; j < t->pairs; j++)
         if (j % t->every == 0) kept[n++] = j;
@@ -144,6 +148,7 @@ static void test_case(const Case *t) {
                  .q = q,
                  .softcap = t->softcap,
                  .own = t->own ? own : NULL,
+                 .was = t->was ? was : NULL,
                  .biases = t->biases,
                  .ridge = 0.1,
                  .floor = 0.1,
@@ -170,16 +175,18 @@ static void test_case(const Case *t) {
     if (!(sqrt(off / size) < 1e-4 && worst < 1e-4))
         printf("d %d, %d of %d pairs, %d rows: values off by %g, biases by %g\n", t->d, n, t->pairs,
                t->rows, sqrt(off / size), worst);
-    free(k), free(v), free(q), free(own), free(kept), free(values), free(bias), free(values_is),
-        free(bias_is);
+    free(k), free(v), free(q), free(own), free(was), free(kept), free(values), free(bias),
+        free(values_is), free(bias_is);
 }
 
 int main(int argc, char **argv) {
     if (kernels_init(argc > 1 ? argv[1] : getenv("ISA")) != 0) return 2;
-    const Case cases[] = {{64, 300, 192, 5, true, false, 0}, {64, 300, 192, 5, false, false, 0},
-                          {64, 300, 100, 2, true, false, 0}, {64, 640, 64, 2, true, true, 0},
-                          {80, 257, 200, 3, true, true, 30}, {256, 130, 150, 10, true, false, 0},
-                          {16, 70, 9, 2, true, false, 0},    {64, 65, 64, 64, true, false, 0}};
+    const Case cases[] = {
+        {64, 300, 192, 5, true, false, 0, false},       {64, 300, 192, 5, false, false, 0, false},
+        {64, 300, 100, 2, true, false, 0, false},       {64, 640, 64, 2, true, true, 0, false},
+        {80, 257, 200, 3, true, true, 30, false},       {256, 130, 150, 10, true, false, 0, false},
+        {16, 70, 9, 2, true, false, 0, false},          {64, 65, 64, 64, true, false, 0, false},
+        {64, 300, 192, 5, true, false, 0, true}, {32, 200, 90, 3, false, true, 20, true}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) test_case(&cases[i]);
     return test_end("test_fit");
 }

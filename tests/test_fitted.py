@@ -57,6 +57,31 @@ def test_map_fitted(m, d):
     fails(2, "--fit has no effect", "map", m.path, *text, "-o", page, "--fit", "both", "--demote", "q2")
 
 
+# ---- as tokens come ----
+
+
+def test_streamed(m, d):
+    """What is evicted while a context is read is fitted each time; the same pairs stay, and any threads give the same."""
+    long = ["-f", write(d + "/long", TEXT * 3), "--json"]
+    for how in (["--ratio", "0.3", "--stream"], ["--budget", "150", "--kv", "q8"]):
+        rows, bytes = [], set()
+        for fit in ("none", "values", "both"):
+            rows += works("compress", m.path, *long, *how, "--fit", fit, "-o", d + "/streamed.kvc").rows()
+        check([r["fit"] for r in rows] == [None, "values", "both"], "%s: fitted %s" % (how, [r["fit"] for r in rows]))
+        check(rows[0]["n_kept"] == rows[2]["n_kept"] < rows[0]["n_pairs"], "%s: a fit changes how many stay" % how)
+        check(any(b for b in Tensors(d + "/streamed.kvc")["bias"]), "%s: no biases are saved" % how)
+        check("fit                both" in works("info", d + "/streamed.kvc").text(), "%s: info does not say it" % how)
+        for threads in "123":
+            works("compress", m.path, *long, *how, "--fit", "both", "-o", d + "/threads.kvc", "-j", threads)
+            bytes.add(open(d + "/threads.kvc", "rb").read())
+        check(len(bytes) == 1, "%s: threads change what is fitted" % how)
+    works("ask", m.path, d + "/streamed.kvc", "Who built the mill?", "-n", "4")
+    for fit in ("none", "both"):
+        works("compress", m.path, *long, "--budget", "100000", "--fit", fit, "-o", d + "/all-%s.kvc" % fit)
+    plain, fitted = (Tensors(d + "/all-%s.kvc" % fit).raw for fit in ("none", "both"))
+    check(plain == fitted, "nothing went, but something was fitted")
+
+
 # ---- results ----
 
 def cells(path):
@@ -184,6 +209,7 @@ def main():
         test_map_fitted(smol, d)
         test_map_fitted(Model("gemma3"), d)
         test_eval_fits(smol, d)
+        test_streamed(smol, d)
         test_results_without_fit(smol, d)
         test_again(smol, d)
         test_pages(smol, d)

@@ -71,7 +71,7 @@ static void test_case(Fixture *f, const TensorFile *fits, const Case *t, FitKind
     CHECK(fitting_open(&fitting, kind, &c, err) == 0);
     c.fitting = &fitting;
     CHECK(context_score(&c, policy_find(t->policy), score, err) == 0);
-    CHECK(fitting_apply(&fitting, &c, keep, err) == 0);
+    CHECK(fitting_apply_whole(&fitting, &c, keep, err) == 0);
     double biases = 0;
     if (kind == FIT_BOTH && t->times == 1)
         biases = bias_difference(f, c.seq, stored(fits, t->name, "bias"));
@@ -101,7 +101,7 @@ static void test_again(Fixture *f) {
     CHECK(fitting_open(&fitting, FIT_BOTH, &c, err) == 0);
     c.fitting = &fitting;
     CHECK(context_score(&c, policy_find("knorm"), score, err) == 0);
-    CHECK(fitting_apply(&fitting, &c, keep, err) == 0);
+    CHECK(fitting_apply_whole(&fitting, &c, keep, err) == 0);
     int twice = kvcache_fork(&f->kv, c.seq, err);
     CHECK(kvcache_evict(&f->kv, twice, c.n_prefix, c.n_ctx, keep, err) == 0);
     for (int h = 0; h < context_heads(&c); h++) {
