@@ -57,11 +57,12 @@ static size_t matrix_bytes(const Matrix *w) {
 }
 
 size_t bench_weight_bytes(const Model *m) {
+    enum { MATRICES = 7 };
     size_t sum = matrix_bytes(&m->wcls);
     for (int l = 0; l < m->config.n_layers; l++) {
         const Layer *w = &m->layers[l];
-        const Matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
-        for (size_t i = 0; i < sizeof all / sizeof *all; i++) sum += matrix_bytes(all[i]);
+        const Matrix *all[MATRICES] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
+        for (int i = 0; i < MATRICES; i++) sum += matrix_bytes(all[i]);
     }
     return sum;
 }
