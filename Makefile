@@ -107,12 +107,12 @@ fuzz: run
 	    [ $$status -eq 0 ] || exit 1; \
 	done
 
-# Faults that can be seen without running anything: conversions of sizes and indices, cppcheck, clang-tidy
-# (.clang-tidy). EXACT are the files in which every size is checked or cast where it could be cut.
-EXACT = $(filter-out cli/% eval/chart.c kernels/%,$(SOURCES)) run.c
+# Faults that can be seen without running anything: conversions that cut a size or an index, cppcheck, clang-tidy
+# (.clang-tidy).
+CONVERSIONS = -Wconversion -Wno-sign-conversion -Wno-float-conversion -Wno-implicit-int-float-conversion -Wno-string-conversion
 lint:
-	@for f in $(EXACT); do $(CC) -std=c11 -I. -fsyntax-only -Wconversion -Wno-sign-conversion -Wno-float-conversion \
-	    -Werror $$f || exit 1; done
+	@for f in $(SOURCES) run.c; do clang -std=c11 -I. -fsyntax-only $(CONVERSIONS) -Werror $$f || exit 1; done
+	@clang --target=aarch64-linux-gnu -std=c11 -I. -fsyntax-only $(CONVERSIONS) -Werror kernels/neon.c
 	@cppcheck -q -j2 --std=c11 --enable=warning --inline-suppr --error-exitcode=1 -I. run.c $(filter-out kernels/%,$(SOURCES))
 	@clang-tidy -quiet run.c $(filter-out kernels/%,$(SOURCES)) -- -std=c11 -I. 2>/dev/null
 	@echo "lint: clean"
@@ -192,7 +192,7 @@ help:
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
 	@echo "make fuzz       libFuzzer over all that is read (clang), FUZZ_SECONDS=60 each"
 	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
-	@echo "make lint       -Wconversion, cppcheck and clang-tidy"
+	@echo "make lint       conversions that cut, cppcheck and clang-tidy (clang)"
 	@echo "make compilers  gcc and clang at -O0 to -O3, without a warning, and the tests of what computes"
 	@echo "make trust      the long forms of mutants, fuzz, asan, valgrind, neon and lint; compilers, sizes"
 	@echo "make sizes      files of the sizes of real models, most of them holes, under the sanitizers"
