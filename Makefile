@@ -120,7 +120,7 @@ lint:
 # Valid files with one thing wrong, read by the real commands under the sanitizers (tests/mutate.py).
 MUTANTS ?= 500
 SEED ?= 1
-mutants:
+mutants: run
 	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
 	@$(PYTHON) tests/mutate.py build/asan/run --mutants $(MUTANTS) --seed $(SEED)
 

@@ -1,13 +1,17 @@
 """mutate.py: valid files with one thing wrong, read by the real commands.
 
-usage: mutate.py RUN [--mutants N] [--seed S] [--jobs J] [--minutes M]
+usage: mutate.py RUN [--plain PROGRAM] [--mutants N] [--first N] [--seed S] [--jobs J]
+       mutate.py RUN --intact [--jobs J]
 
-RUN is a program built with the sanitizers (`make mutants` does that). A mutant is a model, a cache, a profile, tasks,
+RUN is a program built with the sanitizers (`make mutants` does that), PROGRAM the same without. A mutant is a model, a cache, a profile, tasks,
 results, ids, questions or a text of the fixtures in which a few things are changed that a reader of files would not
 expect: numbers of the metadata, shapes (with the file laid out again, so that only the meaning is wrong), dtypes,
 indices, lengths, floats that are none, pieces cut off or there twice. Two commands read each. A finding is a signal,
-a sanitizer's report, an exit code other than 0, 1 or 2, more than one line of error, or half a minute of a processor.
-The same seed makes the same mutants; those found are left in build/mutants with the command that shows them.
+a sanitizer's report, an exit code other than 0, 1 or 2, more than one line of error, or 10 s of a processor: a command
+that takes those under the sanitizers is given to PROGRAM, which must end within them. The same seed makes the same
+mutants; those found are left in build/mutants with the command that shows them.
+
+With --intact all commands read the files as they are, with several threads, and must succeed (`make tsan`).
 """
 import argparse
 import concurrent.futures
@@ -17,6 +21,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -376,15 +381,34 @@ def new_mutant(f, rng, bad, out):
 
 SETTINGS = {"ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=2000:detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "1"}
+OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGKILL)
+
+
+SECONDS = 10  # of a processor, that a command may take to refuse a file of these sizes or to read it
 
 
 def limits():
     os.nice(5)
-    resource.setrlimit(resource.RLIMIT_CPU, (30, 32))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def judge(args, code, err):
+def start(args):
+    """Status and stderr of a command."""
+    p = subprocess.run(args, input=b"Who kept geese?\nAnd then?\n", capture_output=True, preexec_fn=limits,
+                       env={**os.environ, **SETTINGS})
+    return p.returncode, p.stderr.decode("utf-8", "replace")
+
+
+def finding(args, plain):
+    """What is wrong with how a command ends, or None; and its stderr."""
+    code, err = start(args)
+    if code in OUT_OF_TIME and start([plain] + args[1:])[0] not in OUT_OF_TIME:
+        return None, err
+    return "no end after %d s" % SECONDS if code in OUT_OF_TIME else judge(code, err), err
+
+
+def judge(code, err):
     """What is wrong with how a command ended, or None."""
     said = [line for line in err.split("\n") if line and "failed to allocate" not in line]
     errors = [line for line in said if line.startswith("run: ") and not line.startswith("run: warning:")]
@@ -400,8 +424,8 @@ def judge(args, code, err):
     return None
 
 
-def try_mutant(f, run, seed, i):
-    """Findings of one mutant: (what, command, stderr); and the seconds it took."""
+def try_mutant(f, programs, seed, i):
+    """Findings of one mutant: (what, command, stderr)."""
     rng = random.Random("%d %d" % (seed, i))
     bad, out = os.path.join(f.folder, "bad.%d" % i), os.path.join(f.folder, "out.%d" % i)
     data, commands = new_mutant(f, rng, bad, out)
@@ -409,49 +433,77 @@ def try_mutant(f, run, seed, i):
     for args in rng.sample(commands, min(2, len(commands))):
         with open(bad, "wb") as to:
             to.write(data)
-        args = [run] + args + ["-q", "-j", rng.choice(["1", "2"])]
+        args = [programs[0]] + args + ["-q", "-j", rng.choice(["1", "2"])]
         if args[1] not in ("info", "tokenize") and rng.random() < 0.4:
             args += ["--isa", "scalar"]
-        try:
-            p = subprocess.run(args, input=b"Who kept geese?\nAnd then?\n", capture_output=True, timeout=600,
-                               preexec_fn=limits, env={**os.environ, **SETTINGS})
-            what, err = judge(args, p.returncode, p.stderr.decode("utf-8", "replace")), p.stderr
-        except subprocess.TimeoutExpired:
-            what, err = "no end after 600 s", b""
+        what, err = finding(args, programs[1])
         if what:
             with open(bad + ".found", "wb") as to:
                 to.write(data)
-            found.append((what, " ".join(args).replace(bad, bad + ".found"), err.decode("utf-8", "replace")))
+            found.append((what, " ".join(args).replace(bad, bad + ".found"), err))
     for path in (bad, out, out + ".svg"):
         if os.path.exists(path):
             os.remove(path)
     return found
 
 
+def intact(f):
+    """All commands over valid files. They add to results, which therefore are copies."""
+    out, commands, model = os.path.join(f.folder, "out"), [], dict(f.models)
+    for path in model.values():
+        commands += model_commands(f, path, out)
+    for name, path in f.caches:
+        commands += cache_commands(f, model[name], path, out)
+    for name, path in f.profiles:
+        commands += profile_commands(f, model[name], path, out)
+    results = shutil.copy(f.results, os.path.join(f.folder, "more"))
+    commands += results_commands(f, results, out) + tasks_commands(f, f.tasks, out + ".more") + ids_commands(f, f.ids, out)
+    commands += text_commands(f, f.text, out)
+    own_cache = lambda args: args[0] != "ask" or args[2] in [path for name, path in f.caches if model[name] == args[1]]
+    return [args for args in commands if own_cache(args)]
+
+
+def try_intact(f, program, i, args):
+    args = [program] + [word.replace(os.path.join(f.folder, "out"), os.path.join(f.folder, "out.%d" % i)) for word in args]
+    code, err = start(args + ["-q", "-j", "3"])
+    what = judge(code, err) or ("status %d" % code if code else None)
+    return [(what, " ".join(args), err)] if what else []
+
+
+def show(results):
+    """Prints findings as they come; returns how many cases there were, and findings."""
+    n = found = 0
+    for n, all_of in enumerate(results, 1):
+        for what, command, err in all_of:
+            found += 1
+            if found <= 40:
+                print("%d: %s\n  %s\n%s" % (n - 1, what, command, "\n".join("    " + e for e in err.split("\n")[:12])), flush=True)
+    return n, found
+
+
 def main():
     p = argparse.ArgumentParser(usage=__doc__)
     p.add_argument("run")
+    p.add_argument("--plain", default=os.path.join(ROOT, "run"))
+    p.add_argument("--intact", action="store_true")
     p.add_argument("--mutants", type=int, default=500)
     p.add_argument("--first", type=int, default=0, help="the number of the first mutant")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     o = p.parse_args()
-    start = time.time()
-    run = os.path.abspath(o.run)
-    f = Files(run, os.path.join(ROOT, "build", "mutants"))
-    found = 0
+    begin = time.time()
+    programs = [os.path.abspath(o.run), os.path.abspath(o.plain)]
+    f = Files(programs[1], os.path.join(ROOT, "build", "intact" if o.intact else "mutants"))
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
-        numbers = range(o.first, o.first + o.mutants)
-        for i, all_of in zip(numbers, pool.map(lambda i: try_mutant(f, run, o.seed, i), numbers)):
-            for what, command, err in all_of:
-                found += 1
-                if found <= 40:
-                    print("mutant %d: %s\n  %s\n%s" % (i, what, command, "\n".join("    " + e for e in err.split("\n")[:12])),
-                          flush=True)
+        if o.intact:
+            n, found = show(pool.map(lambda job: try_intact(f, programs[0], *job), enumerate(intact(f))))
+        else:
+            n, found = show(pool.map(lambda i: try_mutant(f, programs, o.seed, i), range(o.first, o.first + o.mutants)))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print("mutants: seed %d, %d mutants, %d findings, %.0f s of processors, %.0f s"
-          % (o.seed, o.mutants, found, used.ru_utime + used.ru_stime, time.time() - start))
-    print("mutate: %d passed, %d failed" % (o.mutants - found, found))
+    print("%s, %d findings, %.0f s of processors, %.0f s"
+          % ("%d commands" % n if o.intact else "mutants: seed %d, %d mutants" % (o.seed, n), found,
+             used.ru_utime + used.ru_stime, time.time() - begin))
+    print("mutate: %d passed, %d failed" % (n - found, found))
     return found > 0
 
 
