@@ -10,9 +10,9 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
+#include "cgroup.h"
 #include "cli/output.h"
 
 // Bytes of a program that has nothing open: code, libraries, stacks, buffers.
@@ -71,53 +71,25 @@ double memory_total(const MemoryUse *use) {
 
 // ---- what there is ----
 
-// The number in root/folder/name, or INFINITY ("max", no such file).
-static double read_limit(const char *root, const char *folder, const char *name) {
-    char path[4096], text[64] = "";
-    double limit;
-    int n = snprintf(path, sizeof path, "%s%s/%s", root, folder, name);
-    FILE *f = n > 0 && n < (int)sizeof path ? fopen(path, "r") : NULL;
-    if (!f) return INFINITY;
-    limit = fgets(text, sizeof text, f) ? number_read(text, strcspn(text, "\n")) : NAN;
-    fclose(f);
-    return limit > 0 ? limit : INFINITY;
-}
-
-// A group's own limit and those of the groups it lies in.
-static double group_limit(const char *root, char *folder, const char *name) {
-    double limit = read_limit(root, "", name);
-    for (char *slash; (slash = strrchr(folder, '/')); *slash = '\0')
-        limit = fmin(limit, read_limit(root, folder, name));
-    return limit;
+// Bytes that a group's folder allows, or INFINITY.
+static double group_limit(const char *folder, int version) {
+    double x[2];
+    const char *name = version == 2 ? "memory.max" : "memory.limit_in_bytes";
+    return cgroup_numbers(folder, name, x, 1) == 1 && x[0] > 0 ? x[0] : INFINITY;
 }
 
 double memory_group_limit(const char *text, const char *root) {
-    double limit = INFINITY;
-    char folder[2048], old_root[2048];
-    snprintf(old_root, sizeof old_root, "%s/memory", root);
-    for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n') {
-        const char *kinds = memchr(line, ':', strcspn(line, "\n"));  // "4:memory:/a", "0::/a"
-        const char *at = kinds ? memchr(kinds + 1, ':', strcspn(kinds + 1, "\n")) : NULL;
-        if (!at) continue;
-        snprintf(folder, sizeof folder, "%.*s", (int)strcspn(at + 1, "\n"), at + 1);
-        if (at == kinds + 1)
-            limit = fmin(limit, group_limit(root, folder, "memory.max"));
-        else if (at - kinds == 7 && memcmp(kinds, ":memory", 7) == 0)
-            limit = fmin(limit, group_limit(old_root, folder, "memory.limit_in_bytes"));
-    }
-    return limit;
+    return cgroup_least(text, root, "memory", group_limit);
 }
 
 // Bytes that the machine has and this process may use; *who says which of them is less.
 static double memory_here(const char **who) {
-    char text[4096] = "";
-    FILE *f = fopen("/proc/self/cgroup", "r");
+    char err[ERR_LEN];
+    size_t n;
+    char *groups = file_read("/proc/self/cgroup", &n, err);
     double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    if (f) {
-        text[fread(text, 1, sizeof text - 1, f)] = '\0';
-        fclose(f);
-    }
-    double group = memory_group_limit(text, "/sys/fs/cgroup");
+    double group = groups ? memory_group_limit(groups, "/sys/fs/cgroup") : INFINITY;
+    free(groups);
     *who = group < machine ? "this control group" : "this machine";
     return fmin(machine > 0 ? machine : INFINITY, group);
 }
