@@ -124,10 +124,15 @@ mutants: run
 	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
 	@$(PYTHON) tests/mutate.py build/asan/run --mutants $(MUTANTS) --seed $(SEED)
 
-# Sizes of real models, on files of holes, under the sanitizers (tests/sizes.py); SIZES=long reads a million tokens.
+# Sizes of real models, on files of holes, under the sanitizers (tests/sizes.py); SIZES=long reads a million tokens, and
+# saves and loads a cache beyond 2^31 bytes (tests/large_cache.c).
 sizes:
-	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
+	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run build/asan/large_cache
 	@$(PYTHON) tests/sizes.py build/asan/run $(SIZES)
+	@$(if $(SIZES),build/asan/large_cache build/asan/large.kvc)
+
+$(BUILD)/large_cache: tests/large_cache.c $(BUILD)/libkvzip.a
+	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.a,$^) $(LDLIBS)
 
 # Every level of optimization of both compilers: no warning, and what computes computes the same.
 COMPILERS = $(foreach cc,gcc clang,$(foreach o,0 1 2 3,$(cc)-O$(o)))
