@@ -57,6 +57,14 @@ asan:
 	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' tests
 	@BUILD=build/asan C_ONLY=1 sh tests/run.sh $(TESTS)
 
+# Under the thread sanitizer, without random addresses, which it does not find its way in on every kernel: the C tests,
+# and all commands with several threads (tests/mutate.py).
+FIXED = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+tsan: run
+	@$(MAKE) --no-print-directory BUILD=build/tsan CFLAGS='-O1 -g -fsanitize=thread' tests build/tsan/run
+	@QUICK=1 BUILD=build/tsan C_ONLY=1 WRAP="$(FIXED)" sh tests/run.sh $(TESTS)
+	@$(FIXED) $(PYTHON) tests/mutate.py build/tsan/run --intact
+
 # Under valgrind, which emulates fused products slowly: test_kernels has them all, the others use the scalar ones.
 valgrind: tests
 	@QUICK=1 ISA=scalar BUILD=$(BUILD) C_ONLY=1 WRAP="valgrind -q --error-exitcode=9" sh tests/run.sh $(TESTS)
@@ -144,7 +152,7 @@ compiler-%:
 	@for t in $(COMPILED); do echo "== $* $$t"; build/$*/$$t || exit 1; done
 
 # The long forms of what .ci/run does briefly (docs/trust.md): about two hours.
-trust: lint asan valgrind neon compilers
+trust: lint asan tsan valgrind neon compilers
 	@$(MAKE) --no-print-directory mutants MUTANTS=3000 SEED=$$$$
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=360
 	@$(MAKE) --no-print-directory sizes SIZES=long
@@ -190,6 +198,7 @@ help:
 	@echo "make tutorial   attention in six programs, from the definition to KVzip (docs/tutorial)"
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
+	@echo "make tsan       C tests and all commands under the thread sanitizer"
 	@echo "make valgrind   C tests under valgrind"
 	@echo "make faults     fail allocations, system calls and the program itself at every moment (strace); FAULTS=long"
 	@echo "make neon       C tests built for AArch64, under qemu-user"
@@ -199,9 +208,9 @@ help:
 	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
 	@echo "make lint       conversions that cut, cppcheck and clang-tidy (clang)"
 	@echo "make compilers  gcc and clang at -O0 to -O3, without a warning, and the tests of what computes"
-	@echo "make trust      the long forms of mutants, fuzz, asan, valgrind, neon and lint; compilers, sizes"
+	@echo "make trust      the long forms of mutants, fuzz, asan, tsan, valgrind, neon and lint; compilers, sizes"
 	@echo "make sizes      files of the sizes of real models, most of them holes, under the sanitizers"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clean help force
+.PHONY: all demo tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clean help force
