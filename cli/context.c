@@ -161,6 +161,7 @@ typedef struct {
     long n_pairs, n_kept;  // of the context, in the layers that evict
     double ratio;          // n_kept / n_pairs
     size_t full, bytes;    // the cache before and after
+    double fit_s;          // seconds of fitting, where that comes after reading
     size_t peak;           // the cache at most
     size_t memory_full, memory;
 } Shrunk;
@@ -202,8 +203,10 @@ static Shrunk shrink(Session *s, const Context *c, float *score, const Progress 
         free(score);
         int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
             s->o->demote < 0 ? kvcache_evict : kvcache_demote;
+        double start = now();
         if (r.n_kept >= 0 && c->fitting && fitting_apply_whole(c->fitting, c, keep, err) != 0)
             r.n_kept = -1;
+        r.fit_s = c->fitting ? now() - start : 0;
         progress_end(progress);
         if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
             r.n_kept = -1;
@@ -246,21 +249,23 @@ static void compress_figures(const Session *s, const Context *c, const Shrunk *r
     if (o->json) {
         json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx,
                    r->ratio, r->bytes, r->full);
-        json_print(
-            stdout,
-            "'prefill_s': %g, 'score_s': %g, 'n_prefix': %d, 'n_kept': %ld, 'n_pairs': %ld, ",
-            c->prefill_s, c->score_s, c->n_prefix, r->n_kept, r->n_pairs);
         json_print(stdout,
-                   "'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, 'policy': %s, ",
-                   r->peak, r->memory_full, r->memory, how.policy);
-        json_print(stdout, "'level': %s, 'profile': %s, 'set': %s, 'fit': %s, 'path': %s}\n",
-                   how.level, how.profile, how.set, how.fit, o->out);
+                   "'prefill_s': %g, 'score_s': %g, 'fit_s': %g, 'n_prefix': %d, 'n_kept': %ld, ",
+                   c->prefill_s, c->score_s, r->fit_s, c->n_prefix, r->n_kept);
+        json_print(stdout,
+                   "'n_pairs': %ld, 'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, ",
+                   r->n_pairs, r->peak, r->memory_full, r->memory);
+        json_print(stdout, "'policy': %s, 'level': %s, 'profile': %s, 'set': %s, 'fit': %s, ",
+                   how.policy, how.level, how.profile, how.set, how.fit);
+        json_print(stdout, "'path': %s}\n", o->out);
     }
     out_flush();
     if (o->quiet) return;
     int n = c->n_prefix + c->n_ctx;
-    note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s]\n", c->n_prefix, c->n_ctx,
+    note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s", c->n_prefix, c->n_ctx,
          c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
+    if (r->fit_s > 0) note(", fitted in %.2f s", r->fit_s);
+    note("]\n");
     note("[policy %s, level %s", how.policy, how.level);
     if (how.profile) note(", profile %s", how.profile);
     if (how.set) note(", %s", how.set);
