@@ -310,11 +310,13 @@ int cmd_compress(const Options *o) {
 }
 
 // The biases [as keep] that what stays gets by fitting it, 0 where nothing stays. To be freed.
-static float *fitted_biases(const Context *c, const uint8_t *keep) {
+static float *fitted_biases(const Context *c, const uint8_t *keep, const Progress *progress) {
     char err[ERR_LEN];
     const KVShape *shape = &c->kv->shape;
     float *bias = allocate(context_scores(c), sizeof *bias);
-    if (fitting_apply_whole(c->fitting, c, keep, err) != 0) die("%s", err);
+    int rc = fitting_apply_whole(c->fitting, c, keep, err);
+    progress_end(progress);
+    if (rc != 0) die_failed(err);
     for (size_t i = 0; i < context_scores(c); i++) {
         int h = (int)(i / c->n_ctx), t = c->n_prefix + (int)(i % c->n_ctx);
         KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
@@ -356,7 +358,7 @@ int cmd_map(const Options *o) {
     long kept = score ? context_select(c, score, o->ratio, keep, err) : (long)n_pairs;
     if (kept < 0) die("%s", err);
     int *layers = allocate(s->model.config.n_layers, sizeof *layers);
-    float *bias = c->fitting ? fitted_biases(c, keep) : NULL;
+    float *bias = c->fitting ? fitted_biases(c, keep, &in.progress) : NULL;
     ChartMap map = {.model = s->model.name,
                     .policy = c->policy->name,
                     .level = c->level->name,

@@ -6,12 +6,15 @@ Run after `make run`. The last line says how many checks passed and failed.
 import itertools
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 
 from checks import Tensors, check, end
-from test_cli import Model, fails, works, write
+from test_cli import RUN, Model, fails, works, write, write_ids
 
 TEXT = "The mill of Gavi was built by Ann Grey, who kept forty goats and a blue boat. " * 8
 TASK = {"task": "mill", "context": TEXT, "metric": "contained",
@@ -145,6 +148,41 @@ def test_results_without_fit(m, d):
     fails(1, "fit", "eval", "--merge", write(other, lines.splitlines()[0] + "\n" + json.dumps(cell) + "\n"))
 
 
+# ---- while it is fitted ----
+
+def until(fd, word):
+    """What a terminal shows up to the word, or all of it."""
+    seen = b""
+    while word not in seen:
+        try:
+            new = os.read(fd, 4096)
+        except OSError:  # its other end is closed
+            return seen
+        seen += new
+        if not new:
+            return seen
+    return seen
+
+
+def test_progress(m, d):
+    """Fitting shows how far it is, and Ctrl-C ends it as it ends reading: status 130, one line, no file."""
+    ids = write_ids(d + "/many.ids", [30 + i * 7919 % 600 for i in range(1500)])
+    slow = ["--ids", ids, "--policy", "streaming", "--ratio", "0.9", "--fit", "both", "--isa", "scalar", "-j", "1", "-o", d + "/stopped"]
+    for command in ("compress", "map"):
+        lead, follow = os.openpty()
+        p = subprocess.Popen([RUN, command, m.path, *slow], stdout=subprocess.PIPE, stderr=follow)
+        os.close(follow)
+        seen = until(lead, b"\rfit ")
+        p.send_signal(signal.SIGINT)
+        seen += until(lead, b"no such word")
+        out, _ = p.communicate(timeout=60)
+        os.close(lead)
+        last = seen.decode().strip().split("\n")[-1]
+        check(b"\rfit " in seen, "%s --fit shows no progress: %r" % (command, seen))
+        check(p.returncode == 130 and last.endswith("\r\033[Krun: interrupted"), "%s: exit %d, %r" % (command, p.returncode, last))
+        check(not out and not os.path.exists(d + "/stopped"), "an interrupted %s leaves a file" % command)
+
+
 # ---- what comes after a fitted context ----
 
 def compressed(m, d, name, *flags):
@@ -213,6 +251,7 @@ def main():
         test_results_without_fit(smol, d)
         test_again(smol, d)
         test_pages(smol, d)
+        test_progress(smol, d)
         for m in (smol, Model("gemma3")):
             test_questions(m, d)
     return end("test_fitted")
