@@ -8,7 +8,6 @@
 // rows stand beside it (batch invariance), so neither do answers.
 #include "answer.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,55 +21,6 @@ int answer_open(Answerer *a, RunState *state, KVCache *kv, const Tokenizer *tok,
 void answer_close(Answerer *a) {
     free(a->choices);
     *a = (Answerer){0};
-}
-
-// ---- sampling ----
-
-int likeliest(const float *logits, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
-}
-
-// In [0, 1).
-static double random_share(uint64_t *state) { return (double)(random_next(state) >> 11) * 0x1p-53; }
-
-static int by_share(const void *a, const void *b) {
-    const Choice *x = a, *y = b;
-    return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->id - y->id;
-}
-
-// Keeps the likeliest choices that together reach top_p; returns how many. What is below an even
-// share of the rest cannot be among them, so that few are sorted (llama2.c).
-static int cut_tail(Choice *c, int n, double sum, double top_p) {
-    double least = n > 1 ? (1 - top_p) / (n - 1) * sum : 0, reached = 0;
-    int kept = 0, taken = 0;
-    for (int i = 0; i < n; i++)
-        if (c[i].p >= least) c[kept++] = c[i];
-    qsort(c, (size_t)kept, sizeof *c, by_share);
-    while (taken < kept && (taken == 0 || reached < top_p * sum)) reached += c[taken++].p;
-    return taken;
-}
-
-// A token drawn from logits [n], of which `best` is the likeliest; c [n] is scratch. Nucleus
-// sampling: arXiv 1904.09751.
-static int sample(Sampling *how, const float *logits, int n, int best, Choice *c) {
-    if (!how || how->temp == 0) return best;
-    double sum = 0;
-    for (int i = 0; i < n; i++) {
-        c[i] = (Choice){expf((logits[i] - logits[best]) / (float)how->temp), i};
-        sum += c[i].p;
-    }
-    if (how->top_p < 1) {
-        n = cut_tail(c, n, sum, how->top_p);
-        sum = 0;
-        for (int i = 0; i < n; i++) sum += c[i].p;
-    }
-    double at = random_share(&how->random) * sum;
-    for (int i = 0; i < n; i++)
-        if ((at -= c[i].p) < 0) return c[i].id;
-    return best;
 }
 
 // ---- one reply ----
@@ -194,21 +144,32 @@ static int fill_step(Step *s, Reply *const *live, int n, int *fed, char *err) {
 static void find_best(void *step, int i) {
     Step *s = step;
     int vocab = s->a->state->model->config.vocab_size;
-    s->best[i] = likeliest(s->a->state->logits + (size_t)i * vocab, vocab);
+    if (sampling_is_plain(s->ready[i]->sampling))
+        s->best[i] = likeliest(s->a->state->logits + (size_t)i * vocab, vocab);
+}
+
+// The token that comes next in the i-th of those that are ready.
+static int next_token(const Step *s, int i) {
+    const Reply *r = s->ready[i];
+    int vocab = s->a->state->model->config.vocab_size;
+    if (sampling_is_plain(r->sampling)) return s->best[i];
+    Draw d = {.logits = s->a->state->logits + (size_t)i * vocab,
+              .n = vocab,
+              .past = {r->prompt, r->ids.id},
+              .n_past = {r->n_prompt, r->ids.n},
+              .scratch = s->a->choices};
+    return sampling_draw(r->sampling, &d);
 }
 
 // Every reply that lacks nothing takes the token that its logits say, in their order.
 static int take_next(Step *s, char *err) {
     const Answerer *a = s->a;
-    int vocab = a->state->model->config.vocab_size;
     parallel_for(a->state->pool, s->n_ready, find_best, s);
     for (int i = 0; i < s->n_ready; i++) {
         Reply *r = s->ready[i];
-        const float *logits = a->state->logits + (size_t)i * vocab;
         r->done = r->cut = r->ids.n >= r->limit;  // where no token is wanted at all
         if (r->done) continue;
-        int id = sample(r->sampling, logits, vocab, s->best[i], a->choices);
-        if (reply_take(a, r, id, err) != 0) return -1;
+        if (reply_take(a, r, next_token(s, i), err) != 0) return -1;
     }
     return 0;
 }

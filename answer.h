@@ -1,4 +1,4 @@
-// answer.h: answers of a model, one or many at a time: sampling, stopping, and the turns of a chat.
+// answer.h: answers of a model, one or many at a time: writing, stopping, and the turns of a chat.
 //
 // A Reply stands for itself: it has a sequence of the cache, ids that it still has to read, and the
 // text it has written. answer_step moves any set of replies on by one forward call, some reading,
@@ -8,21 +8,9 @@
 #define ANSWER_H
 #include "kvcache.h"
 #include "model.h"
+#include "sampling.h"
 #include "tokenizer.h"
 #include "util.h"
-
-// How a token is drawn from logits. Replies may share one, or have one each.
-typedef struct {
-    double temp;      // 0: always the likeliest token
-    double top_p;     // only the likeliest tokens that together have this share; 1: all
-    uint64_t random;  // state of the generator (random_next); a seed to begin with
-} Sampling;
-
-// A token and what it weighs among those that may be drawn.
-typedef struct {
-    float p;
-    int id;
-} Choice;
 
 // What replies are made with. `after` and `kv` may be changed between steps.
 typedef struct {
@@ -40,9 +28,6 @@ typedef struct {
 int answer_open(Answerer *a, RunState *state, KVCache *kv, const Tokenizer *tok, char *err);
 void answer_close(Answerer *a);  // safe on a zeroed struct, and twice
 
-// The token with the largest of logits [n], the first of equals.
-int likeliest(const float *logits, int n);
-
 // ---- replies ----
 
 // The first fields are the caller's to fill in, the others start as zeros.
@@ -55,7 +40,7 @@ typedef struct {
         *stop;  // texts, NULL behind the last: the answer ends right after the first of
     // them that it has; or NULL
     bool ignore_stop;    // go on after stop tokens, which then are ids like others
-    Sampling *sampling;  // NULL: always the likeliest token
+    Sampling *sampling;  // NULL: always the likeliest token. Penalties see this prompt and answer
 
     Ids ids;           // the answer's tokens so far; a stop token is not among them
     int stop_id;       // the stop token that ended it, -1: none did

@@ -19,6 +19,8 @@ static const Options defaults = {.n = -1,
                                  .n_prefix = -1,
                                  .temp = -1,
                                  .top_p = 0.95,
+                                 .last_n = 64,
+                                 .repeat_penalty = 1,
                                  .window = 128,
                                  .lambda = 1e-3,
                                  .demote = -1,
@@ -31,8 +33,8 @@ static const Options defaults = {.n = -1,
                                  .batches = {{1, 4}, 2}};
 
 // In Options: bool, const char *, [MAX_STOPS] of these, long, double, double, int (which of the
-// choices), BenchList.
-typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, BYTES, CHOICE, LIST, COUNTS } FlagKind;
+// choices), BenchList, BenchList, BiasList.
+typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, BYTES, CHOICE, LIST, COUNTS, BIASES } FlagKind;
 
 typedef struct {
     const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
@@ -183,6 +185,22 @@ static const Flag flags[] = {
      .help = "temperature (default 0: the likeliest token)"},
     {"--top-p", "P", REAL, AT(top_p), RANGE(0, 1), .takes = ANSWERS, .also = ALL,
      .help = "sample from the likeliest tokens that have this share (default 0.95)"},
+    {"--top-k", "K", COUNT, AT(top_k), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
+     .help = "sample from the K likeliest tokens (default 0: all)"},
+    {"--min-p", "P", REAL, AT(min_p), RANGE(0, 1), .takes = ANSWERS, .also = ALL,
+     .help = "sample from the tokens with this share of the likeliest one's (default 0: all)"},
+    {"--temp-last", NULL, SWITCH, AT(temp_last), .takes = ANSWERS, .also = ALL,
+     .help = "--top-p and --min-p cut before the temperature, as in llama.cpp, not after it"},
+    {"--repeat-penalty", "X", REAL, AT(repeat_penalty), RANGE(0.01, 100), .takes = ANSWERS,
+     .also = ALL, .help = "divides the logits of tokens that came (default 1: nothing)"},
+    {"--repeat-last-n", "N", COUNT, AT(last_n), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
+     .help = "tokens of prompt and answer that the three penalties look back at (default 64)"},
+    {"--frequency-penalty", "X", REAL, AT(frequency_penalty), RANGE(-2, 2), .takes = ANSWERS,
+     .also = ALL, .help = "taken from a logit for each time the token came (default 0)"},
+    {"--presence-penalty", "X", REAL, AT(presence_penalty), RANGE(-2, 2), .takes = ANSWERS,
+     .also = ALL, .help = "taken once from the logits of tokens that came (default 0)"},
+    {"--logit-bias", "ID=B,..", BIASES, AT(biases), RANGE(-100, 100), .takes = ANSWERS, .also = ALL,
+     .help = "added to these tokens' logits, from -100 to 100"},
     {"--seed", "S", COUNT, AT(seed), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
      .help = "of the sampling: with the question's words it decides the answer (default: by the "
              "clock, shown)"},
@@ -249,6 +267,23 @@ static bool parse_list(const char *text, const Flag *f, BenchList *list) {
     return false;
 }
 
+// "5=1.5,7=-100": tokens and what is added to their logits.
+static bool parse_biases(const char *text, const Flag *f, BiasList *list) {
+    char item[64];
+    for (list->n = 0; list->n < MAX_BIASES; text++) {
+        size_t len = strcspn(text, ","), n = strspn(text, "0123456789");
+        if (len >= sizeof item || n == 0 || text[n] != '=') return false;
+        memcpy(item, text, len);
+        item[len] = item[n] = '\0';
+        double id = number_read(item, n), value = number_read(item + n + 1, len - n - 1);
+        if (!(id <= INT_MAX && value >= f->lo && value <= f->hi)) return false;
+        list->v[list->n++] = (Bias){(int)id, (float)value};
+        text += len;
+        if (*text == '\0') return true;
+    }
+    return false;
+}
+
 static bool parse_choice(const char *text, const char *choices, int *index) {
     size_t len = strlen(text);
     for (*index = 0;; (*index)++) {
@@ -297,6 +332,11 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
             die_usage(o->command, "%s %s: needs at most %d %snumbers from %.10g to %.10g", f->name,
                       value, BENCH_LIST, f->kind == COUNTS ? "whole " : "", f->lo, f->hi);
         break;
+    case BIASES:
+        if (!parse_biases(value, f, (BiasList *)at))
+            die_usage(o->command, "%s %s: needs at most %d ID=BIAS, biases from %.10g to %.10g",
+                      f->name, value, MAX_BIASES, f->lo, f->hi);
+        break;
     default:
         if (!parse_number(value, f, &v))
             die_usage(o->command, "%s %s: needs a %s from %.10g to %.10g", f->name, value,
@@ -343,6 +383,9 @@ static bool merges(const Options *o) { return o->merge; }
 static bool measures_text(const Options *o) { return o->ppl != NULL; }
 static bool keeps_all_at_once(const Options *o) { return !wants_stream(o); }
 static bool keeps_all(const Options *o) { return o->ratio >= 1 && !wants_stream(o); }
+static bool penalizes_none(const Options *o) {
+    return o->repeat_penalty == 1 && o->frequency_penalty == 0 && o->presence_penalty == 0;
+}
 static bool takes_likeliest(const Options *o) {
     return o->temp == 0 || (o->temp < 0 && o->bit == ASK);
 }
@@ -376,7 +419,9 @@ static const Rule rules[] = {
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
     {READING "--kv --shard --show --ppl --mem ", EVAL, merges, false, "--merge only joins results"},
     {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},
-    {"--seed --top-p ", ANSWERS, takes_likeliest, true, "--temp 0 takes the likeliest token"},
+    {"--repeat-last-n ", ANSWERS, penalizes_none, true, "there is no penalty"},
+    {"--seed --top-p --top-k --min-p --temp-last ", ANSWERS, takes_likeliest, true,
+     "--temp 0 takes the likeliest token"},
 };
 // clang-format on
 

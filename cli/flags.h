@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "bench/bench.h"
+#include "sampling.h"
 
 enum { MAX_BATCH = 64, MAX_STOPS = 16 };  // answers written together and stop texts, at most
 
@@ -31,6 +32,11 @@ enum {
     RUNS = ALL & ~(TOKENIZE | INFO),       // runs a model
     READS = GENERATE | CONTEXT | LOGITS    // runs it over a given text
 };
+
+typedef struct {
+    Bias v[MAX_BIASES];
+    int n;
+} BiasList;
 
 // The values of all flags; what is not given is NULL, 0 or false where no default stands in
 // flags.c. -h says what each is for.
@@ -60,9 +66,13 @@ typedef struct {
     double lambda;  // ridge of calibrate
     bool into;      // calibrate: the output is a copy of the model
     // how an answer is made
-    long n;                           // tokens at most; -1: not given
-    double temp, top_p;               // temp -1: not given
-    long seed;                        // -1: not given
+    long n;              // tokens at most; -1: not given
+    double temp, top_p;  // temp -1: not given
+    long seed;           // -1: not given
+    long top_k, last_n;
+    double min_p, repeat_penalty, frequency_penalty, presence_penalty;
+    BiasList biases;
+    bool temp_last;
     const char *stop[MAX_STOPS + 1];  // NULL behind the last
     bool ignore_eos, keep;
     long batch;  // 0: not given

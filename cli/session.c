@@ -103,8 +103,19 @@ void open_answers(Session *s, double temp) {
     const Options *o = s->o;
     uint64_t clock = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     s->seed = o->seed >= 0 ? o->seed : (long)(random_next(&clock) % 1000000000u);
-    s->sampling = (Sampling){
-        .temp = o->temp < 0 ? temp : o->temp, .top_p = o->top_p, .random = (uint64_t)s->seed};
+    s->sampling = (Sampling){.temp = o->temp < 0 ? temp : o->temp,
+                             .top_p = o->top_p,
+                             .random = (uint64_t)s->seed,
+                             .top_k = (int)o->top_k,
+                             .min_p = o->min_p,
+                             .last_n = (int)o->last_n,
+                             .repeat_penalty = o->repeat_penalty,
+                             .frequency_penalty = o->frequency_penalty,
+                             .presence_penalty = o->presence_penalty,
+                             .bias = o->biases.v,
+                             .n_bias = o->biases.n,
+                             .temp_last = o->temp_last};
+    if (sampling_check(&s->sampling, s->model.config.vocab_size, err) != 0) die("%s", err);
     if (answer_open(&s->answerer, &s->state, &s->kv, s->tok, err) != 0) die("%s", err);
 }
 

@@ -173,12 +173,53 @@ static void test_ends(Room *room) {
 
 // The same seed draws the same tokens; a share of next to nothing is the likeliest token.
 static void test_sampling(Room *room, const Reply *alone) {
-    Sampling a = {.temp = 1.5, .top_p = 0.95, .random = 7}, b = a, c = {1.5, 1e-9, 1};
+    Sampling a = {.temp = 1.5, .top_p = 0.95, .random = 7}, b = a, c = {.temp = 1.5, .top_p = 1e-9};
     Reply x = begin(room, 2, &a), y = begin(room, 2, &b), z = begin(room, 2, &c);
     finish(room, (Reply *[]){&x, &y, &z}, 3);
     CHECK(same_answer(&x, &y));
     CHECK(!same_answer(&x, alone) && same_answer(&z, alone));
     end_reply(room, &x), end_reply(room, &y), end_reply(room, &z);
+}
+
+// With every setting at work a reply is the same alone, again, and in company; several answers of
+// one prompt begin with the one that it has alone. Penalties see the prompt.
+static void test_settings(Room *room) {
+    Bias bias[] = {{9, 2}, {11, -3}};
+    Sampling base = {.temp = 1.2,
+                     .top_p = 0.9,
+                     .random = 3,
+                     .top_k = 60,
+                     .min_p = 0.01,
+                     .last_n = 20,
+                     .repeat_penalty = 1.2,
+                     .frequency_penalty = 0.3,
+                     .presence_penalty = 0.2,
+                     .bias = bias,
+                     .n_bias = 2};
+    Reply alone[N], r[N], *all[N];
+    Sampling own[N];
+    for (int i = 0; i < N; i++) {
+        own[i] = sampling_nth(&base, i);
+        alone[i] = begin(room, 2, &own[i]);
+        finish(room, (Reply *[]){&alone[i]}, 1);
+    }
+    for (int i = 0; i < N; i++) {
+        own[i] = sampling_nth(&base, i);
+        r[i] = begin(room, 2, &own[i]);
+        all[i] = &r[i];
+    }
+    finish(room, all, N);
+    for (int i = 0; i < N; i++) CHECK(same_answer(&alone[i], &r[i]));
+    CHECK(!same_answer(&r[0], &r[1]) && !same_answer(&r[1], &r[2]));
+    for (int i = 0; i < N; i++) end_reply(room, &alone[i]), end_reply(room, &r[i]);
+    Sampling once = {.last_n = -1, .presence_penalty = 2e9};
+    Reply new = begin(room, 5, &once);
+    finish(room, (Reply *[]){&new}, 1);
+    for (int i = 0; i < new.ids.n; i++) {
+        for (int j = 0; j < new.n_prompt; j++) CHECK(new.ids.id[i] != new.prompt[j]);
+        for (int j = 0; j < i; j++) CHECK(new.ids.id[i] != new.ids.id[j]);
+    }
+    end_reply(room, &new);
 }
 
 // After a turn the pending ids are those the cache lacks, and the next question begins with them.
@@ -236,6 +277,7 @@ int main(int argc, char **argv) {
     test_stop(&room, &alone[3]);
     test_ends(&room);
     test_sampling(&room, &alone[2]);
+    test_settings(&room);
     test_talk(&room);
     test_prefix(&room);
     for (int i = 0; i < N; i++) end_reply(&room, &alone[i]);
