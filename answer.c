@@ -202,6 +202,37 @@ static int encode(const Tokenizer *tok, const char *text, unsigned how, Ids *ids
     return tokenizer_encode(tok, text, strlen(text), how, ids);
 }
 
+// What KVzip's authors put before every context (arXiv 2505.23416, their code).
+static const char TASK[] =
+    "Given the context, answer to the following question or request without explanation.\n\n";
+
+// The system text, and the beginning of the user's turn that the context stands in: with special
+// tokens, to be read together with what follows it.
+static int open_turn(const TalkOpening *t, Buffer *text, Ids *ids) {
+    const ChatTemplate *chat = tokenizer_chat(t->tok);
+    const char *start = t->system ? chat->user_prefix_after_system : chat->kvzip_prefix;
+    if (t->system && tokenizer_turn(t->tok, 's', t->system, true, false, ids) != 0) return -1;
+    return buffer_add(text, start, strlen(start));
+}
+
+// Our own task text is part of the template and tokenized with it, as the authors do; a user's text
+// never becomes a special token.
+int talk_opening(const TalkOpening *t, Ids *ids, char *err) {
+    const ChatTemplate *chat = tokenizer_chat(t->tok);
+    Buffer text = {0};
+    if (!t->raw && t->system && !chat->present) return fail(err, "the model has no chat template");
+    if (!t->raw && t->system && chat->system_refused[0])
+        return fail(err, "the model's chat template takes no system text: %s",
+                    chat->system_refused);
+    bool ok = t->raw ? encode(t->tok, "", TOK_BOS, ids) == 0
+                     : open_turn(t, &text, ids) == 0 &&
+                           (t->task || buffer_add(&text, TASK, strlen(TASK)) == 0) &&
+                           encode(t->tok, text.s, TOK_SPECIAL, ids) == 0 &&
+                           (!t->task || encode(t->tok, t->task, 0, ids) == 0);
+    free(text.s);
+    return ok ? 0 : fail(err, "out of memory");
+}
+
 // The question right after the context, as KVzip's authors put it.
 static int ask_context(const Talk *t, const char *words, size_t n, bool begins, Ids *ids) {
     const ChatTemplate *chat = tokenizer_chat(t->tok);

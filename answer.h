@@ -89,6 +89,18 @@ typedef struct {
     Ids pending;  // the end of the last answer, which the cache does not hold yet
 } Talk;
 
+// What stands before a context that is asked about later: the chat's beginning with the system
+// text, where one is given, and the task.
+typedef struct {
+    const Tokenizer *tok;
+    const char *system, *task;  // NULL: none; the task of KVzip's authors (arXiv 2505.23416)
+    bool raw;                   // nothing but the tokens that begin a text
+} TalkOpening;
+
+// Appends its ids. Returns 0, or -1 with err: no memory, or a system text that the model's chat
+// template does not take.
+int talk_opening(const TalkOpening *t, Ids *ids, char *err);
+
 // Appends the ids that put a question: what is pending, the question, the turn change, and prefix,
 // the start of the answer ("" where there is none). Returns 0, or -1 with err: no memory.
 int talk_ask(const Talk *t, const char *question, const char *prefix, Ids *ids, char *err);

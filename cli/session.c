@@ -157,10 +157,6 @@ void progress_end(const Progress *p) {
 
 // ---- texts ----
 
-// What KVzip's authors put before every context (arXiv 2505.23416, their code).
-static const char TASK[] =
-    "Given the context, answer to the following question or request without explanation.\n\n";
-
 void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *ids) {
     if (s->o->ids)
         parse_ids(text, s->o->ids, s->model.config.vocab_size, ids);
@@ -168,28 +164,11 @@ void input_ids(const Session *s, const Buffer *text, unsigned how, Ids *ids) {
         encode(s->tok, text->s, text->n, how, ids);
 }
 
-// Our own task text is part of the template and tokenized with it, as the authors do; a user's text
-// never becomes a special token.
 void prefix_ids(const Session *s, Ids *ids) {
+    char err[ERR_LEN];
     const Options *o = s->o;
-    const ChatTemplate *chat = tokenizer_chat(s->tok);
-    const char *task = o->task ? o->task : TASK;
-    Buffer text = {0};
-    if (o->raw) {
-        encode(s->tok, "", 0, TOK_BOS, ids);
-        return;
-    }
-    if (o->system) {
-        if (!chat->present) die("--system: %s has no chat template", o->args[0]);
-        if (tokenizer_turn(s->tok, 's', o->system, true, false, ids) != 0) die_memory();
-        add_text(&text, chat->user_prefix_after_system, strlen(chat->user_prefix_after_system));
-    } else {
-        add_text(&text, chat->kvzip_prefix, strlen(chat->kvzip_prefix));
-    }
-    if (!o->task) add_text(&text, task, strlen(task));
-    encode(s->tok, text.s, text.n, TOK_SPECIAL, ids);
-    if (o->task) encode(s->tok, task, strlen(task), 0, ids);
-    free(text.s);
+    TalkOpening opening = {.tok = s->tok, .system = o->system, .task = o->task, .raw = o->raw};
+    if (talk_opening(&opening, ids, err) != 0) die("%s%s", o->system ? "--system: " : "", err);
 }
 
 const char *repeat_postfix(const Session *s) {
