@@ -282,6 +282,23 @@ const Level *level_find(const char *name) {
     return l->name ? l : NULL;
 }
 
+// ---- defaults ----
+
+const char *default_policy(bool has_profile, bool streams) {
+    return has_profile || streams ? "expected" : "kvzip";
+}
+
+const char *default_level(const char *policy, bool has_profile) {
+    return has_profile && strcmp(policy, "expected") == 0 ? "profile" : "pair";
+}
+
+bool uses_profile(const Context *c) {
+    static const char *const users[] = {"kvzap", "heads"};
+    bool uses = strcmp(c->level->name, "profile") == 0;
+    for (int i = 0; i < 2; i++) uses = uses || strcmp(c->policy->name, users[i]) == 0;
+    return uses;
+}
+
 // ---- scoring and selecting ----
 
 int context_score(Context *c, const Policy *p, float *score, char *err) {

@@ -13,6 +13,14 @@ const Policy *policy_find(const char *name);
 // The same for levels.
 const Level *level_find(const char *name);
 
+// Where nothing is said about them: with a profile expected attention within the profile's shares,
+// else KVzip with its repeat passes, which need the whole context, so that streams expect, too.
+// What is said explicitly changes nothing else: any other policy competes by pairs.
+const char *default_policy(bool has_profile, bool streams);
+const char *default_level(const char *policy, bool has_profile);
+
+bool uses_profile(const Context *c);  // whether policy or level look into it
+
 // Reads c's context and scores it: score [context_scores(c)], which is [scored
 // layers][n_kv_heads][n_ctx], higher = keep. When p is not the policy of context_set, with its
 // defaults. Returns 0, or -1 with err.

@@ -340,8 +340,8 @@ static bool eval_fits(const Eval *e) {
 // What is compared with what, from the flags.
 static void eval_lists(const Session *s, Eval *e) {
     const Options *o = s->o;
-    const char *policy = o->policy ? o->policy : default_policy(s);
-    const char *level = o->level ? o->level : default_level(s), *kv = o->kvs, *fit = o->fits;
+    const char *policy = chosen_policy(s);
+    const char *level = chosen_level(s), *kv = o->kvs, *fit = o->fits;
     char *name;
     char err[ERR_LEN];
     for (; e->n_policies < EVAL_LIST && (name = next_name(&policy)); free(name))

@@ -218,20 +218,13 @@ void open_profile(Session *s) {
     s->has_profile = true;
 }
 
-const char *default_policy(const Session *s) {
-    return s->has_profile || wants_stream(s->o) ? "expected" : "kvzip";
+const char *chosen_policy(const Session *s) {
+    if (s->o->policy) return s->o->policy;
+    return default_policy(s->has_profile, wants_stream(s->o));
 }
 
-const char *default_level(const Session *s) {
-    const char *policy = s->o->policy ? s->o->policy : default_policy(s);
-    return s->has_profile && strcmp(policy, "expected") == 0 ? "profile" : "pair";
-}
-
-bool uses_profile(const Context *c) {
-    static const char *const users[] = {"kvzap", "heads"};
-    bool uses = strcmp(c->level->name, "profile") == 0;
-    for (int i = 0; i < 2; i++) uses = uses || strcmp(c->policy->name, users[i]) == 0;
-    return uses;
+const char *chosen_level(const Session *s) {
+    return s->o->level ? s->o->level : default_level(chosen_policy(s), s->has_profile);
 }
 
 Context chosen_method(Session *s) {
@@ -242,8 +235,8 @@ Context chosen_method(Session *s) {
                  .local = o->score_attn == 1,
                  .ref_ties = o->ref_ties,
                  .profile = s->has_profile ? &s->profile : NULL};
-    const Policy *policy = get_policy(o, o->policy ? o->policy : default_policy(s));
-    const Level *level = get_level(o, o->level ? o->level : default_level(s));
+    const Policy *policy = get_policy(o, chosen_policy(s));
+    const Level *level = get_level(o, chosen_level(s));
     if (context_set(&c, policy, level, o->set, err) != 0)
         die_usage(o->command, "--set %s: %s", o->set, err);
     if (o->profile && !uses_profile(&c))

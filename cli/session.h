@@ -70,13 +70,9 @@ void show_prompt(const Session *s, const char *what, const int *id, int n);
 const Policy *get_policy(const Options *o, const char *name);
 const Level *get_level(const Options *o, const char *name);
 void open_profile(Session *s);  // the one that --profile names or the model carries, if any
-// Where the flags leave it open: with a profile expected attention within the profile's shares,
-// else KVzip with its repeat passes, which need the whole context. What is said explicitly changes
-// nothing else: any other policy competes by pairs.
-const char *default_policy(const Session *s);
-const char *default_level(const Session *s);
-
-bool uses_profile(const Context *c);  // whether policy or level look into it
+// What the flags name, or the defaults where they leave it open (policies.h).
+const char *chosen_policy(const Session *s);
+const char *chosen_level(const Session *s);
 
 // A context that knows how it will be compressed, and nothing else yet.
 Context chosen_method(Session *s);
