@@ -8,7 +8,7 @@ ALL_CFLAGS = -std=c11 -I. -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(if $(
 LDLIBS = $(if $(BLAS),-lopenblas) -lm -lpthread
 
 # Every .c file of these rooms is part of the program; all but run.c make the library that tests link.
-ROOMS = . kernels policies cli eval bench
+ROOMS = . kernels policies cli eval bench lib
 SOURCES = $(filter-out run.c,$(patsubst ./%,%,$(foreach room,$(ROOMS),$(wildcard $(room)/*.c))))
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build$(if $(BLAS),/blas)
@@ -32,6 +32,23 @@ $(BUILD)/%.o: %.c
 
 $(BUILD)/test_%: tests/test_%.c $(BUILD)/libkvzip.a
 	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.a,$^) $(LDLIBS)
+
+# ---- library ----
+
+# For other programs (lib/kvzip.h) and for Python (python/kvzip.py): everything below cli/, eval/ and bench/, and
+# nothing that it exports but what kvzip.h declares.
+LIB = $(BUILD)/libkvzip.$(if $(filter Darwin,$(shell uname)),dylib,so)
+LIB_SOURCES = $(filter-out cli/% eval/% bench/%,$(SOURCES))
+
+lib: $(LIB)
+
+$(LIB): $(LIB_SOURCES:%.c=$(BUILD)/pic/%.o)
+	$(CC) $(ALL_CFLAGS) $(LDFLAGS) -shared -o $@ $^ $(LDLIBS)
+
+$(BUILD)/pic/%.o: ALL_CFLAGS += -fPIC -fvisibility=hidden -DKVZIP_BUILD
+$(BUILD)/pic/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) -MMD -c -o $@ $<
 
 # ---- tutorial ----
 
@@ -193,6 +210,7 @@ clean:
 
 help:
 	@echo "make            build ./run"
+	@echo "make lib        build the library that python/kvzip.py loads (lib/kvzip.h)"
 	@echo "make demo       fetch, convert and calibrate SmolLM2-135M-Instruct once, compress a document, ask it eight questions"
 	@echo "make test       build and run all tests; no download needed"
 	@echo "make tutorial   attention in six programs, from the definition to KVzip (docs/tutorial)"
@@ -212,5 +230,5 @@ help:
 	@echo "make sizes      files of the sizes of real models, most of them holes, under the sanitizers"
 	@echo "make clean      remove what make built; models and .venv stay"
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: all demo tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clean help force
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/pic/*/*.d)
+.PHONY: all lib demo tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clean help force
