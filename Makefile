@@ -8,7 +8,7 @@ ALL_CFLAGS = -std=c11 -I. -Wall -Wextra -Wshadow $(if $(werror),-Werror) $(if $(
 LDLIBS = $(if $(BLAS),-lopenblas) -lm -lpthread
 
 # Every .c file of these rooms is part of the program; all but run.c make the library that tests link.
-ROOMS = . kernels policies cli eval bench lib
+ROOMS = . kernels policies cli eval bench lib serve
 SOURCES = $(filter-out run.c,$(patsubst ./%,%,$(foreach room,$(ROOMS),$(wildcard $(room)/*.c))))
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build$(if $(BLAS),/blas)
