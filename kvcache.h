@@ -16,6 +16,7 @@
 //   kvcache.c  sequences: append, settle, fork, evict      attend.c  attention of a batch
 //   kvpages.c  pages and what they hold                    tile.c    one tile over one head's pages
 //   kvfile.c   saved caches (kvfile.h)                     sweep.c   scoring
+//   kvtake.c   sequences of other caches, shorter sequences
 #ifndef KVCACHE_H
 #define KVCACHE_H
 #include "kernels/kernels.h"
@@ -148,6 +149,15 @@ void kvcache_drop(KVCache *kv, int seq);            // frees the pages no other 
 // be repeated; kvcache_drop ends the mark. mark returns the mark or -1 with err, rewind 0 or -1.
 int kvcache_mark(KVCache *kv, int seq, char *err);
 int kvcache_rewind(KVCache *kv, int seq, int mark, char *err);
+
+// A copy of another cache's sequence, which that cache may then forget: saved contexts of one model
+// side by side. Its number, or -1 with err: no memory, or pages of types that kv's are not of.
+int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err);
+
+// The sequence forgets its pairs at position pos and behind, if it can: not where pairs that a
+// sliding window has left behind would be seen again, nor within a page that has settled. Positions
+// of what was read since the last eviction only. false: it is as it was.
+bool kvcache_cut(KVCache *kv, int seq, int pos);
 
 // One head's list. The pointer is valid until a sequence is made.
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
