@@ -169,7 +169,10 @@ static int take_next(Step *s, char *err) {
         Reply *r = s->ready[i];
         r->done = r->cut = r->ids.n >= r->limit;  // where no token is wanted at all
         if (r->done) continue;
-        if (reply_take(a, r, next_token(s, i), err) != 0) return -1;
+        int id = next_token(s, i);
+        const float *logits = a->state->logits + (size_t)i * a->state->model->config.vocab_size;
+        if (a->drawn) a->drawn(a->drawn_arg, r, logits, id);
+        if (reply_take(a, r, id, err) != 0) return -1;
     }
     return 0;
 }

@@ -12,6 +12,8 @@
 #include "tokenizer.h"
 #include "util.h"
 
+typedef struct Reply Reply;
+
 // What replies are made with. `after` and `kv` may be changed between steps.
 typedef struct {
     RunState *state;
@@ -21,6 +23,10 @@ typedef struct {
     // with err, is an error of the step.
     int (*after)(void *arg, char *err);
     void *after_arg;
+    // Called for every token that a step draws, before the reply takes it, with the logits
+    // [vocab_size] that it was drawn from; or NULL.
+    void (*drawn)(void *arg, const Reply *r, const float *logits, int id);
+    void *drawn_arg;
     Choice *choices;  // [vocab_size] scratch of sampling
 } Answerer;
 
@@ -31,7 +37,7 @@ void answer_close(Answerer *a);  // safe on a zeroed struct, and twice
 // ---- replies ----
 
 // The first fields are the caller's to fill in, the others start as zeros.
-typedef struct {
+struct Reply {
     int seq;            // of the cache, no other reply's
     const int *prompt;  // [n_prompt] at least one id to read first; stays the caller's
     int n_prompt;
@@ -51,7 +57,7 @@ typedef struct {
     size_t shown;      // bytes of the text that the caller has passed on; it alone uses this
     TokStream stream;  // holds bytes of an unfinished character
     double read_s, write_s;  // seconds of the steps that read the prompt, and of those after
-} Reply;
+};
 
 // Starts a reply whose text begins with prefix, the start of the answer that the prompt ends with
 // ("" where there is none). Returns 0, or -1 with err: no memory.
