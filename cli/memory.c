@@ -82,8 +82,7 @@ double memory_group_limit(const char *text, const char *root) {
     return cgroup_least(text, root, "memory", group_limit);
 }
 
-// Bytes that the machine has and this process may use; *who says which of them is less.
-static double memory_here(const char **who) {
+double memory_here(const char **who) {
     char err[ERR_LEN];
     size_t n;
     char *groups = file_read("/proc/self/cgroup", &n, err);

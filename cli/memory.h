@@ -37,6 +37,9 @@ double memory_total(const MemoryUse *use);
 // root is where they are mounted. INFINITY: none.
 double memory_group_limit(const char *text, const char *root);
 
+// Bytes that the machine has and this process may use; *who says which of them is less.
+double memory_here(const char **who);
+
 // With --mem: ends the program where `need` is more, and says what would fit. Without: warns where
 // it is more than the machine or the control group has.
 void memory_check(const Session *s, const MemoryNeed *need);
