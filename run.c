@@ -63,6 +63,10 @@ static const Command commands[] = {
      "  run calibrate smollm2.kvz -o smollm2.kvp\n"
      "  run calibrate smollm2.kvz -o smollm2.kvz --into\n"
      "  run compress smollm2.kvz --profile smollm2.kvp -f town.txt -o town.kvc\n"},
+    {"serve", SERVE, "MODEL", 1, 1, cmd_serve,
+     "answer over HTTP as OpenAI's interface has it; documents are read once and kept compressed",
+     "  run serve smollm2.kvz -c town=town.kvc\n"
+     "  run serve smollm2.kvz --docs documents --port 8081 --compress-prompts 512\n"},
     {"info", INFO, "FILE", 1, 1, cmd_info,
      "what a model, a saved cache or any safetensors file holds, and where its bytes go",
      "  run info smollm2.kvz\n  run info town.kvc --json\n"},

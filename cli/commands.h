@@ -23,4 +23,7 @@ int cmd_tokenize(const Options *o);
 int cmd_bench(const Options *o);
 int cmd_eval(const Options *o);
 int cmd_calibrate(const Options *o);
+
+// serve.c
+int cmd_serve(const Options *o);
 #endif

@@ -29,6 +29,10 @@ static const Options defaults = {.n = -1,
                                  .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
                                  .kvs = "f16",
                                  .fits = "none",
+                                 .host = "127.0.0.1",
+                                 .port = 8080,
+                                 .slots = 8,
+                                 .queue = 64,
                                  .prompts = {{512}, 1},
                                  .batches = {{1, 4}, 2}};
 
@@ -204,6 +208,41 @@ static const Flag flags[] = {
     {"--seed", "S", COUNT, AT(seed), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
      .help = "of the sampling: with the question's words it decides the answer (default: by the "
              "clock, shown)"},
+    {"-c", "NAME=CACHE", TEXTS, AT(caches), .takes = SERVE,
+     .help = "a saved context as the document NAME; may be given several times"},
+    {"--docs", "DIR", TEXT, AT(docs), .takes = SERVE,
+     .help = "documents are kept here, and found again after a restart"},
+    {"--docs-size", "N", BYTES, AT(docs_size), RANGE(1, 1e15), .takes = SERVE,
+     .help =
+         "bytes of their files at most; compressed prompts leave first, those used longest ago"},
+    {"--compress-prompts", "N", COUNT, AT(compress_prompts), RANGE(16, INT_MAX), .takes = SERVE,
+     .help = "a system text or first question of N tokens or more is kept compressed"},
+    {"--ratio", "R", REAL, AT(ratio), RANGE(RATIO_MIN, 1), .takes = SERVE,
+     .help = "share of a document's pairs that stays where a request says nothing (default 0.3)"},
+    {"--policy", "NAME", TEXT, AT(policy), .takes = SERVE,
+     .help = "who scores documents (default: expected with a profile, else kvzip):"},
+    {"--level", "NAME", TEXT, AT(level), .takes = SERVE,
+     .help = "which pairs of a document compete for a place (default: profile where there is one "
+             "and the policy is expected, else pair):"},
+    {"--profile", "FILE", TEXT, AT(profile), .takes = SERVE,
+     .help = "what `run calibrate` learned about the model (default: what the model file carries)"},
+    {"--host", "HOST", TEXT, AT(host), .takes = SERVE,
+     .help = "name or address to listen at (default 127.0.0.1); one that others reach needs keys"},
+    {"--port", "N", COUNT, AT(port), RANGE(0, 65535), .takes = SERVE,
+     .help = "0: any that is free (default 8080)"},
+    {"--api-key-file", "FILE", TEXT, AT(key_file), .takes = SERVE,
+     .help = "keys, one a line: a request must show one of them"},
+    {"--cors", NULL, SWITCH, AT(cors), .takes = SERVE, .help = "pages of other sites may ask"},
+    {"--slots", "N", COUNT, AT(slots), RANGE(1, MAX_BATCH), .takes = SERVE,
+     .help = "answers written together (default 8)"},
+    {"--queue", "N", COUNT, AT(queue), RANGE(1, 100000), .takes = SERVE,
+     .help = "requests that may wait (default 64); others hear 503"},
+    {"-n", "N", COUNT, AT(n), RANGE(1, INT_MAX), .takes = SERVE,
+     .help = "tokens of a chat's answer where a request says nothing (default 512)"},
+    {"--temp", "T", REAL, AT(temp), RANGE(0, 100), .takes = SERVE,
+     .help = "temperature where a request says nothing (default 0.7)"},
+    {"--top-p", "P", REAL, AT(top_p), RANGE(0, 1), .takes = SERVE,
+     .help = "top_p where a request says nothing (default 0.95)"},
     {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
      .help = "threads (default and at most: one per processor that this process may use)"},
     {"--mem", "N", BYTES, AT(mem), RANGE(1, 1e15), .takes = RUNS, .also = ALL,
@@ -294,13 +333,13 @@ static bool parse_choice(const char *text, const char *choices, int *index) {
     }
 }
 
-// One more stop text.
-static void add_stop(Options *o, const Flag *f, const char *value) {
+// One more text of a list [MAX_STOPS + 1].
+static void add_to_list(const Options *o, const Flag *f, const char **list, const char *value) {
     int n = 0;
-    while (o->stop[n]) n++;
+    while (list[n]) n++;
     if (n == MAX_STOPS) die_usage(o->command, "%s: %d texts at most", f->name, MAX_STOPS);
     if (!*value) die_usage(o->command, "%s: an empty text ends nothing", f->name);
-    o->stop[n] = value;
+    list[n] = value;
 }
 
 // The value of a flag, NULL of a switch, goes to its place in o.
@@ -315,7 +354,7 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
         *(const char **)at = value;
         break;
     case TEXTS:
-        add_stop(o, f, value);
+        add_to_list(o, f, at, value);
         break;
     case BYTES:
         if (!parse_bytes(value, f, (double *)at))
@@ -371,7 +410,7 @@ static void parse_flag(Options *o, bool *given, int argc, char **argv, int *i) {
 
 bool wants_stream(const Options *o) {
     bool share = o->ratio > 0 && o->ratio < 1;
-    return o->budget > 0 || o->stream || (!(o->bit & CONTEXT) && share);
+    return o->budget > 0 || o->stream || (!(o->bit & (CONTEXT | SERVE)) && share);
 }
 
 static bool has_budget(const Options *o) { return o->budget > 0; }
@@ -458,7 +497,7 @@ void parse_options(Options *o, const Command *c, int argc, char **argv) {
             parse_flag(o, given, argc, argv, &i);
     }
     check_rules(o, given);
-    if (o->ratio == 0 && (c->bit & CONTEXT)) o->ratio = 0.3;
+    if (o->ratio == 0 && (c->bit & (CONTEXT | SERVE))) o->ratio = 0.3;
     if (o->chunk == 0 && c->bit != BENCH) o->chunk = default_chunk(o->score_attn == 1);
     if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);
     if (o->n_args > c->max_args)

@@ -25,7 +25,8 @@ enum {
     EVAL = 1 << 9,
     CALIBRATE = 1 << 10,
     MAP = 1 << 11,
-    ALL = (1 << 12) - 1,
+    SERVE = 1 << 12,
+    ALL = (1 << 13) - 1,
     ANSWERS = GENERATE | CHAT | ASK,
     CONTEXT = COMPRESS | SCORE | MAP,
     STREAMS = GENERATE | CHAT | COMPRESS,  // may evict while tokens come
@@ -80,6 +81,12 @@ typedef struct {
     BenchList prompts, depths, ratios, batches;
     BenchList shares;  // --ratio of eval
     bool merge, show;
+    // serve
+    const char *caches[MAX_STOPS + 1];  // NAME=FILE, NULL behind the last
+    const char *docs, *host, *key_file;
+    long port, slots, queue, compress_prompts;
+    double docs_size;
+    bool cors;
     // the program
     long threads;  // 0: one per processor
     double mem;    // bytes; 0: not given

@@ -1,0 +1,304 @@
+// door.c: how requests become prompts, and what answers are written with.
+#define _POSIX_C_SOURCE 200809L
+#include "serve/door.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+// ---- answers ----
+
+bool page_open(Page *p) {
+    *p = (Page){0};
+    p->f = open_memstream(&p->s, &p->n);
+    return p->f != NULL;
+}
+
+void page_close(Page *p) {
+    if (p->f) fclose(p->f);
+    free(p->s);
+    *p = (Page){0};
+}
+
+// Whether all of it is there.
+static bool page_whole(Page *p) {
+    bool ok = p->f && !ferror(p->f);
+    if (p->f) ok = fclose(p->f) == 0 && ok;
+    p->f = NULL;
+    return ok && p->s;
+}
+
+void page_send(Page *p, Outlet *o, int status) {
+    static const char sorry[] = "{\"error\": {\"message\": \"out of memory\"}}\n";
+    bool ok = page_whole(p);
+    outlet_send(o, ok ? status : 500, "application/json", "", ok ? p->s : sorry,
+                ok ? p->n : sizeof sorry - 1);
+    page_close(p);
+}
+
+void page_event(Page *p, Outlet *o) {
+    if (page_whole(p)) outlet_add(o, p->s, p->n);
+    page_close(p);
+}
+
+static bool is_utf8(const char *s, int n) {
+    const uint8_t *p = (const uint8_t *)s, *end = p + n;
+    uint32_t c;
+    for (int len; p < end; p += len)
+        if ((len = utf8_get(p, end, &c)) <= 0) return false;
+    return true;
+}
+
+void put_token(FILE *f, const Tokenizer *tok, int id) {
+    int n;
+    const char *piece = tokenizer_piece(tok, id, &n);
+    if (is_utf8(piece, n)) {
+        json_put_string(f, piece, (size_t)n);
+        return;
+    }
+    fputs("\"bytes:", f);
+    for (int i = 0; i < n; i++) fprintf(f, "\\\\x%02x", (unsigned)(unsigned char)piece[i]);
+    fputs("\"", f);
+}
+
+void put_bytes(FILE *f, const Tokenizer *tok, int id) {
+    int n;
+    const char *piece = tokenizer_piece(tok, id, &n);
+    putc('[', f);
+    for (int i = 0; i < n; i++) fprintf(f, i ? ", %u" : "%u", (unsigned)(unsigned char)piece[i]);
+    putc(']', f);
+}
+
+void door_id(Door *d, char id[48], const char *start) {
+    snprintf(id, 48, "%s%016llx", start, (unsigned long long)random_next(&d->random));
+}
+
+int part_prompt_tokens(const Part *p) { return p->n_base + p->prompt.n - p->n_head_skipped; }
+
+// ---- sampling ----
+
+static void read_stops(Fields *f, Job *job) {
+    const JsonNode *v = fields_get(f, "stop");
+    const JsonNode *one = !v || v->kind != JSON_LIST ? v : v->child;
+    for (int n = 0; one; one = v->kind == JSON_LIST ? one->next : NULL, n++) {
+        if (one->kind != JSON_STRING || one->n == 0 || n == ENGINE_STOPS) {
+            fields_refuse(f, 400, "stop", "stop must be a text or up to %d of them, none empty",
+                          ENGINE_STOPS);
+            return;
+        }
+        if (!(job->stop[n] = strdup(one->text))) fields_refuse(f, 503, "", "out of memory");
+    }
+}
+
+int door_choices(Door *d, Fields *f) { return (int)fields_count(f, "n", 1, d->engine->n_slots, 1); }
+
+void door_sampling(Door *d, Fields *f, Job *job) {
+    double temp = fields_number(f, "temperature", 0, 100, d->temp);
+    double top_p = fields_number(f, "top_p", 0, 1, d->top_p);
+    long seed = fields_count(f, "seed", -(1L << 53), 1L << 53, -1);
+    const char *document = fields_text(f, "document", NULL);
+    fields_refuse_others(f);
+    read_stops(f, job);
+    if (seed < 0) seed = (long)(random_next(&d->random) >> 12);
+    for (int i = 0; i < job->n_parts; i++)
+        job->parts[i].sampling =
+            (Sampling){.temp = temp, .top_p = top_p, .random = (uint64_t)seed + (uint64_t)i};
+    job->ignore_eos = fields_bool(f, "ignore_eos", false);
+    if (document && !(job->document = strdup(document))) fields_refuse(f, 503, "", "out of memory");
+}
+
+void door_ask(Door *d, Job *job) {
+    if (engine_ask(d->engine, job) == 0) return;
+    serve_error(job->outlet, 503, "too many requests wait: try again", NULL, "queue_full");
+    job_free(job);
+}
+
+int door_copy_prompt(Part *to, const Part *from) {
+    to->n_head = from->n_head, to->n_head_prefix = from->n_head_prefix;
+    for (int i = 0; i < from->prompt.n; i++)
+        if (ids_push(&to->prompt, from->prompt.id[i]) != 0) return -1;
+    return 0;
+}
+
+// ---- messages ----
+
+static bool add_part(Fields *f, Buffer *text, const JsonNode *part, const char *param) {
+    const JsonNode *type = part->kind == JSON_OBJECT ? json_member(part, "type") : NULL;
+    const JsonNode *s = part->kind == JSON_OBJECT ? json_member(part, "text") : NULL;
+    bool is_text = type && type->kind == JSON_STRING &&
+                   (strcmp(type->text, "text") == 0 || strcmp(type->text, "input_text") == 0);
+    if (!is_text || !s || s->kind != JSON_STRING)
+        return fields_refuse(f, 400, param, "%s: only parts of type text are known", param);
+    return buffer_add(text, s->text, (size_t)s->n) == 0 ||
+           fields_refuse(f, 503, "", "out of memory");
+}
+
+char *door_content(Fields *f, const JsonNode *message, int index) {
+    char param[64];
+    Buffer text = {0};
+    const JsonNode *content = json_member(message, "content");
+    snprintf(param, sizeof param, "messages[%d].content", index);
+    bool ok = buffer_add(&text, "", 0) == 0 || fields_refuse(f, 503, "", "out of memory");
+    if (content && content->kind == JSON_STRING)
+        ok = ok && buffer_add(&text, content->text, (size_t)content->n) == 0;
+    else if (content && content->kind == JSON_LIST)
+        for (const JsonNode *part = content->child; part && ok; part = part->next)
+            ok = add_part(f, &text, part, param);
+    else
+        ok = fields_refuse(f, 400, param, "%s must be a text or a list of text parts", param);
+    if (ok) return text.s;
+    free(text.s);
+    return NULL;
+}
+
+// A conversation that is being written down.
+typedef struct {
+    Door *d;
+    Fields *f;
+    Part *p;
+    bool on_document;
+    Buffer system;  // texts of system messages
+    bool has_system;
+    Talk talk;  // on a document
+    int n_users, n_turns;
+    bool open;  // the last turn is an answer that goes on
+} Chat;
+
+// The system text before what follows it.
+static int begin_chat(Chat *c) {
+    if (c->n_turns++ > 0 || !c->has_system || c->on_document) return 0;
+    return tokenizer_turn(c->d->engine->tok, 's', c->system.s, true, false, &c->p->prompt);
+}
+
+// A question on a document. The document has its own beginning: a system text goes before the first
+// question.
+static int ask_document(Chat *c, const char *text) {
+    char err[ERR_LEN];
+    Buffer all = {0};
+    bool first = c->n_users == 0;
+    int status = 0;
+    if (first && c->has_system)
+        status = buffer_add(&all, c->system.s, c->system.n) || buffer_add(&all, "\n\n", 2);
+    if (status == 0) status = buffer_add(&all, text, strlen(text));
+    if (status == 0) status = talk_ask(&c->talk, all.s, "", &c->p->prompt, err);
+    c->talk.n_turns++;
+    free(all.s);
+    return status;
+}
+
+// The end of a past answer, as the template has it.
+static int end_turn(const Tokenizer *tok, Ids *ids) {
+    const char *end = tokenizer_chat(tok)->assistant_suffix;
+    return tokenizer_encode(tok, end, strlen(end), TOK_SPECIAL, ids);
+}
+
+// An answer; the last message is one that goes on.
+static int add_answer(Chat *c, const char *text, bool last) {
+    const Tokenizer *tok = c->d->engine->tok;
+    Ids *ids = &c->p->prompt;
+    int status = 0;
+    c->open = last;
+    if (!last && !c->on_document)
+        return tokenizer_turn(tok, 'a', text, c->n_turns == 1 && !c->has_system, false, ids);
+    if (!c->on_document) status = tokenizer_generation(tok, ids);
+    if (status == 0) status = tokenizer_encode(tok, text, strlen(text), 0, ids);
+    return status == 0 && !last ? end_turn(tok, ids) : status;
+}
+
+static int add_user(Chat *c, const char *text) {
+    Part *p = c->p;
+    bool begins = c->n_turns == 1 && !c->has_system, after = c->n_turns == 1 && c->has_system;
+    int before = p->prompt.n, wanted = c->d->engine->compress_prompts;
+    if (c->on_document) return ask_document(c, text);
+    if (tokenizer_turn(c->d->engine->tok, 'u', text, begins, after, &p->prompt) != 0) return -1;
+    if (c->n_users == 0 && wanted > 0) {  // which beginning is long enough to be kept
+        if (before >= wanted)
+            p->n_head = before;
+        else if (p->prompt.n >= wanted)
+            p->n_head = p->prompt.n;
+    }
+    return 0;
+}
+
+static bool is_role(const JsonNode *role, const char *a, const char *b) {
+    return strcmp(role->text, a) == 0 || strcmp(role->text, b) == 0;
+}
+
+static bool add_system(Chat *c, const char *text, const char *param) {
+    const char *refused = tokenizer_chat(c->d->engine->tok)->system_refused;
+    if (c->n_turns > 0)
+        return fields_refuse(c->f, 400, param, "%s: a system message stands before all others",
+                             param);
+    if (refused[0] && !c->on_document)
+        return fields_refuse(c->f, 400, param, "the model's chat template takes no system text: %s",
+                             refused);
+    bool ok = (!c->has_system || buffer_add(&c->system, "\n\n", 2) == 0) &&
+              buffer_add(&c->system, text, strlen(text)) == 0;
+    c->has_system = true;
+    return ok || fields_refuse(c->f, 503, "", "out of memory");
+}
+
+static bool add_message(Chat *c, const JsonNode *m, int index) {
+    char param[64];
+    const JsonNode *role = m->kind == JSON_OBJECT ? json_member(m, "role") : NULL;
+    snprintf(param, sizeof param, "messages[%d].role", index);
+    if (!role || role->kind != JSON_STRING)
+        return fields_refuse(c->f, 400, param, "%s is missing, or no string", param);
+    if (is_role(role, "tool", "function"))
+        return fields_refuse(c->f, 501, param, "%s: tools are not supported", param);
+    bool system = is_role(role, "system", "developer"), user = is_role(role, "user", "user");
+    if (!system && !user && !is_role(role, "assistant", "assistant"))
+        return fields_refuse(c->f, 400, param, "%s: there are system, developer, user, assistant",
+                             param);
+    char *text = door_content(c->f, m, index);
+    if (!text) return false;
+    bool ok;
+    if (system)
+        ok = add_system(c, text, param);
+    else
+        ok = begin_chat(c) == 0 &&
+             (user ? add_user(c, text) : add_answer(c, text, m->next == NULL)) == 0;
+    c->n_users += user;
+    free(text);
+    return ok || fields_refuse(c->f, 503, "", "out of memory");
+}
+
+// How many ids of the head stand before its text, whatever it says: they are never evicted.
+static int head_prefix(const Chat *c) {
+    Ids a = {0}, b = {0};
+    const Tokenizer *tok = c->d->engine->tok;
+    int n = 0, status = 0;
+    bool of_system = c->has_system;
+    for (int i = 0; i < 2 && status == 0; i++)
+        status =
+            tokenizer_turn(tok, of_system ? 's' : 'u', i ? "1" : "a", true, false, i ? &b : &a);
+    while (status == 0 && n < a.n && n < b.n && a.id[n] == b.id[n]) n++;
+    ids_free(&a), ids_free(&b);
+    return max_int(n, min_int(4, c->p->n_head));
+}
+
+void door_messages(Door *d, Fields *f, const char *system, bool on_document, Part *p) {
+    Chat c = {.d = d, .f = f, .p = p, .on_document = on_document};
+    const JsonNode *list = fields_get(f, "messages");
+    const Tokenizer *tok = d->engine->tok;
+    int index = 0;
+    c.talk = (Talk){.tok = tok, .on_context = true};
+    bool ok = !f->status;
+    if (!list || list->kind != JSON_LIST || list->n == 0)
+        ok = fields_refuse(f, 400, "messages", "messages must be a list of at least one message");
+    if (ok && !on_document && !tokenizer_chat(tok)->present)
+        ok = fields_refuse(
+            f, 400, "messages",
+            "this model has no chat template: ask /v1/completions, or about a document");
+    if (ok && system) ok = add_system(&c, system, "system");
+    for (const JsonNode *m = ok ? list->child : NULL; m && ok; m = m->next)
+        ok = add_message(&c, m, index++);
+    if (ok && c.n_users == 0 && c.has_system) ok = begin_chat(&c) == 0;
+    if (ok && on_document && c.n_users == 0)
+        fields_refuse(f, 400, "messages", "messages has no question about the document");
+    if (ok && !on_document && !c.open && tokenizer_generation(tok, &p->prompt) != 0)
+        fields_refuse(f, 503, "", "out of memory");
+    if (p->n_head > 0) p->n_head_prefix = head_prefix(&c);
+    talk_free(&c.talk);
+    free(c.system.s);
+}

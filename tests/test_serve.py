@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""test_serve.py: `run serve` as its clients meet it: over sockets, on the committed fixtures.
+
+Needs nothing but Python's standard library. The last line says how many checks passed and failed.
+"""
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from checks import check, end
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RUN = os.environ.get("RUN", os.path.join(os.path.dirname(HERE), "run"))
+FIXTURES = os.environ.get("FIXTURES", os.path.join(HERE, "fixtures"))
+MODEL = os.path.join(FIXTURES, "smol.kvz")
+TEXT = open(os.path.join(FIXTURES, "real", "town.txt"), encoding="utf-8").read()
+
+
+class Server:
+    """run serve on a free port, until the with block ends."""
+
+    def __init__(self, *flags, model=MODEL):
+        self.p = subprocess.Popen([RUN, "serve", model, "--port", "0", "--json", "-j", "1", *map(str, flags)],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        line = self.p.stdout.readline()
+        self.port = json.loads(line)["port"] if line else None
+
+    def __enter__(self):
+        for _ in range(200):
+            if self.port is None or self.get("/health")[0] == 200:
+                break
+            time.sleep(0.02)
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self, sig=signal.SIGTERM):
+        if self.p.poll() is None:
+            self.p.send_signal(sig)
+        self.err = self.p.communicate(timeout=60)[1].decode("utf-8", "replace")
+        self.code = self.p.returncode
+        return self.code
+
+    def ask(self, method, path, body=None, headers=None):
+        """status, headers, bytes"""
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body)
+        c.request(method, path, body.encode() if isinstance(body, str) else body, headers or {})
+        r = c.getresponse()
+        data = r.read()
+        c.close()
+        return r.status, dict((k.lower(), v) for k, v in r.getheaders()), data
+
+    def get(self, path, **more):
+        status, headers, data = self.ask("GET", path, **more)
+        return status, as_json(data), headers
+
+    def post(self, path, body, **more):
+        status, headers, data = self.ask("POST", path, body, **more)
+        return status, as_json(data)
+
+    def chat(self, text, **fields):
+        messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
+        fields = {"max_tokens": 8, "temperature": 0, **fields}
+        return self.post("/v1/chat/completions", {"model": "m", "messages": messages, **fields})
+
+    def events(self, path, body):
+        """The events of a stream, its comments, and its last line."""
+        status, headers, data = self.ask("POST", path, dict(body, stream=True))
+        check(status == 200 and headers["content-type"].startswith("text/event-stream"), "%s streams" % path)
+        blocks = data.decode("utf-8").split("\n\n")
+        check(blocks.pop() == "", "%s: the stream ends with an empty line" % path)
+        data = [b[6:] for b in blocks if b.startswith("data: ")]
+        return [json.loads(b) for b in data if b != "[DONE]"], data[-1:]
+
+    def socket(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+
+def as_json(data):
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data.decode("utf-8", "replace")
+
+
+def read_answer(s):
+    """One answer with a Content-Length from a socket: status, body. b"" at its end."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        byte = s.recv(1)
+        if not byte:
+            return 0, head
+        head += byte
+    n = int(re.search(rb"content-length: (\d+)", head, re.I).group(1)) if b"ontent-Length" in head else 0
+    body = b""
+    while len(body) < n:
+        body += s.recv(n - len(body))
+    return int(head.split()[1]), body
+
+
+# ---- endpoints ----
+
+def test_models(s):
+    status, health, headers = s.get("/health")
+    check(status == 200 and health == {"status": "ok"}, "health")
+    check("access-control-allow-origin" not in headers, "no CORS without --cors")
+    status, models, _ = s.get("/v1/models")
+    check(status == 200 and models["object"] == "list", "models are a list")
+    check([m["id"] for m in models["data"]] == ["smol"], "the model is called after its file")
+    check(s.get("/v1/models/smol")[1]["id"] == "smol" and s.get("/v1/models/x")[0] == 404, "one model")
+    for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405), ("PUT", "/health", 405)):
+        got, _, data = s.ask(method, path)
+        error = json.loads(data)["error"]
+        check(got == status and set(error) == {"message", "type", "param", "code"}, "%s %s: %d" % (method, path, got))
+    status, headers, data = s.ask("HEAD", "/health")
+    check(status == 200 and data == b"" and int(headers["content-length"]) > 0, "HEAD sends no body")
+
+
+def test_chat(s):
+    status, r = s.chat("Hello there")
+    check(status == 200 and r["object"] == "chat.completion" and r["model"] == "smol", "chat answers")
+    choice, usage = r["choices"][0], r["usage"]
+    check(choice["message"]["role"] == "assistant" and choice["finish_reason"] == "length", "a cut answer says so")
+    check(usage["completion_tokens"] == 8 and usage["total_tokens"] == 8 + usage["prompt_tokens"], "usage")
+    text = choice["message"]["content"]
+    again = s.chat("Hello there")[1]
+    check(again["choices"][0]["message"]["content"] == text, "temperature 0 repeats itself")
+    check(again["usage"]["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1, "all but one id is cached")
+    parts = s.chat([{"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}])
+    check(parts[1]["choices"][0]["message"]["content"] == text, "content in parts is the same text")
+    events, last = s.events("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 8,
+                                                     "temperature": 0, "stream_options": {"include_usage": True}})
+    check(last == ["[DONE]"], "a stream ends with [DONE]")
+    check(events[0]["choices"][0]["delta"]["role"] == "assistant", "the first piece has the role")
+    check("".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1]) == text, "pieces add up to the answer")
+    check([e["choices"][0]["finish_reason"] for e in events[:-1]] == [None] * (len(events) - 2) + ["length"], "one reason")
+    check(events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == 8, "usage is the last piece")
+    check(len({e["id"] for e in events}) == 1 and events[0]["object"] == "chat.completion.chunk", "one id")
+    for n in (1, 3):
+        r = s.chat("Hello there", n=n, temperature=1.5, seed=5)[1]
+        texts = [c["message"]["content"] for c in r["choices"]]
+        check([c["index"] for c in r["choices"]] == list(range(n)) and len(set(texts)) == n, "%d choices" % n)
+        check(r["usage"]["completion_tokens"] == 8 * n, "choices are counted")
+        check(s.chat("Hello there", n=n, temperature=1.5, seed=5)[1]["choices"] == r["choices"], "a seed repeats itself")
+    check(s.chat("x", unknown_field={"a": [1]}, user="me")[0] == 200, "unknown fields are ignored")
+    system = [{"role": "system", "content": "One."}, {"role": "developer", "content": "Two."},
+              {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    status, r = s.chat(system)
+    check(status == 200, "system, developer, user, assistant: %s" % r)
+    longer = s.chat(system + [{"role": "assistant", "content": r["choices"][0]["message"]["content"]},
+                              {"role": "user", "content": "d"}])[1]
+    check(longer["usage"]["prompt_tokens_details"]["cached_tokens"] >= r["usage"]["prompt_tokens"],
+          "the next turn begins with the last one's ids")
+
+
+def test_stop(s):
+    text = s.chat("Hello there", max_tokens=24)[1]["choices"][0]["message"]["content"]
+    at = next(i for i in range(6, len(text) - 3) if text[i:i + 3] not in text[:i + 2] and "\ufffd" not in text[i:i + 3])
+    for stop in (text[at:at + 3], ["nowhere", text[at:at + 3]]):
+        choice = s.chat("Hello there", max_tokens=24, stop=stop)[1]["choices"][0]
+        check(choice["message"]["content"] == text[:at] and choice["finish_reason"] == "stop", "%r is not shown" % (stop,))
+        body = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 24, "temperature": 0, "stop": stop}
+        events = s.events("/v1/chat/completions", body)[0]
+        check("".join(e["choices"][0]["delta"].get("content", "") for e in events) == text[:at], "nor in a stream")
+
+
+REFUSED = [  # fields, status, param
+    ({"temperature": -1}, 400, "temperature"), ({"temperature": "hot"}, 400, "temperature"), ({"top_p": 2}, 400, "top_p"),
+    ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": 1.5}, 400, "max_tokens"), ({"n": 0}, 400, "n"), ({"n": 99}, 400, "n"),
+    ({"stop": ""}, 400, "stop"), ({"stop": [1]}, 400, "stop"), ({"stop": ["a"] * 17}, 400, "stop"),
+    ({"stream": "yes"}, 400, "stream"), ({"seed": 0.5}, 400, "seed"), ({"messages": []}, 400, "messages"),
+    ({"messages": None}, 400, "messages"), ({"messages": [{"content": "a"}]}, 400, "messages[0].role"),
+    ({"messages": [{"role": "king", "content": "a"}]}, 400, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, 400, "messages[1].role"),
+    ({"top_logprobs": 2}, 400, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ({"document": "nowhere"}, 404, "document"), ({"document": 5}, 400, "document"),
+]
+
+
+def test_refused(s):
+    for fields, status, param in REFUSED:
+        got, r = s.chat("Hello", **fields)
+        check(got == status and r["error"]["param"] == param, "%s: %s %s" % (fields, got, r))
+    for body, what in ((b"", "empty"), (b"{", "cut"), (b"[]", "a list"), (b'{"messages": [{"role": "user", "content": "\xff"}]}', "no UTF-8"),
+                       (b"[" * 100, "deep"), (b'{"a":' + b"[" * 40 + b"]" * 40 + b"}", "deep")):
+        got, r = s.post("/v1/chat/completions", body)
+        check(got == 400 and r["error"]["message"], "a body that is %s: %d %s" % (what, got, r))
+    got, r = s.chat("word " * 3000)
+    check(got == 400 and r["error"]["code"] == "context_length_exceeded", "a prompt that is too long: %s" % r)
+    check(s.chat("Hello", frequency_penalty=0, response_format={"type": "text"}, logit_bias={})[0] == 200,
+          "values that change nothing are taken")
+
+
+# ---- connections ----
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_connections(s):
+    with s.socket() as c:
+        c.sendall(GET * 5 + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        answers = [read_answer(c) for _ in range(6)]
+        check([a[0] for a in answers] == [200] * 6 and c.recv(1) == b"", "six requests at once, in order")
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 4, "temperature": 0}).encode()
+    whole = s.post("/v1/chat/completions", body)[1]["choices"]
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    with s.socket() as c:
+        c.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        for i in range(0, len(body), 7):
+            c.sendall(b"%x\r\n%s\r\n" % (len(body[i:i + 7]), body[i:i + 7]))
+        c.sendall(b"0\r\n\r\n" + GET)
+        check(json.loads(read_answer(c)[1])["choices"] == whole and read_answer(c)[0] == 200, "a body in chunks")
+    with s.socket() as c:
+        c.sendall(head + b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(body))
+        check(c.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n"), "100 Continue")
+        for i in range(len(body)):
+            c.sendall(body[i:i + 1])
+        check(json.loads(read_answer(c)[1])["choices"] == whole, "a body byte by byte")
+    for request, status in ((b"\0\r\n\r\n", 400), (b"GET / HTTP/9\r\n\r\n", 505), (b"x" * 20000, 431),
+                            (head + b"Content-Length: 99999999999\r\n\r\n", 413)):
+        with s.socket() as c:
+            c.sendall(request)
+            check(read_answer(c)[0] == status and c.recv(1) == b"", "%r: %d" % (request[:40], status))
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        check(s.get("/v1/models", headers=headers)[0] == 403, "another site's page: %s" % headers)
+    check(s.get("/v1/models", headers={"Origin": "http://localhost:1", "Host": "localhost:1"})[0] == 200, "our own page")
+    with s.socket() as c:
+        c.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        check(read_answer(c)[0] == 200 and c.recv(1) == b"", "HTTP/1.0 closes")
+
+
+def test_mutants(s):
+    """Requests with bytes changed: it goes on serving."""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello \u00e9"}], "max_tokens": 1, "stop": ["a", "b"], "seed": 5})
+    request = ("POST /v1/chat/completions?a=%%20 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+               "Content-Length: %d\r\n\r\n%s" % (len(body), body)).encode()
+    rand, answers = random.Random(7), 0
+    for i in range(1000):
+        m = bytearray(request)
+        for _ in range(rand.randrange(1, 4)):
+            at = rand.randrange(len(m))
+            m[at:at + rand.randrange(3)] = bytes([rand.randrange(256)]) * rand.randrange(3)
+        with s.socket() as c:
+            try:
+                c.sendall(m)
+                c.shutdown(socket.SHUT_WR) if i % 2 else None
+                c.settimeout(0.02)
+                answers += c.recv(12).startswith(b"HTTP/1.1 ")
+            except OSError:
+                pass
+    check(answers > 100 and s.p.poll() is None, "of 1000 mutated requests %d were answered" % answers)
+    check(s.chat("Hello")[0] == 200, "and it goes on serving")
+
+
+def main():
+    with Server() as s:
+        for test in (test_models, test_chat, test_stop, test_refused, test_connections, test_mutants):
+            test(s)
+    check(s.code == 0, "SIGTERM: exit %s, %s" % (s.code, s.err))
+    return end("test_serve")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
