@@ -217,6 +217,7 @@ static size_t files_bytes(const Documents *d) {
 static int make_room(Documents *d, const Document *doc, char *err) {
     while (d->most_bytes > 0 && files_bytes(d) > d->most_bytes) {
         Document *old = oldest(d, doc);
+        d->full = !old;
         if (!old)
             return fail(err, "%zu bytes of documents are more than --docs-size %zu", files_bytes(d),
                         d->most_bytes);

@@ -36,6 +36,7 @@ typedef struct {
     Document **doc;      // [n]
     int n;
     unsigned long serials;
+    bool full;  // a document had no room within most_bytes
 } Documents;
 
 // Finds the saved caches of the folder that are this model's; what others there are is left alone.

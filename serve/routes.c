@@ -59,4 +59,8 @@ const Route door_routes[] = {{"GET", "/health", get_health},
                              {"POST", "/chat/completions", openai_chat},
                              {"POST", "/v1/completions", openai_completions},
                              {"POST", "/completions", openai_completions},
+                             {"POST", "/v1/documents", documents_post},
+                             {"GET", "/v1/documents", documents_get},
+                             {"GET", "/v1/documents/", documents_get},
+                             {"DELETE", "/v1/documents/", documents_delete},
                              {0}};

@@ -267,10 +267,93 @@ def test_mutants(s):
     check(s.chat("Hello")[0] == 200, "and it goes on serving")
 
 
+# ---- documents ----
+
+QUESTION = "Who built the bridge?"
+
+
+def ask_document(s, name, text=QUESTION, **fields):
+    status, r = s.chat(text, document=name, **fields)
+    check(status == 200, "asking %s: %s" % (name, r))
+    usage = r["usage"]
+    return r["choices"][0]["message"]["content"], usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+
+def test_documents(folder):
+    """A document is read once and kept; requests on it begin from its cache, also after a restart."""
+    docs, cache = os.path.join(folder, "docs"), os.path.join(folder, "cli.kvc")
+    town = os.path.join(folder, "town.txt")
+    with open(town, "w", encoding="utf-8") as f:
+        f.write(TEXT[:900])
+    subprocess.run([RUN, "compress", MODEL, "-f", town, "-o", cache, "--ratio", "0.4", "-q"], check=True)
+    r = subprocess.run([RUN, "ask", MODEL, cache, QUESTION, "-n", "8", "--json", "-q"], stdout=subprocess.PIPE, check=True)
+    want = json.loads(r.stdout)["answer"]
+    with Server("--docs", docs, "-c", "cli=" + cache) as s:
+        text, cached, prompt = ask_document(s, "cli")
+        check(text.strip() == want, "-c answers as `run ask` does: %r, not %r" % (text, want))
+        status, doc = s.post("/v1/documents?name=town&ratio=0.4", TEXT[:900])
+        check(status == 200 and doc["name"] == "town" and doc["tokens"] == cached, "a document is read: %s" % doc)
+        check(0 < doc["bytes"] < doc["full_bytes"] and doc["seconds"] > 0 and doc["ratio"] == 0.4, "and compressed")
+        check(os.listdir(docs) == ["town.kvc"], "and saved")
+        check(ask_document(s, "town") == (text, cached, prompt), "it answers as the one of the command line")
+        check(prompt > cached > 100, "the document's tokens are cached")
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
+        check(ask_document(s, "town", chat)[1] >= prompt, "a second question begins with the first")
+        system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+        check(ask_document(s, "town", system)[2] > prompt, "a system text goes before the question")
+        status, other = s.post("/v1/documents", {"name": "b.2_-", "text": TEXT[:300], "policy": "snapkv", "ratio": 1})
+        check(status == 200 and other["policy"] == "snapkv" and other["bytes"] == other["full_bytes"], "from JSON: %s" % other)
+        names = [d["name"] for d in s.get("/v1/documents")[1]["data"]]
+        check(sorted(names) == ["b.2_-", "cli", "town"], "the list has them: %s" % names)
+        check(s.get("/v1/documents/town")[1]["tokens"] == cached, "each can be seen")
+        for body, path, param in ((TEXT[:50], "?name=a/b", "name"), (TEXT[:50], "?name=.a", "name"), ("", "?name=a", "text"),
+                                  (b"\xff\xfe", "?name=a", "text"), ("a", "?name=a&ratio=0", "ratio"), ("a", "?name=a&ratio=x", "ratio"),
+                                  ("a", "?name=a&policy=x", "policy"), ("a", "?name=a&kv=q2", "kv"), ("word " * 3000, "?name=a", "text"),
+                                  ('{"text": "a"}', "", "name"), ('{"name": "a", "text": 5}', "", "text")):
+            status, r = s.post("/v1/documents" + path, body)
+            check(status == 400 and r["error"]["param"] == param, "%s: %s %s" % (path, status, r))
+        check(s.ask("DELETE", "/v1/documents/b.2_-")[0] == 200 and os.listdir(docs) == ["town.kvc"], "DELETE ends it")
+        check(s.ask("DELETE", "/v1/documents/b.2_-")[0] == 404 and s.chat("a", document="b.2_-")[0] == 404, "and it is gone")
+        check(s.ask("DELETE", "/v1/documents/cli")[0] == 200 and os.path.exists(cache), "the file of -c stays")
+    with open(os.path.join(docs, "broken.kvc"), "w") as f:
+        f.write("no cache")
+    with Server("--docs", docs) as s:
+        check(ask_document(s, "town") == (text, cached, prompt), "after a restart it is still there")
+        shutil.copy(cache, os.path.join(docs, "late.kvc"))
+        check(ask_document(s, "late")[0] == text, "one that another process saved is found")
+        check(s.chat("a", document="broken")[0] == 404, "a broken file is none")
+    check("1 files are no saved caches" in s.err, "a broken file is named: %s" % s.err)
+
+
+def test_prompts(folder):
+    """Long beginnings of prompts are kept compressed, by their ids; the oldest leave."""
+    docs = os.path.join(folder, "prompts")
+    body = [{"role": "system", "content": TEXT[:700]}, {"role": "user", "content": QUESTION}]
+    with Server("--docs", docs, "--compress-prompts", 100) as s:
+        first = s.chat(body)[1]
+        files = os.listdir(docs)
+        check(len(files) == 1 and files[0].startswith("prompt-"), "a long system text is kept: %s" % files)
+        cached = first["usage"]["prompt_tokens_details"]["cached_tokens"]
+        check(cached > 100, "and the answer begins from it")
+        check(s.chat([{"role": "user", "content": "short"}])[0] == 200 and len(os.listdir(docs)) == 1, "a short prompt is not")
+    size = os.path.getsize(os.path.join(docs, files[0]))
+    with Server("--docs", docs, "--compress-prompts", 100, "--docs-size", int(2.9 * size)) as s:
+        again = s.chat(body)[1]
+        check(again["choices"] == first["choices"] and again["usage"] == first["usage"], "after a restart it is used")
+        for i in range(3):
+            check(s.chat("%d %s" % (i, TEXT[:700]))[0] == 200, "a long question")
+        check(len(os.listdir(docs)) == 2 and files[0] not in os.listdir(docs), "those used longest ago leave: %s, %d" % ([(f, os.path.getsize(os.path.join(docs, f))) for f in os.listdir(docs)], size))
+        status, r = s.post("/v1/documents?name=big&ratio=1", TEXT[:2500])
+        check(status == 507 and "big.kvc" not in os.listdir(docs), "a document without room: %s %s" % (status, r))
+
+
 def main():
     with Server() as s:
         for test in (test_models, test_chat, test_stop, test_refused, test_connections, test_mutants):
             test(s)
+    with tempfile.TemporaryDirectory() as folder:
+        test_documents(folder)
+        test_prompts(folder)
     check(s.code == 0, "SIGTERM: exit %s, %s" % (s.code, s.err))
     return end("test_serve")
 
