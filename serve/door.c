@@ -2,6 +2,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "serve/door.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -28,13 +29,17 @@ static bool page_whole(Page *p) {
     return ok && p->s;
 }
 
-void page_send(Page *p, Outlet *o, int status) {
+static void send_page(Page *p, Outlet *o, int status, const char *type) {
     static const char sorry[] = "{\"error\": {\"message\": \"out of memory\"}}\n";
     bool ok = page_whole(p);
-    outlet_send(o, ok ? status : 500, "application/json", "", ok ? p->s : sorry,
+    outlet_send(o, ok ? status : 500, ok ? type : "application/json", "", ok ? p->s : sorry,
                 ok ? p->n : sizeof sorry - 1);
     page_close(p);
 }
+
+void page_send(Page *p, Outlet *o, int status) { send_page(p, o, status, "application/json"); }
+
+void page_send_as(Page *p, Outlet *o, const char *type) { send_page(p, o, 200, type); }
 
 void page_event(Page *p, Outlet *o) {
     if (page_whole(p)) outlet_add(o, p->s, p->n);
@@ -75,14 +80,28 @@ void door_id(Door *d, char id[48], const char *start) {
 
 int part_prompt_tokens(const Part *p) { return p->n_base + p->prompt.n - p->n_head_skipped; }
 
+bool door_ids(Door *d, Fields *f, const char *name, const JsonNode *list, Ids *ids) {
+    int vocab = tokenizer_n_vocab(d->engine->tok);
+    if (!list || list->kind != JSON_LIST)
+        return fields_refuse(f, 400, name, "%s must be a list of ids", name);
+    for (const JsonNode *v = list->child; v; v = v->next) {
+        double x = v->kind == JSON_NUMBER ? json_number(v) : -1;
+        if (!(x >= 0 && x < vocab && x == floor(x)))
+            return fields_refuse(f, 400, name, "%s: ids are whole numbers from 0 to %d", name,
+                                 vocab - 1);
+        if (ids_push(ids, (int)x) != 0) return fields_refuse(f, 503, "", "out of memory");
+    }
+    return true;
+}
+
 // ---- sampling ----
 
-static void read_stops(Fields *f, Job *job) {
-    const JsonNode *v = fields_get(f, "stop");
+static void read_stops(Fields *f, const char *name, Job *job) {
+    const JsonNode *v = fields_get(f, name);
     const JsonNode *one = !v || v->kind != JSON_LIST ? v : v->child;
     for (int n = 0; one; one = v->kind == JSON_LIST ? one->next : NULL, n++) {
         if (one->kind != JSON_STRING || one->n == 0 || n == ENGINE_STOPS) {
-            fields_refuse(f, 400, "stop", "stop must be a text or up to %d of them, none empty",
+            fields_refuse(f, 400, name, "%s must be a text or up to %d of them, none empty", name,
                           ENGINE_STOPS);
             return;
         }
@@ -92,13 +111,13 @@ static void read_stops(Fields *f, Job *job) {
 
 int door_choices(Door *d, Fields *f) { return (int)fields_count(f, "n", 1, d->engine->n_slots, 1); }
 
-void door_sampling(Door *d, Fields *f, Job *job) {
+void door_sampling(Door *d, Fields *f, const char *stop, Job *job) {
     double temp = fields_number(f, "temperature", 0, 100, d->temp);
     double top_p = fields_number(f, "top_p", 0, 1, d->top_p);
     long seed = fields_count(f, "seed", -(1L << 53), 1L << 53, -1);
     const char *document = fields_text(f, "document", NULL);
     fields_refuse_others(f);
-    read_stops(f, job);
+    read_stops(f, stop, job);
     if (seed < 0) seed = (long)(random_next(&d->random) >> 12);
     for (int i = 0; i < job->n_parts; i++)
         job->parts[i].sampling =

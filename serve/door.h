@@ -30,8 +30,9 @@ typedef struct {
 } Page;
 
 bool page_open(Page *p);
-void page_send(Page *p, Outlet *o, int status);  // as a whole answer; closes p, keeps o
-void page_event(Page *p, Outlet *o);             // as "data: ..", a chunk of a stream; closes p
+void page_send(Page *p, Outlet *o, int status);           // as a whole answer; closes p, keeps o
+void page_send_as(Page *p, Outlet *o, const char *type);  // the same, 200, as another type
+void page_event(Page *p, Outlet *o);  // as "data: ..", a chunk of a stream; closes p
 void page_close(Page *p);
 
 // ", "model": ..." and the like need no more than json_print. A token as text: what is no UTF-8 on
@@ -41,9 +42,9 @@ void put_bytes(FILE *f, const Tokenizer *tok, int id);  // [226, 130]
 
 // ---- requests ----
 
-// stop, temperature, top_p, seed, n, document: what all kinds of requests for text have in common.
-// Fills job and its parts, of which every n belong to one prompt.
-void door_sampling(Door *d, Fields *f, Job *job);
+// temperature, top_p, seed, document, and the stop texts, which the field `stop` holds: what all
+// kinds of requests for text have in common. Fills job and its parts.
+void door_sampling(Door *d, Fields *f, const char *stop, Job *job);
 // How many answers to each prompt (n).
 int door_choices(Door *d, Fields *f);
 
@@ -52,6 +53,9 @@ int door_choices(Door *d, Fields *f);
 void door_messages(Door *d, Fields *f, const char *system, bool on_document, Part *p);
 // A message's content, a string or a list of text parts, as one text, malloc'ed; NULL: noted in f.
 char *door_content(Fields *f, const JsonNode *message, int index);
+
+// Appends a list of ids, the field `name`. false: what is wrong is noted in f.
+bool door_ids(Door *d, Fields *f, const char *name, const JsonNode *list, Ids *ids);
 
 // The others of a prompt get its ids. 0, or -1: no memory.
 int door_copy_prompt(Part *to, const Part *from);

@@ -353,7 +353,9 @@ static bool is_scoring(const Part *p) { return p->job->echo && p->n_scored < p->
 // The next block of a prompt whose ids are judged. 0, or -1 with err.
 static int score_step(Engine *e, Part *p, char *err) {
     Row rows[MAX_ROWS];
-    int n = min_int(p->prompt.n - 1 - p->n_scored, min_int(e->state->max_logits, MAX_ROWS));
+    int left = p->prompt.n - 1 - p->n_scored, most = min_int(e->state->max_logits, MAX_ROWS);
+    int n = min_int(left, most), rest = left - n;
+    if (rest > 0 && rest < KV_LONG_RUN && most >= 2 * KV_LONG_RUN) n -= KV_LONG_RUN;  // as one run
     bool wanted = p->job->n_tops >= 0;
     for (int i = 0; i < n; i++)
         rows[i] = (Row){p->reply.seq, p->prompt.id[p->n_scored + i], wanted};
@@ -383,6 +385,13 @@ static void mark_prompt(Engine *e, Part *p) {
     if (seq >= 0) keep_past(e, p, seq);
 }
 
+static void count(Engine *e, const Part *p) {
+    int n = p->n_base + p->prompt.n - p->n_head_skipped;
+    e->counts.prompt_tokens += n - p->n_cached;
+    e->counts.cached_tokens += p->n_cached;
+    e->counts.predicted_tokens += p->reply.ids.n;
+}
+
 // What a step has brought, to the doors.
 static void tell(Engine *e) {
     for (int i = 0; i < e->n_slots; i++) {
@@ -391,10 +400,12 @@ static void tell(Engine *e) {
         Job *job = p->job;
         if (p->reply.done) {
             leave(e, p, true);
+            count(e, p);
             job->n_ended++;
         }
         if (job->told && (p->ended || !reads(p))) job->told(job, p);
         if (job->n_ended == job->n_parts) {
+            e->counts.requests++;
             job->done(job);
             end_job(e, job, true);
         }

@@ -329,7 +329,7 @@ static void read_common(Door *d, Fields *f, Job *job, int n) {
     w->n = n;
     w->stream = fields_bool(f, "stream", false);
     w->usage = usage && usage->kind == JSON_BOOL && usage->n;
-    door_sampling(d, f, job);
+    door_sampling(d, f, "stop", job);
 }
 
 // Answers what is wrong, or hands the job over.
@@ -372,21 +372,9 @@ void openai_chat(void *arg, Http *h, Outlet *o) {
 
 // ---- completions ----
 
-static bool read_ids(Door *d, Fields *f, const JsonNode *list, Ids *ids) {
-    int vocab = tokenizer_n_vocab(d->engine->tok);
-    for (const JsonNode *v = list->child; v; v = v->next) {
-        double x = v->kind == JSON_NUMBER ? json_number(v) : -1;
-        if (!(x >= 0 && x < vocab && x == floor(x)))
-            return fields_refuse(f, 400, "prompt", "prompt: ids are whole numbers from 0 to %d",
-                                 vocab - 1);
-        if (ids_push(ids, (int)x) != 0) return fields_refuse(f, 503, "", "out of memory");
-    }
-    return true;
-}
-
 static bool read_prompt(Door *d, Fields *f, const JsonNode *v, Ids *ids) {
     if (v->kind == JSON_LIST) {
-        if (!read_ids(d, f, v, ids)) return false;
+        if (!door_ids(d, f, "prompt", v, ids)) return false;
     } else if (v->kind != JSON_STRING) {
         return fields_refuse(f, 400, "prompt",
                              "prompt must be a text, a list of ids, or a list of these");

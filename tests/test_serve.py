@@ -5,6 +5,7 @@ Needs nothing but Python's standard library. The last line says how many checks 
 """
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 
-from checks import check, end
+from checks import Tensors, check, end
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUN = os.environ.get("RUN", os.path.join(os.path.dirname(HERE), "run"))
@@ -206,6 +207,117 @@ def test_refused(s):
           "values that change nothing are taken")
 
 
+# ---- completions and tokens ----
+
+def test_completions(s):
+    status, r = s.post("/v1/completions", {"prompt": "Hello there", "max_tokens": 6, "temperature": 0})
+    check(status == 200 and r["object"] == "text_completion", "completions answer: %s" % r)
+    text, ids = r["choices"][0]["text"], s.post("/tokenize", {"prompt": "Hello there"})[1]["tokens"]
+    check(r["usage"]["prompt_tokens"] == len(ids) and r["choices"][0]["logprobs"] is None, "usage, no logprobs")
+    for prompt, n in ((ids, 1), (["Hello there", "Hello there"], 2), ([ids, ids, ids], 3)):
+        r = s.post("/v1/completions", {"prompt": prompt, "max_tokens": 6, "temperature": 0})[1]
+        check([c["text"] for c in r["choices"]] == [text] * n, "prompts as %s" % (prompt,))
+        check(r["usage"]["prompt_tokens"] == n * len(ids) and r["usage"]["completion_tokens"] == 6 * n, "all are counted")
+    long = s.post("/tokenize", {"prompt": TEXT[:600]})[1]["tokens"]
+    for prompt, tokens in (("Hello there", ids), (long, long)):
+        scores = []
+        for limit in (0, 1):
+            status, r = s.post("/v1/completions", {"prompt": prompt, "max_tokens": limit, "echo": True, "logprobs": 3, "temperature": 0})
+            choice, lp = r["choices"][0], r["choices"][0]["logprobs"]
+            scores.append(lp["token_logprobs"])
+            check(len(lp["tokens"]) == len(tokens) + limit, "every token of the prompt, and %d" % limit)
+            check(lp["token_logprobs"][0] is None and lp["top_logprobs"][0] is None, "the first has no logprob")
+            check(all(x < 0 for x in lp["token_logprobs"][1:]), "the others have")
+            check(all(top[token] == x and len(top) in (3, 4) and max(top.values()) <= 0 for token, x, top in
+                      zip(lp["tokens"][1:], lp["token_logprobs"][1:], lp["top_logprobs"][1:])), "each is among its tops")
+            check(len(lp["text_offset"]) == len(lp["tokens"]) and r["usage"]["completion_tokens"] == limit, "offsets, usage")
+        check(scores[0] == scores[1][:-1], "with an answer or without one")
+        check(lp["token_logprobs"][-1] == max(lp["top_logprobs"][-1].values()), "the answer is the likeliest")
+    check(choice["text"].startswith(TEXT[:600]), "the prompt comes back")
+    # What the command line computes for the same tokens.
+    with tempfile.TemporaryDirectory() as folder:
+        out, p = os.path.join(folder, "logits"), os.path.join(folder, "ids")
+        with open(p, "w") as f:
+            f.write(" ".join(map(str, long)))
+        subprocess.run([RUN, "logits", MODEL, "--ids", p, "-o", out, "-q", "-j", "1"], check=True)
+        t = Tensors(out)
+        logits, vocab = t["logits"], t.shape["logits"][1]
+        rows = [logits[i * vocab:(i + 1) * vocab] for i in range(len(long) - 1)]
+        want = [row[id] - max(row) - math.log(sum(math.exp(x - max(row)) for x in row)) for row, id in zip(rows, long[1:])]
+        far = max(abs(a - b) for a, b in zip(want, scores[0][1:]))
+        check(far < 1e-3, "logprobs are those of `run logits`: %g away" % far)
+    events, last = s.events("/v1/completions", {"prompt": "Hello there", "max_tokens": 6, "temperature": 0, "echo": True, "logprobs": 1})
+    check("".join(e["choices"][0]["text"] for e in events) == "Hello there" + text and last == ["[DONE]"], "a stream of it")
+    check(sum(len(e["choices"][0]["logprobs"]["tokens"]) for e in events) == len(ids) + 6, "with all logprobs")
+    for fields, param in (({}, "prompt"), ({"prompt": ""}, None), ({"prompt": []}, "prompt"), ({"prompt": [640]}, "prompt"),
+                          ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": [[1], [-1]]}, "prompt"),
+                          ({"prompt": "a", "logprobs": 50}, "logprobs"), ({"prompt": ["a"] * 300}, "prompt")):
+        status, r = s.post("/v1/completions", dict(fields, max_tokens=1))
+        check(status == 400 and r["error"]["param"] == param or param is None, "%s: %s %s" % (str(fields)[:60], status, r))
+
+
+def test_logprobs(s):
+    r = s.chat("Hello there", logprobs=True, top_logprobs=2)[1]["choices"][0]
+    content = r["logprobs"]["content"]
+    check(len(content) == 8, "a logprob for each token")
+    check(all(c["logprob"] == c["top_logprobs"][0]["logprob"] and len(c["top_logprobs"]) == 2 for c in content), "the likeliest first")
+    check(b"".join(bytes(c["bytes"]) for c in content).decode("utf-8", "replace") == r["message"]["content"], "bytes add up to the text")
+    check(s.chat("Hello there", logprobs=True)[1]["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == [], "none is asked for")
+
+
+def test_tokens(s):
+    status, r = s.post("/tokenize", {"content": "Hello there", "with_pieces": True})
+    check(status == 200 and "".join(t["piece"] for t in r["tokens"]) == "Hello there", "pieces: %s" % r)
+    ids = s.post("/tokenize", {"content": "Hello there"})[1]["tokens"]
+    check(ids == [t["id"] for t in r["tokens"]] and r["count"] == len(ids), "the same ids")
+    check(s.post("/detokenize", {"tokens": ids})[1]["content"] == "Hello there", "and back")
+    check(s.post("/detokenize", {"tokens": [99999]})[0] == 400 and s.post("/tokenize", {})[0] == 400, "refused")
+    info = s.get("/tokenizer_info")[1]
+    check(info["eos_token"] and info["vocab_size"] == 640, "tokenizer_info: %s" % info)
+    messages = [{"role": "user", "content": "Hello there"}]
+    prompt = s.post("/apply-template", {"messages": messages})[1]["prompt"]
+    check("Hello there" in prompt and "<|im_start|>" in prompt, "apply-template: %r" % prompt)
+    check(s.post("/tokenize", {"messages": messages})[1]["count"] == s.chat("Hello there")[1]["usage"]["prompt_tokens"], "a chat's tokens")
+    s.get("/slots"), time.sleep(0.3)
+    slots = s.get("/slots")[1]
+    check(len(slots) == 8 and not any(x["is_processing"] for x in slots), "slots")
+    props = s.get("/props")[1]
+    check(props["total_slots"] == 8 and props["default_generation_settings"]["n_ctx"] == 2048, "props")
+    status, headers, text = s.ask("GET", "/metrics")
+    figures = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if line[0] != "#")
+    check(headers["content-type"].startswith("text/plain") and float(figures["llamacpp:tokens_predicted_total"]) > 8, "metrics")
+    for name in ("prompt_tokens_total", "prompt_seconds_total", "tokens_predicted_seconds_total", "prompt_tokens_seconds",
+                 "predicted_tokens_seconds", "requests_processing", "requests_deferred", "n_decode_total", "cached_tokens_total",
+                 "document_bytes", "document_full_bytes"):
+        check("llamacpp:" + name in figures, "metrics have " + name)
+
+
+def test_anthropic(s):
+    body = {"model": "m", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "Hello there"}]}
+    text = s.chat("Hello there")[1]["choices"][0]["message"]["content"]
+    status, r = s.post("/v1/messages", body)
+    check(status == 200 and r["type"] == "message" and r["content"] == [{"type": "text", "text": text}], "messages: %s" % r)
+    check(r["stop_reason"] == "max_tokens" and r["usage"]["output_tokens"] == 8, "why it ends")
+    count = s.post("/v1/messages/count_tokens", body)[1]["input_tokens"]
+    check(r["usage"]["input_tokens"] + r["usage"]["cache_read_input_tokens"] == count, "count_tokens")
+    _, headers, data = s.ask("POST", "/v1/messages", dict(body, stream=True))
+    blocks = [b.split("\n") for b in data.decode().split("\n\n")[:-1]]
+    events = [(e[7:], json.loads(d[6:])) for e, d in blocks]
+    check(all(name == e["type"] for name, e in events), "events are named after their types")
+    names = [name for name, _ in events]
+    check(names[:3] == ["message_start", "content_block_start", "ping"], "the start of a stream: %s" % names)
+    check(names[-3:] == ["content_block_stop", "message_delta", "message_stop"], "its end")
+    check("".join(e["delta"]["text"] for name, e in events if name == "content_block_delta") == text, "pieces add up")
+    system = s.post("/v1/messages", dict(body, system=[{"type": "text", "text": "Be brief."}]))[1]
+    check(system["content"] == s.post("/v1/messages", dict(body, system="Be brief."))[1]["content"], "system in parts")
+    part = next(text[i:i + 3] for i in range(5, len(text)) if "\ufffd" not in text[i:i + 3])
+    r = s.post("/v1/messages", dict(body, stop_sequences=[part]))[1]
+    check(r["stop_reason"] == "stop_sequence" and r["stop_sequence"] == part, "stop_sequences: %s" % r)
+    for change, status in (({"max_tokens": None}, 400), ({"messages": []}, 400), ({"system": 5}, 400), ({"document": "x"}, 404)):
+        got, r = s.post("/v1/messages", dict(body, **change))
+        check(got == status and r["type"] == "error" and r["error"]["type"] and r["error"]["message"], "%s: %s" % (change, r))
+
+
 # ---- connections ----
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -285,8 +397,8 @@ def test_documents(folder):
     town = os.path.join(folder, "town.txt")
     with open(town, "w", encoding="utf-8") as f:
         f.write(TEXT[:900])
-    subprocess.run([RUN, "compress", MODEL, "-f", town, "-o", cache, "--ratio", "0.4", "-q"], check=True)
-    r = subprocess.run([RUN, "ask", MODEL, cache, QUESTION, "-n", "8", "--json", "-q"], stdout=subprocess.PIPE, check=True)
+    subprocess.run([RUN, "compress", MODEL, "-f", town, "-o", cache, "--ratio", "0.4", "-q", "-j", "1"], check=True)
+    r = subprocess.run([RUN, "ask", MODEL, cache, QUESTION, "-n", "8", "--json", "-q", "-j", "1"], stdout=subprocess.PIPE, check=True)
     want = json.loads(r.stdout)["answer"]
     with Server("--docs", docs, "-c", "cli=" + cache) as s:
         text, cached, prompt = ask_document(s, "cli")
@@ -349,7 +461,8 @@ def test_prompts(folder):
 
 def main():
     with Server() as s:
-        for test in (test_models, test_chat, test_stop, test_refused, test_connections, test_mutants):
+        for test in (test_models, test_chat, test_stop, test_refused, test_completions, test_logprobs, test_tokens, test_anthropic,
+                      test_connections, test_mutants):
             test(s)
     with tempfile.TemporaryDirectory() as folder:
         test_documents(folder)
