@@ -621,6 +621,9 @@ static int others_turn(void *arg, const char *what, long done, long total) {
     e->kv->scoring = scoring;
     e->kv->settling = settling;
     s->tap = before.tap, s->watch = before.watch;
+    for (int i = 0; i < e->n_slots;
+         i++)  // from here on blocks are short: scoring never sees longer
+        if (e->at_work[i]) s->max_rows = min_int(s->max_rows, COMPANY_ROWS);
     return *e->stop || outlet_gone(e->compressing_for->outlet);
 }
 
@@ -654,8 +657,10 @@ int engine_compress(Engine *e, Job *job, Compress *c, char *err) {
     k.progress = others_turn, k.progress_arg = e;
     k.seq = kvcache_new(e->kv, err);
     if (k.seq < 0) return -1;
+    int rows = e->state->max_rows;
     e->compressing = true, e->compressing_for = job;
     int status = shrink(e, &k, c->ratio, err);
+    e->state->max_rows = rows;
     e->compressing = false, e->compressing_for = NULL;
     c->read_s = k.prefill_s, c->score_s = k.score_s;
     if (status != 0) {

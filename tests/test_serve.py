@@ -459,14 +459,131 @@ def test_prompts(folder):
         check(status == 507 and "big.kvc" not in os.listdir(docs), "a document without room: %s %s" % (status, r))
 
 
-def main():
+# ---- limits ----
+
+LONG = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
+
+
+def begin(s, body=LONG, path="/v1/chat/completions"):
+    """A stream that has begun, as a socket."""
+    data = json.dumps(dict(body, stream=True)).encode()
+    c = s.socket()
+    c.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
+    return c
+
+
+def until(what, seconds=30):
+    """Whether it becomes true."""
+    for _ in range(int(seconds / 0.05)):
+        if what():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def busy(s):
+    return sum(x["is_processing"] for x in s.get("/slots")[1])
+
+
+def test_limits():
+    with Server("--slots", 1, "--queue", 1) as s:
+        with begin(s) as c:
+            check(until(lambda: busy(s) == 1), "a stream takes the slot")
+            check(c.recv(15) == b"HTTP/1.1 200 OK", "it has begun")
+            with begin(s):
+                check(until(lambda: s.chat("Hello")[0] == 503), "beyond slot and queue: 503")
+                status, headers, data = s.ask("POST", "/v1/chat/completions", LONG)
+                check(status == 503 and headers["retry-after"] == "1", "with Retry-After")
+                check(json.loads(data)["error"]["code"] == "queue_full", "and why")
+        check(until(lambda: busy(s) == 0), "clients that leave free their slots")
+        check(s.chat("Hello")[0] == 200, "and others get them")
+        with begin(s) as c:
+            check(c.recv(15) == b"HTTP/1.1 200 OK", "a stream again")
+            s.stop()
+            rest = b""
+            for piece in iter(lambda: c.recv(65536), b""):
+                rest += piece
+        check(b'"error": {"message": "the server is stopping"' in rest and rest.endswith(b"0\r\n\r\n"), "a cancelled stream says so")
+        check(s.code == 0, "SIGTERM while it writes: exit %s" % s.code)
+
+
+def test_company(folder):
+    """Many at once get what each gets alone; a document that is being read does not hold them up."""
+    prompts = ["%d %s" % (i, TEXT[60 * i:60 * i + 40 * (i + 1)]) for i in range(12)]
+    with Server("--docs", os.path.join(folder, "company")) as s:
+        alone = [s.chat(p, max_tokens=12)[1]["choices"] for p in prompts]
+    with Server("--docs", os.path.join(folder, "company"), "--slots", 4) as s:
+        together, document, answered = [None] * len(prompts), [], []
+
+        def ask(i):
+            together[i] = s.chat(prompts[i], max_tokens=12)[1]["choices"]
+            answered.append(time.time())
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+        reader = threading.Thread(target=lambda: document.append((s.post("/v1/documents?name=a", TEXT[:1800]), time.time())))
+        reader.start()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        reader.join()
+        check(together == alone, "answers in company are those of one at a time")
+        check(document[0][0][0] == 200 and min(answered) < document[0][1], "and come while a document is read")
+        text = ask_document(s, "a")
+    with Server("--docs", os.path.join(folder, "company")) as s:
+        s.post("/v1/documents?name=b", TEXT[:1800])
+        check(ask_document(s, "b") == text, "which is the same as one that is read alone")
+
+
+def test_keys(folder):
+    keys = os.path.join(folder, "keys")
+    with open(keys, "w") as f:
+        f.write("# ours\n\nsesame\n  open-up  \n")
+    with Server("--api-key-file", keys, "--cors") as s:
+        check(s.get("/health")[0] == 200, "health needs no key")
+        for headers, status in (({}, 401), ({"Authorization": "Bearer sesame"}, 200), ({"x-api-key": "open-up"}, 200),
+                                ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "Bearer sesamesesame"}, 401),
+                                ({"x-api-key": ""}, 401), ({"Authorization": "sesame"}, 401), ({"x-api-key": "# ours"}, 401)):
+            check(s.get("/v1/models", headers=headers)[0] == status, "%s: %d" % (headers, status))
+        status, headers, data = s.ask("OPTIONS", "/v1/chat/completions", headers={"Origin": "http://x.example"})
+        check(status == 204 and headers["access-control-allow-origin"] == "*" and data == b"", "CORS asks first")
+        check("POST" in headers["access-control-allow-methods"] and "authorization" in headers["access-control-allow-headers"], "what")
+        check("access-control-allow-origin" in s.ask("GET", "/v1/models")[1], "every answer may be read, errors too")
+
+
+def test_usage(folder):
+    empty = os.path.join(folder, "empty")
+    open(empty, "w").close()
+    for flags, what in ((["--host", "0.0.0.0"], "--api-key-file"), (["--api-key-file", empty], "no key"), (["-c", "town.kvc"], "NAME=CACHE"),
+                        (["-c", "a=" + empty], "empty"), (["--compress-prompts", "100"], "--docs"), (["--port", "70000"], "--port"),
+                        (["--host", "no.such.host.invalid"], "--host"), (["--mem", "1K"], "--mem")):
+        p = subprocess.run([RUN, "serve", MODEL, "--port", "0", "-j", "1", *flags], stderr=subprocess.PIPE, timeout=60)
+        check(p.returncode in (1, 2) and what in p.stderr.decode(), "%s: %d %s" % (flags, p.returncode, p.stderr))
     with Server() as s:
+        p = subprocess.run([RUN, "serve", MODEL, "--port", str(s.port), "-j", "1"], stderr=subprocess.PIPE, timeout=60)
+        check(p.returncode == 1 and str(s.port) in p.stderr.decode(), "a port that is taken: %s" % p.stderr)
+    with Server("--mem", "6M") as s:
+        status, r = s.chat("Hello", n=8, max_tokens=1900)
+        check(status == 503 and "--mem" in r["error"]["message"] or status == 200, "what --mem has no room for: %s" % r)
+        check(s.chat("Hello")[0] == 200, "what it has room for")
+
+
+def main():
+    slow = []
+    with Server() as s, s.socket() as c:
+        c.sendall(GET[:20])  # and never the rest
+        slow.append(time.time())
         for test in (test_models, test_chat, test_stop, test_refused, test_completions, test_logprobs, test_tokens, test_anthropic,
                       test_connections, test_mutants):
             test(s)
+        check(read_answer(c)[0] == 408 and 9 < time.time() - slow[0], "half a request is given up")
     with tempfile.TemporaryDirectory() as folder:
         test_documents(folder)
         test_prompts(folder)
+        test_company(folder)
+        test_keys(folder)
+        test_usage(folder)
+    test_limits()
     check(s.code == 0, "SIGTERM: exit %s, %s" % (s.code, s.err))
     return end("test_serve")
 
