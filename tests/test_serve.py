@@ -556,7 +556,7 @@ def test_usage(folder):
     open(empty, "w").close()
     for flags, what in ((["--host", "0.0.0.0"], "--api-key-file"), (["--api-key-file", empty], "no key"), (["-c", "town.kvc"], "NAME=CACHE"),
                         (["-c", "a=" + empty], "empty"), (["--compress-prompts", "100"], "--docs"), (["--port", "70000"], "--port"),
-                        (["--host", "no.such.host.invalid"], "--host"), (["--mem", "1K"], "--mem")):
+                        (["--mem", "1K"], "--mem")):
         p = subprocess.run([RUN, "serve", MODEL, "--port", "0", "-j", "1", *flags], stderr=subprocess.PIPE, timeout=60)
         check(p.returncode in (1, 2) and what in p.stderr.decode(), "%s: %d %s" % (flags, p.returncode, p.stderr))
     with Server() as s:
@@ -566,6 +566,23 @@ def test_usage(folder):
         status, r = s.chat("Hello", n=8, max_tokens=1900)
         check(status == 503 and "--mem" in r["error"]["message"] or status == 200, "what --mem has no room for: %s" % r)
         check(s.chat("Hello")[0] == 200, "what it has room for")
+
+
+def test_docs(folder):
+    """The examples of docs/serve.md."""
+    with open(os.path.join(os.path.dirname(HERE), "docs", "serve.md"), encoding="utf-8") as f:
+        blocks = re.findall(r"```sh\n(.*?)```", f.read(), re.S)
+    check(len(blocks) == 6, "docs/serve.md has examples")
+    if not shutil.which("curl"):
+        return
+    with open(os.path.join(folder, "town.txt"), "w", encoding="utf-8") as f:
+        f.write(TEXT[:900])
+    with Server("--docs", os.path.join(folder, "documents")) as s:
+        for block in blocks:
+            for command in re.split(r"\n(?=curl)", block.strip()):
+                command = command.replace(":8080", ":%d" % s.port).replace("curl", "curl -f -S", 1)
+                p = subprocess.run(command, shell=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                check(p.returncode == 0 and p.stdout, "%s: %s" % (command, p.stderr))
 
 
 def main():
@@ -583,6 +600,7 @@ def main():
         test_company(folder)
         test_keys(folder)
         test_usage(folder)
+        test_docs(folder)
     test_limits()
     check(s.code == 0, "SIGTERM: exit %s, %s" % (s.code, s.err))
     return end("test_serve")
