@@ -6,6 +6,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "fixture.h"
 #include "policies/effects.h"
+#include "policies/methods.h"
 
 #include <unistd.h>
 
@@ -463,8 +464,41 @@ static void test_trial_into(void) {
     remove(into);
 }
 
-// Words after evicting against the same computed plainly: a fork that is whole says the same to the
-// bit, one that lacks pairs does not.
+// Logits [vocab_size] after one more token, in a new array.
+static float *logits_after(Fixture *f, int seq, int token) {
+    size_t bytes = f->model.config.vocab_size * sizeof(float);
+    CHECK(forward(&f->state, &f->kv, &(Row){seq, token, true}, 1, err) == 0);
+    return memcpy(malloc(bytes), f->state.logits, bytes);
+}
+
+static double divergence(const float *full, const float *x, int n) {
+    double a = 0, b = 0, sum = 0;
+    for (int i = 0; i < n; i++) a += exp(full[i]), b += exp(x[i]);
+    for (int i = 0; i < n; i++) sum += exp(full[i]) / a * (full[i] - log(a) - x[i] + log(b));
+    return sum;
+}
+
+// Mean KL of `seq` from c's words while the pieces at the two ends are repeated, token by token.
+static double plain_words(Fixture *f, const Context *c, int seq) {
+    const int at[] = {EFFECT_SPAN, c->n_ctx - EFFECT_SPAN};
+    double sum = 0;
+    for (int p = 0; p < 2; p++) {
+        Ids in = {0};
+        int full = kvcache_fork(&f->kv, c->seq, err), fork = kvcache_fork(&f->kv, seq, err);
+        CHECK(kvzip_repeat_input(c, at[p], at[p] + EFFECT_SPAN, &in) == 0);
+        for (int i = 0; i < in.n - 1; i++) {
+            float *a = logits_after(f, full, in.id[i]), *b = logits_after(f, fork, in.id[i]);
+            if (i + 1 >= in.n - EFFECT_SPAN)
+                sum += divergence(a, b, f->model.config.vocab_size) / (2 * EFFECT_SPAN);
+            free(a), free(b);
+        }
+        kvcache_drop(&f->kv, full), kvcache_drop(&f->kv, fork);
+        ids_free(&in);
+    }
+    return sum;
+}
+
+// A fork that is whole says the same to the bit, one that lacks pairs what it says plainly.
 static void test_words(Fixture *f) {
     int ids[1024], seq[2];
     double kl[2];
@@ -476,6 +510,7 @@ static void test_words(Fixture *f) {
     CHECK(kvcache_evict(&f->kv, seq[1], c.n_prefix, c.n_ctx, keep, err) == 0);
     CHECK(trial_run(&t, err) == 0);
     CHECK(kl[0] == 0 && kl[1] > 0 && t.fed > 0);
+    CHECK_NEAR(plain_words(f, &c, seq[1]), kl[1], 1e-3 * kl[1] + 1e-6);
     for (int i = 0; i < 2; i++) kvcache_drop(&f->kv, seq[i]);
     kvcache_drop(&f->kv, c.seq);
     free(keep);
