@@ -263,13 +263,18 @@ static int measure_text(Run *r, Effects *e, const Text *t, double weight, char *
     return 0;
 }
 
+// A profile of these shares alone.
+static Profile profile_of(const Run *r, const float *share) {
+    return (Profile){.n_layers = r->n_layers,
+                     .n_kv_heads = r->m->n_kv_heads,
+                     .n_ratios = N_GRID,
+                     .ratio = grid,
+                     .share = share};
+}
+
 // A fork of c evicted at the trial's ratio by KVzip's scores within these shares, or -1 with err.
 static int evict_by(const Run *r, Context *c, const float *score, const float *share, char *err) {
-    Profile p = {.n_layers = r->n_layers,
-                 .n_kv_heads = r->m->n_kv_heads,
-                 .n_ratios = N_GRID,
-                 .ratio = grid,
-                 .share = share};
+    Profile p = profile_of(r, share);
     uint8_t *keep = malloc(context_scores(c) + 1);
     int seq = keep ? kvcache_fork(c->kv, c->seq, err) : fail(err, "out of memory for selecting");
     c->profile = &p, c->level = level_find("profile");
@@ -321,11 +326,7 @@ static int judge_shares(Run *r, const float *share, char *err) {
 
 static int try_shares(Run *r, char *err) {
     Effects e = effects_groups(r->n_layers);
-    Profile p = {.n_layers = r->n_layers,
-                 .n_kv_heads = r->m->n_kv_heads,
-                 .n_ratios = N_GRID,
-                 .ratio = grid,
-                 .share = r->share};
+    Profile p = profile_of(r, r->share);
     if (!tries_shares(r)) return 0;
     float *share = malloc(N_GRID * (size_t)r->n_heads * sizeof *share);
     if (!share) return fail(err, "out of memory for the shares of %d heads", r->n_heads);
