@@ -191,20 +191,27 @@ void pages_trim(KVCache *kv) {
 
 // ---- mixing ----
 
-// to [n][cols] = H from, of which each step takes sums and differences of rows n / 2 apart and puts
-// them side by side (Pease 1968): both ends of every step lie in order. Returns the one of the two
-// that holds the result.
-static inline float *hadamard(float *to, float *from, int n, const int cols) {
-    for (int step = 1; step < n; step *= 2) {
-        for (int i = 0; i < n / 2; i++) {
-            const float *a = from + i * cols, *b = a + n / 2 * cols;
-            float *sum = to + 2 * i * cols, *difference = sum + cols;
-            for (int c = 0; c < cols; c++) sum[c] = a[c] + b[c], difference[c] = a[c] - b[c];
+// One step of to [n][cols] = H from: sums and differences of rows n / 2 apart, side by side (Pease
+// 1968), so that both ends of every step lie in order.
+static inline void hadamard_step(float *restrict to, const float *restrict from, int n,
+                                 const int cols) {
+    const float *restrict half = from + n / 2 * cols;
+    for (int i = 0; i < n / 2 * cols; i += cols) {
+        for (int c = 0; c < cols; c++) {
+            float a = from[i + c], b = half[i + c];
+            to[2 * i + c] = a + b, to[2 * i + cols + c] = a - b;
         }
-        float *done = to;
-        to = from, from = done;
     }
-    return from;
+}
+
+// H x [n][cols], in x or room: returns where.
+static inline float *hadamard(float *room, float *x, int n, const int cols) {
+    for (int step = 1; step < n; step *= 2) {
+        hadamard_step(room, x, n, cols);
+        float *done = room;
+        room = x, x = done;
+    }
+    return x;
 }
 
 static int log2_group(int head_dim) { return __builtin_ctz((unsigned)head_dim); }
@@ -224,13 +231,15 @@ static void mix_keys(float *keys, int head_dim, bool back) {
     enum { COLS = 16 };
     int m = log2_group(head_dim), group = 1 << m;
     float room[2][MAX_HEAD_DIM * COLS], scale = 1.0f / (float)(1 << (back ? m - m / 2 : m / 2));
-    for (float *x = keys; x < keys + head_dim * PAGE; x += group * PAGE) {
-        for (float *at = x; at < x + PAGE; at += COLS) {
+    for (int first = 0; first < head_dim; first += group) {
+        for (int c0 = 0; c0 < PAGE; c0 += COLS) {
+            float *at = keys + first * PAGE + c0;
             for (int i = 0; i < group; i++)
                 memcpy(room[0] + i * COLS, at + i * PAGE, COLS * sizeof *at);
-            const float *mixed = hadamard(room[1], room[0], group, COLS);
-            for (int i = 0; i < group * COLS; i++)
-                at[i / COLS * PAGE + i % COLS] = mixed[i] * scale;
+            float *mixed = hadamard(room[1], room[0], group, COLS);
+            for (int i = 0; i < group * COLS; i++) mixed[i] *= scale;
+            for (int i = 0; i < group; i++)
+                memcpy(at + i * PAGE, mixed + i * COLS, COLS * sizeof *at);
         }
     }
 }
