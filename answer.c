@@ -30,11 +30,12 @@ int reply_begin(Reply *r, const char *prefix, char *err) {
     r->stream.started = true;  // a continuation: its leading space belongs to it
     if (buffer_add(&r->text, prefix, strlen(prefix)) != 0) return fail(err, "out of memory");
     r->n_prefix = r->text.n;
-    return 0;
+    return r->schema ? form_begin(&r->form, r->schema, err) : 0;
 }
 
 void reply_free(Reply *r) {
     ids_free(&r->ids);
+    form_free(&r->form);
     free(r->text.s);
     *r = (Reply){0};
 }
@@ -71,7 +72,8 @@ static void cut_at_stop(Reply *r, size_t from) {
 
 int reply_take(const Answerer *a, Reply *r, int id, char *err) {
     char bytes[TOK_STREAM_MAX];
-    if (!r->ignore_stop && tokenizer_is_stop(a->tok, id)) {
+    if (r->schema && form_take(&r->form, id, err) != 0) return -1;
+    if ((!r->ignore_stop || r->schema) && tokenizer_is_stop(a->tok, id)) {
         r->stop_id = id;
         r->done = true;
         return reply_flush(a, r, err);
@@ -83,6 +85,7 @@ int reply_take(const Answerer *a, Reply *r, int id, char *err) {
         if (buffer_add(&r->text, bytes, (size_t)n) != 0) return fail(err, "out of memory");
         cut_at_stop(r, from);
     }
+    if (r->schema && form_is_over(&r->form)) r->done = true;
     if (r->ids.n >= r->limit && !r->done) r->done = r->cut = true;
     return r->done ? reply_flush(a, r, err) : 0;
 }
@@ -141,23 +144,27 @@ static int fill_step(Step *s, Reply *const *live, int n, int *fed, char *err) {
     return 0;
 }
 
+// Whether r takes the largest of all logits.
+static bool is_plain(const Reply *r) { return !r->schema && sampling_is_plain(r->sampling); }
+
 static void find_best(void *step, int i) {
     Step *s = step;
     int vocab = s->a->state->model->config.vocab_size;
-    if (sampling_is_plain(s->ready[i]->sampling))
+    if (is_plain(s->ready[i]))
         s->best[i] = likeliest(s->a->state->logits + (size_t)i * vocab, vocab);
 }
 
-// The token that comes next in the i-th of those that are ready.
-static int next_token(const Step *s, int i) {
+// The token that comes next in the i-th of those that are ready; -1 with err.
+static int next_token(const Step *s, int i, char *err) {
     const Reply *r = s->ready[i];
     int vocab = s->a->state->model->config.vocab_size;
-    if (sampling_is_plain(r->sampling)) return s->best[i];
+    if (is_plain(r)) return s->best[i];
     Draw d = {.logits = s->a->state->logits + (size_t)i * vocab,
               .n = vocab,
               .past = {r->prompt, r->ids.id},
               .n_past = {r->n_prompt, r->ids.n},
               .scratch = s->a->choices};
+    if (r->schema && !(d.allowed = form_allowed(&r->form, err))) return -1;
     return sampling_draw(r->sampling, &d);
 }
 
@@ -169,8 +176,9 @@ static int take_next(Step *s, char *err) {
         Reply *r = s->ready[i];
         r->done = r->cut = r->ids.n >= r->limit;  // where no token is wanted at all
         if (r->done) continue;
-        int id = next_token(s, i);
+        int id = next_token(s, i, err);
         const float *logits = a->state->logits + (size_t)i * a->state->model->config.vocab_size;
+        if (id < 0) return -1;
         if (a->drawn) a->drawn(a->drawn_arg, r, logits, id);
         if (reply_take(a, r, id, err) != 0) return -1;
     }

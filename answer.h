@@ -6,6 +6,7 @@
 // flags: between two steps the caller looks at the replies' text, at the clock or at signals.
 #ifndef ANSWER_H
 #define ANSWER_H
+#include "constrain.h"
 #include "kvcache.h"
 #include "model.h"
 #include "sampling.h"
@@ -48,6 +49,9 @@ struct Reply {
     bool ignore_stop;    // go on after stop tokens, which then are ids like others
     Sampling *sampling;  // NULL: always the likeliest token. Penalties see this prompt and answer
 
+    Schema *schema;  // the form of the answer, behind its prefix: it ends where the value is
+                     // complete, whatever ignore_stop says; NULL: any
+
     Ids ids;           // the answer's tokens so far; a stop token is not among them
     int stop_id;       // the stop token that ended it, -1: none did
     int n_fed;         // of the prompt's and then the answer's ids, how many the cache holds
@@ -55,6 +59,7 @@ struct Reply {
     Buffer text;       // the answer prefix, then what the ids print; control tokens print nothing
     size_t n_prefix;   // bytes of the answer prefix
     size_t shown;      // bytes of the text that the caller has passed on; it alone uses this
+    Form form;         // how far the answer is in its schema
     TokStream stream;  // holds bytes of an unfinished character
     double read_s, write_s;  // seconds of the steps that read the prompt, and of those after
 };
@@ -64,7 +69,8 @@ struct Reply {
 int reply_begin(Reply *r, const char *prefix, char *err);
 
 // Appends id to the answer as if it had been sampled; r is done where it says so. Ids taken before
-// the first step are read like a prompt. Returns 0, or -1 with err: no memory.
+// the first step are read like a prompt. Returns 0, or -1 with err: no memory, or r's schema does
+// not let it come.
 int reply_take(const Answerer *a, Reply *r, int id, char *err);
 
 // Adds to the text what is held of an unfinished character: for a reply that is given up. One that

@@ -205,6 +205,12 @@ static const Flag flags[] = {
      .also = ALL, .help = "taken once from the logits of tokens that came (default 0)"},
     {"--logit-bias", "ID=B,..", BIASES, AT(biases), RANGE(-100, 100), .takes = ANSWERS, .also = ALL,
      .help = "added to these tokens' logits, from -100 to 100"},
+    {"--json-object", NULL, SWITCH, AT(json_object), .takes = ANSWERS,
+     .help = "the answer is a JSON object, as long as -n does not cut it"},
+    {"--json-schema", "FILE|TEXT", TEXT, AT(json_schema), .takes = ANSWERS,
+     .help =
+         "the answer is JSON that this JSON Schema allows (docs/answers.md: which keywords); what "
+         "begins with { is the schema, else a file's name"},
     {"--seed", "S", COUNT, AT(seed), RANGE(0, INT_MAX), .takes = ANSWERS, .also = ALL,
      .help = "of the sampling: with the question's words it decides the answer (default: by the "
              "clock, shown)"},
@@ -421,6 +427,8 @@ static bool decodes(const Options *o) { return o->decode; }
 static bool merges(const Options *o) { return o->merge; }
 static bool measures_text(const Options *o) { return o->ppl != NULL; }
 static bool keeps_all_at_once(const Options *o) { return !wants_stream(o); }
+static bool has_form(const Options *o) { return o->json_object || o->json_schema; }
+static bool has_schema(const Options *o) { return o->json_schema != NULL; }
 static bool keeps_all(const Options *o) { return o->ratio >= 1 && !wants_stream(o); }
 static bool penalizes_none(const Options *o) {
     return o->repeat_penalty == 1 && o->frequency_penalty == 0 && o->presence_penalty == 0;
@@ -458,6 +466,8 @@ static const Rule rules[] = {
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
     {READING "--kv --shard --show --ppl --mem ", EVAL, merges, false, "--merge only joins results"},
     {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},
+    {"--json-object ", ANSWERS, has_schema, false, "--json-schema says what the answer is"},
+    {"--ignore-eos ", ANSWERS, has_form, true, "the answer ends where its JSON value does"},
     {"--repeat-last-n ", ANSWERS, penalizes_none, true, "there is no penalty"},
     {"--seed --top-p --top-k --min-p --temp-last ", ANSWERS, takes_likeliest, true,
      "--temp 0 takes the likeliest token"},

@@ -74,6 +74,8 @@ typedef struct {
     double min_p, repeat_penalty, frequency_penalty, presence_penalty;
     BiasList biases;
     bool temp_last;
+    const char *json_schema;
+    bool json_object;
     const char *stop[MAX_STOPS + 1];  // NULL behind the last
     bool ignore_eos, keep;
     long batch;  // 0: not given

@@ -82,6 +82,8 @@ void open_session(Session *s, const Options *o, const char *path, int max_logits
 void close_session(Session *s) {
     answer_close(&s->answerer);
     stream_close(&s->stream);
+    schema_close(s->schema);
+    pieces_close(s->pieces);
     fitting_close(&s->fitting);
     profile_close(&s->profile);
     kvcache_close(&s->kv);
@@ -96,6 +98,22 @@ int new_sequence(Session *s) {
     int seq = kvcache_new(&s->kv, err);
     if (seq < 0) die("%s", err);
     return seq;
+}
+
+// The form of --json-object or --json-schema.
+static void open_form(Session *s) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    const char *given = o->json_schema;
+    size_t n = given ? strlen(given) : 0;
+    bool is_file = given && given[strspn(given, " \t\r\n")] != '{';
+    char *text = is_file ? file_read(given, &n, err) : NULL;
+    if (is_file && !text) die("--json-schema %s: %s", given, err);
+    s->pieces = pieces_open(s->tok, s->model.config.vocab_size, err);
+    if (!s->pieces) die("%s: %s", o->args[0], err);
+    s->schema = schema_open(is_file ? text : given, n, s->pieces, err);
+    if (!s->schema) die("--json-schema%s%s: %s", is_file ? " " : "", is_file ? given : "", err);
+    free(text);
 }
 
 void open_answers(Session *s, double temp) {
@@ -116,6 +134,7 @@ void open_answers(Session *s, double temp) {
                              .n_bias = o->biases.n,
                              .temp_last = o->temp_last};
     if (sampling_check(&s->sampling, s->model.config.vocab_size, err) != 0) die("%s", err);
+    if (o->json_object || o->json_schema) open_form(s);
     if (answer_open(&s->answerer, &s->state, &s->kv, s->tok, err) != 0) die("%s", err);
 }
 

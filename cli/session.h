@@ -22,6 +22,8 @@ typedef struct {
     // answers (open_answers)
     Answerer answerer;
     Sampling sampling;  // of an answer: each question begins with these numbers (ask_random)
+    Pieces *pieces;     // with --json-object or --json-schema
+    Schema *schema;     // NULL: answers of any form
     long seed;          // --seed, or from the clock
     // how contexts are compressed (chosen_method)
     Profile profile;  // of --profile, or the model's own

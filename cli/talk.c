@@ -35,7 +35,8 @@ static Reply new_reply(Session *s, int seq, const Ids *prompt, int limit) {
                    .limit = limit,
                    .stop = s->o->stop,
                    .ignore_stop = s->o->ignore_eos,
-                   .sampling = &s->sampling};
+                   .sampling = &s->sampling,
+                   .schema = s->schema};
 }
 
 // One step of replies [n]; returns how many are not done yet.
