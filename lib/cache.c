@@ -222,6 +222,16 @@ static int read_ids(Reading *r, char *err) {
     return r->c.n_ctx > 0 ? 0 : fail(err, "the context is empty: there is nothing to read");
 }
 
+// For a name that is in no row of a table: name is that of the first row, whose size is `row`.
+static int unknown(const char *what, const char *wanted, const char *const *name, size_t row,
+                   char *err) {
+    char names[ERR_LEN] = "";
+    for (size_t n = 0; *name && n + 1 < sizeof names;
+         name = (const char *const *)((const char *)name + row))
+        n += (size_t)snprintf(names + n, sizeof names - n, " %s", *name);
+    return fail(err, "%s %s: there are%s", what, wanted, names);
+}
+
 // Who scores, and who competes with whom.
 static int choose_method(Reading *r, char *err) {
     char why[ERR_LEN];
@@ -237,8 +247,8 @@ static int choose_method(Reading *r, char *err) {
     const char *level = how->level ? how->level : default_level(policy, r->has_profile);
     const Policy *p = policy_find(policy);
     const Level *l = level_find(level);
-    if (!p) return fail(err, "policy %s: there is none of that name", policy);
-    if (!l) return fail(err, "level %s: there is none of that name", level);
+    if (!p) return unknown("policy", policy, &policies[0].name, sizeof *policies, err);
+    if (!l) return unknown("level", level, &levels[0].name, sizeof *levels, err);
     if (context_set(&r->c, p, l, how->set, why) != 0) return fail(err, "set %s: %s", how->set, why);
     return 0;
 }
