@@ -324,6 +324,21 @@ void json_put_string(FILE *f, const char *s, size_t n) {
     putc('"', f);
 }
 
+void json_put(FILE *f, const JsonNode *v) {
+    if (v->kind == JSON_NULL) fputs("null", f);
+    if (v->kind == JSON_BOOL) fputs(v->n ? "true" : "false", f);
+    if (v->kind == JSON_NUMBER) fwrite(v->text, 1, (size_t)v->n, f);
+    if (v->kind == JSON_STRING) json_put_string(f, v->text, (size_t)v->n);
+    if (v->kind != JSON_LIST && v->kind != JSON_OBJECT) return;
+    putc(v->kind == JSON_LIST ? '[' : '{', f);
+    for (const JsonNode *one = v->child; one; one = one->next) {
+        if (one != v->child) fputs(", ", f);
+        if (one->key) json_put_string(f, one->key, strlen(one->key)), fputs(": ", f);
+        json_put(f, one);
+    }
+    putc(v->kind == JSON_LIST ? ']' : '}', f);
+}
+
 static void put_number(FILE *f, double v, int digits) {
     if (isfinite(v))
         fprintf(f, "%.*g", digits, v);

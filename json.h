@@ -83,6 +83,9 @@ void json_lines_close(JsonLines *l);  // safe on a zeroed struct, and twice
 // %zu as ever. Nothing else is known.
 void json_print(FILE *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
+// A value as it was read.
+void json_put(FILE *f, const JsonNode *v);
+
 // s [n] in quotes, escaped, all that steers a terminal as well (text_steers); what is not valid
 // UTF-8 becomes U+FFFD.
 void json_put_string(FILE *f, const char *s, size_t n);

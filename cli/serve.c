@@ -149,6 +149,7 @@ int cmd_serve(const Options *o) {
     door.ready = 0;
     engine_close(&e);
     serve_close(server);
+    pieces_close(door.pieces);
     ids_free(&prefix);
     free((char *)door.id);
     free_keys(keys);

@@ -94,38 +94,6 @@ bool door_ids(Door *d, Fields *f, const char *name, const JsonNode *list, Ids *i
     return true;
 }
 
-// ---- sampling ----
-
-static void read_stops(Fields *f, const char *name, Job *job) {
-    const JsonNode *v = fields_get(f, name);
-    const JsonNode *one = !v || v->kind != JSON_LIST ? v : v->child;
-    for (int n = 0; one; one = v->kind == JSON_LIST ? one->next : NULL, n++) {
-        if (one->kind != JSON_STRING || one->n == 0 || n == ENGINE_STOPS) {
-            fields_refuse(f, 400, name, "%s must be a text or up to %d of them, none empty", name,
-                          ENGINE_STOPS);
-            return;
-        }
-        if (!(job->stop[n] = strdup(one->text))) fields_refuse(f, 503, "", "out of memory");
-    }
-}
-
-int door_choices(Door *d, Fields *f) { return (int)fields_count(f, "n", 1, d->engine->n_slots, 1); }
-
-void door_sampling(Door *d, Fields *f, const char *stop, Job *job) {
-    double temp = fields_number(f, "temperature", 0, 100, d->temp);
-    double top_p = fields_number(f, "top_p", 0, 1, d->top_p);
-    long seed = fields_count(f, "seed", -(1L << 53), 1L << 53, -1);
-    const char *document = fields_text(f, "document", NULL);
-    fields_refuse_others(f);
-    read_stops(f, stop, job);
-    if (seed < 0) seed = (long)(random_next(&d->random) >> 12);
-    for (int i = 0; i < job->n_parts; i++)
-        job->parts[i].sampling =
-            (Sampling){.temp = temp, .top_p = top_p, .random = (uint64_t)seed + (uint64_t)i};
-    job->ignore_eos = fields_bool(f, "ignore_eos", false);
-    if (document && !(job->document = strdup(document))) fields_refuse(f, 503, "", "out of memory");
-}
-
 void door_ask(Door *d, Job *job) {
     if (engine_ask(d->engine, job) == 0) return;
     serve_error(job->outlet, 503, "too many requests wait: try again", NULL, "queue_full");

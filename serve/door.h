@@ -18,6 +18,7 @@ typedef struct {
     Server *server;
     // of the network thread
     uint64_t random;  // for ids, and seeds where none is given
+    Pieces *pieces;   // for answers of a form, once one was asked for
 } Door;
 
 // ---- answers ----
@@ -42,8 +43,8 @@ void put_bytes(FILE *f, const Tokenizer *tok, int id);  // [226, 130]
 
 // ---- requests ----
 
-// temperature, top_p, seed, document, and the stop texts, which the field `stop` holds: what all
-// kinds of requests for text have in common. Fills job and its parts.
+// How tokens are drawn, response_format, document, and the stop texts, which the field `stop`
+// holds: what all kinds of requests for text have in common (settings.c). Fills job and its parts.
 void door_sampling(Door *d, Fields *f, const char *stop, Job *job);
 // How many answers to each prompt (n).
 int door_choices(Door *d, Fields *f);

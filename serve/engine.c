@@ -36,6 +36,8 @@ void job_free(Job *job) {
         free(p->scores);
     }
     for (char **stop = job->stop; *stop; stop++) free(*stop);
+    schema_close(job->schema);
+    free(job->bias);
     free(job->parts);
     free(job->document);
     free(job->door);
@@ -272,7 +274,8 @@ static Beginning begin_part(Engine *e, Part *p, int slot) {
                            .limit = min_int(job->limit, room),
                            .stop = (const char *const *)job->stop,
                            .ignore_stop = job->ignore_eos,
-                           .sampling = &p->sampling};
+                           .sampling = &p->sampling,
+                           .schema = job->schema};
         p->begun = true;
         p->began = now();
     }

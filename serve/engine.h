@@ -61,6 +61,8 @@ struct Job {
     int limit;                     // ids of an answer
     char *stop[ENGINE_STOPS + 1];  // malloc'ed; NULL behind the last
     bool ignore_eos;
+    Bias *bias;      // malloc'ed, of the parts' sampling; NULL: none
+    Schema *schema;  // the answers' form, NULL: any; closed with the job
     int n_tops;      // likelier tokens wanted beside each; -1: no logprobs at all
     bool echo;       // of the prompt's ids as well
     char *document;  // a name, malloc'ed; NULL: none

@@ -105,20 +105,13 @@ static bool is_number(const JsonNode *v, double x) {
     return v->kind == JSON_NUMBER && json_number(v) == x;
 }
 
-static bool is_type(const JsonNode *v, const char *name) {
-    const JsonNode *type = v->kind == JSON_OBJECT ? json_member(v, "type") : NULL;
-    return type && type->kind == JSON_STRING && strcmp(type->text, name) == 0;
-}
-
 static bool is_text(const JsonNode *v, const char *text) {
     return v->kind == JSON_STRING && strcmp(v->text, text) == 0;
 }
 
 // Whether a field that is not there yet says nothing but what happens without it.
 static bool is_neutral(const char *name, const JsonNode *v) {
-    if (strcmp(name, "top_k") == 0) return is_number(v, 0) || is_number(v, -1);
-    if (strcmp(name, "repeat_penalty") == 0 || strcmp(name, "best_of") == 0) return is_number(v, 1);
-    if (strcmp(name, "response_format") == 0) return is_type(v, "text");
+    if (strcmp(name, "typical_p") == 0 || strcmp(name, "best_of") == 0) return is_number(v, 1);
     if (strcmp(name, "tool_choice") == 0) return is_text(v, "none") || is_text(v, "auto");
     if (strcmp(name, "parallel_tool_calls") == 0) return true;
     return is_number(v, 0) || ((v->kind == JSON_LIST || v->kind == JSON_OBJECT) && v->n == 0) ||
@@ -126,11 +119,9 @@ static bool is_neutral(const char *name, const JsonNode *v) {
 }
 
 void fields_refuse_others(Fields *f) {
-    static const char *const others[] = {
-        "top_k",          "min_p",       "frequency_penalty", "presence_penalty",
-        "repeat_penalty", "typical_p",   "logit_bias",        "best_of",
-        "suffix",         "grammar",     "json_schema",       "response_format",
-        "tools",          "tool_choice", "functions",         "function_call"};
+    static const char *const others[] = {"typical_p",   "best_of",     "suffix",
+                                         "grammar",     "json_schema", "tools",
+                                         "tool_choice", "functions",   "function_call"};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         const JsonNode *v = fields_get(f, others[i]);
         if (v && !is_neutral(others[i], v))

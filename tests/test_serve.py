@@ -190,6 +190,12 @@ REFUSED = [  # fields, status, param
     ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, 400, "messages[1].role"),
     ({"top_logprobs": 2}, 400, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ({"document": "nowhere"}, 404, "document"), ({"document": 5}, 400, "document"),
+    ({"top_k": -2}, 400, "top_k"), ({"min_p": 2}, 400, "min_p"), ({"frequency_penalty": 3}, 400, "frequency_penalty"),
+    ({"presence_penalty": "a"}, 400, "presence_penalty"), ({"repeat_penalty": -1}, 400, "repeat_penalty"),
+    ({"logit_bias": 3}, 400, "logit_bias"), ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": [[1]]}, 400, "logit_bias"),
+    ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"), ({"response_format": {"type": "xml"}}, 400, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format"), ({"response_format": 1}, 400, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "integer", "minimum": 1}}}}, 400, "response_format"),
 ]
 
 
@@ -205,6 +211,30 @@ def test_refused(s):
     check(got == 400 and r["error"]["code"] == "context_length_exceeded", "a prompt that is too long: %s" % r)
     check(s.chat("Hello", frequency_penalty=0, response_format={"type": "text"}, logit_bias={})[0] == 200,
           "values that change nothing are taken")
+
+
+def test_settings(s):
+    """Samplers and forms are the command line's: the same seed gives the same answer, JSON is JSON, refusals name the place."""
+    how = dict(temperature=1, seed=5, max_tokens=12, top_k=3, min_p=0.05, repeat_penalty=1.3, frequency_penalty=0.5,
+               presence_penalty=0.5, repeat_last_n=20)
+    first, again = (s.chat("Hello", **how)[1]["choices"][0]["message"] for _ in range(2))
+    check(first == again, "the same seed: %s, then %s" % (first, again))
+    greedy = s.chat("Hello", logprobs=True)[1]["choices"][0]
+    check(s.chat("Hello", top_k=1, temperature=2)[1]["choices"][0]["message"] == greedy["message"], "top_k 1 is greedy")
+    id = s.post("/tokenize", {"prompt": greedy["logprobs"]["content"][0]["token"]})[1]["tokens"][0]
+    for bias in ({str(id): -100}, [[id, -100]]):
+        said = s.chat("Hello", logprobs=True, logit_bias=bias)[1]["choices"][0]["logprobs"]["content"][0]["token"]
+        check(said != greedy["logprobs"]["content"][0]["token"], "logit_bias %s: still %r" % (bias, said))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "who": {"enum": ["Ann", "Bo"]}},
+              "required": ["n", "who"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for seed in range(4):
+        got = s.chat("Hello", response_format=form, max_tokens=200, temperature=1, seed=seed)[1]["choices"][0]
+        if got["finish_reason"] == "stop":
+            value = json.loads(got["message"]["content"])
+            check(set(value) == {"n", "who"} and type(value["n"]) is int and value["who"] in ("Ann", "Bo"), "schema: %s" % value)
+    got = s.chat("Hello", response_format={"type": "json_schema", "json_schema": {"schema": {"const": [1, "a"]}}}, max_tokens=50)[1]
+    check(json.loads(got["choices"][0]["message"]["content"]) == [1, "a"], "a constant: %s" % got)
 
 
 # ---- completions and tokens ----
@@ -590,7 +620,7 @@ def main():
     with Server() as s, s.socket() as c:
         c.sendall(GET[:20])  # and never the rest
         slow.append(time.time())
-        for test in (test_models, test_chat, test_stop, test_refused, test_completions, test_logprobs, test_tokens, test_anthropic,
+        for test in (test_models, test_chat, test_stop, test_refused, test_settings, test_completions, test_logprobs, test_tokens, test_anthropic,
                       test_connections, test_mutants):
             test(s)
         check(read_answer(c)[0] == 408 and 9 < time.time() - slow[0], "half a request is given up")

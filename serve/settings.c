@@ -1,0 +1,145 @@
+// settings.c: how a request wants its answer written: sampling, form, where it ends.
+#define _POSIX_C_SOURCE 200809L
+#include <stdlib.h>
+#include <string.h>
+
+#include "serve/door.h"
+
+// ---- where it ends ----
+
+static void read_stops(Fields *f, const char *name, Job *job) {
+    const JsonNode *v = fields_get(f, name);
+    const JsonNode *one = !v || v->kind != JSON_LIST ? v : v->child;
+    for (int n = 0; one; one = v->kind == JSON_LIST ? one->next : NULL, n++) {
+        if (one->kind != JSON_STRING || one->n == 0 || n == ENGINE_STOPS) {
+            fields_refuse(f, 400, name, "%s must be a text or up to %d of them, none empty", name,
+                          ENGINE_STOPS);
+            return;
+        }
+        if (!(job->stop[n] = strdup(one->text))) fields_refuse(f, 503, "", "out of memory");
+    }
+}
+
+// ---- sampling ----
+
+// {"128": -100, ..} or, as llama.cpp has it, [[128, -100], ..].
+static void read_biases(Fields *f, Job *job, Sampling *s) {
+    const JsonNode *v = fields_get(f, "logit_bias");
+    if (!v) return;
+    bool list = v->kind == JSON_LIST;
+    if (!list && v->kind != JSON_OBJECT) {
+        fields_refuse(f, 400, "logit_bias", "logit_bias must be an object of numbers by id");
+        return;
+    }
+    if (v->n > MAX_BIASES) {
+        fields_refuse(f, 400, "logit_bias", "logit_bias has more than %d tokens", MAX_BIASES);
+        return;
+    }
+    if (!(job->bias = malloc(((size_t)v->n + 1) * sizeof *job->bias))) {
+        fields_refuse(f, 503, "", "out of memory");
+        return;
+    }
+    for (const JsonNode *one = v->child; one; one = one->next) {
+        const JsonNode *id = list && one->kind == JSON_LIST && one->n == 2 ? one->child : NULL;
+        const JsonNode *value = list ? (id ? id->next : NULL) : one;
+        char *end = NULL;
+        double x =
+            list ? (id && id->kind == JSON_NUMBER ? json_number(id) : -1) : strtod(one->key, &end);
+        if (!value || value->kind != JSON_NUMBER || !(x >= 0 && x < 1 << 30) || x != (int)x ||
+            (end && (end == one->key || *end))) {
+            fields_refuse(f, 400, "logit_bias", "logit_bias: a token's id and a number are needed");
+            return;
+        }
+        job->bias[s->n_bias++] = (Bias){(int)x, (float)json_number(value)};
+    }
+    s->bias = job->bias;
+}
+
+static Sampling read_sampling(Door *d, Fields *f, Job *job) {
+    char err[ERR_LEN];
+    long seed = fields_count(f, "seed", -(1L << 53), 1L << 53, -1);
+    if (seed < 0) seed = (long)(random_next(&d->random) >> 12);
+    long top_k = fields_count(f, "top_k", -1, 1 << 30, 0);
+    Sampling s = {.temp = fields_number(f, "temperature", 0, 100, d->temp),
+                  .top_p = fields_number(f, "top_p", 0, 1, d->top_p),
+                  .random = (uint64_t)seed,
+                  .top_k = top_k > 0 ? (int)top_k : 0,
+                  .min_p = fields_number(f, "min_p", 0, 1, 0),
+                  .last_n = (int)fields_count(f, "repeat_last_n", -1, 1 << 30, 64),
+                  .repeat_penalty = fields_number(f, "repeat_penalty", 0, 100, 1),
+                  .frequency_penalty = fields_number(f, "frequency_penalty", -2, 2, 0),
+                  .presence_penalty = fields_number(f, "presence_penalty", -2, 2, 0)};
+    read_biases(f, job, &s);
+    if (!f->status && sampling_check(&s, d->engine->model->config.vocab_size, err) != 0)
+        fields_refuse(f, 400, "logit_bias", "%s", err);
+    return s;
+}
+
+// ---- form ----
+
+// The value as JSON text, malloc'ed; NULL: no memory.
+static char *json_text(const JsonNode *v, size_t *n) {
+    Page page;
+    if (!page_open(&page)) return NULL;
+    json_put(page.f, v);
+    char *s = fclose(page.f) == 0 ? page.s : NULL;
+    if (!s) free(page.s);
+    *n = page.n;
+    return s;
+}
+
+static bool is(const JsonNode *v, const char *text) {
+    return v && v->kind == JSON_STRING && strcmp(v->text, text) == 0;
+}
+
+// schema NULL: any object.
+static void open_form(Door *d, Fields *f, const JsonNode *schema, Job *job) {
+    char err[ERR_LEN];
+    size_t n = 0;
+    char *text = schema ? json_text(schema, &n) : NULL;
+    if (!d->pieces)
+        d->pieces = pieces_open(d->engine->tok, d->engine->model->config.vocab_size, err);
+    if (schema && !text)
+        fields_refuse(f, 503, "", "out of memory");
+    else if (!d->pieces)
+        fields_refuse(f, 501, "response_format", "%s", err);
+    else if (!(job->schema = schema_open(text, n, d->pieces, err)))
+        fields_refuse(f, 400, "response_format", "response_format: %s", err);
+    free(text);
+}
+
+// {"type": "text"}, "json_object" or "json_schema", whose "json_schema" has the "schema".
+static void read_form(Door *d, Fields *f, Job *job) {
+    const JsonNode *v = fields_get(f, "response_format");
+    const JsonNode *type = v && v->kind == JSON_OBJECT ? json_member(v, "type") : NULL;
+    if (!v || is(type, "text")) return;
+    if (is(type, "json_object")) {
+        open_form(d, f, NULL, job);
+        return;
+    }
+    const JsonNode *given = is(type, "json_schema") ? json_member(v, "json_schema") : NULL;
+    const JsonNode *schema =
+        given && given->kind == JSON_OBJECT ? json_member(given, "schema") : NULL;
+    if (schema)
+        open_form(d, f, schema, job);
+    else if (is(type, "json_schema"))
+        fields_refuse(f, 400, "response_format", "response_format: json_schema.schema is missing");
+    else
+        fields_refuse(f, 400, "response_format",
+                      "response_format: type must be text, json_object or json_schema");
+}
+
+// ---- all of it ----
+
+int door_choices(Door *d, Fields *f) { return (int)fields_count(f, "n", 1, d->engine->n_slots, 1); }
+
+void door_sampling(Door *d, Fields *f, const char *stop, Job *job) {
+    const char *document = fields_text(f, "document", NULL);
+    fields_refuse_others(f);
+    Sampling s = read_sampling(d, f, job);
+    read_stops(f, stop, job);
+    if (!f->status) read_form(d, f, job);
+    for (int i = 0; i < job->n_parts; i++) job->parts[i].sampling = sampling_nth(&s, i);
+    job->ignore_eos = fields_bool(f, "ignore_eos", false);
+    if (document && !(job->document = strdup(document))) fields_refuse(f, 503, "", "out of memory");
+}
