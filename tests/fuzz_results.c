@@ -30,7 +30,8 @@ static void begin(void) {
 
 static void resume(void) {
     EvalResults r = {0};
-    EvalCell c = {.task = "t", .metric = "f1", .policy = "new", .level = "l", .kv = "f16"};
+    EvalCell c = {
+        .task = "t", .metric = "f1", .policy = "new", .level = "l", .kv = "f16", .fit = "none"};
     c.context = 1, c.ratio = c.kept = 0.5;
     bool added = false;
     if (eval_results_open(&r, first.path, err) == 0) {
