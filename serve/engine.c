@@ -97,11 +97,14 @@ size_t part_visible(const Part *p) {
     return p->reply.text.n - held_back(p);
 }
 
+static bool is_scoring(const Part *p) { return p->job->echo && p->n_scored < p->prompt.n - 1; }
+
 // What the part's sequence holds stays for requests that begin alike.
 static void keep_past(Engine *e, const Part *p, int seq) {
     Ids ids = {0};
     const Reply *r = &p->reply;
     int offset = p->prompt.n - r->n_prompt, n = offset + r->n_fed, failed = 0;
+    if (is_scoring(p)) n = p->n_scored;
     for (int i = p->n_head_skipped; i < n && !failed; i++)
         failed = ids_push(&ids, i < p->prompt.n ? p->prompt.id[i] : r->ids.id[i - p->prompt.n]);
     if (failed || ids.n == 0 || e->past.most == 0) {
@@ -175,7 +178,7 @@ static size_t promised(const Engine *e) {
     size_t n = 0;
     for (int i = 0; i < e->n_slots; i++) {
         const Part *p = e->at_work[i];
-        if (p) n += bytes_of(e, p->reply.n_prompt + p->job->limit - p->reply.n_fed);
+        if (p) n += bytes_of(e, p->reply.n_prompt + p->reply.limit - p->reply.n_fed);
     }
     return n;
 }
@@ -350,8 +353,6 @@ static void judge_one(void *arg, int i) {
     judge(j->e, j->logits + (size_t)i * vocab, j->part->prompt.id[at + 1], j->part->job->n_tops,
           &j->score[i]);
 }
-
-static bool is_scoring(const Part *p) { return p->job->echo && p->n_scored < p->prompt.n - 1; }
 
 // The next block of a prompt whose ids are judged. 0, or -1 with err.
 static int score_step(Engine *e, Part *p, char *err) {

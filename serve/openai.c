@@ -332,6 +332,16 @@ static void read_common(Door *d, Fields *f, Job *job, int n) {
     door_sampling(d, f, "stop", job);
 }
 
+// An answer is written in memory: its logprobs must not be more than a client can want.
+static void check_scores(Fields *f, const Job *job) {
+    enum { SCORES = 1 << 21 };
+    double n = 0;
+    for (int i = 0; i < job->n_parts; i++)
+        n += (job->echo ? job->parts[i].prompt.n : 0) + (double)job->limit;
+    if (job->n_tops >= 0 && n * (job->n_tops + 1) > SCORES)
+        fields_refuse(f, 400, "logprobs", "more than %d logprobs in one answer", SCORES);
+}
+
 // Answers what is wrong, or hands the job over.
 static void ask(Door *d, Fields *f, Job *job, Outlet *o) {
     if (!f->status && !job) fields_refuse(f, 503, "", "out of memory");
@@ -361,6 +371,7 @@ void openai_chat(void *arg, Http *h, Outlet *o) {
         if (n_tops > 0 && !scores)
             fields_refuse(&f, 400, "top_logprobs", "top_logprobs needs logprobs: true");
         if (scores) job->n_tops = n_tops;
+        check_scores(&f, job);
         door_messages(d, &f, NULL, job->document != NULL, &job->parts[0]);
         for (int i = 1; i < n; i++)
             if (door_copy_prompt(&job->parts[i], &job->parts[0]) != 0)
@@ -411,6 +422,7 @@ static void read_completion(Door *d, Fields *f, Job *job, const JsonNode *prompt
             if (door_copy_prompt(&job->parts[i + k], &job->parts[i]) != 0)
                 fields_refuse(f, 503, "", "out of memory");
     }
+    check_scores(f, job);
 }
 
 void openai_completions(void *arg, Http *h, Outlet *o) {

@@ -86,6 +86,8 @@ void serve_error(Outlet *o, int status, const char *message, const char *param, 
     free(text);
 }
 
+static const char no_key[] = "no key, or one that is not known";
+
 // Whether a request shows a key that is known, in a time that does not tell how much of it is
 // right.
 static bool has_key(const Server *s, const Http *h) {
@@ -153,7 +155,7 @@ static void answer(Server *s, Http *h, Outlet *o) {
         return;
     }
     if (!has_key(s, h) && strcmp(h->path, "/health") != 0) {
-        serve_error(o, 401, "no key, or one that is not known", NULL, "invalid_api_key");
+        serve_error(o, 401, no_key, NULL, "invalid_api_key");
         return;
     }
     for (const Route *r = s->o.routes; r->path; r++) {
@@ -188,6 +190,24 @@ static void begin_answer(Server *s, Connection *c, bool keep_alive) {
     if (!c->outlet) drop(s, c);
 }
 
+// A body on its way takes memory: only from who has a key, and only so much of all of them
+// together. Otherwise the request is answered now.
+static bool may_send(Server *s, Connection *c) {
+    size_t all = 0;
+    bool known = has_key(s, &c->request);
+    for (int i = 0; i < s->o.connections; i++) all += s->c[i].request.body.n;
+    if (known && all <= 4 * s->o.body_most) return true;
+    begin_answer(s, c, false);
+    if (c->fd < 0) return false;
+    if (known)
+        serve_error(c->outlet, 503, "too many bodies are on their way: try again", NULL, NULL);
+    else
+        serve_error(c->outlet, 401, no_key, NULL, "invalid_api_key");
+    free(c->request.body.s);
+    c->request.body = (Buffer){0};
+    return false;
+}
+
 // Takes what has come of the next request; answers it if it is whole.
 static void take_input(Server *s, Connection *c) {
     size_t used;
@@ -196,6 +216,7 @@ static void take_input(Server *s, Connection *c) {
     HttpState state = http_feed(&c->request, c->input, c->n_input, &used);
     c->n_input -= used;
     memmove(c->input, c->input + used, c->n_input);
+    if (state == HTTP_MORE && c->request.part != HTTP_IN_HEAD && !may_send(s, c)) return;
     if (state == HTTP_MORE && c->request.wants_continue && !waited && c->n_input == 0) {
         static const char go_on[] = "HTTP/1.1 100 Continue\r\n\r\n";
         if (send(c->fd, go_on, sizeof go_on - 1, 0) < 0) drop(s, c);
@@ -211,9 +232,13 @@ static void take_input(Server *s, Connection *c) {
     c->request.body = (Buffer){0};
 }
 
-static void read_input(Server *s, Connection *c) {
+static void read_input(Server *s, Connection *c, int events) {
     char rest[4096];
     bool full = c->n_input == INPUT;
+    if (full && events & (POLLHUP | POLLERR)) {  // it has left what it sent unread
+        drop(s, c);
+        return;
+    }
     ssize_t n = c->lingers > 0 || full ? recv(c->fd, rest, sizeof rest, full ? MSG_PEEK : 0)
                                        : recv(c->fd, c->input + c->n_input, INPUT - c->n_input, 0);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
@@ -301,7 +326,11 @@ static int make_nonblocking(int fd) {
 static void accept_one(Server *s, int listener) {
     Connection *c = free_place(s);
     int one = 1, fd = c ? accept(listener, NULL, NULL) : -1;
-    if (fd < 0) return;
+    if (fd < 0) {
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            poll(NULL, 0, 10);  // no descriptors: not at once
+        return;
+    }
     if (make_nonblocking(fd) != 0) {
         close(fd);
         return;
@@ -341,7 +370,7 @@ static void serve_once(Server *s, struct pollfd *p) {
     while (p[0].revents && read(s->wake[0], bytes, sizeof bytes) == sizeof bytes) continue;
     for (int i = 0; i < most; i++) {
         Connection *c = &s->c[i];
-        if (c->fd >= 0 && p[first + i].revents) read_input(s, c);
+        if (c->fd >= 0 && p[first + i].revents) read_input(s, c, p[first + i].revents);
         if (c->fd >= 0) take_input(s, c);
         if (c->fd >= 0) send_output(s, c);
         if (c->fd >= 0) take_input(s, c);  // what came behind the request just answered

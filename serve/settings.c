@@ -5,15 +5,17 @@
 
 #include "serve/door.h"
 
+enum { STOP_MOST = 1000 };  // bytes of a stop text
+
 // ---- where it ends ----
 
 static void read_stops(Fields *f, const char *name, Job *job) {
     const JsonNode *v = fields_get(f, name);
     const JsonNode *one = !v || v->kind != JSON_LIST ? v : v->child;
     for (int n = 0; one; one = v->kind == JSON_LIST ? one->next : NULL, n++) {
-        if (one->kind != JSON_STRING || one->n == 0 || n == ENGINE_STOPS) {
-            fields_refuse(f, 400, name, "%s must be a text or up to %d of them, none empty", name,
-                          ENGINE_STOPS);
+        if (one->kind != JSON_STRING || one->n == 0 || one->n > STOP_MOST || n == ENGINE_STOPS) {
+            fields_refuse(f, 400, name, "%s must be a text or up to %d of them, of 1 to %d bytes",
+                          name, ENGINE_STOPS, STOP_MOST);
             return;
         }
         if (!(job->stop[n] = strdup(one->text))) fields_refuse(f, 503, "", "out of memory");

@@ -575,6 +575,9 @@ def test_keys(folder):
                                 ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "Bearer sesamesesame"}, 401),
                                 ({"x-api-key": ""}, 401), ({"Authorization": "sesame"}, 401), ({"x-api-key": "# ours"}, 401)):
             check(s.get("/v1/models", headers=headers)[0] == status, "%s: %d" % (headers, status))
+        with s.socket() as c:
+            c.sendall(b"POST /v1/documents HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nabc")
+            check(read_answer(c)[0] == 401, "a body is not waited for without a key")
         status, headers, data = s.ask("OPTIONS", "/v1/chat/completions", headers={"Origin": "http://x.example"})
         check(status == 204 and headers["access-control-allow-origin"] == "*" and data == b"", "CORS asks first")
         check("POST" in headers["access-control-allow-methods"] and "authorization" in headers["access-control-allow-headers"], "what")
