@@ -66,7 +66,7 @@ tutorial: $(TUTORIAL)
 
 tests: $(TESTS:%=$(BUILD)/%) $(TUTORIAL)
 
-test: run tests
+test: run lib tests
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) sh tests/run.sh $(TESTS)
 
 # The C tests again, under the address and undefined-behaviour sanitizers.

@@ -148,6 +148,19 @@ def _text(data):
 
 # ---- work ----
 
+_starting = threading.Lock()
+
+
+def _start(thread):
+    """With the stack that attention needs, whatever `ulimit -s` says."""
+    with _starting:
+        before = threading.stack_size(8 << 20)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+
+
 class _Worker:
     """Calls the library for one model, one call at a time, and frees handles when no call is running."""
 
@@ -242,16 +255,21 @@ class _Worker:
         self.check()
         caller = threading.get_ident()
         args = make_args(PROGRESS(progress), PIECE(piece) if on_piece else PIECE())
-        threading.Thread(target=run).start()
+        _start(threading.Thread(target=run))
         try:
             wait()
         except BaseException as e:  # just before its try
             stopped.append(e)
             wait()
         self.bury()
-        if stopped:
-            raise stopped[0]
-        return outcome[0]
+        if not stopped:
+            return outcome[0]
+        error = stopped[0]
+        stopped.clear()  # which its traceback refers to
+        try:
+            raise error
+        finally:
+            del error
 
 
 class _Handle:

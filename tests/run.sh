@@ -34,9 +34,10 @@ if [ -z "${C_ONLY:-}" ]; then
     for t in test_cli test_answers test_fitted test_serve test_memory test_files test_foreign test_tasks test_tutorial; do run $t "$PYTHON" tests/$t.py; done
     if make venv PYTHON="$PYTHON" >"$BUILD/venv.out" 2>&1; then
         run test_export .venv/bin/python tests/test_export.py
+        run test_python .venv/bin/python tests/test_python.py
     else
-        echo "test_export: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
-        skipped=$((skipped + 1))
+        echo "test_export, test_python: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
+        skipped=$((skipped + 2))
     fi
     run test_docs "$PYTHON" tests/test_docs.py
 fi
