@@ -227,5 +227,5 @@ bool effects_pay(double (*kl)[2], int n) {
         sum[0] += kl[i][0], sum[1] += kl[i][1];
         less += kl[i][1] < kl[i][0];
     }
-    return sum[1] < 0.9 * sum[0] && 4 * less >= 3 * n;
+    return sum[1] < 0.75 * sum[0] && 4 * less >= 3 * n;
 }

@@ -59,6 +59,6 @@ int trial_run(Trial *t, char *err);
 int effects_add(Effects *e, Context *c, const float *score, double weight, char *err);
 
 // Whether shares pay that gave the held-out texts kl[i][1] where the others gave kl[i][0]: all
-// together a tenth less, and less in three of four texts.
+// together a quarter less, and less in three of four texts.
 bool effects_pay(double (*kl)[2], int n);
 #endif

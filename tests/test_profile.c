@@ -320,8 +320,8 @@ static void test_allocation(void) {
 }
 
 static void test_pays(void) {
-    double less[4][2] = {{1, 0.5}, {1, 0.8}, {1, 0.7}, {1, 1.1}};
-    double little[4][2] = {{1, 0.95}, {1, 0.93}, {1, 0.92}, {1, 0.94}};
+    double less[4][2] = {{1, 0.5}, {1, 0.6}, {1, 0.7}, {1, 1.1}};
+    double little[4][2] = {{1, 0.85}, {1, 0.8}, {1, 0.75}, {1, 0.8}};
     double one[4][2] = {{9, 0.5}, {1, 1.1}, {1, 1.1}, {1, 0.9}};
     CHECK(effects_pay(less, 4) && !effects_pay(little, 4) && !effects_pay(one, 4));
     CHECK(!effects_pay(less, 0));
@@ -425,7 +425,7 @@ static void test_trial(void) {
             make_hybrid(&f, silent[i]);
             CHECK(calibrate_many(&f, path, false, &r) == 0);
             CHECK(r.trial.n_texts == 2 && r.trial.used == (i < 2));
-            CHECK(i == 2 ? r.trial.kl[0] == 0 : r.trial.kl[1] < 0.9 * r.trial.kl[0]);
+            CHECK(i == 2 ? r.trial.kl[0] == 0 : r.trial.kl[1] < 0.75 * r.trial.kl[0]);
             if (!CHECK(profile_open(&p, &f.model, path, err) == 0)) printf("%s\n", err), exit(1);
             const char *said = tensors_meta(&p.file, PROFILE_LAYER_SHARES);
             CHECK((said != NULL) == (i < 2));
