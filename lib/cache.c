@@ -44,7 +44,7 @@ int store_open(Store *s, const char *kv, char *err) {
 
 kvzip_cache *cache_new(Store *s, int seq, char *err) {
     kvzip_cache *c = seq < 0 ? NULL : malloc(sizeof *c);
-    if (c) return *c = (kvzip_cache){s, seq}, c;
+    if (c) return *c = (kvzip_cache){.store = s, .seq = seq}, c;
     if (seq >= 0) {
         fail(err, "out of memory");
         kvcache_drop(&s->kv, seq);
@@ -64,15 +64,11 @@ kvzip_cache *kvzip_load(kvzip_model *m, const char *path, char *err) {
     return NULL;
 }
 
-int kvzip_save(const kvzip_cache *c, const char *path, char *err) {
-    char why[ERR_LEN];
-    if (kvfile_save(&c->store->kv, c->seq, path, &c->store->info, why) == 0) return 0;
-    return fail(err, "%s: %s", path, why);
-}
-
 kvzip_cache *kvzip_fork(const kvzip_cache *c, char *err) {
     c->store->refs++;
-    return cache_new(c->store, kvcache_fork(&c->store->kv, c->seq, err), err);
+    kvzip_cache *fork = cache_new(c->store, kvcache_fork(&c->store->kv, c->seq, err), err);
+    if (fork) fork->masked = c->masked;
+    return fork;
 }
 
 void kvzip_free(kvzip_cache *c) {
@@ -115,9 +111,28 @@ static void count_pairs(const kvzip_cache *c, kvzip_facts *f) {
     }
 }
 
+// What is known of one cache: of a mask that its caller chose no more than the share it leaves.
+static KVInfo info_of(const kvzip_cache *c) {
+    KVInfo info = c->store->info;
+    if (!c->masked) return info;
+    kvzip_facts f = {0};
+    count_pairs(c, &f);
+    info.policy = "mask";
+    info.level = info.profile = info.set = info.budget = NULL;
+    info.ratio = f.n_pairs > 0 ? (double)f.n_kept / (double)f.n_pairs : 1;
+    return info;
+}
+
+int kvzip_save(const kvzip_cache *c, const char *path, char *err) {
+    char why[ERR_LEN];
+    KVInfo info = info_of(c);
+    if (kvfile_save(&c->store->kv, c->seq, path, &info, why) == 0) return 0;
+    return fail(err, "%s: %s", path, why);
+}
+
 void kvzip_info(const kvzip_cache *c, kvzip_facts *facts) {
     const Store *s = c->store;
-    const KVInfo *info = &s->info;
+    const KVInfo known = info_of(c), *info = &known;
     *facts = (kvzip_facts){.n_prefix = info->n_prefix,
                            .n_ctx = info->n_ctx,
                            .n_tokens = s->kv.seqs[c->seq].next_pos,
@@ -143,6 +158,7 @@ int kvzip_evict(kvzip_cache *c, const uint8_t *keep, char *err) {
     KVCache *kv = &s->kv;
     int n_ctx = s->info.n_ctx, n_kv_heads = kv->shape.n_kv_heads, rc = 0;
     int n_heads = kvcache_scored_layers(&kv->shape, NULL) * n_kv_heads;
+    c->masked = true;
     for (int h = 0; h < n_heads && rc == 0; h++, keep += n_ctx) {
         KVHeadAt at = {c->seq, kvcache_scored_layer(&kv->shape, h / n_kv_heads), h % n_kv_heads};
         int len = kvcache_scored_head(kv, c->seq, h)->len;

@@ -41,6 +41,7 @@ typedef struct {
 struct kvzip_cache {
     Store *store;
     int seq;
+    bool masked;  // the caller has chosen pairs, too
 };
 
 // A store that has no KVCache yet and one user; NULL with err.

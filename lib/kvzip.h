@@ -120,7 +120,8 @@ KVZIP_API void kvzip_info(const kvzip_cache *c, kvzip_facts *facts);
 
 // kept [n_scored][n_kv_heads][n_ctx]: 0 the pair is gone, 1 it is there, 2 there with two bits.
 KVZIP_API void kvzip_kept(const kvzip_cache *c, uint8_t *kept);
-// Evicts the context's pairs with keep = 0, in the same order; those that are gone stay so.
+// Evicts the context's pairs with keep = 0, in the same order; those that are gone stay so. From
+// here on its policy is "mask". 0, or -1, and then some heads may have changed.
 KVZIP_API int kvzip_evict(kvzip_cache *c, const uint8_t *keep, char *err);
 
 // ---- answers ----

@@ -178,7 +178,7 @@ def test_numbers(folder, model):
     check(np.array_equal(again.kept, cache.kept), "ids in place of a text")
 
 
-def test_own_policy(model):
+def test_own_policy(folder, model):
     """A mask of one's own: forks keep theirs; evicting by the library's mask is what compress does."""
     full, small = model.compress(TEXT, ratio=1), model.compress(TEXT, ratio=0.3)
     fork = full.fork()
@@ -190,6 +190,11 @@ def test_own_policy(model):
     fork.evict(even)
     check(np.array_equal(fork.kept, small.kept & even), "once more: what is gone stays so")
     refused("needs a shape", fork.evict, even[:1])
+    path = os.path.join(folder, "own.kvc")
+    fork.save(path)
+    info = json.loads(run("info", path, "--json"))
+    check(info["policy"] == fork.policy == "mask" and fork.level is None, f"a file says that the mask is one's own: {info}")
+    check(np.isclose(fork.ratio, fork.n_kept / fork.n_pairs) and full.policy == "kvzip", "and what it leaves")
 
 
 # ---- errors ----
@@ -425,7 +430,7 @@ def main():
             test_caches(folder, model, "smol")
             test_answers(folder, model)
             test_numbers(folder, model)
-            test_own_policy(model)
+            test_own_policy(folder, model)
             test_errors(folder, model)
             test_callbacks(model)
             test_interrupt(model)
