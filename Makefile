@@ -206,6 +206,38 @@ models/smollm2.kvz: models/smollm2.gguf | .venv/ok
 demo: run models/smollm2.kvz models/smollm2.kvp
 	$(PYTHON) demo/demo.py models/smollm2.kvz models/smollm2.kvp
 
+# ---- installing ----
+
+# The program is installed as kvzip, for `run` says nothing in a PATH; all that it says of itself has that name. The
+# library goes with it when `make lib` has built it. DESTDIR is put before every path, for packages.
+PREFIX ?= /usr/local
+NAME = kvzip
+AT = $(DESTDIR)$(PREFIX)
+LIB_NAMES = $(notdir $(LIB))
+INSTALLED = bin/$(NAME) share/man/man1/$(NAME).1 share/$(NAME)/calibration.txt lib/$(LIB_NAMES) include/kvzip.h \
+    share/bash-completion/completions/$(NAME) share/zsh/site-functions/_$(NAME) share/fish/vendor_completions.d/$(NAME).fish
+
+install: run
+	@mkdir -p $(sort $(dir $(addprefix $(AT)/,$(filter-out lib/% include/%,$(INSTALLED)))))
+	install -m 755 run $(AT)/bin/$(NAME)
+	install -m 644 eval/calibration.txt $(AT)/share/$(NAME)/calibration.txt
+	$(AT)/bin/$(NAME) help man >$(AT)/share/man/man1/$(NAME).1
+	$(AT)/bin/$(NAME) help bash >$(AT)/share/bash-completion/completions/$(NAME)
+	$(AT)/bin/$(NAME) help zsh >$(AT)/share/zsh/site-functions/_$(NAME)
+	$(AT)/bin/$(NAME) help fish >$(AT)/share/fish/vendor_completions.d/$(NAME).fish
+	@if [ -f $(LIB) ]; then set -x; mkdir -p $(AT)/lib $(AT)/include && \
+	    install -m 755 $(LIB) $(AT)/lib/ && install -m 644 lib/kvzip.h $(AT)/include/; fi
+
+uninstall:
+	rm -f $(addprefix $(AT)/,$(INSTALLED))
+	@rmdir $(AT)/share/$(NAME) 2>/dev/null || :
+
+# All files of the last commit, in a folder of their own: what `make` needs is among them.
+VERSION ?= $(shell git describe --tags --always)
+dist:
+	@mkdir -p $(BUILD)
+	git archive --prefix=kvzip-$(VERSION)/ -o $(BUILD)/kvzip-$(VERSION).tar.gz HEAD
+
 clean:
 	rm -rf $(BUILD) run
 
@@ -229,7 +261,10 @@ help:
 	@echo "make compilers  gcc and clang at -O0 to -O3, without a warning, and the tests of what computes"
 	@echo "make trust      the long forms of mutants, fuzz, asan, tsan, valgrind, neon and lint; compilers, sizes"
 	@echo "make sizes      files of the sizes of real models, most of them holes, under the sanitizers"
+	@echo "make install    the program as kvzip, its manual page and completion (and the library, if built) to PREFIX=/usr/local"
+	@echo "make uninstall  remove them"
+	@echo "make dist       build/kvzip-VERSION.tar.gz, all files of the last commit"
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/pic/*/*.d)
-.PHONY: all lib demo tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clean help force
+.PHONY: all lib demo tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv install uninstall dist clean help force

@@ -14,12 +14,13 @@
 
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/help.h"
 #include "cli/input.h"
 #include "cli/output.h"
 
 // ---- the commands ----
 
-static const Command commands[] = {
+const Command commands[] = {
     {"generate", GENERATE, "MODEL [-p TEXT | -f FILE]", 1, 1, cmd_generate, "continue a text",
      "  run generate smollm2.kvz -p 'Once upon a time' -n 100\n"
      "  echo 'The three primary colours are' | run generate smollm2.kvz --temp 0\n"},
@@ -71,24 +72,7 @@ static const Command commands[] = {
      "what a model, a saved cache or any safetensors file holds, and where its bytes go",
      "  run info smollm2.kvz\n  run info town.kvc --json\n"},
 };
-enum { N_COMMANDS = sizeof commands / sizeof *commands };
-
-static const char usage_head[] =
-    "usage: run COMMAND ... [flags]    (run COMMAND -h explains one)\n\n";
-
-static void print_usage(FILE *f) {
-    fputs(usage_head, f);
-    for (int i = 0; i < N_COMMANDS; i++)
-        fprintf(f, "  run %-9s %s\n      %s\n", commands[i].name, commands[i].args,
-                commands[i].help);
-}
-
-// The row that name names, or NULL.
-static const Command *find_command(const char *name) {
-    for (int i = 0; i < N_COMMANDS; i++)
-        if (strcmp(name, commands[i].name) == 0) return &commands[i];
-    return NULL;
-}
+const int n_commands = sizeof commands / sizeof *commands;
 
 // ---- main ----
 
@@ -131,6 +115,7 @@ static void fill_descriptors(void) {
 }
 
 int main(int argc, char **argv) {
+    name_program(argv[0]);
     fill_descriptors();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like a full disk
     catch_cut_files();
@@ -139,10 +124,12 @@ int main(int argc, char **argv) {
         print_usage(stderr);
         return 2;
     }
-    Call c = {.command = find_command(argv[1])};
+    Call c = {.command = find_command(argv[1], strlen(argv[1]))};
     int code = 0;
     if (asks_for_help(argv[1])) {
         print_usage(stdout);
+    } else if (strcmp(argv[1], "help") == 0) {
+        print_about(argc - 2, argv + 2);
     } else if (!c.command) {
         die_usage(NULL, "unknown command '%s'", argv[1]);
     } else if (wants_help(c.command, argc - 2, argv + 2)) {

@@ -1,4 +1,4 @@
-// flags.c: the table of flags, how words become Options, and what -h prints.
+// flags.c: the table of flags, and how words become Options.
 //
 // One flag, one row. A flag that means different things to different commands has a row for each
 // meaning: that which a command's -h lists counts, else one that the command merely accepts.
@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "cli/output.h"
-#include "policies.h"
 
 // ---- the table ----
 
@@ -36,26 +35,11 @@ static const Options defaults = {.n = -1,
                                  .prompts = {{512}, 1},
                                  .batches = {{1, 4}, 2}};
 
-// In Options: bool, const char *, [MAX_STOPS] of these, long, double, double, int (which of the
-// choices), BenchList, BenchList, BiasList.
-typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, BYTES, CHOICE, LIST, COUNTS, BIASES } FlagKind;
-
-typedef struct {
-    const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
-    FlagKind kind;
-    size_t at;            // where in Options its value goes
-    double lo, hi;        // of numbers
-    const char *choices;  // of CHOICE, "full|local"
-    unsigned takes;       // commands whose -h lists it
-    unsigned also;        // others that accept it, so that one set of flags fits a whole script
-    const char *help;
-} Flag;
-
 #define AT(field) offsetof(Options, field)
 #define RANGE(from, to) .lo = (from), .hi = (to)
 #define RATIO_MIN 1e-6
 // clang-format off: a table
-static const Flag flags[] = {
+const Flag flags[] = {
     {"-p", "TEXT", TEXT, AT(prompt), .takes = READS, .help = "the text; - reads stdin"},
     {"-p", "TEXT", TEXT, AT(prompt), .takes = TOKENIZE, .help = "the text (default: stdin)"},
     {"-f", "FILE", TEXT, AT(file), .takes = READS, .help = "a file with the text; - reads stdin"},
@@ -265,6 +249,7 @@ static const Flag flags[] = {
 };
 // clang-format on
 enum { N_FLAGS = sizeof flags / sizeof *flags };
+const int n_flags = N_FLAGS;
 
 // ---- parsing ----
 
@@ -515,29 +500,6 @@ void parse_options(Options *o, const Command *c, int argc, char **argv) {
 }
 
 // ---- help ----
-
-static void help_row(const char *name, const char *help, const Param *params) {
-    out("  %-22s  %s: %s\n", "", name, help);
-    for (int i = 0; i < MAX_PARAMS && params[i].name; i++)
-        out("  %-22s    %s=%g: %s\n", "", params[i].name, params[i].value, params[i].help);
-}
-
-void print_help(const Command *c) {
-    out("usage: run %s %s [flags]\n  %s\n\nflags:\n", c->name, c->args, c->help);
-    for (int i = 0; i < N_FLAGS; i++) {
-        const Flag *f = &flags[i];
-        if (!(f->takes & c->bit)) continue;
-        char head[32];
-        snprintf(head, sizeof head, "%s %s", f->name, f->value ? f->value : "");
-        out("  %-22s%s%s%s\n", head, f->choices ? f->choices : "", f->choices ? ": " : "", f->help);
-        if (f->at == AT(policy))
-            for (const Policy *p = policies; p->name; p++) help_row(p->name, p->help, p->params);
-        if (f->at == AT(level))
-            for (const Level *l = levels; l->name; l++) help_row(l->name, l->help, l->params);
-    }
-    out("  %-22s%s\n\nexamples:\n", "-h", "this text");
-    out_bytes(c->examples, strlen(c->examples));
-}
 
 bool asks_for_help(const char *arg) { return strcmp(arg, "-h") == 0 || strcmp(arg, "--help") == 0; }
 

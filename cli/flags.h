@@ -1,10 +1,11 @@
 // flags.h: what the words after `run COMMAND` say.
 //
 // A command is one row of the table in run.c; a flag is one row of the table in flags.c, which
-// drives parsing and -h alike.
+// drives parsing, -h, the manual and completion alike (help.h).
 #ifndef FLAGS_H
 #define FLAGS_H
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "bench/bench.h"
 #include "sampling.h"
@@ -110,6 +111,24 @@ typedef struct {
     const char *examples;          // after the flags
 } Command;
 
+// In Options: bool, const char *, [MAX_STOPS] of these, long, double, double, int (which of the
+// choices), BenchList, BenchList, BiasList.
+typedef enum { SWITCH, TEXT, TEXTS, COUNT, REAL, BYTES, CHOICE, LIST, COUNTS, BIASES } FlagKind;
+
+typedef struct {
+    const char *name, *value;  // "-o", "FILE"; value NULL: it takes none
+    FlagKind kind;
+    size_t at;            // where in Options its value goes
+    double lo, hi;        // of numbers
+    const char *choices;  // of CHOICE, "full|local"
+    unsigned takes;       // commands whose -h lists it
+    unsigned also;        // others that accept it, so that one set of flags fits a whole script
+    const char *help;
+} Flag;
+
+extern const Flag flags[];  // [n_flags]
+extern const int n_flags;
+
 // Fills o from argv [argc], which begins after the command's name. What is no flag is moved to the
 // front of argv and becomes o->args. Wrong usage is the end.
 void parse_options(Options *o, const Command *c, int argc, char **argv);
@@ -119,5 +138,4 @@ bool wants_stream(const Options *o);  // whether pairs are evicted before all to
 bool asks_for_help(const char *arg);  // "-h" or "--help"
 // Whether -h is anywhere in argv [argc], unless it is the value of a flag or comes after --.
 bool wants_help(const Command *c, int argc, char **argv);
-void print_help(const Command *c);  // its arguments, its flags, examples; to stdout
 #endif

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "bench/bench.h"
 #include "cli/commands.h"
@@ -502,16 +503,29 @@ int cmd_eval(const Options *o) {
 
 // ---- calibrate ----
 
-// The sample text that ships with the program lies beside it.
+// Whether the file that folder [n] and `rest` name can be read; path [4096] is its name.
+static bool lies_in(char *path, const char *folder, size_t n, const char *rest) {
+    int len = snprintf(path, 4096, "%.*s%s", (int)n, folder, rest);
+    return len < 4096 && access(path, R_OK) == 0;
+}
+
+// The sample text that ships with the program lies beside it, or where `make install` puts it; a
+// program without a folder is one of PATH.
 static Buffer sample_text(const Options *o) {
-    const char *slash = strrchr(o->program, '/');
+    static const char beside[] = "/eval/calibration.txt",
+                      installed[] = "/../share/kvzip/calibration.txt";
+    const char *slash = strrchr(o->program, '/'), *folders = slash ? o->program : getenv("PATH");
     char path[4096];
     if (o->file) return read_all(o, o->file);
-    int n = snprintf(path, sizeof path, "%.*s/eval/calibration.txt",
-                     slash ? (int)(slash - o->program) : 1, slash ? o->program : ".");
-    if (n >= (int)sizeof path) die("%s: the path is too long", o->program);
-    not_the_same(o->out, path, "read");
-    return read_all(o, path);
+    for (const char *f = folders; f; f += *f == ':') {
+        size_t n = slash ? (size_t)(slash - f) : strcspn(f, ":");
+        if (lies_in(path, f, n, beside) || lies_in(path, f, n, installed)) {
+            not_the_same(o->out, path, "read");
+            return read_all(o, path);
+        }
+        if (slash || !*(f += n)) break;
+    }
+    die("the sample text %s is not beside the program: -f gives one", beside + 1);
 }
 
 static void trial_figures(const Options *o, const ShareTrial *t) {

@@ -16,6 +16,15 @@
 #include "tensors.h"
 #include "text.h"
 
+// ---- the program's name ----
+
+const char *program = "run";
+
+void name_program(const char *path) {
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    if (path && path[0]) program = slash ? slash + 1 : path;
+}
+
 // ---- endings ----
 
 static void on_signal(int sig) { interrupted = sig; }
@@ -45,7 +54,8 @@ static void on_cut_file(int sig, siginfo_t *info, void *context) {
         signal(sig, SIG_DFL);
         return;
     }
-    say("run: ");
+    say(program);
+    say(": ");
     say(path);
     say(": was cut while it was being read, or its disk failed\n");
     _exit(1);
@@ -60,7 +70,7 @@ void catch_cut_files(void) {
 void die(const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
-    fputs("run: ", stderr);
+    note("%s: ", program);
     text_print(stderr, fmt, ap);
     fputc('\n', stderr);
     va_end(ap);
@@ -70,9 +80,9 @@ void die(const char *fmt, ...) {
 void die_usage(const char *command, const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
-    fprintf(stderr, "run: %s%s", command ? command : "", command ? ": " : "");
+    note("%s: %s%s", program, command ? command : "", command ? ": " : "");
     text_print(stderr, fmt, ap);
-    fprintf(stderr, " (run %s%s-h shows the usage)\n", command ? command : "", command ? " " : "");
+    note(" (%s %s%s-h shows the usage)\n", program, command ? command : "", command ? " " : "");
     va_end(ap);
     exit(2);
 }
@@ -82,7 +92,7 @@ void die_memory(void) { die("out of memory"); }
 int exit_code(void) { return interrupted ? 128 + interrupted : 0; }
 
 void die_interrupted(void) {
-    fputs("run: interrupted\n", stderr);
+    note("%s: interrupted\n", program);
     exit(exit_code());
 }
 
@@ -147,7 +157,7 @@ void note(const char *fmt, ...) {
 }
 
 void warning_list(const char *fmt, va_list ap) {
-    fputs("run: warning: ", stderr);
+    note("%s: warning: ", program);
     text_print(stderr, fmt, ap);
     fputc('\n', stderr);
 }

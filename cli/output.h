@@ -11,6 +11,11 @@
 #define NORETURN __attribute__((noreturn))
 #define PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 
+// ---- the program's name ----
+
+extern const char *program;           // as it was called, without folders: "run"
+void name_program(const char *path);  // argv[0], or NULL
+
 // ---- endings ----
 
 // From here on SIGINT, SIGTERM and SIGHUP only set `interrupted` to their number. Work stops at its
@@ -21,7 +26,7 @@ void catch_signals(void);
 // sentence.
 void catch_cut_files(void);
 
-// "run: <sentence>" on stderr and exit 1.
+// "PROGRAM: <sentence>" on stderr and exit 1.
 NORETURN PRINTF(1, 2) void die(const char *fmt, ...);
 // The same for wrong usage of a command (NULL: of the program), with a hint, and exit 2.
 NORETURN PRINTF(2, 3) void die_usage(const char *command, const char *fmt, ...);
@@ -49,7 +54,7 @@ void out_flush(void);                         // or the end
 // ---- stderr ----
 
 PRINTF(1, 2) void note(const char *fmt, ...);                 // as out, but never the end
-PRINTF(1, 2) void warning(const char *fmt, ...);              // "run: warning: <sentence>"
+PRINTF(1, 2) void warning(const char *fmt, ...);              // "PROGRAM: warning: <sentence>"
 PRINTF(1, 0) void warning_list(const char *fmt, va_list ap);  // the same
 
 // ---- sizes ----
