@@ -590,9 +590,24 @@ static void test_threads(void) {
     CHECK(wrong == 0);
 }
 
+// What choose.c finds by asking the processor is what the compiler's library finds, where that
+// works.
+static void check_found(void) {
+#if defined __x86_64__ && defined __GLIBC__
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512vnni");
+    CHECK((kernels_init("avx2") == 0) == avx2);
+    CHECK((kernels_init("avx512") == 0) == avx512);
+#endif
+}
+
 int main(void) {
     static const char *const isas[] = {"scalar", "avx2", "avx2vnni", "avx512", "neon"};
     CHECK(kernels_init("mmx") == -1);
+    check_found();
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         if (kernels_init(isas[i]) != 0) continue;
         printf("test_kernels: %s\n", isas[i]);
