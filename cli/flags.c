@@ -125,6 +125,8 @@ const Flag flags[] = {
      .help = "the repeated text sees all of the context (default), or its own part"},
     {"--system", "TEXT", TEXT, AT(system), .takes = CHAT | CONTEXT | EVAL | CALIBRATE,
      .help = "system text of the chat"},
+    {"--system-file", "FILE", TEXT, AT(system_file), .takes = CHAT | CONTEXT | EVAL | CALIBRATE,
+     .help = "a file with the system text; newlines at its end do not count"},
     {"--task", "TEXT", TEXT, AT(task), .takes = CONTEXT | EVAL | CALIBRATE,
      .help = "what stands before the context instead of a request to answer briefly"},
     {"--raw", NULL, SWITCH, AT(raw), .takes = ASK | CONTEXT | EVAL | CALIBRATE,
@@ -432,8 +434,10 @@ typedef struct {
 } Rule;
 
 #define METHOD "--policy --level --set --profile "
-#define READING \
-    METHOD "--ratio --fit --stream --window --chunk --score-attn --system --task --raw --stop "
+#define READING                                                                               \
+    METHOD                                                                                    \
+        "--ratio --fit --stream --window --chunk --score-attn --system --system-file --task " \
+        "--raw --stop "
 // clang-format off: a table
 static const Rule rules[] = {
     {"--ratio ", STREAMS, has_budget, false, "--budget says already how much stays"},
@@ -446,8 +450,9 @@ static const Rule rules[] = {
     {"--fit ", COMPRESS | MAP, demotes, false,
      "--demote keeps the pairs that others would stand for"},
     {"--fit ", COMPRESS | MAP, keeps_all, true, "--ratio 1 keeps all"},
-    {"--system --task ", CONTEXT | EVAL | CALIBRATE, is_raw, false, "--raw leaves them out"},
-    {"--system --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
+    {"--system --system-file --task ", CONTEXT | EVAL | CALIBRATE, is_raw, false,
+     "--raw leaves them out"},
+    {"--system --system-file --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
     {READING "--kv --shard --show --ppl --mem ", EVAL, merges, false, "--merge only joins results"},
     {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},

@@ -50,7 +50,7 @@ typedef struct {
     const char *isa;
     const char *ppl, *chart, *shard, *profile;
     // what stands around the text
-    const char *system, *task, *answer_prefix;
+    const char *system, *system_file, *task, *answer_prefix;
     bool raw, special, bos, decode;
     bool verbose_prompt;
     long n_prefix;  // -1: not given

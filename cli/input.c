@@ -49,7 +49,19 @@ static const char *check_argument(const Options *o, const char *name, const char
     return text + text_mark(text, n);
 }
 
+// What --system-file names becomes the system text, as if the shell had put it there.
+static void read_system(Options *o) {
+    if (!o->system_file) return;
+    if (o->system) die_usage(o->command, "only one of --system and --system-file can be given");
+    if (strcmp(o->system_file, "-") == 0)
+        die_usage(o->command, "--system-file -: stdin has other work; ./- is a file");
+    Buffer b = read_all(o, o->system_file);
+    while (b.n > 0 && (b.s[b.n - 1] == '\n' || b.s[b.n - 1] == '\r')) b.s[--b.n] = '\0';
+    o->system = b.s ? b.s : "";
+}
+
 void check_arguments(Options *o) {
+    read_system(o);
     check_argument(o, "-p", o->prompt);
     o->system = check_argument(o, "--system", o->system);
     o->task = check_argument(o, "--task", o->task);
@@ -129,13 +141,13 @@ void not_the_same(const char *path, const char *other, const char *how) {
 
 void check_writable(const Options *o, const char *path) {
     char err[ERR_LEN];
-    const char *const inputs[] = {o->file, o->ids, o->cache, o->profile, o->ppl},
+    const char *const inputs[] = {o->file, o->ids, o->cache, o->profile, o->ppl, o->system_file},
                       *other = path == o->out ? o->chart : o->out;
     if (strcmp(path, "-") == 0)
         die_usage(o->command, "-: stdout is no file that can be written anew; ./- is one");
     for (int i = o->into; i < o->n_args; i++)  // into itself: the old file stays mapped
         not_the_same(path, o->args[i], "read");
-    for (int i = 0; i < 5; i++) not_the_same(path, inputs[i], "read");
+    for (int i = 0; i < 6; i++) not_the_same(path, inputs[i], "read");
     not_the_same(path, other, "also written");
     if (newfile_check(path, err) != 0) die_file(path, err);
 }

@@ -472,6 +472,20 @@ def test_paste(m):
     os.close(fd)
 
 
+def test_system_file(m, d, flags):
+    path = write(d + "/system.txt", b"\xef\xbb\xbfYou are brief.\n\n")
+    said = [works("chat", m.path, *how, *flags, input=b"What is it?\n").rows()[0]
+            for how in (["--system", "You are brief."], ["--system-file", path], ["--system", "Be long and kind."])]
+    keys = [(r["n_prompt"], r["answer"]) for r in said]
+    check(keys[0] == keys[1] != keys[2], "--system-file is --system: %s" % keys)
+    fails(2, "only one of --system and --system-file", "chat", m.path, "--system", "x", "--system-file", path)
+    fails(2, "--system-file -", "chat", m.path, "--system-file", "-")
+    fails(1, d + "/no: ", "chat", m.path, "--system-file", d + "/no")
+    fails(1, "gzip", "chat", m.path, "--system-file", write(d + "/system.gz", b"\x1f\x8b\x08\0aaaaaaaaaaaaaaaa"))
+    fails(2, "--system-file has no effect", "compress", m.path, "-p", "a", "-o", d + "/x", "--raw", "--system-file", path)
+    fails(1, "cannot be written", "compress", m.path, "-p", "a", "-o", path, "--system-file", path)
+
+
 def test_chat(m, d):
     cache = d + "/chat.kvc"
     works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
@@ -486,6 +500,7 @@ def test_chat(m, d):
     asked = works("ask", m.path, cache, "What is it?", *flags).rows()[0]["answer"]
     check(on_cache == asked, "a chat on a context begins as ask does")
     fails(2, "--system", "chat", m.path, "-c", cache, "--system", "x")
+    test_system_file(m, d, flags)
 
 
 def test_generate(m, d):
