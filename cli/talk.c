@@ -17,6 +17,7 @@
 #include "cli/input.h"
 #include "cli/lines.h"
 #include "cli/memory.h"
+#include "cli/orders.h"
 #include "cli/output.h"
 #include "cli/session.h"
 #include "json.h"
@@ -229,11 +230,12 @@ typedef struct {
     Session *s;
     Talk talk;
     Questions from;
-    int batch;      // questions answered together
-    int limit;      // tokens of an answer at most
-    bool keep;      // each question sees the ones before it
-    bool apart;     // several answers on stdout: what is not an answer's first line is indented
-    bool tolerant;  // Ctrl-C ends an answer but not the rest, even where nobody types
+    Orders *orders;  // of a chat, whose lines with a slash in front are no questions; or NULL
+    int batch;       // questions answered together
+    int limit;       // tokens of an answer at most
+    bool keep;       // each question sees the ones before it
+    bool apart;      // several answers on stdout: what is not an answer's first line is indented
+    bool tolerant;   // Ctrl-C ends an answer but not the rest, even where nobody types
 } Exchange;
 
 static void print_reply(const Exchange *x, Question *q) {
@@ -297,7 +299,10 @@ static void answer(Exchange *x, Question *q, int n) {
     for (int i = 0; i < n; i++) {
         print_reply(x, &q[i]);
         bool stays = x->keep && (r[i]->ids.n > 0 || !interrupted || s->streams);
-        kvcache_drop(&s->kv, stays ? x->talk.seq : r[i]->seq);
+        if (stays && x->orders)
+            orders_answered(x->orders, r[i]);
+        else
+            kvcache_drop(&s->kv, stays ? x->talk.seq : r[i]->seq);
         if (stays && talk_answered(&x->talk, r[i], err) != 0) die("%s", err);
         question_free(&q[i]);
     }
@@ -316,7 +321,10 @@ static int converse(Exchange *x) {
             n++;
         }
         if (n == 0) break;
-        answer(x, q, n);
+        if (x->orders && orders_take(x->orders, q[0].text))
+            question_free(&q[0]);
+        else
+            answer(x, q, n);
         asked += n;
         if (interrupted == SIGINT && tolerant) interrupted = 0;
     }
@@ -395,7 +403,12 @@ int cmd_chat(const Options *o) {
     if (n_prefix < 0) die("%s", err);
     stream_sequence(&s, x.talk.seq, n_prefix);
     lines_begin(&x.from.lines);
+    Orders orders = {.s = &s, .talk = &x.talk};
+    for (int i = 0; o->cache && i < s.info.n_ids; i++)
+        if (ids_push(&orders.held, s.info.ids[i]) != 0) die_memory();
+    x.orders = &orders;
     converse(&x);
+    orders_free(&orders);
     close_session(&s);
     return exit_code();
 }

@@ -486,6 +486,43 @@ def test_system_file(m, d, flags):
     fails(1, "cannot be written", "compress", m.path, "-p", "a", "-o", path, "--system-file", path)
 
 
+def test_orders(m, d, cache, flags):
+    """Lines of a chat that begin with a slash."""
+    def talk(*lines, how=()):
+        r = works("chat", m.path, *how, *flags, input="".join(line + "\n" for line in lines).encode())
+        return [(row["question"], row["answer"], row["n_prompt"]) for row in r.rows()], r.err
+
+    plain, _ = talk("What is it?", "And now?", "Then?")
+    undone, err = talk("What is it?", "Something else?", "/undo", "And now?", "Then?", "/stats")
+    check([row for row in undone if row[0] != "Something else?"] == plain, "/undo leaves no trace: %s" % undone)
+    check("4 questions, 24 tokens written" in err, "/stats: %r" % err)
+    twice, err = talk("/undo", "What is it?", "/undo", "/undo", "What is it?")
+    check(twice[0] == twice[1] == plain[0] and err.count("no question to take back") == 2, "/undo once: %r" % err)
+    _, err = talk("/help", "/nothing here", "/save", "/undo it", "/load " + d + "/none", "/doc " + d + "/none", "/doc -",
+                  "/save " + d + "/none/x", "/load " + m.path, "/doc " + cache)
+    check(all(name in err for name in ("/save", "/load", "/doc", "/stats", "/undo")), "/help: %r" % err)
+    lines = [line for line in err.split("\n") if line.startswith("run: /")]
+    check(len(lines) == 9 and "/nothing: here: no such order" in lines[0] and "/save: needs a FILE" in lines[1], "refused: %r" % err)
+    check([row[0].strip() for row in talk(" /etc is what?")[0]] == ["/etc is what?"], "a space before a slash")
+
+    loaded, _ = talk("/load " + cache, "What is it?", "And now?")
+    check(loaded == talk("What is it?", "And now?", how=["-c", cache])[0], "/load is -c: %s" % loaded)
+    text = write(d + "/doc.txt", "The code of Chen is 12. " * 20)
+    works("compress", m.path, "-f", text, "-o", d + "/doc.kvc")
+    asked, err = talk("Before?", "/doc " + text, "What is it?")
+    check(asked[1:] == talk("What is it?", how=["-c", d + "/doc.kvc"])[0], "/doc is compress and -c: %s" % err)
+    saved, err = talk("What is it?", "And now?", "/save " + d + "/talk.kvc", "Then?")
+    check(saved == plain, "/save changes nothing: %s" % err)
+    back = [talk("Then?", how=["-c", d + "/talk.kvc"])[0], talk("/load " + d + "/talk.kvc", "Then?")[0]]
+    check(back[0] == back[1] and len(back[0]) == 1, "a saved talk goes on: %s" % back)
+    ids = Tensors(d + "/talk.kvc")["ids"]
+    words = works("tokenize", m.path, "--decode", "-p", " ".join(map(str, ids))).text()
+    check(words.index("What is it?") < words.index("And now?") and words.endswith("user\n"), "saved ids: %r" % words)
+    for how in ["--budget", 50], ["--ratio", 0.5]:
+        _, err = talk("/undo", "/doc " + text, "Well?", how=how)
+        check(err.count("evict as tokens come") == 2, "orders and %s: %r" % (how, err))
+
+
 def test_chat(m, d):
     cache = d + "/chat.kvc"
     works("compress", m.path, "-p", "The code of Chen is 12.", "-o", cache)
@@ -501,6 +538,7 @@ def test_chat(m, d):
     check(on_cache == asked, "a chat on a context begins as ask does")
     fails(2, "--system", "chat", m.path, "-c", cache, "--system", "x")
     test_system_file(m, d, flags)
+    test_orders(m, d, cache, flags)
 
 
 def test_generate(m, d):
