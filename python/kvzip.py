@@ -215,7 +215,8 @@ class _Worker:
         events, stopped, ended, outcome = queue.SimpleQueue(), [], [], []
 
         def progress(_, what, done, total):
-            events.put((on_progress, (_text(what), done, total)))
+            if on_progress:
+                events.put((on_progress, (_text(what), done, total)))
             return len(stopped)
 
         def piece(_, i, text, n):
@@ -245,7 +246,7 @@ class _Worker:
                     if event is None:
                         return
                     callback, values = event
-                    if callback and not stopped and callback(*values) is True:
+                    if not stopped and callback(*values) is True:
                         stopped.append(Error("interrupted"))
                 except BaseException as e:
                     stopped.append(e)
