@@ -22,16 +22,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 model = kvzip.Model(path)
 with open(source, encoding="utf-8") as f:
     cache = model.compress(f.read(), ratio=ratio, policy="kvzip", scores=True)
-scores, kept = cache.scores, cache.kept  # [n_scored, n_kv_heads, n_ctx]; logarithms of attention weights, and bool
+scores, kept = cache.scores, cache.kept  # [n_scored, n_kv_heads, n_ctx]; attention weights, and bool
 print(f"{cache.n_kept} of {cache.n_pairs} pairs stay: {cache.full_bytes / 1e6:.1f} MB become {cache.bytes / 1e6:.1f} MB")
 
 # ---- the heads ----
 
 heads = scores.shape[0] * scores.shape[1]
 figure, axes = plt.subplots(3, 1, figsize=(11, 10), height_ratios=[3, 3, 2], constrained_layout=True)
-low = np.quantile(scores, 0.02)  # what is never read is far below all others
-image = axes[0].imshow(scores.reshape(heads, -1), aspect="auto", interpolation="nearest", vmin=low, cmap="viridis")
-figure.colorbar(image, ax=axes[0], label="log of the largest attention")
+shown = np.log10(np.maximum(scores, 1e-4)).reshape(heads, -1)
+image = axes[0].imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis")
+figure.colorbar(image, ax=axes[0], label="largest attention, log10")
 axes[0].set(title="scores", ylabel="head, layer by layer")
 axes[1].imshow(kept.reshape(heads, -1), aspect="auto", interpolation="nearest", cmap="Greys")
 axes[1].set(title=f"kept at {ratio:g}: black stays", ylabel="head, layer by layer")
