@@ -242,12 +242,14 @@ class _Worker:
         def wait():
             while True:
                 try:
-                    event = events.get()
+                    event = events.get(timeout=0.1)  # a signal that another thread was given is seen in between
                     if event is None:
                         return
                     callback, values = event
                     if not stopped and callback(*values) is True:
                         stopped.append(Error("interrupted"))
+                except queue.Empty:
+                    pass
                 except BaseException as e:
                     stopped.append(e)
                     if ended and events.empty():  # its last event may be lost to the exception

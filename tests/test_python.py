@@ -261,6 +261,7 @@ def test_closing(model_path):
 
 def test_interrupt(model):
     """SIGINT ends compress, ask and logits soon, and the model goes on as if they had never been."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has ignored
     before = model.compress(TEXT, scores=True)
     ids = model.tokenize(CHRONICLE)
     for work in (lambda: model.compress(CHRONICLE * 9), lambda: before.ask("Who?", limit=10**6, ignore_stop=True),
