@@ -236,6 +236,7 @@ static void test_refused(void) {
         {"{\"type\":\"object\",\"properties\":{\"a\":{\"$ref\":\"#\"}},\"required\":[\"a\"]}",
          "#: no value nests"},
         {"{\"$ref\":\"#\"}", "#: no value nests"},
+        {"{\"type\":\"array\",\"minItems\":1,\"items\":{\"$ref\":\"#\"}}", "#: no value nests"},
         {"{\"anyOf\":[{\"$ref\":\"#\"}]}", "#: no value nests"},
         {"[]", "#: not a schema"},
         {"false", "#: false allows nothing"},
