@@ -223,7 +223,7 @@ static Beginning find_base(Engine *e, Part *p, Document **doc) {
     }
     if (!p->job->document &&
         ((*doc)->ids.n != p->n_head ||
-         memcmp((*doc)->ids.id, p->prompt.id, (size_t)p->n_head * sizeof(int)))) {
+         memcmp((*doc)->ids.id, p->prompt.id, (size_t)p->n_head * sizeof(int)) != 0)) {
         *doc = NULL;  // another prompt with this hash
         return BEGUN;
     }
