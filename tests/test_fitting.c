@@ -50,8 +50,10 @@ static double logit_difference(Fixture *f, int seq, const Tensor *is) {
     CHECK(forward(&f->state, &f->kv, row, n, err) == 0);
     size_t n_logits = is->bytes / sizeof(float);
     double largest = 0;
-    for (size_t i = 0; i < n_logits; i++)
-        largest = fmax(largest, fabs(((const float *)is->data)[i]));
+    for (size_t i = 0; i < n_logits; i++) {
+        double x = fabs(((const float *)is->data)[i]);
+        if (x > largest) largest = x;
+    }
     return far(f->state.logits, is->data, n_logits) / largest;
 }
 
