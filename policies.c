@@ -334,3 +334,11 @@ long context_select(const Context *c, const float *score, double ratio, uint8_t 
     free(budget);
     return kept;
 }
+
+int context_evict(Context *c, const uint8_t *keep, bool demote, char *err) {
+    double start = now();
+    if (c->fitting && fitting_apply_whole(c->fitting, c, keep, err) != 0) return -1;
+    c->fit_s = c->fitting ? now() - start : 0;
+    return (demote ? kvcache_demote : kvcache_evict)(c->kv, c->seq, c->n_prefix, c->n_ctx, keep,
+                                                     err);
+}

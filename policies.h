@@ -29,4 +29,8 @@ int context_score(Context *c, const Policy *p, float *score, char *err);
 // keep [as score] = 1 for the pairs that stay: the share `ratio` by c's level. Returns how many, or
 // -1 with err.
 long context_select(const Context *c, const float *score, double ratio, uint8_t *keep, char *err);
+
+// Takes out of c->seq the pairs of the context that keep names not, or with demote gives them two
+// bits; those that stay are fitted before, where c->fitting is there. Returns 0, or -1 with err.
+int context_evict(Context *c, const uint8_t *keep, bool demote, char *err);
 #endif

@@ -161,7 +161,6 @@ typedef struct {
     long n_pairs, n_kept;  // of the context, in the layers that evict
     double ratio;          // n_kept / n_pairs
     size_t full, bytes;    // the cache before and after
-    double fit_s;          // seconds of fitting, where that comes after reading
     size_t peak;           // the cache at most
     size_t memory_full, memory;
 } Shrunk;
@@ -190,7 +189,7 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
 }
 
 // Evicts by the scores, which are freed before memory for new pages is needed; NULL: all stay.
-static Shrunk shrink(Session *s, const Context *c, float *score, const Progress *progress) {
+static Shrunk shrink(Session *s, Context *c, float *score, const Progress *progress) {
     char err[ERR_LEN];
     Shrunk r = {.n_pairs = (long)context_scores(c),
                 .full = kvcache_full_bytes(&s->kv, c->seq),
@@ -201,15 +200,8 @@ static Shrunk shrink(Session *s, const Context *c, float *score, const Progress 
         uint8_t *keep = allocate(r.n_pairs, 1);
         r.n_kept = context_select(c, score, s->o->ratio, keep, err);
         free(score);
-        int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
-            s->o->demote < 0 ? kvcache_evict : kvcache_demote;
-        double start = now();
-        if (r.n_kept >= 0 && c->fitting && fitting_apply_whole(c->fitting, c, keep, err) != 0)
-            r.n_kept = -1;
-        r.fit_s = c->fitting ? now() - start : 0;
+        if (r.n_kept >= 0 && context_evict(c, keep, s->o->demote >= 0, err) != 0) r.n_kept = -1;
         progress_end(progress);
-        if (r.n_kept >= 0 && evict(&s->kv, c->seq, c->n_prefix, c->n_ctx, keep, err) != 0)
-            r.n_kept = -1;
         free(keep);
     }
     shrunk(s, c, &r, err);
@@ -251,7 +243,7 @@ static void compress_figures(const Session *s, const Context *c, const Shrunk *r
                    r->ratio, r->bytes, r->full);
         json_print(stdout,
                    "'prefill_s': %g, 'score_s': %g, 'fit_s': %g, 'n_prefix': %d, 'n_kept': %ld, ",
-                   c->prefill_s, c->score_s, r->fit_s, c->n_prefix, r->n_kept);
+                   c->prefill_s, c->score_s, c->fit_s, c->n_prefix, r->n_kept);
         json_print(stdout,
                    "'n_pairs': %ld, 'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, ",
                    r->n_pairs, r->peak, r->memory_full, r->memory);
@@ -264,7 +256,7 @@ static void compress_figures(const Session *s, const Context *c, const Shrunk *r
     int n = c->n_prefix + c->n_ctx;
     note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s", c->n_prefix, c->n_ctx,
          c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
-    if (r->fit_s > 0) note(", fitted in %.2f s", r->fit_s);
+    if (c->fit_s > 0) note(", fitted in %.2f s", c->fit_s);
     note("]\n");
     note("[policy %s, level %s", how.policy, how.level);
     if (how.profile) note(", profile %s", how.profile);

@@ -126,14 +126,11 @@ typedef struct {
 } Cell;
 
 // Evicts from the context as it was read, or demotes. Returns the pairs that stay, or -1.
-static long shrink_context(Run *r, const Context *c, const Cell *cell, char *err) {
+static long shrink_context(Run *r, Context *c, const Cell *cell, char *err) {
     long kept = context_select(c, r->score, cell->c.ratio, r->keep, err);
     if (kept < 0) return -1;
-    r->fitting.kind = cell->fit;
-    if (fitting_apply_whole(&r->fitting, c, r->keep, err) != 0) return -1;
-    int (*evict)(KVCache *, int, int, int, const uint8_t *, char *) =
-        r->e->kv[cell->kv].demote ? kvcache_demote : kvcache_evict;
-    return evict(c->kv, c->seq, c->n_prefix, c->n_ctx, r->keep, err) == 0 ? kept : -1;
+    r->fitting.kind = cell->fit, c->fitting = &r->fitting;
+    return context_evict(c, r->keep, r->e->kv[cell->kv].demote, err) == 0 ? kept : -1;
 }
 
 // Reads the context and evicts meanwhile. Returns the pairs that stay, or -1.

@@ -313,10 +313,7 @@ static int evict(Reading *r, const float *score, char *err) {
     uint8_t *keep = malloc(context_scores(c) + 1);
     if (!keep) return fail(err, "out of memory for %zu pairs", context_scores(c));
     int rc = context_select(c, score, r->ratio, keep, err) < 0 ? -1 : 0;
-    if (rc == 0 && c->fitting) rc = fitting_apply_whole(c->fitting, c, keep, err);
-    if (rc == 0)
-        rc = (r->how->demote ? kvcache_demote : kvcache_evict)(c->kv, c->seq, c->n_prefix, c->n_ctx,
-                                                               keep, err);
+    if (rc == 0) rc = context_evict(c, keep, r->how->demote != 0, err);
     free(keep);
     return rc;
 }

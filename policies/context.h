@@ -86,7 +86,7 @@ struct Context {
     int (*progress)(void *arg, const char *what, long done, long total);
     void *progress_arg;
     // out: seconds; what is scored while the context is read counts as prefill
-    double prefill_s, score_s;
+    double prefill_s, score_s, fit_s;
 };
 
 // Ids per repeat pass where nothing else is said: the authors' number; half of it where the

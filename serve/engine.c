@@ -625,8 +625,8 @@ static int others_turn(void *arg, const char *what, long done, long total) {
     e->kv->scoring = scoring;
     e->kv->settling = settling;
     s->tap = before.tap, s->watch = before.watch;
-    for (int i = 0; i < e->n_slots;
-         i++)  // from here on blocks are short: scoring never sees longer
+    // From here on blocks are short: scoring never sees longer ones.
+    for (int i = 0; i < e->n_slots; i++)
         if (e->at_work[i]) s->max_rows = min_int(s->max_rows, COMPANY_ROWS);
     return *e->stop || outlet_gone(e->compressing_for->outlet);
 }
@@ -642,8 +642,7 @@ static int shrink(Engine *e, Context *k, double ratio, char *err) {
         status = scored ? context_score(k, k->policy, score, err) : context_read(k, err);
     e->kv->settling = true;
     if (status == 0 && scored && context_select(k, score, ratio, keep, err) < 0) status = -1;
-    if (status == 0 && scored)
-        status = kvcache_evict(e->kv, k->seq, k->n_prefix, k->n_ctx, keep, err);
+    if (status == 0 && scored) status = context_evict(k, keep, false, err);
     if (status == 0) status = kvcache_settle(e->kv, k->seq, err);
     free(score);
     free(keep);
