@@ -216,8 +216,7 @@ void anthropic_count(void *arg, Http *h, Outlet *o) {
     free(system);
     if (!refused(&f, o)) {
         if (page_open(&page)) json_print(page.f, "{'input_tokens': %d}\n", part.prompt.n);
-        page_send(&page, o, 200);
-        outlet_release(o);
+        page_answer(&page, o);
     }
     fields_close(&f);
     ids_free(&part.prompt);

@@ -21,8 +21,7 @@ void page_close(Page *p) {
     *p = (Page){0};
 }
 
-// Whether all of it is there.
-static bool page_whole(Page *p) {
+bool page_whole(Page *p) {
     bool ok = p->f && !ferror(p->f);
     if (p->f) ok = fclose(p->f) == 0 && ok;
     p->f = NULL;
@@ -38,6 +37,11 @@ static void send_page(Page *p, Outlet *o, int status, const char *type) {
 }
 
 void page_send(Page *p, Outlet *o, int status) { send_page(p, o, status, "application/json"); }
+
+void page_answer(Page *p, Outlet *o) {
+    page_send(p, o, 200);
+    outlet_release(o);
+}
 
 void page_send_as(Page *p, Outlet *o, const char *type) { send_page(p, o, 200, type); }
 

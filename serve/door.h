@@ -32,8 +32,10 @@ typedef struct {
 
 bool page_open(Page *p);
 void page_send(Page *p, Outlet *o, int status);           // as a whole answer; closes p, keeps o
+void page_answer(Page *p, Outlet *o);                     // the same, 200, and lets go of o
 void page_send_as(Page *p, Outlet *o, const char *type);  // the same, 200, as another type
 void page_event(Page *p, Outlet *o);  // as "data: ..", a chunk of a stream; closes p
+bool page_whole(Page *p);             // ends writing; whether all of it is there, in s [n]
 void page_close(Page *p);
 
 // ", "model": ..." and the like need no more than json_print. A token as text: what is no UTF-8 on

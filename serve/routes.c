@@ -45,8 +45,7 @@ static void get_models(void *arg, Http *h, Outlet *o) {
         put_model(page.f, d);
         fputs(name ? "\n" : "]}\n", page.f);
     }
-    page_send(&page, o, 200);
-    outlet_release(o);
+    page_answer(&page, o);
 }
 
 // ---- tokens ----
@@ -100,8 +99,7 @@ static void post_tokenize(void *arg, Http *h, Outlet *o) {
                 put_ids(page.f, &part.prompt);
             fputs("}\n", page.f);
         }
-        page_send(&page, o, 200);
-        outlet_release(o);
+        page_answer(&page, o);
     }
     fields_close(&f);
     ids_free(&part.prompt);
@@ -123,8 +121,7 @@ static void post_detokenize(void *arg, Http *h, Outlet *o) {
             fputs(", \"prompt\": ", page.f), json_put_string(page.f, text, n);
             fputs("}\n", page.f);
         }
-        page_send(&page, o, 200);
-        outlet_release(o);
+        page_answer(&page, o);
         free(text);
     }
     fields_close(&f);
@@ -157,8 +154,7 @@ static void get_tokenizer_info(void *arg, Http *h, Outlet *o) {
         json_print(page.f, ", 'pad_token': null, 'chat_template': null, 'vocab_size': %d, ", n);
         json_print(page.f, "'model_max_length': %d}\n", d->engine->most_positions);
     }
-    page_send(&page, o, 200);
-    outlet_release(o);
+    page_answer(&page, o);
     ids_free(&begin);
 }
 
@@ -183,8 +179,7 @@ static void post_template(void *arg, Http *h, Outlet *o) {
             json_put_string(page.f, text.s ? text.s : "", text.n);
             fputs("}\n", page.f);
         }
-        page_send(&page, o, 200);
-        outlet_release(o);
+        page_answer(&page, o);
         free(text.s);
     }
     fields_close(&f);
@@ -215,8 +210,7 @@ static void get_slots(void *arg, Http *h, Outlet *o) {
         }
         fputs("]\n", page.f);
     }
-    page_send(&page, o, 200);
-    outlet_release(o);
+    page_answer(&page, o);
 }
 
 static void get_props(void *arg, Http *h, Outlet *o) {
@@ -239,8 +233,7 @@ static void get_props(void *arg, Http *h, Outlet *o) {
         json_print(page.f, "'level': %s, 'cache_limit': %zu, 'connections': %d}\n",
                    e->method.level->name, e->most_bytes, serve_connections(d->server));
     }
-    page_send(&page, o, 200);
-    outlet_release(o);
+    page_answer(&page, o);
 }
 
 static void put_figure(FILE *f, const char *name, const char *type, double value) {

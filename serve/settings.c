@@ -79,17 +79,6 @@ static Sampling read_sampling(Door *d, Fields *f, Job *job) {
 
 // ---- form ----
 
-// The value as JSON text, malloc'ed; NULL: no memory.
-static char *json_text(const JsonNode *v, size_t *n) {
-    Page page;
-    if (!page_open(&page)) return NULL;
-    json_put(page.f, v);
-    char *s = fclose(page.f) == 0 ? page.s : NULL;
-    if (!s) free(page.s);
-    *n = page.n;
-    return s;
-}
-
 static bool is(const JsonNode *v, const char *text) {
     return v && v->kind == JSON_STRING && strcmp(v->text, text) == 0;
 }
@@ -97,17 +86,17 @@ static bool is(const JsonNode *v, const char *text) {
 // schema NULL: any object.
 static void open_form(Door *d, Fields *f, const JsonNode *schema, Job *job) {
     char err[ERR_LEN];
-    size_t n = 0;
-    char *text = schema ? json_text(schema, &n) : NULL;
+    Page text = {0};
+    if (schema && page_open(&text)) json_put(text.f, schema);
     if (!d->pieces)
         d->pieces = pieces_open(d->engine->tok, d->engine->model->config.vocab_size, err);
-    if (schema && !text)
+    if (schema && !page_whole(&text))
         fields_refuse(f, 503, "", "out of memory");
     else if (!d->pieces)
         fields_refuse(f, 501, "response_format", "%s", err);
-    else if (!(job->schema = schema_open(text, n, d->pieces, err)))
+    else if (!(job->schema = schema_open(text.s, text.n, d->pieces, err)))
         fields_refuse(f, 400, "response_format", "response_format: %s", err);
-    free(text);
+    page_close(&text);
 }
 
 // {"type": "text"}, "json_object" or "json_schema", whose "json_schema" has the "schema".
