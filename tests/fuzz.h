@@ -16,6 +16,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "tokenizer.h"
+
 // Ends the run where it does not hold, and says which line that is.
 #define MUST(cond) fuzz_must((cond), __FILE__, __LINE__, #cond)
 
@@ -80,6 +82,18 @@ static inline void fuzz_change(FuzzValid *v, const uint8_t *p, size_t n, bool un
         at = p[0] & 1 ? at % v->header : p[0] & 2 ? v->bytes - 1 - at % 4096 : at % v->bytes;
         v->map[at] = undo ? v->valid[at] : p[3];
     }
+}
+
+// ---- vocabularies ----
+
+// The tokenizer of tests/fixtures/FAMILY.kvz, which stays open as *file.
+static inline Tokenizer *fuzz_tokenizer(const char *family, TensorFile *file) {
+    char path[64], err[ERR_LEN];
+    snprintf(path, sizeof path, "tests/fixtures/%s.kvz", family);
+    MUST(tensors_open(file, path, err) == 0);
+    Tokenizer *tok = tokenizer_open(file, err);
+    MUST(tok != NULL);
+    return tok;
 }
 
 // ---- code that may end the program ----

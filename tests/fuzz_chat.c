@@ -15,12 +15,7 @@ static TensorFile files[FAMILIES];
 static Tokenizer *tok[FAMILIES];
 
 static void begin(void) {
-    char path[64];
-    for (int i = 0; i < FAMILIES; i++) {
-        snprintf(path, sizeof path, "tests/fixtures/%s.kvz", families[i]);
-        MUST(tensors_open(&files[i], path, err) == 0);
-        MUST((tok[i] = tokenizer_open(&files[i], err)) != NULL);
-    }
+    for (int i = 0; i < FAMILIES; i++) tok[i] = fuzz_tokenizer(families[i], &files[i]);
 }
 
 // The next text of data [n], which has a zero byte behind it; "" where there is none.

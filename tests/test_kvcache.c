@@ -1018,6 +1018,17 @@ static void check_format(const char *path, const char *want) {
     tensors_close(&f);
 }
 
+// What is known of a context of n ids, all pairs of which are there.
+static KVInfo whole_info(const KVModel *model, const int *ids, int n) {
+    return (KVInfo){.fingerprint = model->fingerprint,
+                    .model = "tiny",
+                    .policy = "kvzip",
+                    .n_ctx = n,
+                    .ratio = 1,
+                    .ids = ids,
+                    .n_ids = n};
+}
+
 // A file whose 4-bit keys are not mixed, of the second version, loads as it is and is saved again
 // byte for byte. What settles beside its pages is mixed; all of that is saved and loaded, too.
 static void test_unmixed(void) {
@@ -1031,13 +1042,7 @@ static void test_unmixed(void) {
     CHECK(kvcache_settle(&kv, seq, err) == 0);
     kv.types.k = KV_Q4;
     KVModel model = {shape, "f1f2"};
-    KVInfo got, info = {.fingerprint = model.fingerprint,
-                        .model = "tiny",
-                        .policy = "kvzip",
-                        .n_ctx = 200,
-                        .ratio = 1,
-                        .ids = ids,
-                        .n_ids = 200};
+    KVInfo got, info = whole_info(&model, ids, 200);
     float *want = snapshot(&kv, seq, &n);
     CHECK(kvfile_save(&kv, seq, file, &info, err) == 0);
     check_format(file, "kvzip.c cache 2");
@@ -1077,13 +1082,7 @@ static void test_page_classes(void) {
     append_random(&kv, seq, 200, NULL);
     CHECK(kvcache_settle(&kv, seq, err) == 0);
     KVModel model = {shape, "f1f2"};
-    KVInfo got, info = {.fingerprint = model.fingerprint,
-                        .model = "tiny",
-                        .policy = "kvzip",
-                        .n_ctx = 200,
-                        .ratio = 1,
-                        .ids = ids,
-                        .n_ids = 200};
+    KVInfo got, info = whole_info(&model, ids, 200);
     CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
     TensorFile t;
     CHECK(tensors_open(&t, path, err) == 0);
