@@ -38,7 +38,7 @@ $(BUILD)/test_%: tests/test_%.c $(BUILD)/libkvzip.a
 # For other programs (lib/kvzip.h) and for Python (python/kvzip.py): everything below cli/, eval/ and bench/, and
 # nothing that it exports but what kvzip.h declares.
 LIB = $(BUILD)/libkvzip.$(if $(filter Darwin,$(shell uname)),dylib,so)
-LIB_SOURCES = $(filter-out cli/% eval/% bench/%,$(SOURCES))
+LIB_SOURCES = $(filter-out cli/% eval/% bench/% serve/%,$(SOURCES))
 
 lib: $(LIB)
 

@@ -114,8 +114,9 @@ const Flag flags[] = {
     {"--chunk", "N", COUNT, AT(chunk), RANGE(1, INT_MAX),
      .takes = CONTEXT | BENCH | EVAL | CALIBRATE,
      .help = "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
-    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both", .takes = COMPRESS | MAP,
-     .also = SCORE, .help = "fit what stays to what all pairs gave: values, or values and biases"},
+    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both",
+     .takes = COMPRESS | MAP | SERVE, .also = SCORE,
+     .help = "fit what stays to what all pairs gave: values, or values and biases"},
     {"--fit", "WHAT,..", TEXT, AT(fits), .takes = EVAL,
      .help =
          "none (default), values, both: what stays is fitted to what all pairs gave, values, or "
@@ -434,10 +435,10 @@ typedef struct {
 } Rule;
 
 #define METHOD "--policy --level --set --profile "
-#define READING                                                                               \
-    METHOD                                                                                    \
-        "--ratio --fit --stream --window --chunk --score-attn --system --system-file --task " \
-        "--raw --stop "
+#define READING                                                                           \
+    METHOD                                                                                \
+    "--ratio --fit --stream --window --chunk --score-attn --system --system-file --task " \
+    "--raw --stop "
 // clang-format off: a table
 static const Rule rules[] = {
     {"--ratio ", STREAMS, has_budget, false, "--budget says already how much stays"},

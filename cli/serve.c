@@ -105,6 +105,7 @@ static void open_engine(Engine *e, Session *s, const Ids *prefix) {
                   .model = &s->model,
                   .method = chosen_method(s),
                   .ratio = o->ratio,
+                  .fit = (FitKind)o->fit,
                   .n_slots = (int)o->slots,
                   .n_queue = (int)o->queue,
                   .most_positions = s->model.config.seq_len,

@@ -203,11 +203,11 @@ static int check_reading(Reading *r, char *err) {
     if (how->budget < 0 || how->window < 0 || how->chunk < 0)
         return fail(err, "budget, window and chunk need whole numbers from 0");
     if (fit < 0) return fail(err, "fit %s: there are none, values and both", how->fit);
-    if (fit != FIT_NONE && (r->streams || how->demote))
-        return fail(err, "fit %s: not with stream, budget or demote", how->fit);
+    if (fit != FIT_NONE && how->demote)
+        return fail(err, "fit %s: not with demote, which keeps all pairs", how->fit);
     if (r->streams && (how->demote || how->keep_scores))
         return fail(err, "%s: not with stream or budget", how->demote ? "demote" : "scores");
-    r->fit = r->ratio < 1 ? (FitKind)fit : FIT_NONE;
+    r->fit = r->streams || r->ratio < 1 ? (FitKind)fit : FIT_NONE;
     return 0;
 }
 
@@ -305,7 +305,9 @@ static int read_streaming(Reading *r, char *err) {
     int window = r->how->window > 0 ? r->how->window : 128;
     if (stream_open(&r->stream, c, r->ratio, r->how->budget, window, err) != 0) return -1;
     c->after = stream_after, c->after_arg = &r->stream;
-    return context_read(c, err) == 0 && stream_finish(&r->stream, err) >= 0 ? 0 : -1;
+    int rc = context_read(c, err) == 0 && stream_finish(&r->stream, err) >= 0 ? 0 : -1;
+    c->kv->settling = true;
+    return rc;
 }
 
 static int evict(Reading *r, const float *score, char *err) {
@@ -320,7 +322,7 @@ static int evict(Reading *r, const float *score, char *err) {
 
 static int read_and_evict(Reading *r, char *err) {
     Context *c = &r->c;
-    c->kv->settling = !r->scored;  // exact keys are scored
+    c->kv->settling = !r->scored && !c->fitting;  // exact keys are scored, exact values fitted
     if (r->streams) return read_streaming(r, err);
     if (!r->scored) return context_read(c, err);
     float *score = malloc((context_scores(c) + 1) * sizeof *score);

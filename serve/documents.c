@@ -76,6 +76,7 @@ static int note_info(Document *doc, const KVInfo *info, char *err) {
     doc->n_prefix = info->n_prefix;
     doc->ratio = info->ratio;
     snprintf(doc->policy, sizeof doc->policy, "%s", info->policy ? info->policy : "");
+    snprintf(doc->fit, sizeof doc->fit, "%s", info->fit ? info->fit : "none");
     for (int i = 0; i < info->n_ids; i++)
         if (ids_push(&doc->ids, info->ids[i]) != 0) return fail(err, "out of memory");
     return 0;

@@ -17,7 +17,7 @@ typedef struct {
     unsigned long serial;  // no two have the same, not even one after the other
     Ids ids;               // what was read
     int n_prefix;
-    char policy[32], kv[KV_NAME];
+    char policy[32], fit[8], kv[KV_NAME];
     double ratio;
     size_t bytes, full_bytes;  // of the cache, and what it would be whole
     size_t file_bytes;         // 0: not on disk

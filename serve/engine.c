@@ -484,6 +484,7 @@ static int compress_head(Engine *e, Job *job, const Part *p, char *err) {
                   .ratio = e->ratio,
                   .policy = e->method.policy,
                   .level = e->method.level,
+                  .fit = e->fit,
                   .automatic = true};
     return engine_compress(e, job, &c, err);
 }
@@ -649,6 +650,20 @@ static int shrink(Engine *e, Context *k, double ratio, char *err) {
     return status;
 }
 
+// The same, and what stays is fitted where c says so.
+static int fit_and_shrink(Engine *e, Context *k, Compress *c, char *err) {
+    Fitting fitting;
+    if (c->ratio >= 1 || k->n_ctx == 0) c->fit = FIT_NONE;
+    if (c->fit == FIT_NONE) return shrink(e, k, c->ratio, err);
+    if (fitting_open(&fitting, c->fit, k, err) != 0) return -1;
+    k->fitting = &fitting;
+    int status = shrink(e, k, c->ratio, err);
+    e->state->watch = NULL;
+    k->fitting = NULL;
+    fitting_close(&fitting);
+    return status;
+}
+
 int engine_compress(Engine *e, Job *job, Compress *c, char *err) {
     Context k = e->method;
     if (k.policy != c->policy || k.level != c->level)
@@ -662,10 +677,10 @@ int engine_compress(Engine *e, Job *job, Compress *c, char *err) {
     if (k.seq < 0) return -1;
     int rows = e->state->max_rows;
     e->compressing = true, e->compressing_for = job;
-    int status = shrink(e, &k, c->ratio, err);
+    int status = fit_and_shrink(e, &k, c, err);
     e->state->max_rows = rows;
     e->compressing = false, e->compressing_for = NULL;
-    c->read_s = k.prefill_s, c->score_s = k.score_s;
+    c->read_s = k.prefill_s, c->score_s = k.score_s, c->fit_s = k.fit_s;
     if (status != 0) {
         kvcache_drop(e->kv, k.seq);
         return -1;
@@ -674,6 +689,7 @@ int engine_compress(Engine *e, Job *job, Compress *c, char *err) {
                    .model = e->model->name,
                    .policy = k.policy->name,
                    .level = k.level->name,
+                   .fit = c->fit == FIT_NONE ? NULL : fit_kind_name(c->fit),
                    .n_prefix = c->n_prefix,
                    .n_ctx = k.n_ctx,
                    .ratio = c->ratio,

@@ -12,6 +12,7 @@
 
 #include "answer.h"
 #include "policies.h"
+#include "policies/fitting.h"
 #include "serve/documents.h"
 #include "serve/outlet.h"
 #include "serve/past.h"
@@ -102,6 +103,7 @@ struct Engine {
     const Model *model;
     Context method;        // how documents are compressed: chosen policy, level, profile
     double ratio;          // where a document says nothing
+    FitKind fit;           // the same
     int n_slots;           // parts that decode together
     int n_queue;           // jobs that wait, at most
     int most_positions;    // of a sequence
@@ -158,8 +160,9 @@ typedef struct {
     double ratio;
     const Policy *policy;
     const Level *level;
+    FitKind fit;
     bool automatic;
-    double read_s, score_s;  // out
+    double read_s, score_s, fit_s;  // out
 } Compress;
 int engine_compress(Engine *e, Job *job, Compress *c, char *err);
 #endif

@@ -17,13 +17,14 @@ typedef struct {
     double ratio;
     const Policy *policy;
     const Level *level;
+    FitKind fit;
 } Errand;
 
 static void put_document(FILE *f, const Document *doc) {
     json_print(f, "{'object': 'document', 'name': %s, 'created': %ld, 'tokens': %d, ", doc->name,
                doc->created, doc->ids.n);
-    json_print(f, "'prefix_tokens': %d, 'ratio': %g, 'policy': %s, 'kv': %s, ", doc->n_prefix,
-               doc->ratio, doc->policy, doc->kv);
+    json_print(f, "'prefix_tokens': %d, 'ratio': %g, 'policy': %s, 'fit': %s, 'kv': %s, ",
+               doc->n_prefix, doc->ratio, doc->policy, doc->fit, doc->kv);
     json_print(f, "'bytes': %zu, 'full_bytes': %zu, 'file_bytes': %zu", doc->bytes, doc->full_bytes,
                doc->file_bytes);
     fputs(doc->automatic ? ", \"automatic\": true" : ", \"automatic\": false", f);
@@ -63,7 +64,8 @@ static void read_document(Engine *e, Job *job) {
                   .n_prefix = e->prefix->n,
                   .ratio = x->ratio,
                   .policy = x->policy,
-                  .level = x->level};
+                  .level = x->level,
+                  .fit = x->fit};
     e->docs.full = false;
     int status = engine_compress(e, job, &c, err);
     ids_free(&x->ids);
@@ -74,15 +76,15 @@ static void read_document(Engine *e, Job *job) {
     }
     if (page_open(&page)) {
         put_document(page.f, documents_find(&e->docs, x->name));
-        json_print(page.f, ", 'seconds': %g, 'read_s': %g, 'score_s': %g}\n", now() - start,
-                   c.read_s, c.score_s);
+        json_print(page.f, ", 'seconds': %g, 'read_s': %g, 'score_s': %g, 'fit_s': %g}\n",
+                   now() - start, c.read_s, c.score_s, c.fit_s);
     }
     page_send(&page, job->outlet, 200);
 }
 
 // What a request says of a new document, from its query or from its JSON.
 typedef struct {
-    const char *name, *policy, *level, *kv, *text;
+    const char *name, *policy, *level, *fit, *kv, *text;
     size_t n_text;
     double ratio;
 } Wanted;
@@ -91,6 +93,7 @@ typedef struct {
 static void prepare(const Door *d, Fields *f, const Wanted *w, Errand *x) {
     char err[ERR_LEN], kv[KV_NAME];
     const Engine *e = d->engine;
+    int fit = w->fit ? fit_kind(w->fit) : (int)e->fit;
     size_t mark = text_mark(w->text, w->n_text);
     x->policy = w->policy ? policy_find(w->policy) : e->method.policy;
     x->level = w->level ? level_find(w->level) : e->method.level;
@@ -104,6 +107,8 @@ static void prepare(const Door *d, Fields *f, const Wanted *w, Errand *x) {
         fields_refuse(f, 400, "ratio", "ratio must be above 0 and at most 1");
     if (!x->policy) fields_refuse(f, 400, "policy", "there is no policy %.40s", w->policy);
     if (!x->level) fields_refuse(f, 400, "level", "there is no level %.40s", w->level);
+    if (fit < 0) fields_refuse(f, 400, "fit", "fit %.40s: there are none, values and both", w->fit);
+    x->fit = (FitKind)max_int(fit, 0);
     if (w->kv && strcmp(w->kv, kv) != 0)
         fields_refuse(f, 400, "kv", "kv: this server keeps %s: start it with --kv %.20s", kv,
                       w->kv);
@@ -128,13 +133,14 @@ static void prepare(const Door *d, Fields *f, const Wanted *w, Errand *x) {
 // POST /v1/documents?name=town&ratio=0.3, the body being the text.
 static void prepare_text(const Door *d, Fields *f, Http *h, char *name, Errand *x) {
     char *ratio = http_query(h, "ratio"), *policy = http_query(h, "policy");
-    char *level = http_query(h, "level"), *kv = http_query(h, "kv");
-    Wanted w = {.name = name, .policy = policy, .level = level, .kv = kv, .text = h->body.s};
+    char *level = http_query(h, "level"), *fit = http_query(h, "fit"), *kv = http_query(h, "kv");
+    Wanted w = {
+        .name = name, .policy = policy, .level = level, .fit = fit, .kv = kv, .text = h->body.s};
     w.n_text = h->body.n;
     w.ratio = ratio ? number_read(ratio, strlen(ratio)) : d->engine->ratio;
     if (!w.text) w.text = "";
     prepare(d, f, &w, x);
-    free(ratio), free(policy), free(level), free(kv);
+    free(ratio), free(policy), free(level), free(fit), free(kv);
 }
 
 static void prepare_json(const Door *d, Fields *f, Http *h, Errand *x) {
@@ -142,7 +148,7 @@ static void prepare_json(const Door *d, Fields *f, Http *h, Errand *x) {
     fields_open(f, h);
     w.name = fields_text(f, "name", NULL);
     w.policy = fields_text(f, "policy", NULL), w.level = fields_text(f, "level", NULL);
-    w.kv = fields_text(f, "kv", NULL);
+    w.fit = fields_text(f, "fit", NULL), w.kv = fields_text(f, "kv", NULL);
     w.text = fields_text(f, "text", "");
     w.n_text = strlen(w.text);
     w.ratio = fields_number(f, "ratio", 0, 1, d->engine->ratio);

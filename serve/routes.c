@@ -230,8 +230,9 @@ static void get_props(void *arg, Http *h, Outlet *o) {
         json_print(page.f, "'chat_template': %s, 'kv': %s, 'ratio': %g, 'policy': %s, ",
                    tokenizer_chat(e->tok)->present ? "built in" : "",
                    kvcache_types_name(e->kv->types, kv), e->ratio, e->method.policy->name);
-        json_print(page.f, "'level': %s, 'cache_limit': %zu, 'connections': %d}\n",
-                   e->method.level->name, e->most_bytes, serve_connections(d->server));
+        json_print(page.f, "'level': %s, 'fit': %s, 'cache_limit': %zu, 'connections': %d}\n",
+                   e->method.level->name, fit_kind_name(e->fit), e->most_bytes,
+                   serve_connections(d->server));
     }
     page_answer(&page, o);
 }

@@ -83,6 +83,8 @@ WAYS = [  # flags, and what they are in Python
     ("--kv q8/q4 --score-attn local --chunk 60", dict(kv="q8/q4", local=True, chunk=60)),
     ("--demote q2", dict(demote=True)),
     ("--fit both", dict(fit="both")),
+    ("--fit both --stream --window 32", dict(fit="both", stream=True, window=32)),
+    ("--fit values --budget 40 --window 32", dict(fit="values", budget=40, window=32)),
     ("--budget 40 --window 32 --kv f32", dict(budget=40, window=32, kv="f32")),
     ("--raw --ratio 1", dict(raw=True, ratio=1)),
     ("--system|Be brief.|--task|Read:|--level|head|--ref-ties", dict(system="Be brief.", task="Read:", level="head",
@@ -214,7 +216,7 @@ def test_errors(folder, model):
     for words, how in [("there are kvzip kvzip+", dict(policy="x")), ("there are pair layer", dict(level="x")),
                        ("no parameter", dict(set="x=1")), ("kv x: needs", dict(kv="x")), ("fit x", dict(fit="x")),
                        ("whole numbers from 0", dict(budget=-1)), ("beyond 32 bits", dict(chunk=2**40)),
-                       ("looks back", dict(policy="kvzip", stream=True)), ("not with", dict(fit="both", stream=True)),
+                       ("looks back", dict(policy="kvzip", stream=True)), ("not with", dict(fit="both", demote=True)),
                        ("cannot open", dict(profile="/nowhere"))]:
         refused(words, model.compress, TEXT, **how)
     refused("zero byte", model.compress, "a\0b")

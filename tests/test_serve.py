@@ -436,7 +436,16 @@ def test_documents(folder):
         status, doc = s.post("/v1/documents?name=town&ratio=0.4", TEXT[:900])
         check(status == 200 and doc["name"] == "town" and doc["tokens"] == cached, "a document is read: %s" % doc)
         check(0 < doc["bytes"] < doc["full_bytes"] and doc["seconds"] > 0 and doc["ratio"] == 0.4, "and compressed")
-        check(os.listdir(docs) == ["town.kvc"], "and saved")
+        check(os.listdir(docs) == ["town.kvc"] and doc["fit"] == "none", "and saved")
+        fitted = os.path.join(folder, "fitted.kvc")
+        subprocess.run([RUN, "compress", MODEL, "-f", town, "-o", fitted, "--ratio", "0.4", "--fit", "both", "-q", "-j", "1"], check=True)
+        status, doc = s.post("/v1/documents?name=fitted&ratio=0.4&fit=both", TEXT[:900])
+        check(status == 200 and doc["fit"] == "both" and doc["fit_s"] > 0, "a document is fitted: %s" % doc)
+        same = subprocess.run(["cmp", fitted, os.path.join(docs, "fitted.kvc")], stdout=subprocess.DEVNULL).returncode == 0
+        check(same, "to the bytes of run compress --fit both")
+        status, error = s.post("/v1/documents?name=fitted&fit=much", TEXT[:900])
+        check(status == 400 and error["error"]["param"] == "fit", "or refused by name: %s" % error)
+        check(s.ask("DELETE", "/v1/documents/fitted")[0] == 200, "and deleted")
         check(ask_document(s, "town") == (text, cached, prompt), "it answers as the one of the command line")
         check(prompt > cached > 100, "the document's tokens are cached")
         chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
