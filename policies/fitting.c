@@ -29,10 +29,16 @@ int fit_kind(const char *name) {
 
 const char *fit_kind_name(FitKind kind) { return kind_names[kind]; }
 
+// How many of n positions heads are fitted to where n_kept of n_pairs stay.
+static int positions_of(int n, long n_kept, long n_pairs) {
+    return n_kept * FIT_FEW > n_pairs ? (n + 1) / 2 : n;
+}
+
 size_t fitting_bytes(const KVShape *shape, int n, int kept, int threads) {
     size_t d = (size_t)shape->head_dim, group = (size_t)(shape->n_heads / shape->n_kv_heads);
     size_t heads = (size_t)kvcache_scored_layers(shape, NULL) * (size_t)shape->n_heads;
-    size_t rows = group * FIT_POSITIONS, pairs = (size_t)n, stay = (size_t)kept;
+    size_t rows = group * (size_t)positions_of(FIT_POSITIONS, kept, n);
+    size_t pairs = (size_t)n, stay = (size_t)kept;
     size_t size = rows < stay ? rows : stay;
     size_t head = 3 * pairs * d + 2 * rows * d + 3 * rows * stay + size * (size + 64) +
                   pairs * 64;  // of fit_head
@@ -181,6 +187,7 @@ typedef struct {
     const Fitting *f;
     const Context *c;
     const FitChoice *choice;
+    int positions;    // of f that are used
     atomic_int next;  // head that nobody has begun
     int end;          // the last one of this round, and one
     Desk *desk;       // [threads]
@@ -191,8 +198,9 @@ static int pairs_of(const Context *c, int h) {
     return head->len - head->dropped;
 }
 
-// The queries of kv head h, of all heads of its group, as f32 times the scale: q [group * n][d].
-static void gather_queries(const Apply *a, Desk *desk, int h) {
+// The queries of kv head h, of all heads of its group, at n positions, as f32 times the scale: q
+// [group * n][d].
+static void gather_queries(const Apply *a, Desk *desk, int h, int n) {
     const Fitting *f = a->f;
     const Context *c = a->c;
     const Model *m = c->state->model;
@@ -203,23 +211,27 @@ static void gather_queries(const Apply *a, Desk *desk, int h) {
     for (int i = 0; i < SPREAD && !f->repeats; i++)
         model_rope(m, layer, c->n_prefix + c->n_ctx + i, desk->rope + (size_t)i * d);
     for (int i = 0; i < group; i++) {
-        float *to = desk->q + (size_t)i * f->n * d;
-        kern.f16_to_f32(to, f->q + (first + i) * FIT_POSITIONS * d, (size_t)f->n * d);
-        for (int slot = 0; slot < f->n && !f->repeats; slot++)
-            model_rotate(m, to + (size_t)slot * d, desk->rope + (size_t)(37 * slot % SPREAD) * d);
-        kern.scale(to, shape->scale, f->n * d);
-        memcpy(desk->own + (size_t)i * f->n, f->own + (first + i) * FIT_POSITIONS,
-               (size_t)f->n * sizeof *f->own);
+        for (int j = 0; j < n; j++) {
+            float *to = desk->q + ((size_t)i * n + j) * d;
+            int slot = (int)((long)j * f->n / n);
+            size_t from = (first + i) * FIT_POSITIONS + slot;
+            kern.f16_to_f32(to, f->q + from * d, (size_t)d);
+            if (!f->repeats) model_rotate(m, to, desk->rope + (size_t)(37 * slot % SPREAD) * d);
+            kern.scale(to, shape->scale, d);
+            desk->own[(size_t)i * n + j] = f->own[from];
+        }
     }
 }
 
-// The pairs of head h that stay, of n_pairs. Returns how many.
+// The pairs of head h that stay, of n_pairs; kept NULL: only counted. Returns how many.
 static int list_kept(const Apply *a, int h, int n_pairs, int *kept) {
     const FitChoice *choice = &a->choice[h];
     int n = 0;
     for (int t = 0; t < n_pairs; t++) {
         int i = t - a->c->n_prefix;
-        if (i < 0 || i >= choice->n || choice->keep[i]) kept[n++] = t;
+        if (i >= 0 && i < choice->n && !choice->keep[i]) continue;
+        if (kept) kept[n] = t;
+        n++;
     }
     return n;
 }
@@ -237,7 +249,7 @@ static void fit_one(const Apply *a, Desk *desk, int h) {
     for (int b = 0; b * PAGE < n_pairs; b++)
         kvcache_block(kv, at, b, desk->k + b * block, desk->v + b * block);
     for (int t = 0; t < n_pairs; t++) desk->was[t] = kvcache_bias(kv, at, t);
-    gather_queries(a, desk, h);
+    gather_queries(a, desk, h, a->positions);
     FitHead fit = {.head_dim = shape->head_dim,
                    .n_pairs = n_pairs,
                    .k = desk->k,
@@ -245,7 +257,7 @@ static void fit_one(const Apply *a, Desk *desk, int h) {
                    .was = desk->was,
                    .n_kept = n,
                    .kept = desk->kept,
-                   .n_rows = f->n * (shape->n_heads / shape->n_kv_heads),
+                   .n_rows = a->positions * (shape->n_heads / shape->n_kv_heads),
                    .q = desk->q,
                    .softcap = shape->softcap,
                    .own = f->repeats ? desk->own : NULL,
@@ -308,8 +320,14 @@ int fitting_apply(const Fitting *f, const Context *c, const FitChoice *choice, c
     int threads = pool_threads(c->state->pool), status = 0, most = 0;
     if (f->kind == FIT_NONE) return 0;
     if (kvcache_own(c->kv, c->seq, err) != 0) return -1;
-    for (int h = 0; h < context_heads(c); h++) most = max_int(most, pairs_of(c, h));
     Apply a = {.f = f, .c = c, .choice = choice, .desk = calloc((size_t)threads, sizeof(Desk))};
+    long n_kept = 0, n_pairs = 0;
+    for (int h = 0; h < context_heads(c); h++) {
+        int n = pairs_of(c, h);
+        most = max_int(most, n);
+        n_kept += list_kept(&a, h, n, NULL), n_pairs += n;
+    }
+    a.positions = positions_of(f->n, n_kept, n_pairs);
     for (int i = 0; i < threads && status == 0; i++)
         status = a.desk ? desk_open(&a.desk[i], f, c, most) : -1;
     if (status != 0)

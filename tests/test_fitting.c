@@ -13,9 +13,13 @@ static const double LOGITS = 1e-4, BIASES = 1e-3;
 typedef struct {
     const char *name, *policy;
     int times;  // the context, repeated
+    int every;  // of what stays one in so many
 } Case;
 
-static const Case cases[] = {{"read", "knorm", 1}, {"long", "knorm", 4}, {"repeat", "kvzip", 1}};
+static const Case cases[] = {{"read", "knorm", 1, 1},
+                             {"long", "knorm", 4, 1},
+                             {"few", "knorm", 4, 3},
+                             {"repeat", "kvzip", 1, 1}};
 
 static const Tensor *stored(const TensorFile *fits, const char *a, const char *b) {
     char name[64];
@@ -57,6 +61,13 @@ static double logit_difference(Fixture *f, int seq, const Tensor *is) {
     return far(f->state.logits, is->data, n_logits) / largest;
 }
 
+// Of what stays in each row one in `every`.
+static void thin_out(uint8_t *keep, int rows, int n, int every) {
+    for (int h = 0; h < rows; h++)
+        for (int i = 0, k = 0; i < n; i++)
+            if (keep[h * n + i]) keep[h * n + i] = k++ % every == 0;
+}
+
 static void test_case(Fixture *f, const TensorFile *fits, const Case *t, FitKind kind) {
     int ids[1024];
     Context c = fixture_context(f, ids, 64);
@@ -69,6 +80,7 @@ static void test_case(Fixture *f, const TensorFile *fits, const Case *t, FitKind
     for (int i = 0; i < heads * t->times; i++)
         memcpy(keep + (size_t)i * once, (const uint8_t *)mask->data + (size_t)(i / t->times) * once,
                once);
+    thin_out(keep, heads, c.n_ctx, t->every);
     Fitting fitting;
     CHECK(fitting_open(&fitting, kind, &c, err) == 0);
     c.fitting = &fitting;
@@ -140,8 +152,9 @@ static void test_family(const char *family) {
     snprintf(path, sizeof path, "tests/fixtures/%s/fits.safetensors", family);
     if (!CHECK(tensors_open(&fits, path, err) == 0)) printf("%s\n", err), exit(1);
     const char *positions = tensors_meta(&fits, "positions");
-    if (!CHECK(positions && atoi(positions) == FIT_POSITIONS))
-        printf("%s: made for %s positions, not %d\n", path, positions, FIT_POSITIONS);
+    const char *few = tensors_meta(&fits, "few");
+    if (!CHECK(positions && atoi(positions) == FIT_POSITIONS && few && atoi(few) == FIT_FEW))
+        printf("%s: made for %s positions, and all where one in %s stays\n", path, positions, few);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int kind = FIT_VALUES; kind <= FIT_BOTH; kind++)
             test_case(&f, &fits, &cases[i], (FitKind)kind);
