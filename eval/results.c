@@ -205,10 +205,10 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
 static int read_results(EvalResults *r, JsonLines *lines, char *err) {
     char why[ERR_LEN];
     const JsonNode *top;
-    while (json_lines_next(lines, &top, why) == 0) {
+    for (bool first = true; json_lines_next(lines, &top, why) == 0; first = false) {
         if (!top) return 0;
         JsonFields f = {.object = top, .err = why};
-        const char *settings = (lines->line == 1 ? json_need_text : json_may_text)(&f, "settings");
+        const char *settings = (first ? json_need_text : json_may_text)(&f, "settings");
         if (settings && take_settings(r, settings, err) != 0) return -1;
         if (f.failed || (!settings && read_cell(r, top, why) != 0)) break;
     }
@@ -243,6 +243,13 @@ static off_t take_text(EvalResults *r, char *text, size_t n, char *err) {
     if (n == 0 && !ours) {
         free(text);
         return fail(err, "not a file of results: it has no line of them");
+    }
+    const char *zero = memchr(text, 0, n);
+    if (zero) {
+        int line = 1;
+        for (const char *p = text; p < zero; p++) line += *p == '\n';
+        free(text);
+        return fail(err, "line %d: a zero byte", line);
     }
     return add_text(r, text, err) == 0 ? (off_t)n : -1;
 }

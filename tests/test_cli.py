@@ -818,6 +818,12 @@ def test_eval(m, d):
     check(open(d + "/shard1", "rb").read() == before, "eval: --merge changes no input")
     fails(1, "not a regular file", *args, "--chart", "/dev/null")
     fails(1, "settings", *args[:-1], "--stop", "x", "-o", d + "/whole")
+    for say, text in (("line 3: a zero byte", b"".join(lines[:2] + [b"\0" * 40] + lines[2:])),
+                      ("line 3: \"settings\" is missing", b"\n \n" + b"".join(lines[1:]))):
+        write(d + "/zeros", text)
+        fails(1, "zeros: " + say, "eval", "--merge", d + "/zeros")
+        fails(1, say, *args, "-o", d + "/zeros")
+        check(open(d + "/zeros", "rb").read() == text, "eval: %s: the file stays as it is" % say)
     for text in [b"first line\nsecond line without newline", b"one line", b"{\"set", b"\x08\0\0\0\0\0\0\0{}"]:
         ours = b"{\"settings\"".startswith(text)
         write(d + "/notes", text)
