@@ -18,9 +18,42 @@ typedef struct {
 typedef struct {
     Store *store;
     const kvzip_asking *how;
+    Sampling sampling;         // that each question begins with
+    Schema *schema;            // of all answers, NULL: any form
     Question q[LOGITS_BLOCK];  // [n]
     int n, first;              // first: the number of q[0] among all that the caller asks
 } Batch;
+
+// How tokens are drawn; the biases are to be freed. 0, or -1 with err.
+static int open_sampling(Sampling *s, const kvzip_asking *how, int vocab, char *err) {
+    Bias *bias = how->n_bias > 0 ? malloc((size_t)how->n_bias * sizeof *bias) : NULL;
+    if (how->n_bias > 0 && !bias) return fail(err, "out of memory");
+    for (int i = 0; i < how->n_bias; i++) bias[i] = (Bias){how->bias_ids[i], how->bias_values[i]};
+    *s = (Sampling){.temp = how->temp,
+                    .top_p = how->top_p,
+                    .random = (uint64_t)how->seed,
+                    .top_k = how->top_k,
+                    .min_p = how->min_p,
+                    .last_n = how->repeat_last_n == 0 ? 64 : how->repeat_last_n,
+                    .repeat_penalty = how->repeat_penalty,
+                    .frequency_penalty = how->frequency_penalty,
+                    .presence_penalty = how->presence_penalty,
+                    .bias = bias,
+                    .n_bias = how->n_bias,
+                    .temp_last = how->temp_last != 0};
+    return sampling_check(s, vocab, err);
+}
+
+// The form of answers, *schema NULL where any will do. 0, or -1 with err.
+static int open_form(Schema **schema, kvzip_model *m, const kvzip_asking *how, char *err) {
+    char why[ERR_LEN];
+    const char *text = how->json_schema;
+    if (!text && !how->json_object) return 0;
+    if (!m->pieces) m->pieces = pieces_open(m->tok, m->model.config.vocab_size, err);
+    if (!m->pieces) return -1;
+    *schema = schema_open(text, text ? strlen(text) : 0, m->pieces, why);
+    return *schema ? 0 : fail(err, "json_schema: %s", why);
+}
 
 // Checks what the caller wants and fills in what it leaves open.
 static int check_asking(kvzip_asking *how, int limit, char *err) {
@@ -36,11 +69,8 @@ static int check_asking(kvzip_asking *how, int limit, char *err) {
     if (how->top_p == 0) how->top_p = 0.95;
     for (; stop && *stop; stop++)
         if (check_string("stop", *stop, err) != 0) return -1;
+    if (check_string("json_schema", how->json_schema, err) != 0) return -1;
     return check_string("answer_prefix", how->answer_prefix, err);
-}
-
-static Sampling first_sampling(const kvzip_asking *how) {
-    return (Sampling){.temp = how->temp, .top_p = how->top_p, .random = (uint64_t)how->seed};
 }
 
 // Adds a question, on a fork of the talk. 0, or -1 with err.
@@ -63,16 +93,26 @@ static int put(Batch *b, const Talk *t, const char *text, Sampling sampling, cha
                        .limit = how->limit,
                        .stop = how->stop,
                        .ignore_stop = how->ignore_stop != 0,
-                       .sampling = &q->sampling};
+                       .sampling = &q->sampling,
+                       .schema = b->schema};
     return rc == 0 ? reply_begin(&q->reply, prefix, err) : -1;
 }
 
-static void batch_free(Batch *b) {
+// Its questions go, and room is there for others.
+static void batch_empty(Batch *b) {
     for (Question *q = b->q; q < b->q + b->n; q++) {
         kvcache_drop(&b->store->kv, q->reply.seq);
         ids_free(&q->ids);
         reply_free(&q->reply);
     }
+    b->n = 0;
+}
+
+static void batch_free(Batch *b) {
+    if (!b) return;
+    batch_empty(b);
+    schema_close(b->schema);
+    free((void *)b->sampling.bias);
     free(b);
 }
 
@@ -111,11 +151,17 @@ static int take_answer(const Reply *r, kvzip_answer *answer, char *err) {
     return 0;
 }
 
-static Batch *batch_new(Store *s, const kvzip_asking *how, int first, char *err) {
+// Room for questions; NULL with err: no memory, or settings that cannot be.
+static Batch *batch_new(Store *s, const kvzip_asking *how, char *err) {
+    kvzip_model *m = s->model;
     Batch *b = calloc(1, sizeof *b);
     if (!b) return fail(err, "out of memory"), NULL;
-    b->store = s, b->how = how, b->first = first;
-    return b;
+    b->store = s, b->how = how;
+    if (open_sampling(&b->sampling, how, m->model.config.vocab_size, err) == 0 &&
+        open_form(&b->schema, m, how, err) == 0)
+        return b;
+    batch_free(b);
+    return NULL;
 }
 
 // Questions [n] that are answered together. Each has random numbers of its own, from the seed and
@@ -126,7 +172,7 @@ static int ask_together(const kvzip_cache *c, Batch *b, const char *const *quest
         .tok = c->store->model->tok, .raw = b->how->raw != 0, .on_context = true, .seq = c->seq};
     int rc = 0;
     for (int i = 0; i < n && rc == 0; i++) {
-        Sampling own = first_sampling(b->how);
+        Sampling own = b->sampling;
         own.random = hash_bytes(own.random ^ HASH_START, question[i], strlen(question[i]));
         rc = put(b, &talk, question[i], own, err);
     }
@@ -140,12 +186,14 @@ int kvzip_ask(const kvzip_cache *c, const char *const *question, int n, const kv
     kvzip_asking full = *how;
     int rc = check_asking(&full, 96, err);
     for (int i = 0; i < n; i++) answer[i] = (kvzip_answer){0};
+    Batch *b = rc == 0 ? batch_new(c->store, &full, err) : NULL;
+    if (!b) return -1;
     for (int i = 0; i < n && rc == 0; i += full.batch) {
-        int m = min_int(full.batch, n - i);
-        Batch *b = batch_new(c->store, &full, i, err);
-        rc = b ? ask_together(c, b, question + i, m, answer + i, err) : -1;
-        if (b) batch_free(b);
+        b->first = i;
+        rc = ask_together(c, b, question + i, min_int(full.batch, n - i), answer + i, err);
+        batch_empty(b);
     }
+    batch_free(b);
     if (rc != 0) kvzip_answers_free(answer, n);
     return rc;
 }
@@ -211,9 +259,9 @@ int kvzip_chat_say(kvzip_chat *chat, const char *message, const kvzip_asking *ho
     kvzip_asking full = *how;
     *answer = (kvzip_answer){0};
     if (check_asking(&full, 512, err) != 0) return -1;
-    Batch *b = batch_new(chat->store, &full, 0, err);
+    Batch *b = batch_new(chat->store, &full, err);
     if (!b) return -1;
-    Sampling sampling = first_sampling(&full);
+    Sampling sampling = b->sampling;
     if (chat->talk.n_turns > 0) sampling.random = chat->sampling.random;
     int rc = put(b, &chat->talk, message, sampling, err);
     if (rc == 0) rc = write_answers(b, err);

@@ -20,7 +20,8 @@ struct kvzip_model {
     Tokenizer *tok;
     RunState state;
     Answerer answerer;
-    int refs;  // the handle, until it is closed, and stores
+    Pieces *pieces;  // for answers of a form; NULL: none was wanted yet
+    int refs;        // the handle, until it is closed, and stores
 };
 
 // One user less; the last one closes it.

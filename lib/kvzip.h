@@ -24,7 +24,7 @@
 #endif
 
 // Rises when a struct or a function changes; kvzip_version is that of the library.
-enum { KVZIP_VERSION = 1, KVZIP_ERR = 512 };
+enum { KVZIP_VERSION = 2, KVZIP_ERR = 512 };
 KVZIP_API int kvzip_version(void);
 
 typedef struct kvzip_model kvzip_model;
@@ -136,6 +136,17 @@ typedef struct {
     const char *const *stop;  // texts, NULL behind the last: the answer ends right after the first
     const char *answer_prefix;  // the start of the answer
     int batch;                  // questions answered together, at most 64; 0: 8
+    // Of which tokens one is drawn (sampling.h); 0: none of these changes anything.
+    int top_k;
+    double min_p, repeat_penalty, frequency_penalty, presence_penalty;
+    int repeat_last_n;         // tokens that penalties look back at; 0: 64, -1: all
+    int temp_last;             // temperature after the cuts, as llama.cpp has it
+    const int *bias_ids;       // [n_bias] tokens, at most 300, whose logits get
+    const float *bias_values;  // [n_bias] these added, from -100 to 100
+    int n_bias;
+    // The answer is JSON: any object, or what a JSON Schema allows (docs/answers.md).
+    int json_object;
+    const char *json_schema;
     // Called with what is new of answer i; nonzero stops, as with progress.
     int (*piece)(void *arg, int i, const char *text, size_t n);
     kvzip_progress *progress;

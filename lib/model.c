@@ -15,6 +15,7 @@ int kvzip_version(void) { return KVZIP_VERSION; }
 void model_drop(kvzip_model *m) {
     if (--m->refs > 0) return;
     answer_close(&m->answerer);
+    pieces_close(m->pieces);
     state_close(&m->state);
     tokenizer_close(m->tok);
     model_close(&m->model);

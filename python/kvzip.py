@@ -11,18 +11,19 @@ Ctrl-C, or an exception in a callback, stops it within one forward call, and the
 a model take turns. A model does not survive os.fork: open it in the child.
 """
 import ctypes
+import json
 import operator
 import os
 import queue
 import sys
 import threading
 import warnings
-from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int, c_long, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_float, c_int, c_long, c_size_t, c_void_p
 
 import numpy as np
 
 __version__ = "0.1"
-VERSION = 1  # of lib/kvzip.h
+VERSION = 2  # of lib/kvzip.h
 
 
 class Error(Exception):
@@ -52,8 +53,11 @@ _Facts = _struct("_Facts", (c_int, "n_prefix n_ctx n_tokens"), (c_long, "n_pairs
                  (c_double, "ratio"), (c_size_t, "bytes full_bytes"), (c_double, "prefill_s score_s"),
                  (c_char_p, "policy level profile set budget fit"), (c_char * 16, "kv"), (c_void_p, "ids scores"))
 _Asking = _struct("_Asking", (c_int, "limit"), (c_double, "temp top_p"), (c_long, "seed"), (c_int, "raw ignore_stop"),
-                  (POINTER(c_char_p), "stop"), (c_char_p, "answer_prefix"), (c_int, "batch"), (PIECE, "piece"),
-                  (PROGRESS, "progress"), (c_void_p, "arg"))
+                  (POINTER(c_char_p), "stop"), (c_char_p, "answer_prefix"), (c_int, "batch top_k"),
+                  (c_double, "min_p repeat_penalty frequency_penalty presence_penalty"),
+                  (c_int, "repeat_last_n temp_last"), (POINTER(c_int), "bias_ids"), (POINTER(c_float), "bias_values"),
+                  (c_int, "n_bias json_object"), (c_char_p, "json_schema"), (PIECE, "piece"), (PROGRESS, "progress"),
+                  (c_void_p, "arg"))
 _Answer = _struct("_Answer", (c_void_p, "text"), (c_size_t, "n_text"), (c_int, "n_prompt n_answer cut"),
                   (c_double, "read_s write_s"))
 
@@ -435,13 +439,24 @@ def _answer(a):
     return answer
 
 
+_SAMPLING = {"top_k", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty", "repeat_last_n", "temp_last",
+             "json_object"}
+
+
 def _asking(progress, piece, limit=0, temp=0.0, top_p=0.95, seed=0, stop=(), answer_prefix=None, raw=False,
-            ignore_stop=False, batch=0):
+            ignore_stop=False, batch=0, logit_bias=None, json_schema=None, **sampling):
     stops = [stop] if isinstance(stop, str) else list(stop)
     texts = (c_char_p * (len(stops) + 1))(*[_bytes(s, "stop") for s in stops])
+    unknown = sampling.keys() - _SAMPLING
+    if unknown:
+        raise TypeError(f"{min(unknown)}: there is no such setting")
+    bias = {_whole(i, "logit_bias"): float(value) for i, value in (logit_bias or {}).items()}
+    schema = json.dumps(json_schema) if isinstance(json_schema, (dict, bool)) else json_schema
     return _filled(
         _Asking, limit=limit, temp=temp, top_p=top_p, seed=seed, raw=raw, ignore_stop=ignore_stop, stop=texts,
-        answer_prefix=_bytes(answer_prefix, "answer_prefix"), batch=batch, piece=piece, progress=progress)
+        answer_prefix=_bytes(answer_prefix, "answer_prefix"), batch=batch, bias_ids=(c_int * len(bias))(*bias),
+        bias_values=(c_float * len(bias))(*bias.values()), n_bias=len(bias), json_schema=_bytes(schema, "json_schema"),
+        piece=piece, progress=progress, **sampling)
 
 
 def _take(answers):
@@ -479,7 +494,7 @@ class Cache(_Open):
         self._shape = self.model.n_scored, self.model.n_kv_heads, self.n_ctx
         self.ids = self._view(facts.ids, c_int, (self.n_prefix + self.n_ctx,))  # int32 [n_prefix + n_ctx]
         # float32 [n_scored, n_kv_heads, n_ctx], higher = keep, row i of layer model.layers[i]; None: not remembered
-        self.scores = self._view(facts.scores, ctypes.c_float, self._shape) if facts.scores else None
+        self.scores = self._view(facts.scores, c_float, self._shape) if facts.scores else None
 
     def _view(self, address, kind, shape):
         """A read-only array on the library's memory, which it keeps alive."""
@@ -518,7 +533,9 @@ class Cache(_Open):
 
         settings: limit (tokens, 96), temp (0: always the likeliest token), top_p, seed, stop (a text or several: the
         answer ends right after the first), answer_prefix (its start), raw, ignore_stop, batch (questions answered
-        together, 8). on_text(i, piece) is called with what is new of answer i.
+        together, 8); top_k, min_p, repeat_penalty, repeat_last_n (64), frequency_penalty, presence_penalty, temp_last,
+        logit_bias ({id: what is added}), as the flags of `run ask`; json_object: the answer is JSON; json_schema (a
+        dict or text): JSON that it allows. on_text(i, piece) is called with what is new of answer i.
         """
         one = isinstance(question, str)
         questions = [question] if one else list(question)

@@ -151,6 +151,53 @@ def test_answers(folder, model):
         check([chat.say(line, limit=10) for line in talk.splitlines()] == [a["answer"] for a in told], "a chat about nothing")
 
 
+SAMPLERS = [  # flags of run ask, and what they are in Python
+    ("--temp 0.9 --top-k 5 --min-p 0.1 --seed 3", dict(temp=0.9, top_k=5, min_p=0.1, seed=3)),
+    ("--temp 0.9 --seed 3 --top-p 0.5 --temp-last", dict(temp=0.9, seed=3, top_p=0.5, temp_last=True)),
+    ("--repeat-penalty 1.7 --repeat-last-n 20", dict(repeat_penalty=1.7, repeat_last_n=20)),
+    ("--frequency-penalty 1.5 --presence-penalty 1", dict(frequency_penalty=1.5, presence_penalty=1)),
+    ("--logit-bias 70=30,71=-50", dict(logit_bias={70: 30, 71: -50})),
+]
+
+
+def test_samplers(folder, model):
+    """How tokens are drawn, and answers of a form, are those of run ask."""
+    path = os.path.join(folder, "answers.kvc")
+    cache = model.compress(TEXT)
+    cache.save(path)
+    ask = ["ask", model.path, path, "What?", "--json", "-n", 40]
+    plain = cache.ask("What?", limit=40)
+    for flags, how in SAMPLERS:
+        told = lines(run(*ask, *flags.split()))[0]["answer"]
+        check(cache.ask("What?", limit=40, **how) == told != plain, f"{flags}: {told}")
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}},
+              "required": ["n", "s"], "additionalProperties": False}
+    for flags, how in [(["--json-object"], dict(json_object=True)),
+                       (["--json-schema", json.dumps(schema)], dict(json_schema=schema)),
+                       (["--json-schema", json.dumps(schema)], dict(json_schema=json.dumps(schema)))]:
+        told = lines(run(*ask, *flags))[0]["answer"]
+        check(cache.ask("What?", limit=40, **how) == told, f"{flags[0]}: {told}")
+    questions = ["What?", "Why?", "Who?"]
+    answers = cache.ask(questions, limit=60, json_schema=schema, batch=2)
+    done = [a for a in answers if not a.cut]
+    check(all(json.loads(a)["s"] in "ab" for a in done) and done, f"answers of a form: {answers}")
+    chat = model.chat()
+    check(chat.say("What?", limit=60, json_schema=schema)[0] == "{" and chat.say("What?", limit=5)[0] != "{", "in a chat")
+    for say, how in [("top_k", dict(top_k=-1)), ("min_p", dict(min_p=2)), ("logit_bias", dict(logit_bias={10**6: 1})),
+                     ("logit_bias", dict(logit_bias={1: 200})), ("json_schema: #: there is no type", dict(json_schema={"type": "x"})),
+                     ("repeat_penalty", dict(repeat_penalty=float("nan")))]:
+        try:
+            cache.ask("What?", **how)
+            check(False, f"{how} is refused")
+        except kvzip.Error as e:
+            check(say in str(e), f"{how}: {e}")
+    try:
+        cache.ask("What?", top_kk=1)
+        check(False, "an unknown setting is refused")
+    except TypeError as e:
+        check("top_kk" in str(e), f"an unknown setting: {e}")
+
+
 def test_numbers(folder, model):
     """Ids, logits and scores."""
     out, source = os.path.join(folder, "out"), os.path.join(folder, "text")
@@ -432,6 +479,7 @@ def main():
             model.path = path
             test_caches(folder, model, "smol")
             test_answers(folder, model)
+            test_samplers(folder, model)
             test_numbers(folder, model)
             test_own_policy(folder, model)
             test_errors(folder, model)
