@@ -16,6 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "weights.h"
+
 // ---- opening the file ----
 
 static int open_config(Config *c, const TensorFile *f, char *err) {
@@ -200,9 +202,10 @@ static int check_format(Model *m, char *err) {
 
 int model_open(Model *m, const char *path, char *err) {
     *m = (Model){0};
-    if (tensors_open(&m->file, path, err) == 0 && check_format(m, err) == 0 &&
-        open_config(&m->config, &m->file, err) == 0 && open_rope(&m->config, &m->file, err) == 0 &&
-        open_weights(m, err) == 0)
+    if (tensors_open(&m->file, path, err) != 0) return -1;
+    weights_advise(&m->file);
+    if (check_format(m, err) == 0 && open_config(&m->config, &m->file, err) == 0 &&
+        open_rope(&m->config, &m->file, err) == 0 && open_weights(m, err) == 0)
         return 0;
     model_close(m);
     return -1;

@@ -23,6 +23,7 @@ static const Options defaults = {.n = -1,
                                  .window = 128,
                                  .lambda = 1e-3,
                                  .demote = -1,
+                                 .weights = -1,
                                  .depths = {{0, 1024}, 2},
                                  .ratios = {{1, 0.3}, 2},
                                  .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
@@ -243,6 +244,13 @@ const Flag flags[] = {
          "bytes, or with K, M or G thousands, millions or billions of them: what does not fit is "
          "refused before it starts, with what would fit. Counts the model's file (mapped, but "
          "slow unless it stays in memory), scratch, cache, scores"},
+    {"--weights", "HOW", CHOICE, AT(weights), .choices = "map|copy|auto", .takes = RUNS,
+     .also = ALL,
+     .help =
+         "map: the model's file is mapped, and shared by processes (default); copy: read into "
+         "memory "
+         "of its own, in large pages, from which tokens are written up to a third faster; auto: "
+         "what pays, for 256 MB or more (default of chat, serve, eval, calibrate and bench)"},
     {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,
      .help = "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
     {"--kv", "TYPE", TEXT, AT(kv), .takes = RUNS & ~EVAL, .also = ALL & ~EVAL,

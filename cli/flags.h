@@ -93,6 +93,7 @@ typedef struct {
     // the program
     long threads;  // 0: one per processor
     double mem;    // bytes; 0: not given
+    int weights;   // 0 map, 1 copy, 2 auto; -1: not given
     bool json, quiet;
     const char *program;  // argv[0]
     const char *command;  // its name

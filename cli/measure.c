@@ -18,6 +18,7 @@
 #include "policies/calibrate.h"
 #include "policies/effects.h"
 #include "policies/ridge.h"
+#include "weights.h"
 
 // ---- bench ----
 
@@ -89,9 +90,18 @@ static void bench_memory(const Session *s, int batch) {
                                   .whole = true});
 }
 
+// How much of the weights lies in large pages (weights.h), read through first: "" is not known.
+static const char *large_text(const Session *s, char text[40]) {
+    const TensorFile *f = &s->model.file;
+    for (size_t i = 0; i < f->map_bytes; i += 4096) (void)*(const volatile uint8_t *)(f->map + i);
+    double share = weights_large(f);
+    if (share >= 0) snprintf(text, 40, ", %.0f%% in large pages", 100 * share);
+    return text;
+}
+
 int cmd_bench(const Options *o) {
     Session s;
-    char err[ERR_LEN], size[32];
+    char err[ERR_LEN], size[32], large[40] = "";
     int most = 1;
     for (int i = 0; i < o->batches.n; i++)
         if (o->batches.v[i] > most) most = (int)o->batches.v[i];
@@ -112,9 +122,9 @@ int cmd_bench(const Options *o) {
                .row = print_bench,
                .arg = &s};
     if (!o->json) {
-        out("%s, %s of weights a token, %d threads, %s, %s cache\n", s.model.name,
+        out("%s, %s of weights a token, %d threads, %s, %s cache%s\n", s.model.name,
             size_text(size, bench_weight_bytes(&s.model)), pool_threads(s.pool), kern.name,
-            kvcache_types_name(s.kv.types, kv_name));
+            kvcache_types_name(s.kv.types, kv_name), large_text(&s, large));
     }
     out_flush();
     if (bench_run(&b, err) != 0) die("%s", err);

@@ -5,6 +5,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "cli/session.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@
 #include "cli/input.h"
 #include "cli/output.h"
 #include "text.h"
+#include "weights.h"
 
 void warn(const Session *s, const char *fmt, ...) {
     va_list ap;
@@ -65,12 +67,29 @@ static void open_cache(Session *s, const char *path) {
              kvcache_types_name(s->kv.types, name));
 }
 
+// Where the weights lie, by --weights.
+static void place_weights(Session *s) {
+    char err[ERR_LEN], size[32];
+    enum { MAPPED, COPIED, AUTO };
+    int how = s->o->weights;
+    TensorFile *file = &s->model.file;
+    if (how < 0) how = s->o->bit & (CHAT | SERVE | EVAL | CALIBRATE | BENCH) ? AUTO : MAPPED;
+    if (how == MAPPED || (how == AUTO && !weights_should_copy(file))) return;
+    double start = now();
+    if (weights_copy(file, how == COPIED ? INFINITY : 3, err) != 0) die("%s: %s", file->path, err);
+    if (!s->o->quiet)
+        note("[weights of %s copied in %.2f s, %.0f%% in large pages]\n",
+             size_text(size, (double)file->map_bytes), now() - start,
+             100 * fmax(weights_large(file), 0));
+}
+
 void open_session(Session *s, const Options *o, const char *path, int max_logits) {
     char err[ERR_LEN];
     if (kernels_init(o->isa) != 0)
         die_usage(o->command, "--isa %s: this machine or this program has no such set",
                   o->isa ? o->isa : "");
     open_model(s, o);
+    place_weights(s);
     const char *refused = tokenizer_chat(s->tok)->system_refused;
     if (o->system && !o->raw && refused[0])
         die("--system: the chat template of %s takes none: %s", o->args[0], refused);

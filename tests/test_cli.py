@@ -256,6 +256,9 @@ def test_logits(m, d):
     best = [max(range(vocab), key=logits[r * vocab:(r + 1) * vocab].__getitem__) for r in range(n)]
     check(best == list(e["prefill.argmax"]), m.name + ": argmax of every row")
     works("logits", m.path, "--ids", ids, "-o", d + "/one", "--kv", "f32", "-j", "1")
+    r = works("logits", m.path, "--ids", ids, "-o", d + "/copied", "--kv", "f32", "--weights", "copy")
+    check(open(d + "/copied", "rb").read() == open(out, "rb").read(), "--weights copy: other logits")
+    check("copied" in r.err, "--weights copy says so: %s" % r.err)
     check(Tensors(d + "/one").raw["logits"] == t.raw["logits"], "-j 1 gives the same bits")
     r = works("generate", m.path, "--ids", ids, "-n", 24, "--temp", 0, "--ignore-eos", "--json",
               "--kv", "f32").rows()[0]
