@@ -203,6 +203,17 @@ models/smollm2.kvz: models/smollm2.gguf | .venv/ok
 %.kvp: %.kvz eval/calibration.txt | run
 	./run calibrate $< -o $@
 
+# Qwen2.5-Coder-1.5B-Instruct (Apache-2.0, 1.1 GB), by name alone: it needs no beginnings of answers.
+models/qwen1.5b.gguf:
+	@mkdir -p models
+	$(PYTHON) demo/fetch.py $@
+
+models/qwen1.5b.kvz: models/qwen1.5b.gguf | .venv/ok
+	$(VENV) export.py $< -o $@
+
+demo-qwen: run models/qwen1.5b.kvz
+	$(PYTHON) demo/demo.py models/qwen1.5b.kvz
+
 demo: run models/smollm2.kvz models/smollm2.kvp
 	$(PYTHON) demo/demo.py models/smollm2.kvz models/smollm2.kvp
 
@@ -245,6 +256,7 @@ help:
 	@echo "make            build ./run"
 	@echo "make lib        build the library that python/kvzip.py loads (lib/kvzip.h)"
 	@echo "make demo       fetch, convert and calibrate SmolLM2-135M-Instruct once, compress a document, ask it eight questions"
+	@echo "make demo-qwen  the same with Qwen2.5-Coder-1.5B-Instruct (1.1 GB), questions alone"
 	@echo "make test       build and run all tests; no download needed"
 	@echo "make tutorial   attention in six programs, from the definition to KVzip (docs/tutorial)"
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
@@ -267,4 +279,4 @@ help:
 	@echo "make clean      remove what make built; models and .venv stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/pic/*/*.d)
-.PHONY: all lib demo tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv install uninstall dist clean help force
+.PHONY: all lib demo demo-qwen tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv install uninstall dist clean help force

