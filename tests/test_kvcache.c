@@ -1,96 +1,9 @@
 // The cache's laws, on random keys and values: attention and scores equal a brute-force softmax,
-// forks and rewinds leave no trace, evicting removes exactly what it should, files change no bit.
-#include "kvcache.h"
-#include "kvfile.h"
-#include "test.h"
+// forks and rewinds leave no trace, evicting removes exactly what it should.
 #include <unistd.h>
 
-enum { L = 2, HEADS = 6, KV = 2, GROUP = HEADS / KV, D = 16, MAX_N = 400 };
-
-static uint32_t seed = 7;
-
-static float rnd(void) {
-    seed = seed * 1664525u + 1013904223u;
-    return (float)(int32_t)seed / 2147483648.0f;
-}
-
-static float *randoms(size_t n) {
-    float *x = malloc(n * sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = rnd();
-    return x;
-}
-
-static char err[ERR_LEN];
-static const int no_window[L] = {0, 0}, one_window[L] = {0, 70};
-
-static int n_free(const KVCache *kv) {
-    int n = 0;
-    for (int i = 0; i < PAGE_CLASSES; i++) n += kv->store[i].n_free;
-    return n;
-}
-
-static KVShape shape_with(const int *window) {
-    return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window};
-}
-
-// One forward call's worth for every layer: append and attend n random rows of each run.
-static void step(KVCache *kv, const KVRun *runs, int n_runs, float *out, const float *q,
-                 const float *k, const float *v) {
-    KVQuery query = {q, out, HEADS * D, NULL};
-    for (int r = 0; r < n_runs; r++) CHECK(kvcache_reserve(kv, runs[r].seq, runs[r].n, err) == 0);
-    for (int l = 0; l < L; l++) {
-        kvcache_append(kv, l, runs, n_runs, k, v);
-        kvcache_attend(kv, l, runs, n_runs, &query);
-    }
-    kvcache_advance(kv, runs, n_runs);
-}
-
-static void append_random(KVCache *kv, int seq, int n, float *out) {
-    float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
-          *v = randoms((size_t)n * KV * D);
-    float *sink = out ? out : malloc((size_t)n * HEADS * D * sizeof *sink);
-    step(kv, &(KVRun){seq, n}, 1, sink, q, k, v);
-    free(q), free(k), free(v);
-    if (!out) free(sink);
-}
-
-// What query head h sees of pairs [lo, hi) of a head's list, in double; lse may be NULL.
-static void brute(const KVCache *kv, int seq, int layer, int h, const float *q, int lo, int hi,
-                  double *out, double *lse) {
-    double max = -INFINITY, sum = 0, *s = malloc((size_t)(hi + 1) * sizeof *s);
-    float k[D], v[D];
-    for (int t = lo; t < hi; t++) {
-        kvcache_pair(kv, (KVHeadAt){seq, layer, h / GROUP}, t, k, NULL);
-        s[t] = 0;
-        for (int i = 0; i < D; i++) s[t] += (double)q[i] * k[i];
-        s[t] *= kv->shape.scale;
-        if (kv->shape.softcap > 0) s[t] = kv->shape.softcap * tanh(s[t] / kv->shape.softcap);
-        s[t] += kvcache_bias(kv, (KVHeadAt){seq, layer, h / GROUP}, t);
-        max = fmax(max, s[t]);
-    }
-    for (int i = 0; i < D; i++) out[i] = 0;
-    for (int t = lo; t < hi; t++) {
-        double w = exp(s[t] - max);
-        kvcache_pair(kv, (KVHeadAt){seq, layer, h / GROUP}, t, NULL, v);
-        sum += w;
-        for (int i = 0; i < D; i++) out[i] += w * v[i];
-    }
-    for (int i = 0; i < D; i++) out[i] /= sum;
-    if (lse) *lse = max + log(sum);
-    free(s);
-}
-
-// How far results may be from the brute force: unless pairs are f32, both products of a long run
-// may be computed in bf16.
-static double allowed(const KVCache *kv, double exact) {
-    return exact + (kv->type == KV_F16 ? 2.0 * (double)kern.packed_error : 0.0);
-}
-
-static KVTypes types_of(const char *name) {
-    KVTypes t = {KV_F16, KV_F16};
-    CHECK(kvcache_types_parse(name, &t) == 0);
-    return t;
-}
+#include "kvfile.h"
+#include "kvtest.h"
 
 // ---- attention ----
 
@@ -281,29 +194,6 @@ static void test_company(KVTypes types, const int *window) {
 }
 
 // ---- sequences ----
-
-static float *snapshot(const KVCache *kv, int seq, int *n) {
-    size_t at = 0;
-    float *all = malloc((size_t)L * KV * MAX_N * (2 * D + 1) * sizeof *all);
-    for (int l = 0; l < L; l++) {
-        for (int g = 0; g < KV; g++) {
-            KVHead *h = kvcache_head(kv, seq, l, g);
-            for (int t = h->dropped; t < h->len; t++, at += 2 * D + 1) {
-                all[at] = (float)kvcache_pair(kv, (KVHeadAt){seq, l, g}, t, all + at + 1,
-                                              all + at + 1 + D);
-            }
-        }
-    }
-    *n = (int)at;
-    return all;
-}
-
-static void check_same(const KVCache *kv, int seq, const float *want, int n) {
-    int m;
-    float *have = snapshot(kv, seq, &m);
-    CHECK(m == n && memcmp(have, want, (size_t)n * sizeof *have) == 0);
-    free(have);
-}
 
 static void test_fork_and_rewind(void) {
     KVCache kv;
@@ -571,10 +461,6 @@ static void test_evict_head(KVTypes types, int threads) {
 
 // ---- pages of fewer bits ----
 
-static PageClass class_of(const KVCache *kv, const KVHead *h, int page) {
-    return kv->pages[h->page[page]].class;
-}
-
 // What full page `page` of a head settles to, nothing having been demoted.
 static PageClass settled_as(KVTypes types, const KVHead *h, int page) {
     if (types.k != KV_Q4) return PAGE_SETTLED;
@@ -699,31 +585,6 @@ static void test_settle_as_it_goes(void) {
     CHECK(n_free(&kv) == kv.n_pages);
     free(before), free(after);
     kvcache_close(&kv);
-}
-
-// One token and a long run over whatever pages a sequence has, against the brute force.
-static void check_attention(KVCache *kv, int seq) {
-    for (int n = 1; n <= 12; n += 11) {
-        int fork = kvcache_fork(kv, seq, err), wrong = 0;
-        float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
-              *v = randoms((size_t)n * KV * D), out[12 * HEADS * D];
-        KVRun run = {fork, n};
-        CHECK(kvcache_reserve(kv, fork, n, err) == 0);
-        for (int l = 0; l < L; l++) {
-            kvcache_append(kv, l, &run, 1, k, v);
-            kvcache_attend(kv, l, &run, 1, &(KVQuery){q, out, HEADS * D, NULL});
-            for (int i = 0; i < n * HEADS; i++) {
-                double want[D];
-                int hi = kvcache_head(kv, fork, l, i % HEADS / GROUP)->len - n + i / HEADS + 1;
-                brute(kv, fork, l, i % HEADS, q + i * D, 0, hi, want, NULL);
-                for (int j = 0; j < D; j++)
-                    wrong += !(fabs(out[i * D + j] - want[j]) <= allowed(kv, 3e-5));
-            }
-        }
-        CHECK(wrong == 0);
-        kvcache_drop(kv, fork);
-        free(q), free(k), free(v);
-    }
 }
 
 // Evicting after settling, settling after evicting, and once more: survivors are what was read back
@@ -875,243 +736,6 @@ static void test_types(void) {
     for (int i = 0; i < 10; i++) CHECK(kvcache_types_parse(wrong[i], &t) == -1);
 }
 
-// ---- files ----
-
-static char file[64];
-
-static void write_file(const char *bytes, long n) {
-    FILE *f = fopen(file, "wb");
-    fwrite(bytes, 1, (size_t)n, f);
-    fclose(f);
-}
-
-static char *read_file(const char *path, long *n) {
-    FILE *f = fopen(path, "rb");
-    fseek(f, 0, SEEK_END);
-    *n = ftell(f);
-    char *bytes = malloc((size_t)*n);
-    rewind(f);
-    CHECK(fread(bytes, 1, (size_t)*n, f) == (size_t)*n);
-    fclose(f);
-    return bytes;
-}
-
-// The file holds sequence seq of kv. The map is read-only: appending copies, twice with the same
-// result.
-static void check_loaded(KVCache *back, KVCache *kv, int seq, const KVInfo *got) {
-    int n;
-    float *want = snapshot(kv, seq, &n), a[3 * HEADS * D], b[3 * HEADS * D];
-    CHECK(got->n_prefix == 10 && got->n_ctx == 200 && got->ratio == 0.5 && got->ids[209] == 627);
-    CHECK_STR(got->model, "tiny \"model\"");
-    CHECK(back->seqs[0].next_pos == 210 && back->types.k == kv->types.k &&
-          back->types.v == kv->types.v && back->type == kv->type);
-    CHECK(kvcache_bytes(back, 0) == kvcache_bytes(kv, seq));
-    check_same(back, 0, want, n);
-    for (int pass = 0; pass < 2; pass++) {
-        int mark = kvcache_mark(back, 0, err);
-        seed = 5, append_random(back, 0, 3, pass ? b : a);
-        CHECK(kvcache_rewind(back, 0, mark, err) == 0);
-        kvcache_drop(back, mark);
-    }
-    CHECK(memcmp(a, b, sizeof a) == 0);
-    seed = 5, append_random(kv, seq, 3, b);
-    CHECK(memcmp(a, b, sizeof a) == 0);
-    check_same(back, 0, want, n);
-    free(want);
-}
-
-// What info shows of the file: the sums of what the heads hold.
-static void check_facts(const KVCache *kv, int seq, const KVInfo *info) {
-    TensorFile f;
-    CacheFacts c;
-    double bytes = 0, kept = 0, pairs = 0;
-    CHECK(tensors_open(&f, file, err) == 0 && kvfile_is(&f));
-    CHECK(kvfile_facts(&c, &f, err) == 0);
-    CHECK_STR(c.info.policy, info->policy);
-    CHECK(c.info.n_ids == info->n_ids && c.info.ids[209] == 627 && c.next_pos == 210);
-    CHECK(c.n_layers == L && c.n_kv_heads == KV && c.types[PAGE_SETTLED].v == kv->types.v);
-    for (int i = 0; i < L * KV; i++) {
-        const KVHead *h = kvcache_head(kv, seq, i / KV, i % KV);
-        pairs += h->len - h->dropped;
-        if (kv->shape.window[i / KV] == 0) kept += h->len - info->n_prefix;
-        for (int j = 0; j < h->n_pages && j * PAGE < h->len - h->dropped; j++)
-            bytes += (double)kv->store[class_of(kv, h, j)].page_bytes + PAGE * sizeof(int);
-    }
-    CHECK(c.pairs == pairs && c.kept + c.demoted == kept);
-    CHECK(c.n_scored == (kv->shape.window[1] ? 1 : 2) * KV * info->n_ctx);
-    CHECK(c.bytes[PAGE_EXACT] + c.bytes[PAGE_SETTLED] + c.bytes[PAGE_DEMOTED] == bytes);
-    kvfile_facts_free(&c);
-    tensors_close(&f);
-}
-
-// A cut file is refused, never half read; nor does a wrong byte crash it, in header or page
-// classes.
-static void check_damaged(const KVModel *model) {
-    KVCache back;
-    KVInfo got;
-    long size;
-    char *bytes = read_file(file, &size);
-    for (long cut = 0; cut < size; cut += 1 + size / 50) {
-        write_file(bytes, cut);
-        CHECK(kvfile_load(&back, file, model, NULL, &got, err) == -1);
-    }
-    for (long i = 0; i < 700; i++) {
-        long at = i < 600 ? 8 + i * 4 : size - 1 - i % 100;
-        char was = bytes[at];
-        bytes[at] = (char)(was ^ (1 << i % 7));
-        write_file(bytes, size);
-        bytes[at] = was;
-        if (kvfile_load(&back, file, model, NULL, &got, err) == 0) {
-            CacheFacts facts;
-            CHECK(kvfile_facts(&facts, &back.file, err) == 0);  // which takes what loading takes
-            kvfile_facts_free(&facts);
-            append_random(&back, 0, 1, NULL);
-            kvcache_close(&back);
-        }
-    }
-    free(bytes);
-}
-
-static void test_files(KVTypes types) {
-    KVCache kv, back;
-    KVShape shape = shape_with(one_window), other = {L, HEADS, KV, 32, 1, 0, one_window};
-    CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
-    int seq = kvcache_new(&kv, err);
-    append_random(&kv, seq, 210, NULL);
-    uint8_t keep[L * KV * 200];
-    for (int i = 0; i < L * KV * 200; i++) keep[i] = rnd() > 0;
-    bool codes = types.v > KV_F32;
-    CHECK((codes ? kvcache_demote : kvcache_evict)(&kv, seq, 10, 200, keep, err) == 0);
-    CHECK(kvcache_settle(&kv, seq, err) == 0);
-    int ids[210];
-    for (int i = 0; i < 210; i++) ids[i] = i * 3;
-    KVInfo got, info = {.fingerprint = "f1f2",
-                        .model = "tiny \"model\"",
-                        .policy = "kvzip",
-                        .n_prefix = 10,
-                        .n_ctx = 200,
-                        .ratio = 0.5,
-                        .ids = ids,
-                        .n_ids = 210};
-    CHECK(kvfile_save(&kv, seq, file, &info, err) == 0);
-    check_facts(&kv, seq, &info);
-
-    KVModel model = {shape, "f1f2"};
-    CHECK(kvfile_load(&back, file, &(KVModel){shape, "0000"}, NULL, &got, err) == -1);
-    CHECK(strstr(err, "another model") != NULL);
-    CHECK(kvfile_load(&back, file, &(KVModel){other, "f1f2"}, NULL, &got, err) == -1);
-    CHECK(kvfile_load(&back, "no_such.kvc", &model, NULL, &got, err) == -1);
-    if (CHECK(kvfile_load(&back, file, &model, NULL, &got, err) == 0)) {
-        check_loaded(&back, &kv, seq, &got);
-        kvcache_close(&back);
-    }
-    check_damaged(&model);
-    remove(file);
-    kvcache_close(&kv);
-}
-
-// What the file's metadata says.
-static void check_format(const char *path, const char *want) {
-    TensorFile f;
-    CHECK(tensors_open(&f, path, err) == 0);
-    CHECK_STR(tensors_meta(&f, "format"), want);
-    tensors_close(&f);
-}
-
-// What is known of a context of n ids, all pairs of which are there.
-static KVInfo whole_info(const KVModel *model, const int *ids, int n) {
-    return (KVInfo){.fingerprint = model->fingerprint,
-                    .model = "tiny",
-                    .policy = "kvzip",
-                    .n_ctx = n,
-                    .ratio = 1,
-                    .ids = ids,
-                    .n_ids = n};
-}
-
-// A file whose 4-bit keys are not mixed, of the second version, loads as it is and is saved again
-// byte for byte. What settles beside its pages is mixed; all of that is saved and loaded, too.
-static void test_unmixed(void) {
-    KVCache kv, back;
-    KVShape shape = shape_with(no_window);
-    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_Q4), NULL, err) == 0);
-    int seq = kvcache_new(&kv, err), ids[200] = {0}, n;
-    kv.settling = false;
-    append_random(&kv, seq, 200, NULL);
-    kv.types.k = KV_Q8;  // so that no page becomes PAGE_MIXED or PAGE_FIRST
-    CHECK(kvcache_settle(&kv, seq, err) == 0);
-    kv.types.k = KV_Q4;
-    KVModel model = {shape, "f1f2"};
-    KVInfo got, info = whole_info(&model, ids, 200);
-    float *want = snapshot(&kv, seq, &n);
-    CHECK(kvfile_save(&kv, seq, file, &info, err) == 0);
-    check_format(file, "kvzip.c cache 2");
-    CHECK(kvfile_load(&back, file, &model, NULL, &got, err) == 0);
-    const KVHead *h = kvcache_head(&back, 0, 0, 0);
-    CHECK(class_of(&back, h, 0) == PAGE_SETTLED && back.pages[h->page[0]].k.type == KV_Q4);
-    check_same(&back, 0, want, n);
-    check_attention(&back, 0);
-    char again[64];
-    long bytes[2];
-    test_path(again, "test-again.kvc");
-    CHECK(kvfile_save(&back, 0, again, &got, err) == 0);
-    char *first = read_file(file, &bytes[0]), *second = read_file(again, &bytes[1]);
-    CHECK(bytes[0] == bytes[1] && memcmp(first, second, (size_t)bytes[0]) == 0);
-    append_random(&back, 0, 100, NULL), append_random(&back, 0, 1, NULL);
-    CHECK(class_of(&back, h, 1) == PAGE_SETTLED && class_of(&back, h, 2) == PAGE_MIXED);
-    check_attention(&back, 0);
-    free(want), want = snapshot(&back, 0, &n);
-    CHECK(kvfile_save(&back, 0, again, &got, err) == 0);
-    check_format(again, "kvzip.c cache 4");
-    kvcache_close(&back);
-    CHECK(kvfile_load(&back, again, &model, NULL, &got, err) == 0);
-    check_same(&back, 0, want, n);
-    remove(file), remove(again);
-    free(want), free(first), free(second);
-    kvcache_close(&back), kvcache_close(&kv);
-}
-
-// Classes that are unknown, or that only a full page can have, are refused.
-static void test_page_classes(void) {
-    char path[64];
-    test_path(path, "test-class.kvc");
-    KVCache kv, back;
-    KVShape shape = shape_with(no_window);
-    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_Q8), NULL, err) == 0);
-    int seq = kvcache_new(&kv, err), ids[200] = {0};
-    append_random(&kv, seq, 200, NULL);
-    CHECK(kvcache_settle(&kv, seq, err) == 0);
-    KVModel model = {shape, "f1f2"};
-    KVInfo got, info = whole_info(&model, ids, 200);
-    CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
-    TensorFile t;
-    CHECK(tensors_open(&t, path, err) == 0);
-    const Tensor *class = tensors_get(&t, err, "page_class", T_U8, 1, L * KV * 4);
-    const uint8_t *c = class->data, want[4] = {PAGE_SETTLED, PAGE_SETTLED, PAGE_EXACT, PAGE_EXACT};
-    for (int i = 0; i < L * KV; i++) CHECK(memcmp(c + 4 * i, want, 4) == 0);
-    long at = (long)(c - t.map);
-    tensors_close(&t);
-    const struct {
-        int page, class;
-        const char *says;
-    } wrong[] = {{0, 7, "unknown class 7"}, {0, PAGE_EXACT, "k"}, {0, PAGE_DEMOTED, "k_q"}};
-    for (int i = 0; i < 3; i++) {
-        CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
-        FILE *f = fopen(path, "r+b");
-        fseek(f, at + wrong[i].page, SEEK_SET), fputc(wrong[i].class, f), fclose(f);
-        CHECK(kvfile_load(&back, path, &model, NULL, &got, err) == -1);
-        CHECK(strstr(err, wrong[i].says) != NULL);
-    }
-    CHECK(kvfile_save(&kv, seq, path, &info, err) == 0);
-    FILE *f = fopen(path, "r+b");  // the right number of settled pages, but not the right ones
-    fseek(f, at + 1, SEEK_SET), fputc(PAGE_EXACT, f);
-    fseek(f, at + 3, SEEK_SET), fputc(PAGE_SETTLED, f), fclose(f);
-    CHECK(kvfile_load(&back, path, &model, NULL, &got, err) == -1);
-    CHECK(strstr(err, "not full") != NULL);
-    remove(path);
-    kvcache_close(&kv);
-}
-
 static void test_refusals(void) {
     KVCache kv;
     KVShape odd = {1, 4, 3, 16, 1, 0, no_window}, wide = {1, 1, 1, 512, 1, 0, no_window};
@@ -1123,21 +747,17 @@ int main(int argc, char **argv) {
     bool quick = getenv("QUICK") != NULL;  // under valgrind: one case of each kind
     const char *const types[] = {"q8/q4", "f16", "f32", "q8", "q4", "q2", "f16/q8", "q4/f32"};
     kernels_init(argc > 1 ? argv[1] : NULL);
-    test_path(file, "test.kvc");
     test_types();
     for (int i = 0; i < (quick ? 1 : 8); i++) {
         KVTypes t = types_of(types[i]);
         bool codes = t.k > KV_F32 || t.v > KV_F32;
         test_attention(t, no_window, 0);
         test_attention(t, one_window, 0);
-        test_files(t);
         test_demote(t);
         test_fitted(t, i % 2 ? 0.5f : 0);
         if (codes) test_settle(t, no_window), test_settle(t, one_window);
         if (codes) test_settle_and_evict(t), test_head_dims(t);
     }
-    test_unmixed();
-    test_page_classes();
     test_settle_as_it_goes();
     if (kern.packed_error > 0.0f && kernels_init("avx2") == 0)
         test_attention(types_of("f16"), one_window, 0), test_head_dims(types_of("q4"));
