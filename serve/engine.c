@@ -11,38 +11,12 @@
 #include <string.h>
 #include <time.h>
 
+#include "serve/begin.h"
+
 enum { COMPANY_ROWS = 128 };        // rows of a step at most while anybody writes
 static const double HEARTBEAT = 3;  // seconds
 
-// ---- jobs ----
-
-Job *job_new(Outlet *o, int n_parts) {
-    Job *job = calloc(1, sizeof *job);
-    if (!job) return NULL;
-    job->parts = calloc((size_t)max_int(n_parts, 1), sizeof *job->parts);
-    if (!job->parts) return free(job), NULL;
-    job->outlet = o;
-    job->n_parts = n_parts;
-    job->n_tops = -1;
-    for (int i = 0; i < n_parts; i++) job->parts[i].job = job, job->parts[i].index = i;
-    return job;
-}
-
-void job_free(Job *job) {
-    if (!job) return;
-    for (Part *p = job->parts; p < job->parts + job->n_parts; p++) {
-        ids_free(&p->prompt);
-        reply_free(&p->reply);
-        free(p->scores);
-    }
-    for (char **stop = job->stop; *stop; stop++) free(*stop);
-    schema_close(job->schema);
-    free(job->bias);
-    free(job->parts);
-    free(job->document);
-    free(job->door);
-    free(job);
-}
+// ---- asking ----
 
 int engine_ask(Engine *e, Job *job) {
     job->asked = job->heard = now();
@@ -66,45 +40,12 @@ static void not_queued(Engine *e) {
 
 // ---- parts and what they leave behind ----
 
-bool part_stopped(const Part *p, const char **stop) {
-    const Reply *r = &p->reply;
-    size_t longest = 0;
-    if (!r->done || r->cut || r->stop_id >= 0) return false;
-    for (char **s = p->job->stop; *s; s++) {
-        size_t n = strlen(*s);
-        if (n > longest && n <= r->text.n && memcmp(r->text.s + r->text.n - n, *s, n) == 0)
-            longest = n, *stop = *s;
-    }
-    return longest > 0;
-}
-
-// Bytes at the end of the text that may be the beginning of a stop text.
-static size_t held_back(const Part *p) {
-    const Buffer *t = &p->reply.text;
-    size_t most = 0;
-    for (char **s = p->job->stop; *s; s++) {
-        size_t n = strlen(*s) - 1;
-        if (n > t->n) n = t->n;
-        while (n > most && memcmp(t->s + t->n - n, *s, n) != 0) n--;
-        if (n > most) most = n;
-    }
-    return most;
-}
-
-size_t part_visible(const Part *p) {
-    const char *stop;
-    if (p->reply.done) return p->reply.text.n - (part_stopped(p, &stop) ? strlen(stop) : 0);
-    return p->reply.text.n - held_back(p);
-}
-
-static bool is_scoring(const Part *p) { return p->job->echo && p->n_scored < p->prompt.n - 1; }
-
 // What the part's sequence holds stays for requests that begin alike.
 static void keep_past(Engine *e, const Part *p, int seq) {
     Ids ids = {0};
     const Reply *r = &p->reply;
     int offset = p->prompt.n - r->n_prompt, n = offset + r->n_fed, failed = 0;
-    if (is_scoring(p)) n = p->n_scored;
+    if (part_scores(p)) n = p->n_scored;
     for (int i = p->n_head_skipped; i < n && !failed; i++)
         failed = ids_push(&ids, i < p->prompt.n ? p->prompt.id[i] : r->ids.id[i - p->prompt.n]);
     if (failed || ids.n == 0 || e->past.most == 0) {
@@ -146,7 +87,7 @@ static void end_job(Engine *e, Job *job, bool healthy) {
     job_free(job);
 }
 
-static void fail_job(Engine *e, Job *job, int status, const char *message, const char *code) {
+void engine_fail(Engine *e, Job *job, int status, const char *message, const char *code) {
     if (job->failed) job->failed(job, status, message, status == 404 ? "document" : NULL, code);
     end_job(e, job, false);
 }
@@ -157,139 +98,7 @@ static bool is_at_work(const Engine *e, const Job *job) {
     return false;
 }
 
-// ---- memory ----
-
-static size_t cache_bytes(const KVCache *kv) {
-    size_t n = kv->packed_room;
-    for (int i = 0; i < PAGE_CLASSES; i++)
-        n += ((size_t)kv->store[i].n_slabs * 64 - (size_t)kv->store[i].n_free) *
-             kv->store[i].page_bytes;
-    return n;
-}
-
-static size_t bytes_of(const Engine *e, int tokens) {
-    KVTypes exact = kvcache_both(e->kv->type);
-    return (size_t)tokens * kvcache_token_bytes(&e->kv->shape, exact) +
-           kvcache_window_bytes(&e->kv->shape, exact);
-}
-
-// What parts at work may still add.
-static size_t promised(const Engine *e) {
-    size_t n = 0;
-    for (int i = 0; i < e->n_slots; i++) {
-        const Part *p = e->at_work[i];
-        if (p) n += bytes_of(e, p->reply.n_prompt + p->reply.limit - p->reply.n_fed);
-    }
-    return n;
-}
-
-// Lets go of what only saves time until `tokens` more fit. false: they do not.
-static bool make_room(Engine *e, int tokens) {
-    size_t need = bytes_of(e, tokens) + promised(e);
-    while (e->most_bytes > 0 && cache_bytes(e->kv) + need > e->most_bytes) {
-        Document *old = NULL;
-        if (past_forget(&e->past)) continue;
-        for (int i = 0; i < e->docs.n; i++) {
-            Document *d = e->docs.doc[i];
-            if (d->seq >= 0 && d->path && (!old || d->used < old->used)) old = d;
-        }
-        if (!old) return false;
-        documents_unload(&e->docs, old);
-    }
-    return true;
-}
-
-// ---- beginning ----
-
-typedef enum { BEGUN, LATER, NEEDS_DOCUMENT, OVER } Beginning;
-
-// The document that the part stands on: *doc NULL where there is none.
-static Beginning find_base(Engine *e, Part *p, Document **doc) {
-    char name[DOC_NAME + 1], message[ERR_LEN], err[ERR_LEN];
-    const char *wanted = p->job->document;
-    *doc = NULL;
-    if (!wanted) {
-        if (e->compress_prompts == 0 || p->n_head < e->compress_prompts || p->job->echo)
-            return BEGUN;
-        documents_hash(p->prompt.id, p->n_head, name);
-        wanted = name;
-    }
-    *doc = documents_find(&e->docs, wanted);
-    if (!*doc && !p->job->document) return NEEDS_DOCUMENT;
-    if (!*doc) {
-        snprintf(message, sizeof message, "there is no document %.80s", wanted);
-        fail_job(e, p->job, 404, message, "document_not_found");
-        return OVER;
-    }
-    if (!p->job->document &&
-        ((*doc)->ids.n != p->n_head ||
-         memcmp((*doc)->ids.id, p->prompt.id, (size_t)p->n_head * sizeof(int)) != 0)) {
-        *doc = NULL;  // another prompt with this hash
-        return BEGUN;
-    }
-    if (documents_load(&e->docs, *doc, err) == 0) return BEGUN;
-    snprintf(message, sizeof message, "document %.80s: %.300s", wanted, err);
-    fail_job(e, p->job, 500, message, "document_unreadable");
-    return OVER;
-}
-
-// The part's sequence, with as much of its ids as is there already.
-static int find_sequence(Engine *e, Part *p, const Document *doc, char *err) {
-    Ids rest = {p->prompt.id + p->n_head_skipped, p->prompt.n - p->n_head_skipped, 0};
-    int length = 0, seq = -1;
-    if (!p->job->echo) seq = past_fork(&e->past, p->base, &rest, rest.n - 1, &length);
-    if (seq < 0 && doc) seq = kvcache_fork(e->kv, doc->seq, err);
-    if (seq < 0 && !doc) seq = kvcache_new(e->kv, err);
-    p->n_skipped = p->n_head_skipped + length;
-    p->n_cached = p->n_base + length;
-    return seq;
-}
-
-static Beginning begin_part(Engine *e, Part *p, int slot) {
-    char err[ERR_LEN];
-    Document *doc;
-    Job *job = p->job;
-    Beginning found = find_base(e, p, &doc);
-    if (found != BEGUN) return found;
-    p->n_base = doc ? doc->ids.n : 0;
-    p->base = doc ? doc->serial : 0;
-    p->n_head_skipped = doc && !job->document ? doc->ids.n : 0;
-    int n = p->n_base + p->prompt.n - p->n_head_skipped, room = e->most_positions - n;
-    if (room < (job->limit > 0)) {
-        char message[160];
-        snprintf(message, sizeof message, "%d tokens are more than the %d that this model takes%s",
-                 n, e->most_positions, job->limit > 0 ? ", with one for the answer" : "");
-        fail_job(e, job, 400, message, "context_length_exceeded");
-        return OVER;
-    }
-    if (!make_room(e, n - p->n_base + min_int(job->limit, room))) {
-        if (promised(e) > 0) return LATER;
-        fail_job(e, job, 503, "the cache has no room for this many tokens: --mem", "out_of_memory");
-        return OVER;
-    }
-    if (doc && documents_load(&e->docs, doc, err) != 0) doc = NULL;  // it made room for itself
-    int seq = p->base && !doc ? -1 : find_sequence(e, p, doc, err);
-    if (seq >= 0) {
-        int from = job->echo ? p->prompt.n - 1 : p->n_skipped;
-        p->reply = (Reply){.seq = seq,
-                           .prompt = p->prompt.id + from,
-                           .n_prompt = p->prompt.n - from,
-                           .limit = min_int(job->limit, room),
-                           .stop = (const char *const *)job->stop,
-                           .ignore_stop = job->ignore_eos,
-                           .sampling = &p->sampling,
-                           .schema = job->schema};
-        p->begun = true;
-        p->began = now();
-    }
-    if (seq < 0 || reply_begin(&p->reply, "", err) != 0) {
-        fail_job(e, job, 500, err, NULL);
-        return OVER;
-    }
-    e->at_work[slot] = p;
-    job->n_begun++;
-    return BEGUN;
-}
+// ---- slots ----
 
 static int free_slot(const Engine *e) {
     for (int i = 0; i < e->n_slots; i++)
@@ -374,10 +183,8 @@ static int score_step(Engine *e, Part *p, char *err) {
 
 static void fail_all(Engine *e, int status, const char *message) {
     for (int i = 0; i < e->n_slots; i++)
-        if (e->at_work[i]) fail_job(e, e->at_work[i]->job, status, message, NULL);
+        if (e->at_work[i]) engine_fail(e, e->at_work[i]->job, status, message, NULL);
 }
-
-static bool reads(const Part *p) { return p->reply.n_fed < p->reply.n_prompt; }
 
 // Where a sequence cannot be cut later, the prompt's end is kept as well, before the answer begins.
 static void mark_prompt(Engine *e, Part *p) {
@@ -400,14 +207,14 @@ static void count(Engine *e, const Part *p) {
 static void tell(Engine *e) {
     for (int i = 0; i < e->n_slots; i++) {
         Part *p = e->at_work[i];
-        if (!p || is_scoring(p)) continue;
+        if (!p || part_scores(p)) continue;
         Job *job = p->job;
         if (p->reply.done) {
             leave(e, p, true);
             count(e, p);
             job->n_ended++;
         }
-        if (job->told && (p->ended || !reads(p))) job->told(job, p);
+        if (job->told && (p->ended || !part_reads(p))) job->told(job, p);
         if (job->n_ended == job->n_parts) {
             e->counts.requests++;
             job->done(job);
@@ -425,11 +232,11 @@ static bool step(Engine *e) {
     bool reading = false, was[64] = {false};
     for (int i = 0; i < e->n_slots; i++) {
         Part *p = e->at_work[i];
-        if (p && is_scoring(p)) {
+        if (p && part_scores(p)) {
             if (!scoring) scoring = p;
         } else if (p) {
             r[n++] = &p->reply;
-            was[i] = reads(p);
+            was[i] = part_reads(p);
             reading = reading || was[i];
             n_writing += !was[i];
         }
@@ -448,7 +255,7 @@ static bool step(Engine *e) {
         return true;
     }
     for (int i = 0; i < e->n_slots; i++)
-        if (e->at_work[i] && was[i] && !reads(e->at_work[i])) mark_prompt(e, e->at_work[i]);
+        if (e->at_work[i] && was[i] && !part_reads(e->at_work[i])) mark_prompt(e, e->at_work[i]);
     tell(e);
     return true;
 }
@@ -502,7 +309,7 @@ static void work_aside(Engine *e, Job *job) {
     if (outlet_gone(job->outlet)) {
         end_job(e, job, true);
     } else if (status != 0) {
-        fail_job(e, job, 500, err, NULL);
+        engine_fail(e, job, 500, err, NULL);
     } else {
         job->next = e->waiting;
         e->waiting = job;
@@ -522,14 +329,14 @@ static Beginning begin_job(Engine *e, Job *job) {
     return job->n_begun == job->n_parts ? BEGUN : LATER;
 }
 
-// Gives free slots to jobs that wait, in their order: none overtakes but those that need a document
-// made while another one is being made.
+// Gives free slots to jobs that wait, in their order: none overtakes but where one needs what is
+// not there yet: ids that are being read, or a document while another one is made.
 static bool begin(Engine *e) {
     bool any = false;
     for (Job *job = e->waiting, *next; job; job = next) {
         next = job->next;
         Beginning b = job->work ? NEEDS_DOCUMENT : begin_job(e, job);
-        if (b == NEEDS_DOCUMENT && e->compressing) continue;
+        if (b == AWAITS || (b == NEEDS_DOCUMENT && e->compressing)) continue;
         if (b == NEEDS_DOCUMENT) {
             work_aside(e, job);
             return true;  // the list may be another one now
@@ -575,8 +382,9 @@ static void publish(Engine *e) {
         if (!p) continue;
         c->processing++;
         int fed = p->job->echo ? p->n_scored + p->reply.n_fed : p->n_skipped + p->reply.n_fed;
-        e->slots[i] = (SlotView){
-            true, is_scoring(p) || reads(p), p->prompt.n, fed, p->reply.ids.n, p->reply.limit};
+        e->slots[i] = (SlotView){true,           part_scores(p) || part_reads(p),
+                                 p->prompt.n,    fed,
+                                 p->reply.ids.n, p->reply.limit};
     }
     e->shown = *c;
     pthread_mutex_unlock(&e->lock);
@@ -721,7 +529,7 @@ void engine_close(Engine *e) {
     pthread_mutex_unlock(&e->lock);
     take_new(e);
     fail_all(e, 503, "the server is stopping");
-    while (e->waiting) fail_job(e, e->waiting, 503, "the server is stopping", NULL);
+    while (e->waiting) engine_fail(e, e->waiting, 503, "the server is stopping", NULL);
     past_close(&e->past);
     documents_close(&e->docs);
     answer_close(&e->answerer);

@@ -38,6 +38,13 @@ int past_fork(Past *p, unsigned long base, const Ids *ids, int most, int *length
     }
 }
 
+int past_common(const Past *p, unsigned long base, const Ids *ids, int most) {
+    int best = 0;
+    for (int i = 0; i < p->n; i++)
+        if (p->one[i].base == base) best = max_int(best, common(&p->one[i].ids, ids, most));
+    return best;
+}
+
 bool past_forget(Past *p) {
     int old = 0;
     for (int i = 1; i < p->n; i++)

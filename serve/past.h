@@ -27,6 +27,9 @@ typedef struct {
 // of its own, *length of it. -1: there is none (*length 0).
 int past_fork(Past *p, unsigned long base, const Ids *ids, int most, int *length);
 
+// How many that are.
+int past_common(const Past *p, unsigned long base, const Ids *ids, int most);
+
 // Takes a sequence over that ends with ids, whose list it takes as well.
 void past_keep(Past *p, int seq, unsigned long base, Ids *ids);
 

@@ -17,13 +17,14 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from checks import Tensors, check, end
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUN = os.environ.get("RUN", os.path.join(os.path.dirname(HERE), "run"))
 FIXTURES = os.environ.get("FIXTURES", os.path.join(HERE, "fixtures"))
-MODEL = os.path.join(FIXTURES, "smol.kvz")
+MODEL, GEMMA = (os.path.join(FIXTURES, name) for name in ("smol.kvz", "gemma3.kvz"))
 TEXT = open(os.path.join(FIXTURES, "real", "town.txt"), encoding="utf-8").read()
 
 
@@ -165,6 +166,27 @@ def test_chat(s):
                               {"role": "user", "content": "d"}])[1]
     check(longer["usage"]["prompt_tokens_details"]["cached_tokens"] >= r["usage"]["prompt_tokens"],
           "the next turn begins with the last one's ids")
+
+
+def test_sharing():
+    """Prompts that begin alike are read once, also those that come together; so are the choices of one request."""
+    for model, flags in ((MODEL, ()), (MODEL, ("--kv", "q8")), (GEMMA, ())):
+        with Server(*flags, model=model) as s:
+            def computed():
+                return int(re.search(r"^llamacpp:prompt_tokens_total (\d+)", s.get("/metrics")[1], re.M).group(1))
+
+            text = TEXT[:1200]
+            r = s.chat(text + " One?", n=4, temperature=1, seed=3, max_tokens=3)[1]
+            n = r["usage"]["prompt_tokens"]
+            check(computed() <= n + 6 and n > 200, "%s %s: %d choices of %d tokens, %d read" % (model, flags, 4, n, computed()))
+            alone = s.chat(text + " Two?", max_tokens=3)[1]["choices"]
+            before = computed()
+            with ThreadPoolExecutor(6) as pool:
+                same = list(pool.map(lambda _: s.chat("Now. " + text + " Two?", max_tokens=3)[1], range(6)))
+            check(len({json.dumps(x["choices"]) for x in same}) == 1, "%s: equal prompts, equal answers" % model)
+            read = computed() - before
+            check(read < n + 60, "%s %s: six clients with one prompt of %d tokens, %d read" % (model, flags, n, read))
+            check(alone == s.chat(text + " Two?", max_tokens=3)[1]["choices"], "%s: and others' stay" % model)
 
 
 def test_stop(s):
@@ -640,6 +662,7 @@ def main():
         test_documents(folder)
         test_prompts(folder)
         test_company(folder)
+        test_sharing()
         test_keys(folder)
         test_usage(folder)
         test_docs(folder)
