@@ -260,19 +260,24 @@ Document *documents_add(Documents *d, const char *name, int seq, const KVInfo *i
 
 // ---- memory ----
 
-int documents_load(Documents *d, Document *doc, char *err) {
-    KVCache saved;
+// Maps its file. 0, or -1 with err, and then there is nothing to close.
+static int open_saved(const Documents *d, const Document *doc, KVCache *saved, char *err) {
     KVInfo info;
     KVModel model = {model_kv_shape(d->model), d->model->fingerprint};
+    if (kvfile_load(saved, doc->path, &model, NULL, &info, err) != 0) return -1;
+    if (info.n_ids == doc->ids.n &&
+        memcmp(info.ids, doc->ids.id, (size_t)info.n_ids * sizeof *info.ids) == 0)
+        return 0;
+    kvcache_close(saved);
+    return fail(err, "%s has changed on disk", doc->name);
+}
+
+int documents_load(Documents *d, Document *doc, char *err) {
+    KVCache saved;
     doc->used = now();
     if (doc->seq >= 0) return 0;
-    if (kvfile_load(&saved, doc->path, &model, NULL, &info, err) != 0) return -1;
-    bool same = info.n_ids == doc->ids.n &&
-                memcmp(info.ids, doc->ids.id, (size_t)info.n_ids * sizeof *info.ids) == 0;
-    if (same)
-        doc->seq = kvcache_take(d->kv, &saved, 0, err);
-    else
-        fail(err, "%s has changed on disk", doc->name);
+    if (open_saved(d, doc, &saved, err) != 0) return -1;
+    doc->seq = kvcache_take(d->kv, &saved, 0, err);
     kvcache_close(&saved);
     return doc->seq >= 0 ? 0 : -1;
 }
@@ -281,4 +286,46 @@ void documents_unload(Documents *d, Document *doc) {
     if (doc->seq < 0 || !doc->path) return;
     kvcache_drop(d->kv, doc->seq);
     doc->seq = -1;
+}
+
+// ---- the map ----
+
+// Adds up the next head, by token where that is asked.
+static void map_head(DocumentMap *m, const KVCache *kv, const KVHead *h, const Document *doc,
+                     int head, bool by_token) {
+    int n_ctx = doc->ids.n - doc->n_prefix;
+    for (int t = 0; t < h->len - h->dropped; t++) {
+        const KVPage *page = &kv->pages[h->page[t / PAGE]];
+        int at = page->pos[t % PAGE] - doc->n_prefix;
+        bool demoted = page->class == PAGE_DEMOTED;
+        if (at < 0 || at >= n_ctx) continue;  // of the prefix
+        m->n_demoted += demoted, m->n_kept += !demoted, m->pairs[head] += !demoted;
+        if (by_token && !demoted && at >= m->from && at - m->from < m->n) m->kept[at - m->from]++;
+    }
+}
+
+int documents_map(const Documents *d, const Document *doc, DocumentMap *m, char *err) {
+    KVCache saved = {0};
+    const KVCache *kv = doc->seq >= 0 ? d->kv : &saved;
+    const KVShape *shape = &d->kv->shape;
+    int n_heads = shape->n_kv_heads, n = kvcache_scored_layers(shape, NULL) * n_heads;
+    m->kept = calloc((size_t)m->n + 1, sizeof *m->kept);
+    m->layers = calloc((size_t)shape->n_layers + 1, sizeof *m->layers);
+    m->pairs = calloc((size_t)n + 1, sizeof *m->pairs);
+    if (!m->kept || !m->layers || !m->pairs) return fail(err, "out of memory for a map");
+    if (doc->seq < 0 && open_saved(d, doc, &saved, err) != 0) return -1;
+    m->n_layers = kvcache_scored_layers(shape, m->layers);
+    for (int i = 0; i < n; i++) {
+        bool by_token = (m->layer < 0 || m->layer == m->layers[i / n_heads]) &&
+                        (m->head < 0 || m->head == i % n_heads);
+        m->n_heads += by_token;
+        map_head(m, kv, kvcache_scored_head(kv, doc->seq >= 0 ? doc->seq : 0, i), doc, i, by_token);
+    }
+    if (doc->seq < 0) kvcache_close(&saved);
+    return 0;
+}
+
+void documents_map_free(DocumentMap *m) {
+    free(m->kept), free(m->layers), free(m->pairs);
+    *m = (DocumentMap){0};
 }

@@ -66,4 +66,20 @@ int documents_load(Documents *d, Document *doc, char *err);
 void documents_unload(Documents *d, Document *doc);  // where it is on disk
 // Ends it, its file as well. 0, or -1 with err.
 int documents_remove(Documents *d, Document *doc, char *err);
+
+// What stays of a document's context (the prefix always does) in the layers that evict.
+typedef struct {
+    int layer, head;  // in: whose pairs are counted by token; -1: those of all
+    int from, n;      // in: tokens [from, from + n) of the context, within it
+    int *kept;        // [n] how many of n_heads heads keep the token
+    int n_heads;
+    int *layers, n_layers;     // [n_layers] those that evict
+    int *pairs;                // [n_layers][n_kv_heads] of the context; demoted ones not counted
+    double n_kept, n_demoted;  // in all of them
+} DocumentMap;
+
+// Fills m. A document that is not loaded is looked at in its file, and is not loaded by it. Time
+// and memory: a look at each pair; two numbers a token and a head. 0, or -1 with err.
+int documents_map(const Documents *d, const Document *doc, DocumentMap *m, char *err);
+void documents_map_free(DocumentMap *m);
 #endif

@@ -1,4 +1,4 @@
-// library.c: /v1/documents: contexts that are read once, compressed and asked by name.
+// library.c: /v1/documents: contexts that are read once, compressed, asked by name and looked at.
 //
 // All of it is work for the engine's thread, which owns the documents. A text is turned into ids
 // here, so that what is wrong with it is said at once.
@@ -18,6 +18,7 @@ typedef struct {
     const Policy *policy;
     const Level *level;
     FitKind fit;
+    DocumentMap map;  // what of it is wanted
 } Errand;
 
 static void put_document(FILE *f, const Document *doc) {
@@ -212,6 +213,69 @@ static void show_document(Engine *e, Job *job) {
     page_send(&page, job->outlet, 200);
 }
 
+static void put_numbers(FILE *f, const int *x, int n) {
+    putc('[', f);
+    for (int i = 0; i < n; i++) fprintf(f, i ? ", %d" : "%d", x[i]);
+    putc(']', f);
+}
+
+// The tokens' texts: together they are the document's. One that only begins a character is empty,
+// the one that completes it has it.
+static void put_texts(FILE *f, const Engine *e, const Document *doc, const DocumentMap *m) {
+    TokStream stream = {0};
+    char text[TOK_STREAM_MAX];
+    const int *ids = doc->ids.id + doc->n_prefix;
+    putc('[', f);
+    for (int i = 0; i < m->from + m->n; i++) {
+        int n = tokenizer_stream(e->tok, &stream, ids[i], text);
+        if (i < m->from) continue;
+        if (i > m->from) fputs(", ", f);
+        json_put_string(f, text, (size_t)n);
+    }
+    putc(']', f);
+}
+
+static void put_map(FILE *f, const Engine *e, const Document *doc, const DocumentMap *m) {
+    int n_ctx = doc->ids.n - doc->n_prefix, n_heads = e->kv->shape.n_kv_heads;
+    json_print(f, "{'object': 'document.map', 'name': %s, 'ratio': %g, 'policy': %s, ", doc->name,
+               doc->ratio, doc->policy);
+    json_print(f, "'n_ctx': %d, 'n_pairs': %.17g, 'n_kept': %.17g, 'n_demoted': %.17g, ", n_ctx,
+               (double)n_ctx * m->n_layers * n_heads, m->n_kept, m->n_demoted);
+    json_print(f, "'kv_heads': %d, 'layers': ", n_heads);
+    put_numbers(f, m->layers, m->n_layers);
+    fputs(", \"kept_pairs\": [", f);
+    for (int l = 0; l < m->n_layers; l++) {
+        if (l > 0) fputs(", ", f);
+        put_numbers(f, m->pairs + l * n_heads, n_heads);
+    }
+    json_print(f, "], 'heads': %d, 'from': %d, 'kept': ", m->n_heads, m->from);
+    put_numbers(f, m->kept, m->n);
+    fputs(", \"text\": ", f);
+    put_texts(f, e, doc, m);
+    if (m->from + m->n < n_ctx)
+        json_print(f, ", 'next': %d}\n", m->from + m->n);
+    else
+        fputs(", \"next\": null}\n", f);
+}
+
+static void show_map(Engine *e, Job *job) {
+    char err[ERR_LEN];
+    Page page;
+    Errand *x = job->door;
+    DocumentMap *m = &x->map;
+    const Document *doc = find(e, job);
+    if (!doc) return;
+    int n_ctx = doc->ids.n - doc->n_prefix;
+    m->from = min_int(m->from, n_ctx), m->n = min_int(m->n, n_ctx - m->from);
+    if (documents_map(&e->docs, doc, m, err) != 0) {
+        door_failed(job, 500, err, NULL, NULL);
+    } else {
+        if (page_open(&page)) put_map(page.f, e, doc, m);
+        page_send(&page, job->outlet, 200);
+    }
+    documents_map_free(m);
+}
+
 static void remove_document(Engine *e, Job *job) {
     char err[ERR_LEN];
     Page page;
@@ -229,20 +293,63 @@ static void remove_document(Engine *e, Job *job) {
     page_send(&page, job->outlet, 200);
 }
 
-// Behind "/v1/documents/" stands a name.
+// The name behind "/v1/documents/" and before `end`; "" where none stands there.
+static void name_of(const Http *h, const char *end, char name[DOC_NAME + 1]) {
+    static const char start[] = "/v1/documents/";
+    size_t n = strlen(h->path), n_end = strlen(end), n_start = sizeof start - 1;
+    n = n > n_start + n_end ? n - n_start - n_end : 0;
+    snprintf(name, DOC_NAME + 1, "%.*s", n > DOC_NAME ? 0 : (int)n, n ? h->path + n_start : "");
+}
+
 static void ask_about(Door *d, Http *h, Outlet *o, void (*work)(Engine *e, Job *job)) {
     if (door_loading(d, o)) return;
-    const char *slash = strrchr(h->path, '/');
     Job *job = errand(d, o, work);
     if (!job) return;
     Errand *x = job->door;
-    snprintf(x->name, sizeof x->name, "%s", strlen(slash + 1) <= DOC_NAME ? slash + 1 : "");
+    name_of(h, "", x->name);
+    door_ask(d, job);
+}
+
+// A whole number of the query.
+static int query_count(Fields *f, const Http *h, const char *key, int lo, int hi, int otherwise) {
+    char *text = http_query(h, key);
+    double x = text ? number_read(text, strlen(text)) : otherwise;
+    bool fine = !text || (x >= lo && x <= hi && x == (int)x);
+    free(text);
+    if (fine) return (int)x;
+    fields_refuse(f, 400, key, "%s must be a whole number from %d to %d", key, lo, hi);
+    return otherwise;
+}
+
+// GET /v1/documents/NAME/map?layer=&head=&from=&tokens=
+static void ask_map(Door *d, Http *h, Outlet *o) {
+    enum { MAP_TOKENS = 16384 };  // of an answer
+    Fields f = {0};
+    if (door_loading(d, o)) return;
+    const KVShape *shape = &d->engine->kv->shape;
+    DocumentMap m = {.layer = query_count(&f, h, "layer", 0, shape->n_layers - 1, -1),
+                     .head = query_count(&f, h, "head", 0, shape->n_kv_heads - 1, -1),
+                     .from = query_count(&f, h, "from", 0, MAX_PAIRS, 0),
+                     .n = query_count(&f, h, "tokens", 1, MAP_TOKENS, MAP_TOKENS)};
+    if (m.layer >= 0 && shape->window[m.layer] > 0)
+        fields_refuse(&f, 400, "layer", "layer %d has a window: nothing is evicted there", m.layer);
+    if (fields_answer(&f, o)) return;
+    Job *job = errand(d, o, show_map);
+    if (!job) return;
+    Errand *x = job->door;
+    x->map = m;
+    name_of(h, "/map", x->name);
     door_ask(d, job);
 }
 
 void documents_get(void *arg, Http *h, Outlet *o) {
-    bool all = strcmp(h->path, "/v1/documents") == 0;
-    ask_about(arg, h, o, all ? list_documents : show_document);
+    const char *slash = strrchr(h->path, '/');
+    if (strcmp(h->path, "/v1/documents") == 0)
+        ask_about(arg, h, o, list_documents);
+    else if (strcmp(slash, "/map") == 0 && slash > h->path + strlen("/v1/documents"))
+        ask_map(arg, h, o);
+    else
+        ask_about(arg, h, o, show_document);
 }
 
 void documents_delete(void *arg, Http *h, Outlet *o) { ask_about(arg, h, o, remove_document); }

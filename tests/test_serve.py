@@ -498,6 +498,69 @@ def test_documents(folder):
     check("1 files are no saved caches" in s.err, "a broken file is named: %s" % s.err)
 
 
+def kept_bits(page):
+    """By layer and head what `run map` says of each token: the page's rows are heads, their cells layers."""
+    bits = {}
+    for layer, digits in re.findall(r"<td data-layer='(\d+)'[^>]*data-kept='([0-9a-f]*)'", page):
+        g = sum(key[0] == int(layer) for key in bits)
+        bits[int(layer), g] = [int(d, 16) >> i & 1 for d in digits for i in range(4)]
+    return bits
+
+
+def test_map(folder):
+    """What stays of a document, as `run info` and `run map` have it."""
+    docs, town, page = (os.path.join(folder, name) for name in ("maps", "part.txt", "map.html"))
+    with open(town, "w", encoding="utf-8") as f:
+        f.write(TEXT[:700] + " caf\u00e9 \u2603")
+    how = ["-f", town, "--ratio", "0.4", "-q", "-j", "1"]
+    caches = {"town": MODEL, "slides": os.path.join(FIXTURES, "gemma3.kvz")}
+    for name, model in caches.items():
+        subprocess.run([RUN, "compress", model, "-o", os.path.join(folder, name + ".kvc"), *how], check=True)
+        subprocess.run([RUN, "map", model, "-o", page, *how], check=True)
+        info = subprocess.run([RUN, "info", os.path.join(folder, name + ".kvc"), "--json"], stdout=subprocess.PIPE, check=True)
+        info = json.loads(info.stdout)
+        with open(page, encoding="utf-8") as f:
+            bits = kept_bits(f.read())
+        with Server("--docs", docs, model=model) as s:
+            shutil.copy(os.path.join(folder, name + ".kvc"), docs)
+            status, m, _ = s.get("/v1/documents/%s/map" % name)
+            check(status == 200 and m["name"] == name and m["n_ctx"] == info["n_ctx"] and m["next"] is None, "a map: %s" % str(m)[:200])
+            check(not s.get("/v1/documents/" + name)[1]["loaded"], "looking at a document does not load it")
+            check(m["layers"] == sorted({l for l, g in bits}), "%s: layers that evict: %s" % (name, m["layers"]))
+            check(m["kept_pairs"] == [info["kept_pairs"][l] for l in m["layers"]], "%s: pairs are those of `run info`" % name)
+            check(abs(m["n_kept"] / m["n_pairs"] - info["kept"]) < 1e-6 and m["n_demoted"] == 0, "%s: and their share" % name)
+            check(m["heads"] == len(bits) and m["kept"] == [sum(b[i] for b in bits.values()) for i in range(m["n_ctx"])],
+                  "%s: tokens are kept by the heads of `run map`" % name)
+            with open(town, encoding="utf-8") as f:
+                check("".join(m["text"]) == f.read(), "%s: their texts are the document" % name)
+            check(s.chat("a", document=name)[0] == 200 and s.get("/v1/documents/" + name)[1]["loaded"], "a question loads it")
+            check(s.get("/v1/documents/%s/map" % name)[1] == m, "loaded it looks the same")
+            layer, head = m["layers"][-1], m["kv_heads"] - 1
+            for query, heads in (("layer=%d" % layer, [k for k in bits if k[0] == layer]), ("head=%d" % head, [k for k in bits if k[1] == head]),
+                                 ("head=%d&layer=%d" % (head, layer), [(layer, head)])):
+                part = s.get("/v1/documents/%s/map?%s" % (name, query))[1]
+                check(part["kept"] == [sum(bits[k][i] for k in heads) for i in range(m["n_ctx"])] and part["heads"] == len(heads), query)
+            kept, text, at = [], [], 0
+            while at is not None:
+                part = s.get("/v1/documents/%s/map?from=%d&tokens=100" % (name, at))[1]
+                kept, text, at = kept + part["kept"], text + part["text"], part["next"]
+            check(kept == m["kept"] and text == m["text"] and len(part["kept"]) <= 100, "in parts")
+            for query, param in (("layer=99", "layer"), ("head=-1", "head"), ("from=x", "from"), ("tokens=0", "tokens"), ("tokens=99999", "tokens"),
+                                 ("layer=%d" % min(set(range(99)) - set(m["layers"])), "layer")):
+                status, r, _ = s.get("/v1/documents/%s/map?%s" % (name, query))
+                check(status == 400 and r["error"]["param"] == param, "%s: %d %s" % (query, status, r))
+            check(s.get("/v1/documents/%s/map?from=99999" % name)[1]["kept"] == [], "behind the end there is nothing")
+            for path in ("nowhere/map", "/map", "map", "%s/map/map" % name, "map/" + name):
+                check(s.get("/v1/documents/" + path)[0] == 404, "%s is not there" % path)
+            check(s.ask("DELETE", "/v1/documents/%s/map" % name)[0] == 404, "a map cannot be deleted")
+            shutil.copy(os.path.join(folder, name + ".kvc"), os.path.join(docs, "late.kvc"))
+            check(s.get("/v1/documents/late")[0] == 200, "one more")
+            with open(os.path.join(docs, "late.kvc"), "r+b") as f:
+                f.truncate(1000)
+            check(s.get("/v1/documents/late/map")[0] == 500, "a file that broke meanwhile says so")
+        shutil.rmtree(docs)
+
+
 def test_prompts(folder):
     """Long beginnings of prompts are kept compressed, by their ids; the oldest leave."""
     docs = os.path.join(folder, "prompts")
@@ -660,6 +723,7 @@ def main():
         check(read_answer(c)[0] == 408 and 9 < time.time() - slow[0], "half a request is given up")
     with tempfile.TemporaryDirectory() as folder:
         test_documents(folder)
+        test_map(folder)
         test_prompts(folder)
         test_company(folder)
         test_sharing()
