@@ -10,6 +10,7 @@ LDLIBS = $(if $(BLAS),-lopenblas) -lm -lpthread
 # Every .c file of these rooms is part of the program; all but run.c make the library that tests link.
 ROOMS = . kernels policies cli eval bench lib serve
 SOURCES = $(filter-out run.c,$(patsubst ./%,%,$(foreach room,$(ROOMS),$(wildcard $(room)/*.c))))
+PAGE = serve/page_html
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BUILD ?= build$(if $(BLAS),/blas)
 VENV = .venv/bin/python
@@ -22,13 +23,22 @@ run: $(BUILD)/run force  # the last build asked for, whichever it was
 $(BUILD)/run: $(BUILD)/run.o $(BUILD)/libkvzip.a
 	$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-$(BUILD)/libkvzip.a: $(SOURCES:%.c=$(BUILD)/%.o)
+$(BUILD)/libkvzip.a: $(SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/$(PAGE).o
 	@rm -f $@
 	$(AR) rcs $@ $^
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) -MMD -c -o $@ $<
+
+# The page of `run serve` as an array of its bytes: od and sed are wherever make is.
+$(BUILD)/$(PAGE).c: serve/page.html
+	@mkdir -p $(@D)
+	@{ echo 'const unsigned char page_html[] = {' && od -An -v -tx1 $< | sed 's/[0-9a-f][0-9a-f]/0x&,/g' && \
+	    echo '}; const unsigned long page_html_size = sizeof page_html;'; } >$@
+
+$(BUILD)/$(PAGE).o: $(BUILD)/$(PAGE).c
+	$(CC) $(ALL_CFLAGS) -c -o $@ $<
 
 $(BUILD)/test_%: tests/test_%.c $(BUILD)/libkvzip.a
 	$(CC) $(ALL_CFLAGS) -MMD $(LDFLAGS) -o $@ $(filter %.c %.a,$^) $(LDLIBS)

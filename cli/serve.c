@@ -51,6 +51,7 @@ static Server *listen_to(const Options *o, Door *door, char **keys, int *port) {
                             .head_s = 10,
                             .idle_s = 60,
                             .routes = door_routes,
+                            .open = door_open,
                             .arg = door};
     Server *server = serve_open(&options, port, err);
     if (!server) die("%s", err);

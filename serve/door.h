@@ -86,5 +86,7 @@ void anthropic_count(void *arg, Http *h, Outlet *o);
 void documents_post(void *arg, Http *h, Outlet *o);  // library.c
 void documents_get(void *arg, Http *h, Outlet *o);
 void documents_delete(void *arg, Http *h, Outlet *o);
-extern const Route door_routes[];  // routes.c, with the small ones
+void page_get(void *arg, Http *h, Outlet *o);  // page.c
+extern const char *const door_open[];          // routes.c: paths that need no key
+extern const Route door_routes[];              // routes.c, with the small ones
 #endif

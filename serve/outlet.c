@@ -41,15 +41,17 @@ static void pass_on(Outlet *o) {
 
 // length -1: it is not known yet.
 static void add_head(Outlet *o, int status, const char *type, const char *headers, long length) {
-    char head[1024];
-    int n = snprintf(
-        head, sizeof head,
-        "HTTP/1.1 %d %s\r\nServer: kvzip.c\r\n%s%s"
-        "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: %s\r\n",
-        status, http_reason(status), o->cors, headers, o->keep_alive ? "keep-alive" : "close");
-    if (status != 204)
-        n += snprintf(head + n, sizeof head - (size_t)n, "Content-Type: %s\r\n", type);
-    if (status != 204 && length >= 0)
+    char head[2048];
+    bool cached = strstr(headers, "Cache-Control:") != NULL,
+         bodiless = status == 204 || status == 304;
+    int n = snprintf(head, sizeof head,
+                     "HTTP/1.1 %d %s\r\nServer: kvzip.c\r\n%s%s"
+                     "%sX-Content-Type-Options: nosniff\r\nConnection: %s\r\n",
+                     status, http_reason(status), o->cors, headers,
+                     cached ? "" : "Cache-Control: no-store\r\n",
+                     o->keep_alive ? "keep-alive" : "close");
+    if (!bodiless) n += snprintf(head + n, sizeof head - (size_t)n, "Content-Type: %s\r\n", type);
+    if (!bodiless && length >= 0)
         n += snprintf(head + n, sizeof head - (size_t)n, "Content-Length: %ld\r\n", length);
     if (o->chunked)
         n += snprintf(head + n, sizeof head - (size_t)n, "Transfer-Encoding: chunked\r\n");

@@ -28,8 +28,8 @@ typedef struct {
 Outlet *outlet_open(int wake, int minor, bool keep_alive, const char *cors);
 void outlet_release(Outlet *o);  // NULL allowed
 
-// The whole answer. Header lines may be "" or "Retry-After: 1\r\n". Nothing happens if one has
-// begun.
+// The whole answer. Header lines may be "" or "Retry-After: 1\r\n", 1,000 bytes at most; without a
+// Cache-Control among them nobody may keep the answer. Nothing happens if one has begun.
 void outlet_send(Outlet *o, int status, const char *type, const char *headers, const char *body,
                  size_t n);
 

@@ -230,9 +230,16 @@ static void get_props(void *arg, Http *h, Outlet *o) {
         json_print(page.f, "'chat_template': %s, 'kv': %s, 'ratio': %g, 'policy': %s, ",
                    tokenizer_chat(e->tok)->present ? "built in" : "",
                    kvcache_types_name(e->kv->types, kv), e->ratio, e->method.policy->name);
-        json_print(page.f, "'level': %s, 'fit': %s, 'cache_limit': %zu, 'connections': %d}\n",
+        json_print(page.f, "'level': %s, 'fit': %s, 'cache_limit': %zu, 'connections': %d, ",
                    e->method.level->name, fit_kind_name(e->fit), e->most_bytes,
                    serve_connections(d->server));
+        fputs("\"policies\": [", page.f);
+        for (const Policy *p = policies; p->name; p++)
+            json_print(page.f, p > policies ? ", %s" : "%s", p->name);
+        fputs("], \"levels\": [", page.f);
+        for (const Level *l = levels; l->name; l++)
+            json_print(page.f, l > levels ? ", %s" : "%s", l->name);
+        fputs("]}\n", page.f);
     }
     page_answer(&page, o);
 }
@@ -276,7 +283,10 @@ static void get_metrics(void *arg, Http *h, Outlet *o) {
 
 // ---- routes ----
 
-const Route door_routes[] = {{"GET", "/health", get_health},
+const char *const door_open[] = {"/", "/health", NULL};
+
+const Route door_routes[] = {{"GET", "/", page_get},
+                             {"GET", "/health", get_health},
                              {"GET", "/v1/health", get_health},
                              {"GET", "/v1/models", get_models},
                              {"GET", "/v1/models/", get_models},

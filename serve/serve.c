@@ -140,6 +140,13 @@ static bool has_path(const Route *r, const char *path) {
     return strcmp(r->path, path) == 0;
 }
 
+// Whether everybody may ask for a path.
+static bool is_open(const Server *s, const char *path) {
+    for (const char *const *open = s->o.open; *open; open++)
+        if (strcmp(*open, path) == 0) return true;
+    return false;
+}
+
 static void answer(Server *s, Http *h, Outlet *o) {
     char message[256];
     bool known = false, head = strcmp(h->method, "HEAD") == 0;
@@ -154,7 +161,7 @@ static void answer(Server *s, Http *h, Outlet *o) {
         serve_error(o, 403, "pages of other sites may ask only with --cors or a key", NULL, NULL);
         return;
     }
-    if (!has_key(s, h) && strcmp(h->path, "/health") != 0) {
+    if (!has_key(s, h) && !is_open(s, h->path)) {
         serve_error(o, 401, no_key, NULL, "invalid_api_key");
         return;
     }

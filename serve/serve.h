@@ -23,8 +23,9 @@ typedef struct {
     int connections;   // at most
     double head_s;     // for a request's head, once it has begun
     double idle_s;     // without a byte in a body or of an answer; of a connection between requests
-    const Route *routes;  // path NULL behind the last one
-    void *arg;            // of their functions
+    const Route *routes;      // path NULL behind the last one
+    const char *const *open;  // paths that need no key; NULL behind the last one
+    void *arg;                // of their functions
 } ServeOptions;
 
 typedef struct Server Server;

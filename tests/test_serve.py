@@ -3,6 +3,8 @@
 
 Needs nothing but Python's standard library. The last line says how many checks passed and failed.
 """
+import base64
+import hashlib
 import http.client
 import json
 import math
@@ -129,6 +131,32 @@ def test_models(s):
         check(got == status and set(error) == {"message", "type", "param", "code"}, "%s %s: %d" % (method, path, got))
     status, headers, data = s.ask("HEAD", "/health")
     check(status == 200 and data == b"" and int(headers["content-length"]) > 0, "HEAD sends no body")
+
+
+def test_page(s):
+    """The page for people: one file, and a browser is told that nothing else is part of it (test_page.py looks at it)."""
+    with open(os.path.join(os.path.dirname(HERE), "serve", "page.html"), "rb") as f:
+        page = f.read()
+    status, headers, data = s.ask("GET", "/")
+    check(status == 200 and data == page and headers["content-type"] == "text/html; charset=utf-8", "the page is served: %d" % status)
+    policy = dict(p.strip().split(" ", 1) for p in headers["content-security-policy"].split(";"))
+    for tag in ("style", "script"):
+        inline = re.findall(rb"<%s>(.*?)</%s>" % (tag.encode(), tag.encode()), page, re.S)
+        sums = ["'sha256-%s'" % base64.b64encode(hashlib.sha256(text).digest()).decode() for text in inline]
+        check(len(sums) == 1 and policy.pop(tag + "-src") == sums[0], "its %s, and no other" % tag)
+    check(policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
+                     "frame-ancestors": "'none'"}, "and nothing else: %s" % policy)
+    check(not re.search(rb"(?:src|href)=.(?!data:)|url\(|@import|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page),
+          "it needs nothing else, and writes no HTML")
+    check(headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer", "headers")
+    check(headers["cache-control"] == "no-cache" and s.get("/health")[2]["cache-control"] == "no-store", "answers are not kept, but the page is")
+    status, again, data = s.ask("GET", "/", headers={"If-None-Match": headers["etag"]})
+    check(status == 304 and data == b"" and "content-length" not in again and again["etag"] == headers["etag"], "a page that is known is not sent")
+    check(s.ask("GET", "/", headers={"If-None-Match": '"other"'})[2] == page, "an old one is")
+    status, head, data = s.ask("HEAD", "/")
+    check(status == 200 and data == b"" and int(head["content-length"]) == len(page), "HEAD sends no body")
+    check(s.ask("POST", "/", "a")[0] == 405 and s.ask("GET", "/index.html")[0] == 404 and s.ask("GET", "//")[0] == 404, "nothing else is a page")
+    check(s.ask("GET", "/", headers={"Host": "evil.example"})[0] == 403, "nor under a stranger's name")
 
 
 def test_chat(s):
@@ -665,6 +693,8 @@ def test_keys(folder):
         f.write("# ours\n\nsesame\n  open-up  \n")
     with Server("--api-key-file", keys, "--cors") as s:
         check(s.get("/health")[0] == 200, "health needs no key")
+        check(s.ask("GET", "/")[0] == 200 and s.ask("HEAD", "/")[0] == 200, "nor does the page, which holds nothing")
+        check(s.ask("GET", "/nowhere")[0] == 401 and s.ask("GET", "/props")[0] == 401, "all else does")
         for headers, status in (({}, 401), ({"Authorization": "Bearer sesame"}, 200), ({"x-api-key": "open-up"}, 200),
                                 ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "Bearer sesamesesame"}, 401),
                                 ({"x-api-key": ""}, 401), ({"Authorization": "sesame"}, 401), ({"x-api-key": "# ours"}, 401)):
@@ -717,7 +747,7 @@ def main():
     with Server() as s, s.socket() as c:
         c.sendall(GET[:20])  # and never the rest
         slow.append(time.time())
-        for test in (test_models, test_chat, test_stop, test_refused, test_settings, test_completions, test_logprobs, test_tokens, test_anthropic,
+        for test in (test_models, test_page, test_chat, test_stop, test_refused, test_settings, test_completions, test_logprobs, test_tokens, test_anthropic,
                       test_connections, test_mutants):
             test(s)
         check(read_answer(c)[0] == 408 and 9 < time.time() - slow[0], "half a request is given up")
