@@ -2,7 +2,7 @@
 # Runs the C tests named as arguments, then the Python ones, and adds up their "N passed, N failed" lines.
 # A program that dies without such a line counts as one failure. C_ONLY=1 leaves the Python tests out; WRAP is a
 # command to run each C test under, ISA the instruction set they are to use. The exporter's tests need the local
-# virtual environment; where pip reaches nothing they are skipped, and named.
+# virtual environment, those of the server's page a Chromium: without it they are skipped, and named.
 cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build} PYTHON=${PYTHON:-python3}
 passed=0 failed=0 skipped=0
@@ -38,6 +38,13 @@ if [ -z "${C_ONLY:-}" ]; then
     else
         echo "test_export, test_python: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
         skipped=$((skipped + 2))
+    fi
+    if CHROMIUM=$(command -v chromium-headless-shell || command -v chromium || command -v google-chrome); then
+        export CHROMIUM
+        run test_page "$PYTHON" tests/test_page.py
+    else
+        echo "test_page: skipped, no chromium"
+        skipped=$((skipped + 1))
     fi
     run test_docs "$PYTHON" tests/test_docs.py
 fi
