@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "drafts.h"
+
 int answer_open(Answerer *a, RunState *state, KVCache *kv, const Tokenizer *tok, char *err) {
     int vocab = state->model->config.vocab_size;
     *a = (Answerer){.state = state, .kv = kv, .tok = tok};
@@ -92,15 +94,29 @@ int reply_take(const Answerer *a, Reply *r, int id, char *err) {
 
 // ---- many replies ----
 
-// The rows of one forward call, and whose logits it gives.
+// The rows of one forward call, and whose logits it gives. Behind the row of a reply that writes
+// may stand those of its draft.
 typedef struct {
     const Answerer *a;
     Row row[MAX_ROWS];
     int n_rows;
     Reply *ready[MAX_ROWS];  // [n_ready] those that lack nothing after it, in its order
-    int best[MAX_ROWS];      // [n_ready] the likeliest token that follows
+    int first[MAX_ROWS];     // [n_ready] their logits, of whom one row after the other
     int n_ready;
+    const Reply *of[MAX_ROWS];  // [n_logits] whose a row of logits is
+    int at[MAX_ROWS];           // [n_logits] and behind which row it comes
+    int best[MAX_ROWS];         // [n_logits] the likeliest token that follows
+    int n_logits, most_logits;
 } Step;
+
+// Whether r takes the largest of all logits.
+static bool is_plain(const Reply *r) { return !r->schema && sampling_is_plain(r->sampling); }
+
+// Whether r writes with drafts: not where pairs are evicted after every step, those of a draft
+// among them.
+static bool drafts(const Answerer *a, const Reply *r, int reading) {
+    return r->draft > 0 && !reading && !a->after && is_plain(r);
+}
 
 // How many of r's ids the cache does not hold.
 static int lacking(const Reply *r) { return r->n_prompt + r->ids.n - r->n_fed; }
@@ -126,7 +142,31 @@ static void feed(Step *s, Reply *r, int n) {
         int id = i < r->n_prompt ? r->prompt[i] : r->ids.id[i - r->n_prompt];
         s->row[s->n_rows++] = (Row){r->seq, id, last && i == end - 1};
     }
-    if (last) s->ready[s->n_ready++] = r;
+    if (!last) return;
+    s->first[s->n_ready] = s->n_logits;
+    s->ready[s->n_ready++] = r;
+    s->at[s->n_logits] = s->n_rows - 1;
+    s->of[s->n_logits++] = r;
+}
+
+// Rows for a draft of what r, whose row is the last one, may write next; `others` replies still
+// need logits.
+static void feed_draft(Step *s, Reply *r, int others) {
+    int guess[DRAFT_MOST], most = min_int(r->draft, DRAFT_MOST);
+    if (r->skip > 0) r->skip--, most = 0;
+    most = min_int(most, r->limit - r->ids.n - 1);
+    most = min_int(most, s->most_logits - s->n_logits - others);
+    most = min_int(most, min_int(s->a->state->max_rows, MAX_ROWS) - s->n_rows - others);
+    if (most > 0) most = min_int(most, kvcache_slack(s->a->kv, r->seq));
+    if (most <= 0) return;
+    DraftText t = {{r->source, r->prompt, r->ids.id}, {r->n_source, r->n_prompt, r->ids.n}};
+    int n = draft_guess(&t, most, guess);
+    for (int i = 0; i < n; i++) {
+        s->at[s->n_logits] = s->n_rows;
+        s->of[s->n_logits++] = r;
+        s->row[s->n_rows++] = (Row){r->seq, guess[i], true};
+    }
+    r->n_drafted += n;
 }
 
 // Chooses rows for the live replies [n]: one for each that writes, then blocks for those that read,
@@ -139,24 +179,21 @@ static int fill_step(Step *s, Reply *const *live, int n, int *fed, char *err) {
             if ((lacking(live[i]) > 1) != reading) continue;
             fed[i] = block_rows(s->a, live[i], room - s->n_rows);
             if (fed[i] > 0) feed(s, live[i], fed[i]);
+            if (drafts(s->a, live[i], reading)) feed_draft(s, live[i], n - s->n_ready);
         }
     }
     return 0;
 }
 
-// Whether r takes the largest of all logits.
-static bool is_plain(const Reply *r) { return !r->schema && sampling_is_plain(r->sampling); }
-
 static void find_best(void *step, int i) {
     Step *s = step;
     int vocab = s->a->state->model->config.vocab_size;
-    if (is_plain(s->ready[i]))
-        s->best[i] = likeliest(s->a->state->logits + (size_t)i * vocab, vocab);
+    if (is_plain(s->of[i])) s->best[i] = likeliest(s->a->state->logits + (size_t)i * vocab, vocab);
 }
 
-// The token that comes next in the i-th of those that are ready; -1 with err.
+// The token that row i of logits says; -1 with err.
 static int next_token(const Step *s, int i, char *err) {
-    const Reply *r = s->ready[i];
+    const Reply *r = s->of[i];
     int vocab = s->a->state->model->config.vocab_size;
     if (is_plain(r)) return s->best[i];
     Draw d = {.logits = s->a->state->logits + (size_t)i * vocab,
@@ -168,29 +205,54 @@ static int next_token(const Step *s, int i, char *err) {
     return sampling_draw(r->sampling, &d);
 }
 
-// Every reply that lacks nothing takes the token that its logits say, in their order.
+// Takes the token that row i of logits says, of r. 0, or -1 with err.
+static int take_token(const Step *s, Reply *r, int i, char *err) {
+    const Answerer *a = s->a;
+    int id = next_token(s, i, err);
+    const float *logits = a->state->logits + (size_t)i * a->state->model->config.vocab_size;
+    if (id < 0) return -1;
+    if (a->drawn) a->drawn(a->drawn_arg, r, logits, id);
+    return reply_take(a, r, id, err);
+}
+
+// Goes on along r's draft of n tokens, whose logits begin with row i, as long as it says what r
+// wrote last; the cache forgets the rest of it. 0, or -1 with err.
+static int take_draft(Step *s, Reply *r, int i, int n, char *err) {
+    KVCache *kv = s->a->kv;
+    int taken = 0;
+    while (taken < n && !r->done && r->ids.id[r->ids.n - 1] == s->row[s->at[i + taken]].token) {
+        r->n_fed++;
+        if (take_token(s, r, i + taken++, err) != 0) return -1;
+    }
+    r->n_accepted += taken;
+    r->misses = taken > 0 ? 0 : min_int(r->misses + 1, 5);
+    r->skip = taken > 0 ? 0 : (1 << r->misses) - 2;
+    if (taken == n) return 0;
+    if (kvcache_cut(kv, r->seq, kv->seqs[r->seq].next_pos - (n - taken))) return 0;
+    return fail(err, "a draft that the cache cannot forget");
+}
+
+// Every reply that lacks nothing takes what its logits say, in their order.
 static int take_next(Step *s, char *err) {
     const Answerer *a = s->a;
-    parallel_for(a->state->pool, s->n_ready, find_best, s);
+    parallel_for(a->state->pool, s->n_logits, find_best, s);
     for (int i = 0; i < s->n_ready; i++) {
         Reply *r = s->ready[i];
+        int first = s->first[i], end = i + 1 < s->n_ready ? s->first[i + 1] : s->n_logits;
         r->done = r->cut = r->ids.n >= r->limit;  // where no token is wanted at all
         if (r->done) continue;
-        int id = next_token(s, i, err);
-        const float *logits = a->state->logits + (size_t)i * a->state->model->config.vocab_size;
-        if (id < 0) return -1;
-        if (a->drawn) a->drawn(a->drawn_arg, r, logits, id);
-        if (reply_take(a, r, id, err) != 0) return -1;
+        if (take_token(s, r, first, err) != 0) return -1;
+        if (end > first + 1 && take_draft(s, r, first + 1, end - first - 1, err) != 0) return -1;
     }
     return 0;
 }
 
 int answer_step(const Answerer *a, Reply *const *r, int n, char *err) {
-    Step s = {.a = a};
+    Step s = {.a = a, .most_logits = min_int(a->state->max_logits, MAX_ROWS)};
     Reply *live[MAX_ROWS];
     int fed[MAX_ROWS], n_live = 0, left = 0;
     bool reads[MAX_ROWS];
-    int most = min_int(min_int(a->state->max_rows, MAX_ROWS), a->state->max_logits);
+    int most = min_int(a->state->max_rows, s.most_logits);
     double start = now();
     for (int i = 0; i < n && n_live < most; i++)
         if (!r[i]->done) live[n_live++] = r[i];

@@ -49,19 +49,27 @@ struct Reply {
     bool ignore_stop;    // go on after stop tokens, which then are ids like others
     Sampling *sampling;  // NULL: always the likeliest token. Penalties see this prompt and answer
 
+    // Ids that drafts of at most `draft` tokens are looked for in (drafts.h), before those of the
+    // prompt and the answer; draft 0: none. They change nothing but the time, and are for answers
+    // of likeliest tokens.
+    const int *source;  // [n_source]
+    int n_source, draft;
+
     Schema *schema;  // the form of the answer, behind its prefix: it ends where the value is
                      // complete, whatever ignore_stop says; NULL: any
 
-    Ids ids;           // the answer's tokens so far; a stop token is not among them
-    int stop_id;       // the stop token that ended it, -1: none did
-    int n_fed;         // of the prompt's and then the answer's ids, how many the cache holds
-    bool done, cut;    // cut: it is done because it has as many ids as the limit allows
-    Buffer text;       // the answer prefix, then what the ids print; control tokens print nothing
-    size_t n_prefix;   // bytes of the answer prefix
-    size_t shown;      // bytes of the text that the caller has passed on; it alone uses this
-    Form form;         // how far the answer is in its schema
-    TokStream stream;  // holds bytes of an unfinished character
-    double read_s, write_s;  // seconds of the steps that read the prompt, and of those after
+    Ids ids;          // the answer's tokens so far; a stop token is not among them
+    int stop_id;      // the stop token that ended it, -1: none did
+    int n_fed;        // of the prompt's and then the answer's ids, how many the cache holds
+    bool done, cut;   // cut: it is done because it has as many ids as the limit allows
+    Buffer text;      // the answer prefix, then what the ids print; control tokens print nothing
+    size_t n_prefix;  // bytes of the answer prefix
+    size_t shown;     // bytes of the text that the caller has passed on; it alone uses this
+    int n_drafted, n_accepted;  // ids of drafts, and those that the model wrote as well
+    int misses, skip;           // drafts in a row that were wrong; steps without one that follow
+    Form form;                  // how far the answer is in its schema
+    TokStream stream;           // holds bytes of an unfinished character
+    double read_s, write_s;     // seconds of the steps that read the prompt, and of those after
 };
 
 // Starts a reply whose text begins with prefix, the start of the answer that the prompt ends with

@@ -191,6 +191,20 @@ static Range split_range(const KVHead *h, int split) {
     return (Range){lo, min_int(lo + pages * PAGE, h->len)};
 }
 
+int kvcache_slack(const KVCache *kv, int seq) {
+    int slack = min_int(SPLIT_TOKENS, tokens_per_tile(kv)) - 1;
+    if (is_codes(kv->types.k) || is_codes(kv->types.v)) return 0;
+    for (int i = 0; i < n_heads_total(kv); i++) {
+        const KVHead *h = &kv->seqs[seq].head[i];
+        int window = kv->shape.window[i / kv->shape.n_kv_heads];
+        int behind = h->len + 1 - (window - 1) - h->dropped;  // pairs that a window has left
+        int room = split_pages(h) * SPLITS * PAGE - (h->len - h->dropped);  // in these ranges
+        slack = min_int(slack, room - 1);
+        if (window > 0) slack = min_int(slack, PAGE - 1 - (behind > 0 ? behind % PAGE : 0));
+    }
+    return max_int(slack, 0);
+}
+
 // Ranges of a run: enough for its longest head; 1: it is cut into blocks of tokens instead.
 static int count_splits(const AttendBatch *batch, KVRun run) {
     const KVCache *kv = batch->kv;

@@ -159,6 +159,10 @@ int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err);
 // of what was read since the last eviction only. false: it is as it was.
 bool kvcache_cut(KVCache *kv, int seq, int pos);
 
+// How many tokens beyond the next one the sequence can read in the same short run, each with the
+// bits that it would have read alone, and forget again by kvcache_cut. 0 where pages settle.
+int kvcache_slack(const KVCache *kv, int seq);
+
 // One head's list. The pointer is valid until a sequence is made.
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
 

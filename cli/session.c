@@ -135,6 +135,16 @@ static void open_form(Session *s) {
     free(text);
 }
 
+// Where --draft says nothing.
+static void warn_draft(Session *s) {
+    const char *why = NULL;
+    if (s->o->draft == 0) return;
+    if (s->schema || !sampling_is_plain(&s->sampling)) why = "tokens are not always the likeliest";
+    if (s->kv.types.k > KV_F32 || s->kv.types.v > KV_F32) why = "the cache has pages of codes";
+    if (wants_stream(s->o)) why = "pairs are evicted as tokens come";
+    if (why) warn(s, "--draft has no effect: %s", why);
+}
+
 void open_answers(Session *s, double temp) {
     char err[ERR_LEN];
     const Options *o = s->o;
@@ -155,6 +165,7 @@ void open_answers(Session *s, double temp) {
     if (sampling_check(&s->sampling, s->model.config.vocab_size, err) != 0) die("%s", err);
     if (o->json_object || o->json_schema) open_form(s);
     if (answer_open(&s->answerer, &s->state, &s->kv, s->tok, err) != 0) die("%s", err);
+    warn_draft(s);
 }
 
 void warn_length(Session *s, long positions) {

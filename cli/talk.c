@@ -37,6 +37,9 @@ static Reply new_reply(Session *s, int seq, const Ids *prompt, int limit) {
                    .stop = s->o->stop,
                    .ignore_stop = s->o->ignore_eos,
                    .sampling = &s->sampling,
+                   .source = s->info.ids,
+                   .n_source = s->info.n_ids,
+                   .draft = (int)s->o->draft,
                    .schema = s->schema};
 }
 
@@ -118,6 +121,7 @@ static void reply_figures(const Session *s, const Reply *r) {
     note("[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s", r->n_prompt, r->read_s,
          r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
     if (s->sampling.temp > 0) note("; seed %ld", s->seed);
+    if (r->n_drafted > 0) note("; %d of %d drafted", r->n_accepted, r->n_drafted);
     if (r->cut) note("; cut at %d tokens: -n", r->limit);
     note("%s]\n", r->done ? "" : "; interrupted");
 }
@@ -141,7 +145,7 @@ int cmd_generate(const Options *o) {
     Ids ids = {0};
     Buffer text = read_text(o, piped_input());
     catch_signals();
-    open_session(&s, o, NULL, 1);
+    open_session(&s, o, NULL, 1 + (int)o->draft);
     input_ids(&s, &text, TOK_BOS, &ids);
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
     show_prompt(&s, "prompt", ids.id, ids.n);
@@ -274,6 +278,7 @@ static void put_question(Exchange *x, Question *q, void (*show)(Reply *r)) {
     if (n > 0 && q->prefix[n - 1] == ' ')  // models know a space as the start of the next word
         warn(s, "the start of an answer ends with a space: answers are better without it");
     q->reply = new_reply(s, seq, &q->ids, x->limit);
+    if (x->orders) q->reply.source = x->orders->held.id, q->reply.n_source = x->orders->held.n;
     if (!x->keep) {
         q->sampling = own_sampling(s, q);
         q->reply.sampling = &q->sampling;
@@ -360,7 +365,7 @@ int cmd_ask(const Options *o) {
     Lines *lines = &x.from.lines;
     x.apart = x.from.n_args + x.from.has_lines > 1 || (x.from.has_lines && !lines->person);
     catch_signals();
-    open_session(&s, o, o->args[1], x.batch);
+    open_session(&s, o, o->args[1], x.batch * (1 + (int)o->draft));
     memory_check(&s, &(MemoryNeed){.forked = x.batch * ((double)x.limit + QUESTION),
                                    .loaded = (double)s.kv.file.map_bytes});
     open_answers(&s, 0);
@@ -388,7 +393,7 @@ int cmd_chat(const Options *o) {
                   .tolerant = true};
     if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
     catch_signals();
-    open_session(&s, o, o->cache, 1);
+    open_session(&s, o, o->cache, 1 + (int)o->draft);
     memory_check(&s, &(MemoryNeed){.tokens = (double)x.limit + QUESTION,
                                    .loaded = (double)s.kv.file.map_bytes,
                                    .evicts = !o->cache});

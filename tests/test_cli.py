@@ -239,6 +239,20 @@ def test_tokenize_input(m, d):
     fails(1, "is not a token id", "tokenize", m.path, "--decode", input=b"99999999999999999999")
 
 
+def test_drafts(m, d):
+    """The same answers in fewer steps."""
+    text = os.path.join(FIXTURES, "real", "town.txt")
+    ask = ["ask", m.path, d + "/draft.kvc", "Who?", "And then?", "-n", "60", "--ignore-eos"]
+    works("compress", m.path, "-f", text, "-o", d + "/draft.kvc", "--ratio", "0.5")
+    plain = works(*ask)
+    for n in (2, 7):
+        r = works(*ask, "--draft", n)
+        check(r.out == plain.out, "--draft %d: %r instead of %r" % (n, r.out, plain.out))
+        check(re.search(r"\d+ of \d+ drafted", r.err), "--draft %d tells what came of it: %s" % (n, r.err))
+    check("no effect: tokens are not" in works(*ask, "--draft", 3, "--temp", 1).err, "--draft: no effect on drawn tokens")
+    fails(2, "--draft", *ask, "--draft", 8)
+
+
 # ---- numbers ----
 
 def test_logits(m, d):
@@ -1134,6 +1148,7 @@ def main():
         test_tokenize_input(smol, d)
         for m in [smol, llama, Model("qwen2"), Model("qwen3"), Model("gemma3")]:
             test_tokenize(m)
+            test_drafts(m, d)
             test_logits(m, d)
             test_score(m, d)
             test_compress(m, d)
