@@ -36,6 +36,14 @@ metadata                 value
   chat.user_suffix chat.user_prefix_after_system chat.assistant_prefix chat.assistant_suffix
   chat.generation chat.trim (chat.trim_system: where it differs)
   chat.system_refused    why the template takes no system text; absent where it does
+  chat.tools             1: the template shows tools, in these pieces (struct ToolForm): chat.tools_begin
+                         chat.tools_system_prefix chat.tools_system_suffix chat.tools_separator
+                         chat.tools_end chat.call_marker chat.call_begin chat.call_middle chat.call_end
+                         chat.call_separator chat.call_name chat.call_arguments chat.result_begin
+                         chat.result_separator chat.result_end, and where they hold, chat.tools_indent
+                         (blanks), chat.tools_bare (the function alone), chat.call_text (what stands
+                         between a text and a call), chat.call_one, chat.result_json
+  chat.tools_refused     why the template's tools are left out; absent where it has none
   kvzip.prefix kvzip.postfix   what precedes a context, and the turn change after a request, as the
                          authors of KVzip (arXiv 2505.23416) write them
 
@@ -2136,17 +2144,18 @@ class Template:
     def refuse(self, message):
         raise self.error(message)
 
-    def render(self, messages, generation=False):
-        """The text, or None when the template refuses the messages."""
-        messages = [{"role": r, "content": c} for r, c in messages]
-        values = dict(self.tokens, messages=messages, add_generation_prompt=generation, tools=None,
+    def render(self, messages, generation=False, tools=None):
+        """The text, or None when the template refuses the messages: (role, text), or whole ones."""
+        messages = [dict(m) if isinstance(m, dict) else {"role": m[0], "content": m[1]}
+                    for m in messages]
+        values = dict(self.tokens, messages=messages, add_generation_prompt=generation, tools=tools,
                       documents=None, enable_thinking=False, **self.today)
         try:
             return self.template.render(values)
         except self.error as e:
             if "strftime_now" in str(e) and not self.today:
                 self.today = {"strftime_now": lambda form: TODAY}
-                return self.render([(m["role"], m["content"]) for m in messages], generation)
+                return self.render(messages, generation, tools)
             self.said = str(e)
             return None
         except Exception as e:  # a template is a stranger's program; whatever it runs into refuses
@@ -2280,6 +2289,240 @@ def verify_chat(template, p):
     return True
 
 
+# Tools: the same once more. A template shows each tool as JSON, between pieces; a call is a JSON
+# object with the function's name and its arguments, behind a marker where the model has one.
+
+TOOL_PIECES = ("tools_begin tools_system_prefix tools_system_suffix tools_separator tools_end "
+               "call_marker call_begin call_middle call_end call_separator call_name "
+               "call_arguments result_begin result_separator result_end").split()
+RESULT, LATER = "Markresult", "Marklater"
+DUMP = {"ensure_ascii": False}
+
+
+def tool(name, text="What it does.", **properties):
+    return {"type": "function", "function": {
+        "name": name, "description": text,
+        "parameters": {"type": "object", "properties": properties, "required": [*properties]}}}
+
+
+def call(name, number=0, **arguments):
+    return {"type": "function", "id": f"call0000{number}",
+            "function": {"name": name, "arguments": arguments}}
+
+
+def calling(text, *calls):
+    return {"role": "assistant", "content": text, "tool_calls": [*calls]}
+
+
+def result(text, number=0):
+    return {"role": "tool", "content": text, "tool_call_id": f"call0000{number}"}
+
+
+FIRST, SECOND = tool("markfirst", a={"type": "string"}), tool("marksecond", b={"type": "integer"})
+CALL, OTHER = call("markfirst", 1, a="markvalue"), call("marksecond", 2, b=7)
+
+
+def need(value, why):
+    if value is None:
+        raise Refusal(why)
+    return value
+
+
+def dump_tool(p, t):
+    """A tool as the template prints it."""
+    t = t["function"] if p.get("tools_bare") else t
+    return json.dumps(t, **DUMP, indent=int(p["tools_indent"]) if p.get("tools_indent") else None)
+
+
+def tool_style(text):
+    """How a rendering prints a tool -> what dump_tool goes by."""
+    for style in ({}, {"tools_indent": "4"}, {"tools_indent": "2"}):
+        for bare in ({}, {"tools_bare": "1"}):
+            if dump_tool({**style, **bare}, FIRST) in text:
+                return {**style, **bare}
+    raise Refusal("it does not print a tool as plain JSON")
+
+
+def add_tool_list(p, template, chat):
+    """Where tools stand: behind the system text, before the first question."""
+    one = [("user", USER)]
+    text = need(template.render(one, tools=[FIRST]), template.said)
+    p.update(tool_style(text))
+    first, second = dump_tool(p, FIRST), dump_tool(p, SECOND)
+    p["tools_begin"] = text.split(first)[0]
+    p["tools_end"] = need(cut(text, first, USER), "tools stand behind the question")
+    text = template.render(one, tools=[FIRST, SECOND])
+    p["tools_separator"] = need(cut(text, first, second), "two tools are not printed in a row")
+    if chat["system_refused"]:
+        return
+    text = template.render([("system", SYSTEM), *one], tools=[FIRST])
+    if text is None or SYSTEM not in text:
+        raise Refusal("with tools it takes no system text")
+    p["tools_system_prefix"] = text.split(SYSTEM)[0]
+    p["tools_system_suffix"] = need(cut(text, SYSTEM, first), "tools stand before the system text")
+
+
+def add_call_keys(p):
+    """The JSON of a call, its marker and what closes it."""
+    form = "a call is not JSON of a name and arguments alone"
+    start = p["call_begin"].find("{")
+    if start < 0:
+        raise Refusal(form)
+    p["call_marker"] = p["call_begin"][:start].strip()
+    try:
+        text = p["call_begin"][start:] + "markname" + p["call_middle"] + "{}" + p["call_end"]
+        made = json.JSONDecoder().raw_decode(text)[0]
+        keys = {json.dumps(v): k for k, v in made.items()}
+        p["call_name"], p["call_arguments"] = keys.pop('"markname"'), keys.pop("{}")
+    except (ValueError, KeyError, AttributeError):
+        raise Refusal(form) from None
+    if keys or len(made) != 2 or list(made) != [p["call_name"], p["call_arguments"]]:
+        raise Refusal(form)
+
+
+def add_calls(p, template, chat):
+    """Calls stand in an answer, results between it and the next turn."""
+    name, arguments = "markfirst", json.dumps(CALL["function"]["arguments"], **DUMP)
+    other = json.dumps(OTHER["function"]["arguments"], **DUMP)
+
+
+    def rendered(*messages):
+        return template.render([("user", USER), *messages, ("user", AGAIN)])
+
+    text = need(rendered(calling("", CALL), result(RESULT, 1)), template.said)
+    opening = chat["user_suffix"] + chat["assistant_prefix"]
+    p["call_begin"] = need(without(cut(text, USER, name), head=opening),
+                           "a call does not stand where an answer does")
+    p["call_middle"] = need(cut(text, name, arguments), "arguments are not plain JSON")
+    closing = cut(text, arguments, RESULT) or ""
+    ending = chat["assistant_suffix"]
+    if not ending or ending not in closing:
+        raise Refusal("a call does not end as an answer does")
+    p["call_end"], behind = closing.split(ending, 1)
+    shown, later = RESULT, LATER
+    if json.dumps(RESULT) in text:
+        p["result_json"] = "1"
+        shown, later = json.dumps(RESULT), json.dumps(LATER)
+    p["result_begin"] = behind[:-1] if "result_json" in p else behind
+    p["result_end"] = need(without(cut(text, shown, AGAIN), tail=chat["user_prefix"]),
+                           "a result is not followed by a turn")
+    both = rendered(calling("", CALL), result(RESULT, 1), result(LATER, 1))
+    p["result_separator"] = need(cut(both, shown, later), "two results are not printed in a row")
+    text = rendered(calling("", CALL, OTHER), result(RESULT, 1), result(LATER, 2))
+    if text is None:
+        p["call_one"] = "1"
+    else:
+        p["call_separator"] = need(
+            without(cut(text, arguments, "marksecond"), head=p["call_end"], tail=p["call_begin"]),
+            "two calls are not printed in a row")
+        if other not in text:
+            raise Refusal("arguments are not plain JSON")
+    text = rendered(calling(ANSWER, CALL), result(RESULT, 1))
+    if text is not None and ANSWER in text:
+        p["call_text"] = need(without(cut(text, ANSWER, name), tail=p["call_begin"]),
+                              "a text before a call changes it")
+    add_call_keys(p)
+
+
+def compose_calls(p, chat, m):
+    """An answer that calls, as tools_answer does it."""
+    text = m["content"].strip() if chat["trim"] else m["content"]
+    out = chat["assistant_prefix"] + (text + p["call_text"] if text and "call_text" in p else "")
+    made = []
+    for c in m["tool_calls"]:
+        f = c["function"]
+        made.append(p["call_begin"] + f["name"] + p["call_middle"]
+                    + json.dumps(f["arguments"], **DUMP) + p["call_end"])
+    return out + p["call_separator"].join(made) + chat["assistant_suffix"]
+
+
+def compose_tools(p, chat, messages, tools, generation=False):
+    """A conversation with tools put together from pieces, as serve/tools.c does it."""
+    out, rest = "", list(messages)
+    if tools:
+        system = rest.pop(0)[1] if rest[0][0] == "system" else None
+        shown = p["tools_separator"].join(dump_tool(p, t) for t in tools)
+        system = system.strip() if system is not None and chat["trim_system"] else system
+        out = p["tools_begin"] if system is None else (
+            p["tools_system_prefix"] + system + p["tools_system_suffix"])
+        question = rest.pop(0)[1]
+        out += shown + p["tools_end"] + (question.strip() if chat["trim"] else question)
+        out += chat["user_suffix"]
+    else:
+        out = compose(chat, [rest.pop(0)])
+    for i, m in enumerate(rest):
+        if not isinstance(m, dict):
+            out += compose({**chat, "begin": "", "default_system": ""}, [m])
+        elif m["role"] == "assistant":
+            out += compose_calls(p, chat, m)
+        else:
+            again = i > 0 and isinstance(rest[i - 1], dict) and rest[i - 1]["role"] == "tool"
+            more = i + 1 < len(rest) and isinstance(rest[i + 1], dict) and (
+                rest[i + 1]["role"] == "tool")
+            out += p["result_separator"] if again else p["result_begin"]
+            out += json.dumps(m["content"], **DUMP) if "result_json" in p else m["content"]
+            out += "" if more else p["result_end"]
+    return out + (chat["generation"] if generation else "")
+
+
+def verify_tools(template, p, chat):
+    """Compares compositions with the template's own renderings of what it was not probed with."""
+    odd = tool("weigh", "Weighs \"it\" <here> & there's\tür \u2028 \x7f.", n={"type": "number", "enum": [1, 2.5]},
+               deep={"type": "object", "properties": {"x": {"type": "array", "items": {}}}})
+    plain = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    system, user, answer = ("system", "Be brief."), ("user", "One?\nTwo!"), ("assistant", "Yes.")
+    weigh = call("weigh", 1, n=2.5, deep={"x": [None, True, "ü\"\n"]})
+    ask, told = calling("", weigh), result('{"grams": 3, "note": "it\'s"}\n', 1)
+    cases = {
+        "a question": [user],
+        "a system text": [system, user],
+        "white space": [("system", "\n Be brief. "), ("user", " One?\n")],
+        "a result": [user, ask, told],
+        "white space around a result": [user, ask, result(" 3\n", 1)],
+        "an answer to a result": [system, user, ask, told, answer, user],
+        "calls one after the other": [user, ask, told, calling("", call("now", 2)),
+                                      result("12:00", 2), answer, user],
+        "a call after a text": [user, calling("I weigh it.", weigh), told],
+    }
+    if "call_one" not in p:
+        cases["two calls"] = [user, calling("", weigh, call("now", 2)), told, result("12:00", 2)]
+    for what, messages in cases.items():
+        if messages[0][0] == "system" and chat["system_refused"]:
+            continue
+        for tools in ([odd, plain], [plain], None):
+            if tools is None and not any(isinstance(m, dict) for m in messages):
+                continue
+            wanted = template.render(messages, True, tools)
+            if wanted != compose_tools(p, chat, messages, tools, True):
+                raise Refusal(f"{what} {'' if tools else 'without tools '}is not reproduced"
+                              + (f" ({template.said})" if wanted is None else ""))
+
+
+def check_marker(p, v):
+    """An answer shows no control tokens, so a call must not need one to be seen."""
+    for i, text in enumerate(v.texts):
+        if v.kinds[i] == SPECIAL and text and text in p["call_begin"] + p["call_end"]:
+            raise Refusal(f"{text} around a call is a control token")
+
+
+def tool_pieces(template, chat, v):
+    """-> the chat.* strings of tools: why they are left out, or nothing where there are none."""
+    one = [("user", USER)]
+    if not chat or template.render(one, tools=[FIRST]) == template.render(one):
+        return {}
+    p = dict.fromkeys(TOOL_PIECES, "")
+    try:
+        add_tool_list(p, template, chat)
+        add_calls(p, template, chat)
+        verify_tools(template, p, chat)
+        check_marker(p, v)
+        return {"tools": "1", **p}
+    except Refusal as e:
+        why = " ".join(str(e).split()) or "(no word)"
+        warn(f"the tools of the chat template are left out: {why}")
+        return {"tools_refused": why}
+
+
 def kvzip_texts(p, bos, add_bos):
     """-> kvzip.prefix, kvzip.postfix, as the authors write them for each family."""
     if p is None:
@@ -2307,6 +2550,7 @@ def chat_metadata(source, v, tokens):
             warn(f"the chat template cannot be taken apart{why}; the model is converted without it")
             p = None
     out = {"chat." + piece: p[piece] if p else "" for piece in PIECES}
+    out |= {"chat." + k: t for k, t in tool_pieces(template if p else None, p, v).items()}
     out["kvzip.prefix"], out["kvzip.postfix"] = kvzip_texts(p, bos, v.meta["add_bos"])
     for token in v.strippers:
         out = {k: re.sub(re.escape(token) + r"\s+", lambda m: token, t) for k, t in out.items()}

@@ -1113,7 +1113,7 @@ class TestChat(unittest.TestCase):
     def test_system_without_a_place(self):
         """The model's metadata say why, in one line; export says it as well."""
         class V:
-            strippers, meta = [], {"add_bos": 0}
+            strippers, meta, texts, kinds = [], {"add_bos": 0}, [], []
 
         turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
         refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no\\nrole') }}{% endif %}"
@@ -1192,6 +1192,114 @@ class TestChat(unittest.TestCase):
     def test_base_model(self):
         self.assertEqual(export.kvzip_texts(None, "<s>", 1), ("<s>", "\n\nAnswer: "))
         self.assertEqual(export.kvzip_texts(None, "<s>", 0), ("", "\n\nAnswer: "))
+
+
+# How Qwen 2.5 and Llama 3 have tools, at half the length.
+HERMES = r"""{%- macro turn(role, text) %}{{ '<|im_start|>' + role + '\n' + text + '<|im_end|>\n' }}{% endmacro %}
+{%- set system = messages[0].content if messages[0].role == 'system' else 'You help.' %}
+{%- if tools %}{{ '<|im_start|>system\n' + system + '\n\n# Tools\n<tools>' }}
+{%- for t in tools %}{{ '\n' }}{{ t | tojson }}{% endfor %}
+{{- '\n</tools>\nCall them: <tool_call>\n{"name": <name>, "arguments": <arguments>}\n</tool_call><|im_end|>\n' }}
+{%- else %}{{ turn('system', system) }}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\n<tool_response>\n' }}{{ m.content }}{{ '\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+{%- elif m.tool_calls %}{{ '<|im_start|>assistant' + ('\n' + m.content if m.content else '') }}
+{%- for c in m.tool_calls %}
+{{- '\n<tool_call>\n{"name": "' }}{{ c.function.name }}{{ '", "arguments": ' }}{{ c.function.arguments | tojson }}
+{{- '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}
+{%- elif m.role != 'system' %}{{ turn(m.role, m.content) }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+IN_QUESTION = """{{ bos_token }}{% if messages[0].role == 'system' %}
+{%- set system = messages[0].content | trim %}{% set messages = messages[1:] %}
+{%- else %}{% set system = '' %}{% endif -%}
+<h>system</h>{{ 'Environment: ipython ' if tools else '' }}{{ system }}<e>
+{%- if tools -%}
+<h>user</h>Answer in JSON: {"name": name, "parameters": arguments}.
+{% for t in tools %}{{ t | tojson(indent=4) }}{{ '\n\n' }}{% endfor %}
+{{- messages[0].content | trim }}<e>{% set messages = messages[1:] %}{% endif %}
+{%- for m in messages %}
+{%- if m.tool_calls %}{% if m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif -%}
+<h>assistant</h>{"name": "{{ m.tool_calls[0].function.name }}", "parameters":
+{{- ' ' + m.tool_calls[0].function.arguments | tojson }}}<e>
+{%- elif m.role == 'tool' -%}<h>ipython</h>{{ m.content | tojson }}<e>
+{%- else -%}<h>{{ m.role }}</h>{{ m.content | trim }}<e>{% endif %}
+{%- endfor %}{% if add_generation_prompt %}<h>assistant</h>{% endif %}"""
+
+
+class TestTools(unittest.TestCase):
+    def tools(self, source, controls=(), **tokens):
+        class V:
+            strippers, meta = [], {"add_bos": 0}
+            texts, kinds = list(controls), [export.SPECIAL] * len(controls)
+
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            meta = export.chat_metadata(source, V, tokens)
+        self.assertEqual(meta["chat.present"], "1")
+        return {k[5:]: v for k, v in meta.items()}, said.getvalue()
+
+    def test_in_the_system_turn(self):
+        p, said = self.tools(HERMES)
+        self.assertEqual((said, p["tools"]), ("", "1"))
+        self.assertEqual((p["call_marker"], p["call_name"], p["call_arguments"]), ("<tool_call>", "name", "arguments"))
+        self.assertEqual((p["call_text"], p["call_separator"]), ("\n", "\n"))
+        self.assertEqual(p["tools_begin"], "<|im_start|>system\nYou help.\n\n# Tools\n<tools>\n")
+        self.assertEqual(p["result_separator"], "\n</tool_response>\n<tool_response>\n")
+        self.assertFalse({"tools_indent", "tools_bare", "call_one", "result_json"} & set(p))
+
+    def test_in_the_question(self):
+        p, said = self.tools(IN_QUESTION, bos_token="<s>")
+        self.assertEqual((said, p["tools"]), ("", "1"))
+        self.assertEqual((p["call_marker"], p["call_name"], p["call_arguments"]), ("", "name", "parameters"))
+        self.assertEqual((p["tools_indent"], p["call_one"], p["result_json"]), ("4", "1", "1"))
+        self.assertNotIn("call_text", p)
+        self.assertEqual(p["result_begin"], "<h>ipython</h>")
+
+    def test_compositions(self):
+        """Conversations that export did not try, as jinja2 has them."""
+        odd = export.tool("z", 'quo"te', deep={"enum": [None, "\u2028\x07é", 1e-7, True, {}, []]})
+        for source in (HERMES, HERMES.replace("t | tojson", "t.function | tojson"), IN_QUESTION):
+            template = export.Template(source, {"bos_token": "<s>"})
+            chat = export.chat_pieces(template, "<s>")
+            p = export.tool_pieces(template, chat, mock.Mock(texts=[]))
+            for messages in ([("system", "S"), ("user", "q"), export.calling("", export.call("z", deep={"a": "b\n"})),
+                              export.result("r"), ("assistant", "ok"), ("user", "w"),
+                              export.calling("", export.call("z")), export.result('{"é": 1}')],
+                             [("user", " q "), ("assistant", "a"), ("user", "b")]):
+                for tools in ([odd], [export.FIRST, odd, export.SECOND]):
+                    self.assertEqual(export.compose_tools(p, chat, messages, tools, True),
+                                     template.render(messages, True, tools))
+
+    def test_what_cannot_be_said(self):
+        """Named, in the file and at export; the rest of the template is converted all the same."""
+        for old, new, why in (
+            ("t | tojson", "t.function.name", "it does not print a tool as plain JSON"),
+            ("c.function.arguments | tojson", "c.function.arguments", "arguments are not plain JSON"),
+            ('{"name": "\' }}', "' }}", "a call is not JSON of a name and arguments alone"),
+            ('", "arguments": \' }}', '", "id": "\' + c.id + \'", "arguments": \' }}',
+             "a call is not JSON of a name and arguments alone"),
+            ("{{ m.content }}", "{{ m.content | trim }}", "a result is not reproduced"),
+            ("{{ m.content }}", "{{ m.tool_call_id }}{{ m.content }}", "calls one after the other is not reproduced"),
+            ("{{ '<|im_start|>system\\n'", "{{ raise_exception('not\ntoday') + '<|im_start|>system\\n'", "not today"),
+            ("# Tools", "# Tools' + messages | length | string + '", "a result is not reproduced"),
+        ):
+            self.assertIn(old, HERMES)
+            p, said = self.tools(HERMES.replace(old, new))
+            self.assertNotIn("tools", p)
+            self.assertIn(why, p["tools_refused"])
+            self.assertIn("the tools of the chat template are left out: " + p["tools_refused"], said)
+        p, said = self.tools(HERMES, ["<tool_call>"])
+        self.assertEqual(p["tools_refused"], "<tool_call> around a call is a control token")
+
+    def test_no_tools(self):
+        """Nothing is said where a template never had any."""
+        p, said = self.tools("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}")
+        self.assertEqual(("tools" in p, "tools_refused" in p, said), (False, False, ""))
 
 
 class TestTokenizers(Case):
