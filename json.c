@@ -339,6 +339,50 @@ void json_put(FILE *f, const JsonNode *v) {
     putc(v->kind == JSON_LIST ? ']' : '}', f);
 }
 
+int json_dump_string(Buffer *b, const char *s, size_t n) {
+    static const char names[] = "\"\"\\\\\bb\ff\nn\rr\tt";
+    int rc = buffer_add(b, "\"", 1);
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        char escaped[8] = {s[i]};
+        for (const char *name = names; *name; name += 2)
+            if (*name == s[i]) escaped[0] = '\\', escaped[1] = name[1];
+        if ((unsigned char)escaped[0] < 0x20) snprintf(escaped, 8, "\\u%04x", (unsigned)s[i]);
+        rc = buffer_add(b, escaped, strlen(escaped));
+    }
+    return rc == 0 ? buffer_add(b, "\"", 1) : -1;
+}
+
+static int add_text(Buffer *b, const char *s) { return buffer_add(b, s, strlen(s)); }
+
+static int new_line(Buffer *b, int blanks) {
+    int rc = add_text(b, "\n");
+    while (blanks-- > 0 && rc == 0) rc = add_text(b, " ");
+    return rc;
+}
+
+// depth: lists and objects around the value.
+static int dump(Buffer *b, const JsonNode *v, int indent, int depth) {
+    static const char *const words[] = {"null", "false", "true"};
+    int rc = 0;
+    if (v->kind == JSON_STRING) return json_dump_string(b, v->text, (size_t)v->n);
+    if (v->kind == JSON_NUMBER) return buffer_add(b, v->text, (size_t)v->n);
+    if (v->kind != JSON_LIST && v->kind != JSON_OBJECT)
+        return add_text(b, words[v->kind == JSON_NULL ? 0 : 1 + v->n]);
+    bool object = v->kind == JSON_OBJECT, lines = indent > 0 && v->child;
+    rc = add_text(b, object ? "{" : "[");
+    for (const JsonNode *m = v->child; m && rc == 0; m = m->next) {
+        if (m != v->child) rc = add_text(b, indent == 0 ? ", " : ",");
+        if (rc == 0 && lines) rc = new_line(b, indent * (depth + 1));
+        if (rc == 0 && object) rc = json_dump_string(b, m->key, strlen(m->key));
+        if (rc == 0 && object) rc = add_text(b, indent < 0 ? ":" : ": ");
+        if (rc == 0) rc = dump(b, m, indent, depth + 1);
+    }
+    if (rc == 0 && lines) rc = new_line(b, indent * depth);
+    return rc == 0 ? add_text(b, object ? "}" : "]") : -1;
+}
+
+int json_dump(Buffer *b, const JsonNode *v, int indent) { return dump(b, v, indent, 0); }
+
 static void put_number(FILE *f, double v, int digits) {
     if (isfinite(v))
         fprintf(f, "%.*g", digits, v);

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "util.h"
+
 // Lists and objects inside each other, at most.
 enum { JSON_DEPTH = 32 };
 
@@ -85,6 +87,13 @@ void json_print(FILE *f, const char *fmt, ...) __attribute__((format(printf, 2, 
 
 // A value as it was read.
 void json_put(FILE *f, const JsonNode *v);
+
+enum { JSON_COMPACT = -1 };
+// A value as Python's json.dumps writes it with ensure_ascii off, which is how chat templates print
+// JSON, numbers as they were written; indent: blanks a level, 0: all in one line, JSON_COMPACT: and
+// no blanks at all. Returns 0, or -1: no memory.
+int json_dump(Buffer *b, const JsonNode *v, int indent);
+int json_dump_string(Buffer *b, const char *s, size_t n);
 
 // s [n] in quotes, escaped, all that steers a terminal as well (text_steers); what is not valid
 // UTF-8 becomes U+FFFD.

@@ -77,40 +77,6 @@ static int add_members(Reader *r, int n) {
     return u->n_members - n;
 }
 
-static int put_string(Buffer *b, const char *s, int n) {
-    static const char names[] = "\"\"\\\\\bb\ff\nn\rr\tt";
-    int rc = buffer_add(b, "\"", 1);
-    for (int i = 0; i < n && rc == 0; i++) {
-        char escaped[8] = {s[i]};
-        for (const char *name = names; *name; name += 2)
-            if (*name == s[i]) escaped[0] = '\\', escaped[1] = name[1];
-        if ((unsigned char)escaped[0] < 0x20) snprintf(escaped, 8, "\\u%04x", (unsigned)s[i]);
-        rc = buffer_add(b, escaped, strlen(escaped));
-    }
-    return rc == 0 ? buffer_add(b, "\"", 1) : -1;
-}
-
-// The value as JSON without white space, numbers as they were written.
-static int put_value(Buffer *b, const JsonNode *v) {
-    static const char *const words[] = {"null", "false", "true"};
-    int rc = 0;
-    if (v->kind == JSON_STRING) return put_string(b, v->text, v->n);
-    if (v->kind == JSON_NUMBER) return buffer_add(b, v->text, (size_t)v->n);
-    if (v->kind == JSON_LIST || v->kind == JSON_OBJECT) {
-        bool object = v->kind == JSON_OBJECT;
-        rc = buffer_add(b, object ? "{" : "[", 1);
-        for (const JsonNode *m = v->child; m && rc == 0; m = m->next) {
-            if (m != v->child) rc = buffer_add(b, ",", 1);
-            if (rc == 0 && object) rc = put_string(b, m->key, (int)strlen(m->key));
-            if (rc == 0 && object) rc = buffer_add(b, ":", 1);
-            if (rc == 0) rc = put_value(b, m);
-        }
-        return rc == 0 ? buffer_add(b, object ? "}" : "]", 1) : -1;
-    }
-    const char *word = words[v->kind == JSON_NULL ? 0 : 1 + v->n];
-    return buffer_add(b, word, strlen(word));
-}
-
 // Member i's text begins at byte `at` and is complete, unless rc says that memory is out.
 static int set_text(Reader *r, int i, size_t at, int rc) {
     if (rc != 0) return no_memory(r->err);
@@ -274,7 +240,7 @@ static int read_object(Reader *r, const JsonNode *v) {
         int value = read_schema(r, p);
         if (value < 0) return -1;
         size_t at = r->rules->text.n;
-        int rc = put_string(&r->rules->text, p->key, (int)strlen(p->key));
+        int rc = json_dump_string(&r->rules->text, p->key, strlen(p->key));
         if (set_text(r, i, at, rc) != 0) return -1;
         r->rules->member[i].node = value;
         leave(r, inside);
@@ -365,7 +331,8 @@ static int read_listed(Reader *r, const JsonNode *v) {
         if (!is_of(m, type)) continue;
         int i = add_members(r, 1);
         size_t at = r->rules->text.n;
-        if (i < 0 || set_text(r, i, at, put_value(&r->rules->text, m)) != 0) return -1;
+        if (i < 0 || set_text(r, i, at, json_dump(&r->rules->text, m, JSON_COMPACT)) != 0)
+            return -1;
         sort_in(r->rules, node.first, i);
         node.min = max_int(node.min, nesting(m));
         node.n++;
@@ -408,14 +375,14 @@ static int read_ref(Reader *r, const JsonNode *ref) {
         if (ref->text[2 + len] == '/' && defs && defs->kind == JSON_OBJECT)
             node.source = find(defs, ref->text + 3 + len);
     }
+    node.top = r->top;
     if (!node.source) return refuse(r, "\"$ref\": there is no \"%.100s\"", ref->text);
     if ((node.first = add_members(r, 1)) < 0) return -1;
     r->rules->member[node.first].node = -1;
     return add_node(r, node);
 }
 
-// Returns the index of the node that v becomes, or -1 with err.
-static int read_schema(Reader *r, const JsonNode *v) {
+static int read_keywords(Reader *r, const JsonNode *v) {
     if (v->kind == JSON_BOOL && v->n == 1) return ANYTHING;
     if (v->kind == JSON_BOOL) return refuse(r, "false allows nothing");
     if (v->kind != JSON_OBJECT) return refuse(r, "not a schema");
@@ -430,6 +397,16 @@ static int read_schema(Reader *r, const JsonNode *v) {
     return has == 1 << ABOUT_STRINGS ? read_type(r, v, "string") : refuse(r, "\"type\" is missing");
 }
 
+// Returns the index of the node that v becomes, or -1 with err. One with an "$id" is a schema of
+// its own: "#" in it is itself (https://json-schema.org/draft/2020-12/json-schema-core, 9.1).
+static int read_schema(Reader *r, const JsonNode *v) {
+    const JsonNode *top = r->top;
+    if (v->kind == JSON_OBJECT && find(v, "$id")) r->top = v;
+    int node = read_keywords(r, v);
+    r->top = top;
+    return node;
+}
+
 // ---- the whole ----
 
 // Reads what references name, each schema once; those that name others add to the list.
@@ -441,6 +418,7 @@ static int read_refs(Reader *r) {
         for (int j = 0; j < i && target < 0; j++)
             if (u->node[j].source == u->node[i].source) target = u->member[u->node[j].first].node;
         leave(r, 0);
+        r->top = u->node[i].top;
         if (u->node[i].source != r->top) enter(r, "$defs"), enter(r, u->node[i].source->key);
         if (target < 0) target = read_schema(r, u->node[i].source);
         if (target < 0) return -1;

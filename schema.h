@@ -19,7 +19,8 @@ typedef struct {
                              // of a LISTED: how deep the deepest value nests
     int child;               // what an ARRAY's items and a MAP's values are; 0: anything
     int first, n;            // members of an OBJECT, a LISTED, an EITHER
-    const JsonNode *source;  // where it comes from, while a schema is read
+    const JsonNode *source;  // where a "$ref" leads, while a schema is read
+    const JsonNode *top;     // and what "#" is there
 } Node;
 
 typedef struct {

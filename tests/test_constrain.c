@@ -167,7 +167,16 @@ static void test_json(void) {
         {"{\"$ref\":\"#/$defs/"
          "a\",\"$defs\":{\"a\":{\"anyOf\":[{\"type\":\"null\"},{\"type\":\"array\","
          "\"items\":{\"$ref\":\"#/$defs/a\"}}]}}}",
-         "[null,[[]]]", true}};
+         "[null,[[]]]", true},
+        {"{\"properties\":{\"a\":{\"$id\":\"a\",\"$ref\":\"#/$defs/"
+         "x\",\"$defs\":{\"x\":{\"anyOf\":[{"
+         "\"type\":\"null\"},{\"type\":\"array\",\"items\":{\"$ref\":\"#\"}}]}}},\"b\":{\"$ref\":"
+         "\"#/$defs/"
+         "x\"}},\"$defs\":{\"x\":{\"const\":1}}}",
+         "{\"a\": [null,[]], \"b\": 1}", true},
+        {"{\"properties\":{\"a\":{\"$id\":\"a\",\"$ref\":\"#/$defs/x\",\"$defs\":{\"x\":{\"type\":"
+         "\"null\"}}}},\"$defs\":{\"x\":{\"const\":1}}}",
+         "{\"a\": 1}", false}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (!CHECK(valid(cases[i].schema, cases[i].text) == cases[i].ok))
             printf("%s: %s\n", cases[i].schema, cases[i].text);

@@ -301,6 +301,36 @@ static void test_print(void) {
     CHECK_STR(close_written(f), "[0.1, 1e+30, 0.10000000000000001, null, null, null]");
 }
 
+// As Python's json.dumps has it: dumps(v, ensure_ascii=False), with indent=2, and separators=(",",
+// ":").
+static void test_dump(void) {
+    static const struct {
+        const char *text, *line, *lines, *compact;
+    } cases[] = {
+        {"{}", "{}", "{}", "{}"},
+        {"[ ]", "[]", "[]", "[]"},
+        {"{\"a\":[1.50,-2e3,{}],\"b\":{\"c\":null}, \"d\":true}",
+         "{\"a\": [1.50, -2e3, {}], \"b\": {\"c\": null}, \"d\": true}",
+         "{\n  \"a\": [\n    1.50,\n    -2e3,\n    {}\n  ],\n  \"b\": {\n    \"c\": null\n  },\n"
+         "  \"d\": true\n}",
+         "{\"a\":[1.50,-2e3,{}],\"b\":{\"c\":null},\"d\":true}"},
+        {"\"\\u0001\\n\\\"\\\\/\\u00e9\\u2028\\u007f<&'\"",
+         "\"\\u0001\\n\\\"\\\\/\xc3\xa9\xe2\x80\xa8\x7f<&'\"",
+         "\"\\u0001\\n\\\"\\\\/\xc3\xa9\xe2\x80\xa8\x7f<&'\"",
+         "\"\\u0001\\n\\\"\\\\/\xc3\xa9\xe2\x80\xa8\x7f<&'\""},
+    };
+    static const int indents[] = {0, 2, JSON_COMPACT};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *wanted[] = {cases[i].line, cases[i].lines, cases[i].compact};
+        for (int k = 0; k < 3; k++) {
+            Buffer b = {0};
+            CHECK(json_dump(&b, read_text(cases[i].text), indents[k]) == 0);
+            CHECK_STR(b.s, wanted[k]);
+            free(b.s);
+        }
+    }
+}
+
 // A number with 9 digits is the same float, with 17 the same double.
 static void test_print_numbers(void) {
     uint64_t random = 1;
@@ -330,6 +360,7 @@ int main(void) {
     test_round_trip();
     test_broken_utf8();
     test_print();
+    test_dump();
     test_print_numbers();
     free(text);
     free(written);
