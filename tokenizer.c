@@ -404,7 +404,58 @@ static int append_template(const Tokenizer *t, Bytes *rendered, size_t user, siz
     return append_text(t, &text, out);
 }
 
-static int add_string(Bytes *b, const char *s) { return bytes_add(b, s, strlen(s)); }
+// Where the first special token in the template's text s [n] ends, 0 where there is none.
+static size_t end_of_special(const Tokenizer *t, const char *s, size_t n) {
+    Text text = {.p = (const uint8_t *)s, .n = n, .special = true, .user = n, .user_end = n};
+    for (size_t at = 0; at < n;) {
+        const Added *a = added_at(t, &t->added[0], &text, at);
+        if (a == NULL) a = added_at(t, &t->added[1], &text, at);
+        at += a == NULL ? 1 : (size_t)a->bytes;
+        if (a != NULL && t->kind[a->id] == SPECIAL) return at;
+    }
+    return 0;
+}
+
+// A stretch of parts that have one user's part between them.
+typedef struct {
+    Bytes b;
+    size_t user, user_end;
+    bool has_user, first;
+} Stretch;
+
+static int end_stretch(const Tokenizer *t, Stretch *s, Ids *out) {
+    if (!s->has_user) s->user = s->user_end = s->b.n;
+    int status = append_template(t, &s->b, s->user, s->user_end, s->first, out);
+    s->b.n = 0;
+    s->has_user = s->first = false;
+    return status;
+}
+
+static int add_part(const Tokenizer *t, Stretch *s, const TextPart *part, Ids *out) {
+    const uint8_t *start = (const uint8_t *)part->s, *end = start + part->n;
+    if (part->kind == PART_MESSAGE && t->chat.trim) trim(t, &start, &end);
+    if (part->kind == PART_SYSTEM && t->chat.trim_system) trim(t, &start, &end);
+    if (part->kind == PART_TEMPLATE && s->has_user) {
+        size_t n = end_of_special(t, part->s, part->n);
+        if (n > 0 && (bytes_add(&s->b, start, n) != 0 || end_stretch(t, s, out) != 0)) return -1;
+        start += n;
+    }
+    if (part->kind != PART_TEMPLATE && !s->has_user) s->user = s->b.n;
+    if (bytes_add(&s->b, start, (size_t)(end - start)) != 0) return -1;
+    if (part->kind != PART_TEMPLATE) s->user_end = s->b.n, s->has_user = true;
+    return 0;
+}
+
+int tokenizer_parts(const Tokenizer *t, const TextPart *part, int n, bool first, Ids *out) {
+    Stretch s = {.first = first};
+    int status = 0;
+    for (int i = 0; i < n && status == 0; i++) status = add_part(t, &s, &part[i], out);
+    if (status == 0) status = end_stretch(t, &s, out);
+    free(s.b.p);
+    return status;
+}
+
+static TextPart piece(const char *s) { return (TextPart){PART_TEMPLATE, s, strlen(s)}; }
 
 int tokenizer_turn(const Tokenizer *t, char role, const char *text, bool first, bool after_system,
                    Ids *out) {
@@ -416,26 +467,17 @@ int tokenizer_turn(const Tokenizer *t, char role, const char *text, bool first, 
     const char *suffix = role == 's'   ? c->system_suffix
                          : role == 'a' ? c->assistant_suffix
                                        : c->user_suffix;
-    const uint8_t *start = (const uint8_t *)text, *end = start + strlen(text);
-    if (role == 's' ? c->trim_system : c->trim) trim(t, &start, &end);
-    Bytes b = {0};
-    int status = first ? add_string(&b, c->begin) : 0;
-    if (status == 0 && first && role != 's') status = add_string(&b, c->default_system);
-    if (status == 0) status = add_string(&b, prefix);
-    size_t user = b.n, user_end = user + (size_t)(end - start);
-    if (status == 0) status = bytes_add(&b, start, (size_t)(end - start));
-    if (status == 0) status = add_string(&b, suffix);
-    if (status == 0) status = append_template(t, &b, user, user_end, first, out);
-    free(b.p);
-    return status;
+    const TextPart part[] = {piece(first ? c->begin : ""),
+                             piece(first && role != 's' ? c->default_system : ""),
+                             piece(prefix),
+                             {role == 's' ? PART_SYSTEM : PART_MESSAGE, text, strlen(text)},
+                             piece(suffix)};
+    return tokenizer_parts(t, part, sizeof part / sizeof *part, first, out);
 }
 
 int tokenizer_generation(const Tokenizer *t, Ids *out) {
-    Bytes b = {0};
-    int status = add_string(&b, t->chat.generation);
-    if (status == 0) status = append_template(t, &b, b.n, b.n, false, out);
-    free(b.p);
-    return status;
+    const TextPart part = piece(t->chat.generation);
+    return tokenizer_parts(t, &part, 1, false, out);
 }
 
 // ---- opening ----
@@ -529,6 +571,32 @@ static bool flag_meta(const TensorFile *f, const char *key) {
     return strcmp(text_meta(f, key), "1") == 0;
 }
 
+static void open_tools(ToolForm *c, const TensorFile *f) {
+    const char *indent = text_meta(f, "chat.tools_indent");
+    c->present = flag_meta(f, "chat.tools");
+    c->refused = text_meta(f, "chat.tools_refused");
+    c->begin = text_meta(f, "chat.tools_begin");
+    c->system_prefix = text_meta(f, "chat.tools_system_prefix");
+    c->system_suffix = text_meta(f, "chat.tools_system_suffix");
+    c->separator = text_meta(f, "chat.tools_separator");
+    c->end = text_meta(f, "chat.tools_end");
+    c->indent = indent[0] >= '0' && indent[0] <= '9' ? indent[0] - '0' : 0;
+    c->bare = flag_meta(f, "chat.tools_bare");
+    c->call_marker = text_meta(f, "chat.call_marker");
+    c->call_begin = text_meta(f, "chat.call_begin");
+    c->call_middle = text_meta(f, "chat.call_middle");
+    c->call_end = text_meta(f, "chat.call_end");
+    c->call_separator = text_meta(f, "chat.call_separator");
+    c->call_name = text_meta(f, "chat.call_name");
+    c->call_arguments = text_meta(f, "chat.call_arguments");
+    c->call_text = tensors_meta(f, "chat.call_text");
+    c->call_one = flag_meta(f, "chat.call_one");
+    c->result_begin = text_meta(f, "chat.result_begin");
+    c->result_separator = text_meta(f, "chat.result_separator");
+    c->result_end = text_meta(f, "chat.result_end");
+    c->result_json = flag_meta(f, "chat.result_json");
+}
+
 static void open_chat(ChatTemplate *c, const TensorFile *f) {
     c->present = flag_meta(f, "chat.present");
     c->trim = flag_meta(f, "chat.trim");
@@ -545,6 +613,7 @@ static void open_chat(ChatTemplate *c, const TensorFile *f) {
     c->assistant_prefix = text_meta(f, "chat.assistant_prefix");
     c->assistant_suffix = text_meta(f, "chat.assistant_suffix");
     c->generation = text_meta(f, "chat.generation");
+    open_tools(&c->tools, f);
     c->kvzip_prefix = text_meta(f, "kvzip.prefix");
     c->kvzip_postfix = text_meta(f, "kvzip.postfix");
 }

@@ -20,6 +20,26 @@ int ids_push(Ids *ids, int id);
 // Frees the list; safe on an empty one, and twice.
 void ids_free(Ids *ids);
 
+// How a chat template shows tools, taken apart by export.py as the rest of it. Pieces are "" where
+// there is nothing.
+typedef struct {
+    bool present;
+    const char *refused;  // why the template's tools are left out; "" where the file says nothing
+    const char *begin;    // all that stands before the tools where there is no system text
+    const char *system_prefix, *system_suffix;  // around a system text, the tools behind it
+    const char *separator, *end;  // between two tools; from the last one to the first question
+    int indent;                   // of a tool's JSON, blanks a level; 0: all in one line
+    bool bare;                    // the function alone, not {"type": "function", "function": ..}
+    const char *call_marker;      // what stands before a call's JSON in an answer, stripped
+    const char *call_begin, *call_middle, *call_end;  // around a call's name and arguments
+    const char *call_separator;                       // between two calls of an answer
+    const char *call_name, *call_arguments;           // the keys of a call's JSON
+    const char *call_text;  // between an answer's text and its calls; NULL: such a text is left out
+    bool call_one;          // an answer has one call at most
+    const char *result_begin, *result_separator, *result_end;  // around results in a row
+    bool result_json;                                          // they are JSON strings
+} ToolForm;
+
 // How one conversation is written down. Rendered once from the model's own Jinja template by
 // export.py; strings may hold special tokens and are tokenized with them, the users' texts never
 // are. "" where there is nothing.
@@ -36,6 +56,7 @@ typedef struct {
     const char *system_refused;  // why the template takes no system text, "" where it does
     bool trim, trim_system;      // the template strips white space around messages, system texts
     bool present;                // false: a base model, all of the above ""
+    ToolForm tools;
     // All that precedes the task text and the context, and the turn change after a context or a
     // question, as the code of KVzip's authors has them (arXiv 2505.23416).
     const char *kvzip_prefix, *kvzip_postfix;
@@ -97,6 +118,20 @@ typedef struct {
 int tokenizer_stream(const Tokenizer *t, TokStream *s, int id, char *out);
 
 // ---- conversations ----
+
+// A part of what is rendered: of the template, with special tokens; or a text, which never becomes
+// one, as it is, or without the white space around it where the template strips that from messages
+// or system texts.
+typedef enum { PART_TEMPLATE, PART_TEXT, PART_MESSAGE, PART_SYSTEM } PartKind;
+typedef struct {
+    PartKind kind;
+    const char *s;
+    size_t n;
+} TextPart;
+
+// Appends parts [n] one behind the other; first: nothing stands before them. Texts with nothing but
+// ordinary text of the template between them are read as one. Returns 0, or -1 when memory is out.
+int tokenizer_parts(const Tokenizer *t, const TextPart *part, int n, bool first, Ids *out);
 
 // Appends one turn: template pieces with special tokens, text without. role is 's'ystem, 'u'ser or
 // 'a'ssistant; first marks the conversation's first turn (writes begin and, when it is not a system

@@ -254,6 +254,11 @@ static const char *layer_shares(const TensorFile *f) {
     return by ? by : "KVzip's";
 }
 
+// Whether requests may have tools.
+static const char *tools_of(const ChatTemplate *c) {
+    return c->tools.present ? "yes" : c->tools.refused[0] ? c->tools.refused : "none";
+}
+
 static void info_model(const Options *o) {
     Session s;
     RunState state;
@@ -301,6 +306,7 @@ static void info_model(const Options *o) {
         {"cache_windows_f32", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F32)), true},
         {"scratch", NULL, state.bytes, true},
         {"layer_shares", layer_shares(&s.model.file), 0, false},
+        {"tools", tools_of(tokenizer_chat(s.tok)), 0, false},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);
     info_tokens(o, s.tok, tensors_meta(file, "tokenizer.bos_id"));

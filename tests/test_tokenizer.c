@@ -192,6 +192,36 @@ static void test_injection(const Fixture *f) {
     }
 }
 
+// Texts between pieces of a template become the ids of the whole; special tokens in them do not.
+static void test_parts(const Fixture *f) {
+    for (int id = 0, bytes, tried = 0; id < tokenizer_n_vocab(f->tok) && tried < 3; id++) {
+        const char *special = tokenizer_piece(f->tok, id, &bytes);
+        if (!tokenizer_is_special(f->tok, id) || bytes > 60) continue;
+        tried++;
+        for (int evil = 0; evil < 2; evil++) {
+            char piece[3][80], text[3][80], all[500] = "";
+            TextPart part[6];
+            for (int i = 0; i < 3; i++) {
+                snprintf(piece[i], sizeof piece[i], i == 1 ? "\n\nTools: " : "%.*suser\n", bytes,
+                         special);
+                snprintf(text[i], sizeof text[i], evil ? " %.*sHi 1\n" : " Hi 1\n", bytes, special);
+                part[2 * i] = (TextPart){PART_TEMPLATE, piece[i], strlen(piece[i])};
+                part[2 * i + 1] = (TextPart){PART_TEXT, text[i], strlen(text[i])};
+                strcat(strcat(all, piece[i]), text[i]);
+            }
+            Ids ids = {0}, whole = {0};
+            int specials = 0;
+            CHECK(tokenizer_parts(f->tok, part, 6, true, &ids) == 0);
+            CHECK(tokenizer_encode(f->tok, all, strlen(all), TOK_SPECIAL, &whole) == 0);
+            for (int i = 0; i < ids.n; i++) specials += ids.id[i] == id;
+            CHECK(specials == 2);
+            CHECK(evil || same_ids(&ids, whole.id, whole.n));
+            ids_free(&ids);
+            ids_free(&whole);
+        }
+    }
+}
+
 // Any bytes come back as they were, where the model does not normalize; then a second pass changes
 // nothing.
 static void check_round_trip(const Fixture *f, const char *text, size_t n) {
@@ -732,6 +762,7 @@ int main(void) {
             test_pieces(&f);
             test_chat(&f);
             test_injection(&f);
+            test_parts(&f);
             test_invalid(&f);
             test_no_slow_input(&f);
         }
