@@ -11,6 +11,10 @@ typedef struct {
     Door *d;
     char id[48];
     bool stream, begun;
+    int block;  // of the content, which comes next or is being told
+    bool open;  // its text is being told
+    Callable calls;
+    char names[];
 } Wrap;
 
 // ---- errors ----
@@ -65,6 +69,7 @@ static void put_reason(FILE *f, const Part *p) {
     json_print(f, "'stop_reason': %s, 'stop_sequence': ",
                stopped        ? "stop_sequence"
                : p->reply.cut ? "max_tokens"
+               : p->n_calls   ? "tool_use"
                               : "end_turn");
     if (stopped)
         json_put_string(f, stop, strlen(stop));
@@ -81,6 +86,27 @@ static void put_text(FILE *f, const Part *p, size_t from, size_t to) {
     json_put_string(f, p->reply.text.s ? p->reply.text.s + from : "", to - from);
 }
 
+// "id": .., "name": .. of the last call of a part.
+static void put_call(FILE *f, const Wrap *w, const Part *p, const Found *call) {
+    fprintf(f, "\"id\": \"toolu_%s_%d\", ", w->id + strlen("msg_"), p->n_calls - 1);
+    json_print(f, "'name': %s", call->name);
+}
+
+static void open_text(FILE *f, Wrap *w) {
+    json_print(f,
+               "event: content_block_start\ndata: {'type': 'content_block_start', 'index': %d, "
+               "'content_block': {'type': 'text', 'text': ''}}\n\n",
+               w->block);
+    w->open = true;
+}
+
+static void end_block(FILE *f, Wrap *w) {
+    json_print(f,
+               "event: content_block_stop\ndata: {'type': 'content_block_stop', 'index': %d}\n\n",
+               w->block++);
+    w->open = false;
+}
+
 static void begin_stream(Job *job, const Part *p) {
     Page page;
     Wrap *w = job->door;
@@ -91,29 +117,88 @@ static void begin_stream(Job *job, const Part *p) {
     put_start(page.f, w);
     json_print(page.f, "], 'stop_reason': null, 'stop_sequence': null, ");
     put_usage(page.f, p, 0);
-    json_print(
-        page.f,
-        "}}\n\nevent: content_block_start\ndata: {'type': 'content_block_start', 'index': 0, "
-        "'content_block': {'type': 'text', 'text': ''}}\n\n"
-        "event: ping\ndata: {'type': 'ping'}\n\n");
+    fputs("}}\n\n", page.f);
+    if (!w->calls.form) open_text(page.f, w);
+    json_print(page.f, "event: ping\ndata: {'type': 'ping'}\n\n");
     page_event(&page, job->outlet);
+}
+
+static void tell_text(FILE *f, Wrap *w, const Part *p, size_t from, size_t to) {
+    if (!w->open) open_text(f, w);
+    json_print(f,
+               "event: content_block_delta\ndata: {'type': 'content_block_delta', 'index': %d, "
+               "'delta': {'type': 'text_delta', 'text': ",
+               w->block);
+    put_text(f, p, from, to);
+    fputs("}}\n\n", f);
+}
+
+static void tell_call(FILE *f, Wrap *w, const Part *p, const Found *call) {
+    if (w->open) end_block(f, w);
+    json_print(f,
+               "event: content_block_start\ndata: {'type': 'content_block_start', 'index': %d, "
+               "'content_block': {'type': 'tool_use', ",
+               w->block);
+    put_call(f, w, p, call);
+    json_print(f,
+               ", 'input': {}}}\n\nevent: content_block_delta\n"
+               "data: {'type': 'content_block_delta', 'index': %d, "
+               "'delta': {'type': 'input_json_delta', 'partial_json': %s}}\n\n",
+               w->block, call->arguments);
+    end_block(f, w);
+}
+
+static void tell_calls(Page *page, Wrap *w, Part *p) {
+    Found found;
+    while (tools_next(&w->calls, p, &found)) {
+        if (found.name)
+            tell_call(page->f, w, p, &found);
+        else
+            tell_text(page->f, w, p, found.from, found.to);
+        found_free(&found);
+    }
+    if (p->n_calls == w->calls.most && !p->ended) part_end(p);
 }
 
 static void told(Job *job, Part *p) {
     Page page;
-    const Wrap *w = job->door;
+    Wrap *w = job->door;
     size_t n = part_visible(p);
-    if (!w->stream) return;
+    if (!w->stream) {
+        tools_enough(&w->calls, p);
+        return;
+    }
     begin_stream(job, p);
     p->told = true;
-    if (n <= p->n_told || !page_open(&page)) return;
-    json_print(page.f,
-               "event: content_block_delta\ndata: {'type': 'content_block_delta', 'index': 0, "
-               "'delta': {'type': 'text_delta', 'text': ");
-    put_text(page.f, p, p->n_told, n);
-    fputs("}}\n\n", page.f);
+    if ((n <= p->n_told && !p->ended) || !page_open(&page)) return;
+    if (w->calls.form)
+        tell_calls(&page, w, p);
+    else if (n > p->n_told)
+        tell_text(page.f, w, p, p->n_told, n), p->n_told = n;
     page_event(&page, job->outlet);
-    p->n_told = n;
+}
+
+// The blocks of a whole answer.
+static void put_blocks(FILE *f, const Wrap *w, Part *p) {
+    Found found;
+    int n = 0;
+    while (w->calls.form && tools_next(&w->calls, p, &found)) {
+        fputs(n++ ? ", " : "", f);
+        if (found.name) {
+            fputs("{\"type\": \"tool_use\", ", f);
+            put_call(f, w, p, &found);
+            fprintf(f, ", \"input\": %s}", found.arguments);
+        } else {
+            fputs("{\"type\": \"text\", \"text\": ", f);
+            put_text(f, p, found.from, found.to);
+            fputs("}", f);
+        }
+        found_free(&found);
+    }
+    if (n > 0) return;
+    fputs("{\"type\": \"text\", \"text\": ", f);
+    put_text(f, p, 0, w->calls.form ? 0 : part_visible(p));
+    fputs("}", f);
 }
 
 static void waits(Job *job) {
@@ -126,22 +211,21 @@ static void waits(Job *job) {
 
 static void done(Job *job) {
     Page page;
-    const Wrap *w = job->door;
-    const Part *p = &job->parts[0];
+    Wrap *w = job->door;
+    Part *p = &job->parts[0];
     bool ok = page_open(&page);
     if (ok && !w->stream) {
         put_start(page.f, w);
-        fputs("{\"type\": \"text\", \"text\": ", page.f);
-        put_text(page.f, p, 0, part_visible(p));
-        fputs("}], ", page.f);
+        put_blocks(page.f, w, p);
+        fputs("], ", page.f);
         put_reason(page.f, p);
         fputs(", ", page.f);
         put_usage(page.f, p, p->reply.ids.n);
         fputs("}\n", page.f);
     } else if (ok) {
-        json_print(page.f,
-                   "event: content_block_stop\ndata: {'type': 'content_block_stop', 'index': 0}\n\n"
-                   "event: message_delta\ndata: {'type': 'message_delta', 'delta': {");
+        if (!w->open && w->block == 0) open_text(page.f, w);
+        if (w->open) end_block(page.f, w);
+        json_print(page.f, "event: message_delta\ndata: {'type': 'message_delta', 'delta': {");
         put_reason(page.f, p);
         json_print(page.f, "}, 'usage': {'output_tokens': %d}}\n\n", p->reply.ids.n);
         json_print(page.f, "event: message_stop\ndata: {'type': 'message_stop'}\n\n");
@@ -178,13 +262,16 @@ static bool refused(const Fields *f, Outlet *o) {
 void anthropic_messages(void *arg, Http *h, Outlet *o) {
     Door *d = arg;
     Fields f;
+    Tools tools;
     if (door_loading(d, o)) return;
     fields_open(&f, h);
+    tools_read(&tools, &f, d->engine->tok, true);
     Job *job = f.status ? NULL : job_new(o, 1);
-    Wrap *w = job ? calloc(1, sizeof *w) : NULL;
+    Wrap *w = job ? calloc(1, sizeof *w + tools_names_bytes(&tools)) : NULL;
     if (!f.status && !w) fields_refuse(&f, 503, "", "out of memory");
     if (w) {
         w->d = d;
+        w->calls = tools_callable(&tools, w->names);
         door_id(d, w->id, "msg_");
         job->door = w;
         job->told = told, job->waits = waits, job->done = done, job->failed = failed;
@@ -192,10 +279,12 @@ void anthropic_messages(void *arg, Http *h, Outlet *o) {
         job->limit = (int)fields_count(&f, "max_tokens", 1, 1 << 28, 0);
         if (job->limit == 0) fields_refuse(&f, 400, "max_tokens", "max_tokens is missing");
         door_sampling(d, &f, "stop_sequences", job);
+        door_call_form(d, &f, &tools, job);
         char *system = read_system(&f);
-        door_messages(d, &f, system, job->document != NULL, &job->parts[0]);
+        door_messages(d, &f, &(ChatWith){system, job->document != NULL, &tools}, &job->parts[0]);
         free(system);
     }
+    tools_close(&tools);
     bool is_refused = refused(&f, o);
     fields_close(&f);
     if (is_refused)
@@ -209,11 +298,14 @@ void anthropic_count(void *arg, Http *h, Outlet *o) {
     Fields f;
     Part part = {0};
     Page page;
+    Tools tools;
     if (door_loading(d, o)) return;
     fields_open(&f, h);
+    tools_read(&tools, &f, d->engine->tok, true);
     char *system = read_system(&f);
-    door_messages(d, &f, system, false, &part);
+    door_messages(d, &f, &(ChatWith){system, false, &tools}, &part);
     free(system);
+    tools_close(&tools);
     if (!refused(&f, o)) {
         if (page_open(&page)) json_print(page.f, "{'input_tokens': %d}\n", part.prompt.n);
         page_answer(&page, o);

@@ -113,18 +113,22 @@ int door_copy_prompt(Part *to, const Part *from) {
 
 // ---- messages ----
 
-static bool add_part(Fields *f, Buffer *text, const JsonNode *part, const char *param) {
+static bool is_of(const JsonNode *part, const char *kind) {
     const JsonNode *type = part->kind == JSON_OBJECT ? json_member(part, "type") : NULL;
+    return type && type->kind == JSON_STRING && strcmp(type->text, kind) == 0;
+}
+
+static bool add_part(Fields *f, Buffer *text, const JsonNode *part, const char *param) {
     const JsonNode *s = part->kind == JSON_OBJECT ? json_member(part, "text") : NULL;
-    bool is_text = type && type->kind == JSON_STRING &&
-                   (strcmp(type->text, "text") == 0 || strcmp(type->text, "input_text") == 0);
+    bool is_text = is_of(part, "text") || is_of(part, "input_text");
     if (!is_text || !s || s->kind != JSON_STRING)
         return fields_refuse(f, 400, param, "%s: only parts of type text are known", param);
     return buffer_add(text, s->text, (size_t)s->n) == 0 ||
            fields_refuse(f, 503, "", "out of memory");
 }
 
-char *door_content(Fields *f, const JsonNode *message, int index) {
+// Parts of the type `passed` are passed over; NULL: none.
+static char *read_content(Fields *f, const JsonNode *message, int index, const char *passed) {
     char param[64];
     Buffer text = {0};
     const JsonNode *content = json_member(message, "content");
@@ -134,12 +138,16 @@ char *door_content(Fields *f, const JsonNode *message, int index) {
         ok = ok && buffer_add(&text, content->text, (size_t)content->n) == 0;
     else if (content && content->kind == JSON_LIST)
         for (const JsonNode *part = content->child; part && ok; part = part->next)
-            ok = add_part(f, &text, part, param);
+            ok = (passed && is_of(part, passed)) || add_part(f, &text, part, param);
     else
         ok = fields_refuse(f, 400, param, "%s must be a text or a list of text parts", param);
     if (ok) return text.s;
     free(text.s);
     return NULL;
+}
+
+char *door_content(Fields *f, const JsonNode *message, int index) {
+    return read_content(f, message, index, NULL);
 }
 
 // A conversation that is being written down.
@@ -153,11 +161,17 @@ typedef struct {
     Talk talk;  // on a document
     int n_users, n_turns;
     bool open;  // the last turn is an answer that goes on
+    const Tools *tools;
+    PastCalls calls;  // of the last answer
+    char **result;    // [n_results] of them, not written down yet
+    int n_results;
 } Chat;
 
-// The system text before what follows it.
+static bool shows_tools(const Chat *c) { return c->tools->n > 0; }
+
+// The system text before what follows it; with tools it stands in the first question's turn.
 static int begin_chat(Chat *c) {
-    if (c->n_turns++ > 0 || !c->has_system || c->on_document) return 0;
+    if (c->n_turns++ > 0 || !c->has_system || c->on_document || shows_tools(c)) return 0;
     return tokenizer_turn(c->d->engine->tok, 's', c->system.s, true, false, &c->p->prompt);
 }
 
@@ -201,6 +215,9 @@ static int add_user(Chat *c, const char *text) {
     bool begins = c->n_turns == 1 && !c->has_system, after = c->n_turns == 1 && c->has_system;
     int before = p->prompt.n, wanted = c->d->engine->compress_prompts;
     if (c->on_document) return ask_document(c, text);
+    if (c->n_turns == 1 && shows_tools(c))
+        return tools_begin(c->tools, c->d->engine->tok, c->has_system ? c->system.s : NULL, text,
+                           &p->prompt);
     if (tokenizer_turn(c->d->engine->tok, 'u', text, begins, after, &p->prompt) != 0) return -1;
     if (c->n_users == 0 && wanted > 0) {  // which beginning is long enough to be kept
         if (before >= wanted)
@@ -229,29 +246,126 @@ static bool add_system(Chat *c, const char *text, const char *param) {
     return ok || fields_refuse(c->f, 503, "", "out of memory");
 }
 
+// ---- calls and results ----
+
+static bool no_memory(Chat *c) { return fields_refuse(c->f, 503, "", "out of memory"); }
+
+// Writes down the results that came in a row.
+static bool end_results(Chat *c) {
+    int n = c->n_results;
+    if (n == 0) return true;
+    bool ok = tools_results(c->tools, c->d->engine->tok, c->result, n, &c->p->prompt) == 0 ||
+              no_memory(c);
+    while (c->n_results > 0) free(c->result[--c->n_results]);
+    return ok;
+}
+
+// What the function gave that was called by the answer before, under the id that `key` names.
+static bool add_result(Chat *c, const JsonNode *m, const char *key, int index) {
+    char param[64];
+    const JsonNode *id = json_member(m, key);
+    int i = 0;
+    snprintf(param, sizeof param, "messages[%d].%s", index, key);
+    if (!id || id->kind != JSON_STRING)
+        return fields_refuse(c->f, 400, param, "%s is missing, or no string", param);
+    while (i < c->calls.n && strcmp(c->calls.call[i].id, id->text) != 0) i++;
+    if (i == c->calls.n)
+        return fields_refuse(c->f, 400, param, "%s: the answer before has no call of this id",
+                             param);
+    if (c->n_results == c->calls.n)
+        return fields_refuse(c->f, 400, param, "%s: there are more results than calls", param);
+    // Anthropic's may have no content.
+    bool empty = c->tools->anthropic && !json_member(m, "content");
+    char *text = empty ? strdup("") : door_content(c->f, m, index);
+    if (!text) return no_memory(c);
+    c->result[c->n_results++] = text;
+    return true;
+}
+
+// The calls of an answer that is in the history, with its text.
+static bool add_calls(Chat *c, const char *text, const JsonNode *m, int index) {
+    char param[64];
+    snprintf(param, sizeof param, "messages[%d].%s", index,
+             c->tools->anthropic ? "content" : "tool_calls");
+    if (m->next == NULL)
+        return fields_refuse(c->f, 400, param, "%s: the results of these calls are missing", param);
+    if (c->n_turns == 1)
+        return fields_refuse(c->f, 400, param, "%s: a question must stand before it", param);
+    free(c->result);
+    c->result = calloc((size_t)c->calls.n, sizeof *c->result);
+    return (c->result &&
+            tools_answer(c->tools, c->d->engine->tok, text, &c->calls, &c->p->prompt) == 0) ||
+           no_memory(c);
+}
+
+// Results among the parts of a user's message of Anthropic's; *texts: how many parts are others.
+static bool add_results(Chat *c, const JsonNode *m, int index, int *texts) {
+    const JsonNode *content = json_member(m, "content");
+    *texts = 1;
+    if (!c->tools->anthropic || !content || content->kind != JSON_LIST) return true;
+    bool ok = true;
+    *texts = content->n;
+    for (const JsonNode *part = content->child; part && ok; part = part->next) {
+        if (!is_of(part, "tool_result")) continue;
+        ok = add_result(c, part, "tool_use_id", index);
+        --*texts;
+    }
+    if (*texts == content->n) *texts = 1;
+    return ok;
+}
+
+// A message without its calls and results, which have been read.
+static char *text_of(Chat *c, const JsonNode *m, int index, bool user) {
+    if (c->calls.n > 0 && !json_member(m, "content")) return strdup("");
+    const char *passed = !c->tools->anthropic ? NULL : user ? "tool_result" : "tool_use";
+    return read_content(c->f, m, index, passed);
+}
+
+// ---- one message after the other ----
+
+// Of a system, a user or an assistant.
+static bool add_turn(Chat *c, const JsonNode *m, int index, const char *param) {
+    const JsonNode *role = json_member(m, "role");
+    bool system = is_role(role, "system", "developer"), user = is_role(role, "user", "user"), ok;
+    char *text = text_of(c, m, index, user);
+    if (!text) return c->f->status ? false : no_memory(c);
+    if (system)
+        ok = add_system(c, text, param);
+    else if (c->n_turns == 0 && shows_tools(c) && !user)
+        ok = fields_refuse(c->f, 400, param, "%s: with tools a user has the first word", param);
+    else if (begin_chat(c) != 0)
+        ok = no_memory(c);
+    else if (c->calls.n > 0 && !user)
+        ok = add_calls(c, text, m, index);
+    else
+        ok = (user ? add_user(c, text) : add_answer(c, text, m->next == NULL)) == 0 || no_memory(c);
+    c->n_users += user;
+    free(text);
+    return ok;
+}
+
 static bool add_message(Chat *c, const JsonNode *m, int index) {
     char param[64];
+    int texts = 1;
     const JsonNode *role = m->kind == JSON_OBJECT ? json_member(m, "role") : NULL;
     snprintf(param, sizeof param, "messages[%d].role", index);
     if (!role || role->kind != JSON_STRING)
         return fields_refuse(c->f, 400, param, "%s is missing, or no string", param);
-    if (is_role(role, "tool", "function"))
-        return fields_refuse(c->f, 501, param, "%s: tools are not supported", param);
+    if (is_role(role, "tool", "tool") && !c->tools->anthropic)
+        return add_result(c, m, "tool_call_id", index);
     bool system = is_role(role, "system", "developer"), user = is_role(role, "user", "user");
     if (!system && !user && !is_role(role, "assistant", "assistant"))
-        return fields_refuse(c->f, 400, param, "%s: there are system, developer, user, assistant",
+        return fields_refuse(c->f, 400, param,
+                             "%s: there are system, developer, user, assistant, tool", param);
+    if (user && !add_results(c, m, index, &texts)) return false;
+    if (!end_results(c)) return false;
+    if (texts == 0) return true;
+    tools_forget(&c->calls);
+    if (!user && !system && !tools_past(c->tools, c->f, m, index, &c->calls)) return false;
+    if (c->calls.n > 0 && c->on_document)
+        return fields_refuse(c->f, 501, param, "%s: calls about a document are not supported",
                              param);
-    char *text = door_content(c->f, m, index);
-    if (!text) return false;
-    bool ok;
-    if (system)
-        ok = add_system(c, text, param);
-    else
-        ok = begin_chat(c) == 0 &&
-             (user ? add_user(c, text) : add_answer(c, text, m->next == NULL)) == 0;
-    c->n_users += user;
-    free(text);
-    return ok || fields_refuse(c->f, 503, "", "out of memory");
+    return add_turn(c, m, index, param);
 }
 
 // How many ids of the head stand before its text, whatever it says: they are never evicted.
@@ -268,28 +382,52 @@ static int head_prefix(const Chat *c) {
     return max_int(n, min_int(4, c->p->n_head));
 }
 
-void door_messages(Door *d, Fields *f, const char *system, bool on_document, Part *p) {
-    Chat c = {.d = d, .f = f, .p = p, .on_document = on_document};
-    const JsonNode *list = fields_get(f, "messages");
-    const Tokenizer *tok = d->engine->tok;
-    int index = 0;
-    c.talk = (Talk){.tok = tok, .on_context = true};
-    bool ok = !f->status;
+// What can be told before the first message.
+static bool check_chat(const Chat *c, const JsonNode *list) {
+    Fields *f = c->f;
+    if (f->status) return false;
     if (!list || list->kind != JSON_LIST || list->n == 0)
-        ok = fields_refuse(f, 400, "messages", "messages must be a list of at least one message");
-    if (ok && !on_document && !tokenizer_chat(tok)->present)
-        ok = fields_refuse(
+        return fields_refuse(f, 400, "messages", "messages must be a list of at least one message");
+    if (!c->on_document && !tokenizer_chat(c->d->engine->tok)->present)
+        return fields_refuse(
             f, 400, "messages",
             "this model has no chat template: ask /v1/completions, or about a document");
-    if (ok && system) ok = add_system(&c, system, "system");
+    return !c->on_document || !shows_tools(c) ||
+           fields_refuse(f, 501, "tools", "tools beside a document are not supported");
+}
+
+// What follows the last message.
+static bool end_chat(Chat *c) {
+    Ids *ids = &c->p->prompt;
+    const Tokenizer *tok = c->d->engine->tok;
+    if (!end_results(c)) return false;
+    if (shows_tools(c) && c->n_users == 0)
+        return fields_refuse(c->f, 400, "messages", "messages has no question that tools are for");
+    if (c->n_users == 0 && c->has_system && begin_chat(c) != 0) return no_memory(c);
+    if (c->on_document && c->n_users == 0)
+        return fields_refuse(c->f, 400, "messages", "messages has no question about the document");
+    if (c->on_document) return true;
+    if (c->open && c->tools->must)
+        return fields_refuse(c->f, 400, "tool_choice",
+                             "tool_choice asks for a call, but the last message goes on");
+    if (!c->open && tokenizer_generation(tok, ids) != 0) return no_memory(c);
+    return !c->tools->must || tools_invite(c->tools, tok, ids) == 0 || no_memory(c);
+}
+
+void door_messages(Door *d, Fields *f, const ChatWith *with, Part *p) {
+    Chat c = {.d = d, .f = f, .p = p, .on_document = with->on_document, .tools = with->tools};
+    const JsonNode *list = fields_get(f, "messages");
+    int index = 0;
+    c.talk = (Talk){.tok = d->engine->tok, .on_context = true};
+    bool ok = check_chat(&c, list);
+    if (ok && with->system) ok = add_system(&c, with->system, "system");
     for (const JsonNode *m = ok ? list->child : NULL; m && ok; m = m->next)
         ok = add_message(&c, m, index++);
-    if (ok && c.n_users == 0 && c.has_system) ok = begin_chat(&c) == 0;
-    if (ok && on_document && c.n_users == 0)
-        fields_refuse(f, 400, "messages", "messages has no question about the document");
-    if (ok && !on_document && !c.open && tokenizer_generation(tok, &p->prompt) != 0)
-        fields_refuse(f, 503, "", "out of memory");
+    if (ok) end_chat(&c);
     if (p->n_head > 0) p->n_head_prefix = head_prefix(&c);
+    while (c.n_results > 0) free(c.result[--c.n_results]);
+    free(c.result);
+    tools_forget(&c.calls);
     talk_free(&c.talk);
     free(c.system.s);
 }

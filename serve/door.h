@@ -7,6 +7,7 @@
 #include "serve/engine.h"
 #include "serve/fields.h"
 #include "serve/serve.h"
+#include "serve/tools.h"
 
 typedef struct {
     Engine *engine;
@@ -48,12 +49,19 @@ void put_bytes(FILE *f, const Tokenizer *tok, int id);  // [226, 130]
 // How tokens are drawn, response_format, document, and the stop texts, which the field `stop`
 // holds: what all kinds of requests for text have in common (settings.c). Fills job and its parts.
 void door_sampling(Door *d, Fields *f, const char *stop, Job *job);
+// The form of answers that must be a call.
+void door_call_form(Door *d, Fields *f, const Tools *t, Job *job);
 // How many answers to each prompt (n).
 int door_choices(Door *d, Fields *f);
 
-// A chat's messages as ids of the part's prompt. system: text that goes first, or NULL. What is
-// wrong is noted in f.
-void door_messages(Door *d, Fields *f, const char *system, bool on_document, Part *p);
+// A chat's messages, with the request's tools, as ids of the part's prompt. system: text that goes
+// first, or NULL. What is wrong is noted in f.
+typedef struct {
+    const char *system;
+    bool on_document;
+    const Tools *tools;
+} ChatWith;
+void door_messages(Door *d, Fields *f, const ChatWith *with, Part *p);
 // A message's content, a string or a list of text parts, as one text, malloc'ed; NULL: noted in f.
 char *door_content(Fields *f, const JsonNode *message, int index);
 

@@ -51,7 +51,9 @@ typedef struct {
     // the door's
     size_t n_told;  // bytes of the text that were sent
     int n_told_scores;
-    bool told;  // anything was sent
+    bool told;                      // anything was sent
+    int n_calls;                    // that were found in the text
+    bool behind_call, needs_close;  // n_told is where one ends; what closes it was not seen yet
     double began;
 } Part;
 
@@ -149,6 +151,7 @@ void engine_slots(Engine *e, SlotView *slots);
 
 // Text of a part that can be shown: what may still become a stop text is held back.
 size_t part_visible(const Part *p);
+void part_end(Part *p);                               // what it has written is enough
 bool part_stopped(const Part *p, const char **stop);  // by which stop text, if by one
 
 // For Job.work: makes a document of ids, of which the first n_prefix stay. The others' parts go on

@@ -112,16 +112,13 @@ static bool is_text(const JsonNode *v, const char *text) {
 // Whether a field that is not there yet says nothing but what happens without it.
 static bool is_neutral(const char *name, const JsonNode *v) {
     if (strcmp(name, "typical_p") == 0 || strcmp(name, "best_of") == 0) return is_number(v, 1);
-    if (strcmp(name, "tool_choice") == 0) return is_text(v, "none") || is_text(v, "auto");
-    if (strcmp(name, "parallel_tool_calls") == 0) return true;
     return is_number(v, 0) || ((v->kind == JSON_LIST || v->kind == JSON_OBJECT) && v->n == 0) ||
            is_text(v, "");
 }
 
 void fields_refuse_others(Fields *f) {
-    static const char *const others[] = {"typical_p",   "best_of",     "suffix",
-                                         "grammar",     "json_schema", "tools",
-                                         "tool_choice", "functions",   "function_call"};
+    static const char *const others[] = {"typical_p",   "best_of",   "suffix",       "grammar",
+                                         "json_schema", "functions", "function_call"};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         const JsonNode *v = fields_get(f, others[i]);
         if (v && !is_neutral(others[i], v))

@@ -59,6 +59,8 @@ static size_t held_back(const Part *p) {
     return most;
 }
 
+void part_end(Part *p) { p->reply.done = true; }
+
 size_t part_visible(const Part *p) {
     const char *stop;
     if (p->reply.done) return p->reply.text.n - (part_stopped(p, &stop) ? strlen(stop) : 0);

@@ -17,6 +17,8 @@ typedef struct {
     long created;
     bool chat, stream, usage, begun;
     int n;  // choices of each prompt
+    Callable calls;
+    char names[];
 } Wrap;
 
 static const Tokenizer *tok_of(const Job *job) {
@@ -45,16 +47,26 @@ static void put_usage(FILE *f, const Job *job) {
     json_print(f, "'prompt_tokens_details': {'cached_tokens': %d}}", cached);
 }
 
-static const char *finish_reason(const Part *p) { return p->reply.cut ? "length" : "stop"; }
+static const char *finish_reason(const Part *p) {
+    return p->reply.cut ? "length" : p->n_calls > 0 ? "tool_calls" : "stop";
+}
 
-static void put_reason(FILE *f, const Part *p) {
-    if (p->ended)
-        json_print(f, "'finish_reason': %s", finish_reason(p));
-    else
-        json_print(f, "'finish_reason': null");
+static void put_reason(FILE *f, const Part *p, bool last) {
+    json_print(f, "'finish_reason': %s", last ? finish_reason(p) : NULL);
 }
 
 static void put_text(FILE *f, const char *s, size_t n) { json_put_string(f, s ? s : "", n); }
+
+// The part's n-th call, in a stream with its place. Ids differ between the answers of a server.
+static void put_call(FILE *f, const Part *p, const Found *call) {
+    const Wrap *w = p->job->door;
+    int n = p->n_calls - 1;
+    putc('{', f);
+    if (w->stream) json_print(f, "'index': %d, ", n);
+    fprintf(f, "\"id\": \"call_%s_%d_%d\", ", w->id + strlen("chatcmpl-"), p->index, n);
+    json_print(f, "'type': 'function', 'function': {'name': %s, 'arguments': %s}}", call->name,
+               call->arguments);
+}
 
 // The scores [from, to) as chat has them: {"content": [{token, logprob, bytes, top_logprobs}]}.
 static void put_chat_scores(FILE *f, const Part *p, int from, int to) {
@@ -153,13 +165,40 @@ static bool echoes(const Part *p) { return p->job->echo; }
 
 // ---- whole answers ----
 
-static void put_choice(FILE *f, const Part *p) {
+// "content": .., "tool_calls": [..]; content is null where there are calls alone.
+static void put_message(FILE *f, Part *p) {
+    const Wrap *w = p->job->door;
+    Found found;
+    Buffer text = {0};
+    Page calls;
+    if (!page_open(&calls)) return;
+    while (tools_next(&w->calls, p, &found)) {
+        if (!found.name &&
+            buffer_add(&text, p->reply.text.s + found.from, found.to - found.from) != 0)
+            break;
+        if (found.name) fputs(p->n_calls > 1 ? ", " : "", calls.f), put_call(calls.f, p, &found);
+        found_free(&found);
+    }
+    fputs("\"content\": ", f);
+    if (text.n == 0 && p->n_calls > 0)
+        fputs("null", f);
+    else
+        put_text(f, text.s, text.n);
+    if (p->n_calls > 0 && page_whole(&calls)) fprintf(f, ", \"tool_calls\": [%s]", calls.s);
+    page_close(&calls);
+    free(text.s);
+}
+
+static void put_choice(FILE *f, Part *p) {
     const Wrap *w = p->job->door;
     size_t n = part_visible(p), n_prompt = 0;
     json_print(f, "{'index': %d, ", p->index);
     if (w->chat) {
-        fputs("\"message\": {\"role\": \"assistant\", \"content\": ", f);
-        put_text(f, p->reply.text.s, n);
+        fputs("\"message\": {\"role\": \"assistant\", ", f);
+        if (w->calls.form)
+            put_message(f, p);
+        else
+            fputs("\"content\": ", f), put_text(f, p->reply.text.s, n);
         fputs(", \"refusal\": null}, ", f);
         put_chat_scores(f, p, 0, p->n_scores);
     } else {
@@ -176,7 +215,7 @@ static void put_choice(FILE *f, const Part *p) {
         free(prompt);
         free(all.s);
     }
-    put_reason(f, p);
+    put_reason(f, p, true);
     putc('}', f);
 }
 
@@ -209,53 +248,90 @@ static void begin_stream(Job *job) {
     outlet_begin(job->outlet, 200, "text/event-stream; charset=utf-8");
 }
 
-// One event: text [n] of a part, whose role comes first where it has said nothing yet.
-static void send_piece(Part *p, const char *text, size_t n, int n_scores) {
+// What an event brings: text [n], or a call; the scores up to n_scores; the last one says why.
+typedef struct {
+    const char *text;
+    size_t n;
+    const Found *call;
+    int n_scores;
+    bool last;
+} Piece;
+
+// The role comes first where the part has said nothing yet.
+static void put_delta(FILE *f, const Part *p, const Piece *piece) {
+    fputs("\"delta\": {", f);
+    if (!p->told) fputs("\"role\": \"assistant\"", f);
+    if (piece->call) {
+        fputs(p->told ? "\"tool_calls\": [" : ", \"content\": null, \"tool_calls\": [", f);
+        put_call(f, p, piece->call);
+        putc(']', f);
+    } else if (!p->told || piece->n > 0) {
+        fputs(p->told ? "\"content\": " : ", \"content\": ", f);
+        put_text(f, piece->text, piece->n);
+    }
+    fputs("}, ", f);
+}
+
+static void send_piece(Part *p, const Piece *piece) {
     Page page;
     Wrap *w = p->job->door;
-    bool first = p->n_told == 0 && p->n_told_scores == 0 && !p->told;
     if (!page_open(&page)) return;
     FILE *f = page.f;
     fputs("data: ", f);
     put_start(f, w, chunk_object(w));
     json_print(f, "{'index': %d, ", p->index);
     if (w->chat) {
-        fputs("\"delta\": {", f);
-        if (first) fputs("\"role\": \"assistant\"", f);
-        if (first || n > 0)
-            fputs(first ? ", \"content\": " : "\"content\": ", f), put_text(f, text, n);
-        fputs("}, ", f);
-        put_chat_scores(f, p, p->n_told_scores, n_scores);
+        put_delta(f, p, piece);
+        put_chat_scores(f, p, p->n_told_scores, piece->n_scores);
     } else {
         fputs("\"text\": ", f);
-        put_text(f, text, n);
+        put_text(f, piece->text, piece->n);
         fputs(", ", f);
-        put_scores(f, &(Scores){p, echoes(p) && first, p->n_told_scores, n_scores});
+        put_scores(f, &(Scores){p, echoes(p) && !p->told, p->n_told_scores, piece->n_scores});
     }
-    put_reason(f, p);
+    put_reason(f, p, piece->last);
     fputs(w->usage ? "}], \"usage\": null}\n\n" : "}]}\n\n", f);
     page_event(&page, p->job->outlet);
     p->told = true;
-    p->n_told_scores = n_scores;
+    p->n_told_scores = piece->n_scores;
+}
+
+// Calls and the text beside them.
+static void tell_calls(const Wrap *w, Part *p) {
+    Found found;
+    while (tools_next(&w->calls, p, &found)) {
+        Piece piece = {p->reply.text.s + found.from, found.to - found.from, NULL, p->n_scores,
+                       false};
+        if (found.name) piece.call = &found;
+        send_piece(p, &piece);
+        found_free(&found);
+    }
+    if (p->ended || !p->told) send_piece(p, &(Piece){"", 0, NULL, p->n_scores, p->ended});
+    if (p->n_calls == w->calls.most && !p->ended) part_end(p);
 }
 
 static void told(Job *job, Part *p) {
     Wrap *w = job->door;
-    if (!w->stream) return;
+    if (!w->stream) {
+        tools_enough(&w->calls, p);
+        return;
+    }
     size_t n = part_visible(p);
     const char *text = p->reply.text.s ? p->reply.text.s : "";
     begin_stream(job);
+    if (w->calls.form) {
+        tell_calls(w, p);
+        return;
+    }
     if (echoes(p) && !p->told) {
         size_t n_prompt = 0;
         char *prompt = tokenizer_decode(tok_of(job), p->prompt.id, p->prompt.n, &n_prompt);
-        Part before = *p;
-        before.ended = false;
-        if (prompt) send_piece(&before, prompt, n_prompt, p->prompt.n - 1);
-        p->told = true, p->n_told_scores = before.n_told_scores;
+        if (prompt) send_piece(p, &(Piece){prompt, n_prompt, NULL, p->prompt.n - 1, false});
+        p->told = true;
         free(prompt);
     }
     if (n > p->n_told || p->ended || !p->told)
-        send_piece(p, text + p->n_told, n - p->n_told, p->n_scores);
+        send_piece(p, &(Piece){text + p->n_told, n - p->n_told, NULL, p->n_scores, p->ended});
     p->n_told = n;
 }
 
@@ -307,10 +383,12 @@ void door_failed(Job *job, int status, const char *message, const char *param, c
 
 // ---- requests ----
 
-static Wrap *wrap(Door *d, Job *job, const char *start) {
-    Wrap *w = calloc(1, sizeof *w);
+// tools NULL: answers have no calls.
+static Wrap *wrap(Door *d, Job *job, const char *start, const Tools *tools) {
+    Wrap *w = calloc(1, sizeof *w + (tools ? tools_names_bytes(tools) : 0));
     if (!w) return NULL;
     w->d = d;
+    if (tools) w->calls = tools_callable(tools, w->names);
     w->created = (long)time(NULL);
     w->n = 1;
     door_id(d, w->id, start);
@@ -356,11 +434,13 @@ static void ask(Door *d, Fields *f, Job *job, Outlet *o) {
 void openai_chat(void *arg, Http *h, Outlet *o) {
     Door *d = arg;
     Fields f;
+    Tools tools;
     if (door_loading(d, o)) return;
     fields_open(&f, h);
     int n = door_choices(d, &f);
+    tools_read(&tools, &f, d->engine->tok, false);
     Job *job = f.status ? NULL : job_new(o, n);
-    Wrap *w = job ? wrap(d, job, "chatcmpl-") : NULL;
+    Wrap *w = job ? wrap(d, job, "chatcmpl-", &tools) : NULL;
     if (w) {
         w->chat = true;
         read_common(d, &f, job, n);
@@ -372,11 +452,13 @@ void openai_chat(void *arg, Http *h, Outlet *o) {
             fields_refuse(&f, 400, "top_logprobs", "top_logprobs needs logprobs: true");
         if (scores) job->n_tops = n_tops;
         check_scores(&f, job);
-        door_messages(d, &f, NULL, job->document != NULL, &job->parts[0]);
+        door_call_form(d, &f, &tools, job);
+        door_messages(d, &f, &(ChatWith){NULL, job->document != NULL, &tools}, &job->parts[0]);
         for (int i = 1; i < n; i++)
             if (door_copy_prompt(&job->parts[i], &job->parts[0]) != 0)
                 fields_refuse(&f, 503, "", "out of memory");
     }
+    tools_close(&tools);
     ask(d, &f, w ? job : NULL, o);
     if (job && !w) job_free(job);
 }
@@ -436,7 +518,7 @@ void openai_completions(void *arg, Http *h, Outlet *o) {
     if (n_prompts * (long)n > ENGINE_PARTS)
         fields_refuse(&f, 400, "prompt", "more than %d prompts and choices", ENGINE_PARTS);
     Job *job = f.status ? NULL : job_new(o, n_prompts * n);
-    Wrap *w = job ? wrap(d, job, "cmpl-") : NULL;
+    Wrap *w = job ? wrap(d, job, "cmpl-", NULL) : NULL;
     if (w) read_completion(d, &f, job, prompt, n);
     ask(d, &f, w ? job : NULL, o);
     if (job && !w) job_free(job);

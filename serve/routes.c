@@ -66,6 +66,14 @@ static void put_pieces(FILE *f, const Tokenizer *tok, const Ids *ids) {
     putc(']', f);
 }
 
+// A chat's messages and tools, in OpenAI's language.
+static void read_chat(Door *d, Fields *f, Part *part) {
+    Tools tools;
+    tools_read(&tools, f, d->engine->tok, false);
+    door_messages(d, f, &(ChatWith){NULL, false, &tools}, part);
+    tools_close(&tools);
+}
+
 // {content} as llama.cpp asks, {prompt} or {messages} as vLLM does, whose prompts get what the
 // model's tokenizer adds.
 static void post_tokenize(void *arg, Http *h, Outlet *o) {
@@ -84,7 +92,7 @@ static void post_tokenize(void *arg, Http *h, Outlet *o) {
     bool pieces = fields_bool(&f, "with_pieces", false);
     unsigned how = (add ? TOK_BOS : 0) | (special ? TOK_SPECIAL : 0);
     if (!text && fields_get(&f, "messages"))
-        door_messages(d, &f, NULL, false, &part);
+        read_chat(d, &f, &part);
     else if (!text)
         fields_refuse(&f, 400, "prompt", "prompt or content is missing");
     else if (tokenizer_encode(tok, text, strlen(text), how, &part.prompt) != 0)
@@ -166,7 +174,7 @@ static void post_template(void *arg, Http *h, Outlet *o) {
     Page page;
     if (door_loading(d, o)) return;
     fields_open(&f, h);
-    door_messages(d, &f, NULL, false, &part);
+    read_chat(d, &f, &part);
     if (!fields_answer(&f, o)) {
         Buffer text = {0};
         for (int i = 0; i < part.prompt.n; i++) {

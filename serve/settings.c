@@ -83,20 +83,33 @@ static bool is(const JsonNode *v, const char *text) {
     return v && v->kind == JSON_STRING && strcmp(v->text, text) == 0;
 }
 
-// schema NULL: any object.
-static void open_form(Door *d, Fields *f, const JsonNode *schema, Job *job) {
+// The schema text [n], NULL: any object, which the field `name` asks for.
+static void read_schema(Door *d, Fields *f, const char *name, const Buffer *text, Job *job) {
     char err[ERR_LEN];
-    Page text = {0};
-    if (schema && page_open(&text)) json_put(text.f, schema);
     if (!d->pieces)
         d->pieces = pieces_open(d->engine->tok, d->engine->model->config.vocab_size, err);
-    if (schema && !page_whole(&text))
+    if (!d->pieces)
+        fields_refuse(f, 501, name, "%s", err);
+    else if (!(job->schema = schema_open(text->s, text->n, d->pieces, err)))
+        fields_refuse(f, 400, name, "%s: %s", name, err);
+}
+
+// schema NULL: any object.
+static void open_form(Door *d, Fields *f, const JsonNode *schema, Job *job) {
+    Buffer text = {0};
+    if (schema && json_dump(&text, schema, JSON_COMPACT) != 0)
         fields_refuse(f, 503, "", "out of memory");
-    else if (!d->pieces)
-        fields_refuse(f, 501, "response_format", "%s", err);
-    else if (!(job->schema = schema_open(text.s, text.n, d->pieces, err)))
-        fields_refuse(f, 400, "response_format", "response_format: %s", err);
-    page_close(&text);
+    else
+        read_schema(d, f, "response_format", &text, job);
+    free(text.s);
+}
+
+void door_call_form(Door *d, Fields *f, const Tools *t, Job *job) {
+    Buffer text = {0};
+    if (!t->must || f->status || !(text.s = tools_schema(t, f))) return;
+    text.n = strlen(text.s);
+    read_schema(d, f, "tools", &text, job);
+    free(text.s);
 }
 
 // {"type": "text"}, "json_object" or "json_schema", whose "json_schema" has the "schema".
