@@ -4,6 +4,7 @@
 The committed fixtures have no tools: their chat templates get a form here, as export.py writes it. Needs nothing but
 Python's standard library. The last line says how many checks passed and failed.
 """
+import array
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-from checks import check, end
+from checks import Tensors, check, end
 from test_serve import FIXTURES, RUN, Server
 
 # Qwen 2.5's, at half the length, and Llama 3's.
@@ -35,17 +36,31 @@ LLAMA = {
     "result_separator": "<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n", "result_end": "<|eot_id|>"}
 
 
-def with_tools(source, form, to):
-    """A copy of a model whose chat template has tools."""
+def with_tools(source, form, to, word=None):
+    """A copy of a model whose chat template has tools. word: (id, text), what a token prints instead."""
     with open(source, "rb") as f:
         data = f.read()
     n = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:8 + n])
+    header, data = json.loads(data[8:8 + n]), bytearray(data[8 + n:])
     header["__metadata__"].update({"chat." + k: v for k, v in form.items()})
+    if word:
+        i, text = word
+        t = Tensors(source)
+        ends, old, new = t["tok.offsets"], t.raw["tok.bytes"], text.encode()
+        new = old[:ends[i]] + new + old[ends[i + 1]:]
+        ends[i + 1:] = array.array("i", [x + len(new) - len(old) for x in ends[i + 1:]])
+        at = header["tok.offsets"]["data_offsets"]
+        data[at[0]:at[1]] = ends.tobytes()
+        data[header["tok.kind"]["data_offsets"][0] + i] = 2  # found in any text
+        size, begin = len(data), len(data) + -len(data) % 64
+        header["pad.end"] = {"dtype": "U8", "shape": [begin - size], "data_offsets": [size, begin]}
+        header["pad.old"] = dict(header["tok.bytes"])
+        header["tok.bytes"] = {"dtype": "U8", "shape": [len(new)], "data_offsets": [begin, begin + len(new)]}
+        data += bytes(begin - size) + new
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     with open(to, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text + data[8 + n:])
+        f.write(struct.pack("<Q", len(text)) + text + data)
     return to
 
 
@@ -58,6 +73,7 @@ WEATHER = function("get_weather", "The weather \u00fcber \"there\" </tools>.", t
                    properties={"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer"},
                                "unit": {"enum": ["C", "F"]}}, required=["city", "unit"])
 NOW = function("now")
+CHATTER = 679, ' <c>{"name": "f", "arguments": {"a":1}}</c>\n'
 USER = {"role": "user", "content": "How warm is it?"}
 
 
@@ -165,8 +181,62 @@ def test_required(s):
     check(isinstance(args["t"]["v"], bool), "references lead into a function's own schema")
 
 
-# A model whose answer is what its template says it must be: text of the answer by forced ids cannot be had over HTTP,
-# so the assistant's last message goes on: what stands in it is the prompt's, not the answer's.
+def test_chatter(s):
+    """A model that calls every few words: one of its tokens prints a whole call."""
+    how = {"tools": [WEATHER, function("f")], "max_tokens": 40, "temperature": 1, "logit_bias": {str(CHATTER[0]): 6.5}}
+    mixed = 0
+    for seed in range(6):
+        for several in (True, False):
+            more = dict(how, seed=seed, messages=[USER], parallel_tool_calls=several)
+            c = s.post("/v1/chat/completions", more)[1]["choices"][0]
+            m, calls = c["message"], c["message"].get("tool_calls", [])
+            events, _ = s.events("/v1/chat/completions", more)
+            deltas = [e["choices"][0]["delta"] for e in events]
+            told = [d["tool_calls"][0] for d in deltas if "tool_calls" in d]
+            check([x["function"] for x in told] == [x["function"] for x in calls], "the same calls in a stream")
+            check([x["index"] for x in told] == list(range(len(calls))) and len({x["id"] for x in told}) == len(calls),
+                  "numbered")
+            check("".join(d.get("content") or "" for d in deltas) == (m["content"] or ""), "the same text")
+            check(all(x["function"] == {"name": "f", "arguments": '{"a": 1}'} for x in calls), "what was called")
+            check(several or len(calls) <= 1, "not more than one")
+            check(c["finish_reason"] == ("tool_calls" if calls and not several else "length"), "why it ends")
+            check("<c>" not in (m["content"] or "") and events[-1]["choices"][0]["finish_reason"] == c["finish_reason"],
+                  "no call is left in the text")
+            mixed += bool(m["content"]) and len(calls) > 1
+            choice = {"type": "auto", "disable_parallel_tool_use": not several}
+            body = dict(how, seed=seed, messages=[USER], tool_choice=choice, tools=[
+                {"name": "get_weather", "description": WEATHER["function"]["description"],
+                 "input_schema": WEATHER["function"]["parameters"]}, {"name": "f"}])
+            blocks = s.post("/v1/messages", body)[1]["content"]
+            check([b["input"] for b in blocks if b["type"] == "tool_use"] == [{"a": 1}] * len(calls), "Anthropic's calls")
+            check("".join(b["text"] for b in blocks if b["type"] == "text") == (m["content"] or ""), "Anthropic's text")
+            events = [json.loads(b.split("data: ")[1]) for b in s.ask("POST", "/v1/messages", dict(body, stream=True))[2]
+                      .decode().split("\n\n") if "data: " in b]
+            told = {}
+            for e in events:
+                if e["type"] == "content_block_start":
+                    check(e["index"] == len(told), "blocks come in order")
+                    told[e["index"]] = [e["content_block"]["type"], ""]
+                elif e["type"] == "content_block_delta":
+                    told[e["index"]][1] += e["delta"].get("text", e["delta"].get("partial_json"))
+            wanted = [[b["type"], b["text"] if b["type"] == "text" else json.dumps(b["input"])] for b in blocks]
+            check(list(told.values()) == merged(wanted), "Anthropic's stream: %s, %s" % (list(told.values()), wanted))
+    check(mixed > 1, "texts and calls were mixed")
+    scores = s.post("/v1/chat/completions", dict(how, messages=[USER], seed=1, logprobs=True, stream=True))
+    check(scores[1].count('"logprob"') == 40, "every token has its logprob")
+
+
+def merged(blocks):
+    """Texts in a row as one."""
+    out = []
+    for kind, text in blocks:
+        if out and kind == out[-1][0] == "text":
+            out[-1][1] += text
+        else:
+            out.append([kind, text])
+    return out
+
+
 def test_auto(s):
     status, r = chat(s, [USER], tools=[WEATHER], max_tokens=12, seed=1)
     c = r["choices"][0]
@@ -308,6 +378,10 @@ def main():
                 test(s)
             test_mutated(s, int(os.environ.get("MUTATED", 300)))
         check(s.code in (None, 0) or s.stop() == 0, "ends with 0")
+        form = dict(HERMES, call_marker="<c>", call_end="}</c>")
+        with Server("--slots", 4, model=with_tools(os.path.join(FIXTURES, "qwen2.kvz"), form,
+                                                   os.path.join(d, "chatter.kvz"), CHATTER)) as s:
+            test_chatter(s)
         with Server("--slots", 4, model=llama) as s:
             test_llama(s)
             test_required(s)
