@@ -28,6 +28,7 @@ FIXTURES = os.path.join(TESTS, "fixtures")
 NAMES = ["smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"]
 sys.path.insert(0, os.path.dirname(TESTS))
 import export  # noqa: E402
+from test_serve import Server  # noqa: E402
 
 SUFFIX = {
     "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
@@ -1231,7 +1232,7 @@ IN_QUESTION = """{{ bos_token }}{% if messages[0].role == 'system' %}
 {%- endfor %}{% if add_generation_prompt %}<h>assistant</h>{% endif %}"""
 
 
-class TestTools(unittest.TestCase):
+class TestTools(Case):
     def tools(self, source, controls=(), **tokens):
         class V:
             strippers, meta = [], {"add_bos": 0}
@@ -1274,6 +1275,39 @@ class TestTools(unittest.TestCase):
                 for tools in ([odd], [export.FIRST, odd, export.SECOND]):
                     self.assertEqual(export.compose_tools(p, chat, messages, tools, True),
                                      template.render(messages, True, tools))
+
+    def test_server(self):
+        """`run serve` writes conversations down as jinja2 does, and cuts them into the same tokens."""
+        odd = export.tool("weigh", 'quo"te <b> \u2028\x7fé', n={"enum": [None, 2.5, 1e-07]})
+        weigh, now = (export.call("weigh", 1, n=[True, 'é"\n']), export.call("now", 2))
+        talks = ([("user", " q\n")], [("system", " S "), ("user", "q"), ("assistant", "a"), ("user", "w")],
+                 [("system", "S"), ("user", "q"), export.calling("", weigh), export.result('{"g": "<x>"}\n', 1),
+                  ("assistant", "a"), ("user", "w"), export.calling("t", now), export.result("", 2)],
+                 [("user", "q"), export.calling("", weigh, now), export.result("1", 1), export.result("2", 2)])
+        for fixture, source in (("qwen2", HERMES), ("llama", IN_QUESTION)):
+            path = self.copy(fixture)
+            self.edit(path, "tokenizer_config.json", chat_template=source)
+            self.convert(path)
+            with open(os.path.join(path, "tokenizer_config.json")) as f:
+                template = export.Template(source, {"bos_token": json.load(f).get("bos_token")})
+            tried = 0
+            with Server(model=self.out) as s:
+                for messages in talks:
+                    for tools in ([odd], [export.FIRST, odd, export.SECOND], None):
+                        wanted = template.render(messages, True, tools)
+                        if wanted is None:
+                            continue
+                        sent = [m if isinstance(m, dict) else dict(zip(("role", "content"), m)) for m in messages]
+                        sent = [{**m, "tool_calls": [{**c, "function": {
+                            **c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
+                            for c in m["tool_calls"]]} if "tool_calls" in m else m for m in sent]
+                        body = {"messages": sent, **({"tools": tools} if tools else {})}
+                        self.assertEqual(s.post("/apply-template", body), (200, {"prompt": wanted}))
+                        whole = {"content": wanted, "parse_special": True}
+                        self.assertEqual(s.post("/tokenize", body)[1]["tokens"],
+                                         s.post("/tokenize", whole)[1]["tokens"])
+                        tried += 1
+            self.assertGreaterEqual(tried, 9)
 
     def test_what_cannot_be_said(self):
         """Named, in the file and at export; the rest of the template is converted all the same."""
