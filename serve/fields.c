@@ -27,8 +27,8 @@ bool fields_answer(const Fields *f, Outlet *o) {
     return true;
 }
 
-// A bound of the values in a text: each but the first stands behind one of these.
-static size_t most_values(const char *s, size_t n) {
+// Each but the first stands behind one of these.
+size_t fields_most(const char *s, size_t n) {
     size_t most = 1;
     for (size_t i = 0; i < n; i++) most += s[i] == ',' || s[i] == '[' || s[i] == '{';
     return most;
@@ -38,7 +38,7 @@ void fields_open(Fields *f, Http *h) {
     static const JsonNode none = {.kind = JSON_OBJECT};
     char err[ERR_LEN];
     *f = (Fields){.object = &none};
-    size_t n = h->body.n, most = most_values(h->body.s, n);
+    size_t n = h->body.n, most = fields_most(h->body.s, n);
     if (n == 0) {
         fields_refuse(f, 400, "", "the body is empty: a JSON object is needed");
         return;

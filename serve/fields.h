@@ -20,6 +20,9 @@ typedef struct {
     const char *code;
 } Fields;
 
+// A bound of the values in a JSON text; those of a body's strings count among the body's.
+size_t fields_most(const char *s, size_t n);
+
 // Reads the body, which must be an object. *f may be asked in any case.
 void fields_open(Fields *f, Http *h);
 void fields_close(Fields *f);

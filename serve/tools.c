@@ -345,13 +345,13 @@ static char *read_arguments(const Tools *t, Fields *f, const JsonNode *v, const 
     char *copy = NULL;
     JsonNode *nodes = NULL;
     if (!t->anthropic && v && v->kind == JSON_STRING) {
-        size_t n = (size_t)v->n;
-        copy = malloc(n + 1), nodes = malloc((n / 2 + 2) * sizeof *nodes);
+        size_t n = (size_t)v->n, most = fields_most(v->text, n);
+        copy = malloc(n + 1), nodes = malloc(most * sizeof *nodes);
         if (copy && nodes) memcpy(copy, v->text, n);
         if (!copy || !nodes)
             no_memory(f);
         else
-            v = json_read(nodes, n / 2 + 2, copy, n, err);
+            v = json_read(nodes, most, copy, n, err);
     }
     if (!v || v->kind != JSON_OBJECT)
         fields_refuse(f, 400, param, "%s must be %s%s%s", param,
