@@ -1,9 +1,9 @@
 // calls.c: calls of functions in the text of an answer.
 //
-// A call is the JSON object of a name and arguments behind the form's marker. Text goes out as it
-// comes, but for what may be the beginning of a marker, and white space before it; a call goes out
-// when its object is complete. What turns out to be none, since it is no JSON, or names no function
-// of the request, is text like any other.
+// A call is the JSON object of a name and arguments behind the form's marker, in a fence of three
+// backticks, or alone. Text goes out as it comes, but for what may be the beginning of a call, and
+// white space before it; a call goes out when its object is complete. What turns out to be none,
+// since it is no JSON, or names no function of the request, is text like any other.
 #define _POSIX_C_SOURCE 200809L
 #include <stdlib.h>
 #include <string.h>
@@ -107,6 +107,7 @@ static bool read_call(const Callable *c, const char *s, size_t n, Found *found) 
 static bool show(Part *p, Found *found, size_t from, size_t to) {
     found->from = from, found->to = to;
     p->n_told = to;
+    p->behind_call = false;
     return to > from;
 }
 
@@ -119,47 +120,98 @@ static bool next_forced(const Callable *c, Part *p, Found *found) {
     return true;
 }
 
+// What a call stands between: the form's own, and fences, which small models like better.
+enum { MARKS = 3 };
+typedef struct {
+    const char *open, *close;
+    size_t n_close;
+} Mark;
+
+static Mark mark_of(const Callable *c, int i) {
+    static const char fence[] = "```";
+    const char *brace = strchr(c->form->call_end, '}');
+    Mark m = {i == 1 ? "```json" : fence, fence, sizeof fence - 1};
+    if (i > 0) return m;
+    m.open = c->form->call_marker, m.n_close = 0;
+    if (brace) m.close = stripped(brace + 1, strlen(brace + 1), &m.n_close);
+    return m;
+}
+
 // Moves p behind what closes the last call, and the white space around it. false: more must come to
 // tell where that ends.
 static bool close_call(const Callable *c, Part *p, size_t n) {
-    const char *s = p->reply.text.s, *close = strchr(c->form->call_end, '}');
-    size_t len, at = skip_space(s, p->n_told, n);
-    close = close ? stripped(close + 1, strlen(close + 1), &len) : "";
-    if (*close == '\0' || !p->needs_close) len = 0;
-    if (n - at < len && !p->ended && memcmp(s + at, close, n - at) == 0) return false;
-    if (len > 0 && n - at >= len && memcmp(s + at, close, len) == 0) {
-        at = skip_space(s, at + len, n);
-        p->needs_close = false;
+    const char *s = p->reply.text.s;
+    size_t at = skip_space(s, p->n_told, n);
+    if (p->close > 0) {
+        Mark m = mark_of(c, p->close - 1);
+        if (n - at < m.n_close && !p->ended && memcmp(s + at, m.close, n - at) == 0) return false;
+        if (n - at >= m.n_close && memcmp(s + at, m.close, m.n_close) == 0) {
+            at = skip_space(s, at + m.n_close, n);
+            p->close = 0;
+        }
     }
     p->n_told = at;
-    if (at < n) p->behind_call = false;
     return at < n;
 }
 
+// Where the next call may begin in s [n] from at on, n: nowhere; *json: where its object would.
+// Without a mark it stands where the answer begins, or behind another one.
+typedef struct {
+    size_t start, json;
+    int close;  // 1 + the mark that ends it; 0: none
+} Start;
+
+static Start find_start(const Callable *c, const Part *p, size_t at, size_t n) {
+    const char *s = p->reply.text.s;
+    Start best = {n, n, 0};
+    size_t bare = skip_space(s, at, n);
+    if ((at == 0 || p->behind_call) && bare < n && s[bare] == '{')
+        return (Start){bare, bare, p->behind_call ? p->close : 0};
+    for (int i = 0; i < MARKS; i++) {
+        const char *open = mark_of(c, i).open;
+        size_t found = *open ? find(s, at, n, open) : n;
+        if (found < best.start) best = (Start){found, found + strlen(open), i + 1};
+    }
+    return best;
+}
+
+// Bytes at the end of s [n] that may begin a mark.
+static size_t held_back(const Callable *c, const char *s, size_t n) {
+    size_t most = 0;
+    for (int i = 0; i < MARKS; i++) {
+        size_t k = beginning(s, n, mark_of(c, i).open);
+        if (k > most) most = k;
+    }
+    return most;
+}
+
 bool tools_next(const Callable *c, Part *p, Found *found) {
-    const char *s = p->reply.text.s, *marker = c->form->call_marker;
+    const char *s = p->reply.text.s;
     size_t n = part_visible(p);
     *found = (Found){0};
     if (c->must) return next_forced(c, p, found);
     if (p->n_calls >= c->most) return false;
     if (p->behind_call && !close_call(c, p, n)) return false;
-    size_t at = p->n_told, len = strlen(marker), start = n;
-    if (len > 0)
-        start = find(s, at, n, marker);
-    else if (at == 0 && skip_space(s, 0, n) < n && s[skip_space(s, 0, n)] == '{')
-        start = skip_space(s, 0, n);
-    size_t end = start < n || p->ended ? start : n - beginning(s + at, n - at, marker);
-    while ((start < n || !p->ended) && end > at && is_space(s[end - 1])) end--;
+    size_t at = p->n_told;
+    Start start = find_start(c, p, at, n);
+    bool begins = start.start < n;
+    size_t end = begins || p->ended ? start.start : n - held_back(c, s + at, n - at);
+    while ((begins || !p->ended) && end > at && is_space(s[end - 1])) end--;
     if (end > at) return show(p, found, at, end);
-    if (start == n) return false;
-    size_t json = skip_space(s, start + len, n);
-    if (json == n && !p->ended) return false;
-    if (json == n || s[json] != '{') return show(p, found, at, start + len);
+    if (!begins) return false;
+    size_t json = skip_space(s, start.json, n);
+    // A fence may still become one of JSON.
+    if (!p->ended &&
+        (json == n || held_back(c, s + start.start, n - start.start) == n - start.start))
+        return false;
+    if (json == n || s[json] != '{') return show(p, found, at, start.json);
     size_t behind = object_end(s, json, n);
     if (behind == 0) return p->ended && show(p, found, at, n);
     show(p, found, at, behind);
-    if (read_call(c, s + json, behind - json, found))
-        p->n_calls++, p->behind_call = p->needs_close = true;
+    if (!read_call(c, s + json, behind - json, found)) return true;
+    p->n_calls++;
+    p->behind_call = true;
+    p->close = start.close;
     return true;
 }
 

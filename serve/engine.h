@@ -51,9 +51,10 @@ typedef struct {
     // the door's
     size_t n_told;  // bytes of the text that were sent
     int n_told_scores;
-    bool told;                      // anything was sent
-    int n_calls;                    // that were found in the text
-    bool behind_call, needs_close;  // n_told is where one ends; what closes it was not seen yet
+    bool told;         // anything was sent
+    int n_calls;       // that were found in the text
+    bool behind_call;  // n_told is where one ends
+    int close;         // which mark closes it, 0: none that was not seen yet
     double began;
 } Part;
 

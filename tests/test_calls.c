@@ -80,6 +80,15 @@ static void test_marker(void) {
          "<tool_call>{\"name\": \"now\", \"arguments\": []}"},
         {"<tool_call>{\"name\": \"now\", \"argum", "<tool_call>{\"name\": \"now\", \"argum"},
         {"<tool_call>{name: now}" NOW, "<tool_call>{name: now}[now {}]"},
+        {"{\"name\": \"now\", \"arguments\": {}}\n", "[now {}]"},
+        {" {\"name\": \"now\"}{\"name\": \"now\"}\nDone", "[now {}][now {}]Done"},
+        {"So:\n```json\n{\"name\": \"now\", \"arguments\": {}}\n```\n", "So:[now {}]"},
+        {"```\n{\"name\": \"now\"}\n{\"name\": \"now\"}\n```", "[now {}][now {}]"},
+        {"```json\n{\"name\": \"x\"}\n```", "```json\n{\"name\": \"x\"}\n```"},
+        {"```c\nint x = {1};\n```\n", "```c\nint x = {1};\n```\n"},
+        {"``", "``"},
+        {"```json", "```json"},
+        {"{\"a\": 1}\n" NOW, "{\"a\": 1}[now {}]"},
         {"<tool_call>]}" NOW, "<tool_call>]}[now {}]"},
         {"<tool_call>\n{'name': 'now'}\n</tool_call>",
          "<tool_call>\n{'name': 'now'}\n</tool_call>"}};
@@ -115,9 +124,26 @@ static void test_must(void) {
 
 // What is found does not depend on the pieces; of what is no call nothing but white space is lost.
 static void test_random(void) {
-    static const char *const pieces[] = {"<tool_call>",       "</tool_call>", "\n", " ",  "{", "}",
-                                         "\"name\": ",        "\"now\"",      NOW,  ", ", "[", "]",
-                                         "\"arguments\": {}", "<tool",        "\\", "\"", "w"};
+    static const char *const pieces[] = {"<tool_call>",
+                                         "</tool_call>",
+                                         "\n",
+                                         " ",
+                                         "{",
+                                         "}",
+                                         "\"name\": ",
+                                         "\"now\"",
+                                         NOW,
+                                         ", ",
+                                         "[",
+                                         "]",
+                                         "\"arguments\": {}",
+                                         "<tool",
+                                         "```json",
+                                         "```",
+                                         "\"x\"",
+                                         "\\",
+                                         "\"",
+                                         "w"};
     const Callable both[] = {{.form = &hermes, .most = TOOLS_MOST, .names = names},
                              {.form = &llama, .most = 1, .names = names}};
     for (int i = 0; i < 4000; i++) {
