@@ -20,11 +20,13 @@ add() { # exit status of the program whose output is in $out, its name
 }
 
 run() { # name, command: shows what it prints, and adds its counts
-    name=$1
+    name=$1 start=$(date +%s)
     shift
     "$@" >"$out" 2>&1
     status=$?
     cat "$out"
+    seconds=$(($(date +%s) - start))
+    [ $seconds -lt 5 ] || echo "$name: $seconds s"
     add $status "$name"
 }
 
