@@ -71,7 +71,8 @@ void serve_error(Outlet *o, int status, const char *message, const char *param, 
                        : status >= 500 ? "server_error"
                                        : "invalid_request_error";
     if (f) {
-        json_print(f, "{'error': {'message': %s, 'type': %s, 'param': ", message, type);
+        json_print(f, "{'type': 'error', 'error': {'message': %s, 'type': %s, 'param': ", message,
+                   type);
         put_or_null(f, param);
         fputs(", \"code\": ", f);
         put_or_null(f, code);

@@ -38,7 +38,8 @@ int serve_start(Server *s, char *err);
 // Takes no more requests, sends what is ready for a second at most, and ends.
 void serve_close(Server *s);  // NULL allowed
 
-// An answer of a few words in OpenAI's shape of an error. param and code may be NULL. Releases o.
+// An answer of a few words in OpenAI's shape of an error, which is Anthropic's as well. param and
+// code may be NULL. Releases o.
 void serve_error(Outlet *o, int status, const char *message, const char *param, const char *code);
 
 int serve_connections(const Server *s);  // open ones, about

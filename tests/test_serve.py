@@ -128,6 +128,7 @@ def test_models(s):
     for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405), ("PUT", "/health", 405)):
         got, _, data = s.ask(method, path)
         error = json.loads(data)["error"]
+        check(json.loads(data)["type"] == "error", "%s %s: an error for Anthropic's clients as well" % (method, path))
         check(got == status and set(error) == {"message", "type", "param", "code"}, "%s %s: %d" % (method, path, got))
     status, headers, data = s.ask("HEAD", "/health")
     check(status == 200 and data == b"" and int(headers["content-length"]) > 0, "HEAD sends no body")
