@@ -196,6 +196,14 @@ trust: lint asan tsan valgrind neon compilers
 
 venv: .venv/ok
 
+# The clients that ask `run serve` in tests/test_clients.py.
+.venv-clients/ok: tests/clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q -r tests/clients.txt
+	@touch $@
+
+clients: .venv-clients/ok
+
 # The cross compiler, only for `make cross` (90 MB).
 .venv/zig: .venv/ok
 	$(VENV) -m pip install -q ziglang==0.17.1
@@ -270,6 +278,7 @@ help:
 	@echo "make test       build and run all tests; no download needed"
 	@echo "make tutorial   attention in six programs, from the definition to KVzip (docs/tutorial)"
 	@echo "make venv       the local Python environment that export.py needs (.venv)"
+	@echo "make clients    a Python environment with the clients that tests/test_clients.py asks run serve with"
 	@echo "make asan       C tests under address and undefined-behaviour sanitizers"
 	@echo "make tsan       C tests and all commands under the thread sanitizer"
 	@echo "make valgrind   C tests under valgrind"
@@ -286,7 +295,7 @@ help:
 	@echo "make install    the program as kvzip, its manual page and completion (and the library, if built) to PREFIX=/usr/local"
 	@echo "make uninstall  remove them"
 	@echo "make dist       build/kvzip-VERSION.tar.gz, all files of the last commit"
-	@echo "make clean      remove what make built; models and .venv stay"
+	@echo "make clean      remove what make built; models, .venv and .venv-clients stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/pic/*/*.d)
-.PHONY: all lib demo demo-qwen tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv install uninstall dist clean help force
+.PHONY: all lib demo demo-qwen tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clients install uninstall dist clean help force

@@ -48,6 +48,12 @@ if [ -z "${C_ONLY:-}" ]; then
         echo "test_page: skipped, no chromium"
         skipped=$((skipped + 1))
     fi
+    if make clients PYTHON="$PYTHON" >"$BUILD/clients.out" 2>&1; then
+        run test_clients .venv-clients/bin/python tests/test_clients.py
+    else
+        echo "test_clients: skipped, no clients: $(tail -n 1 "$BUILD/clients.out")"
+        skipped=$((skipped + 1))
+    fi
     run test_docs "$PYTHON" tests/test_docs.py
 fi
 
