@@ -88,7 +88,7 @@ static void post_tokenize(void *arg, Http *h, Outlet *o) {
                *text = fields_text(&f, "content", prompt);
     bool add = fields_bool(&f, "add_special_tokens", prompt != NULL);
     add = fields_bool(&f, "add_special", add);
-    bool special = fields_bool(&f, "parse_special", false);
+    bool special = fields_bool(&f, "parse_special", true);
     bool pieces = fields_bool(&f, "with_pieces", false);
     unsigned how = (add ? TOK_BOS : 0) | (special ? TOK_SPECIAL : 0);
     if (!text && fields_get(&f, "messages"))

@@ -352,6 +352,9 @@ def test_tokens(s):
     ids = s.post("/tokenize", {"content": "Hello there"})[1]["tokens"]
     check(ids == [t["id"] for t in r["tokens"]] and r["count"] == len(ids), "the same ids")
     check(s.post("/detokenize", {"tokens": ids})[1]["content"] == "Hello there", "and back")
+    for name in ("prompt", "content"):
+        count = [len(s.post("/tokenize", {name: "<|im_end|>", **more})[1]["tokens"]) for more in ({}, {"parse_special": False})]
+        check(count[0] == 1 < count[1], "special tokens are found in %s, unless refused: %s" % (name, count))
     check(s.post("/detokenize", {"tokens": [99999]})[0] == 400 and s.post("/tokenize", {})[0] == 400, "refused")
     info = s.get("/tokenizer_info")[1]
     check(info["eos_token"] and info["vocab_size"] == 640, "tokenizer_info: %s" % info)
