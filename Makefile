@@ -200,6 +200,7 @@ venv: .venv/ok
 .venv-clients/ok: tests/clients.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install -q -r tests/clients.txt
+	.venv-clients/bin/python -m pip install -q --no-deps lm-eval==0.4.13
 	@touch $@
 
 clients: .venv-clients/ok

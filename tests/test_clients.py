@@ -5,7 +5,9 @@ Run by the virtual environment of `make clients` (tests/clients.txt), on the com
 in test_serve.py; here it is checked that clients send what is understood, understand what comes, and raise what they should.
 """
 import json
+import math
 import os
+import subprocess
 import sys
 import tempfile
 from typing import Literal
@@ -15,8 +17,8 @@ import openai
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from checks import check, end
-from test_serve import QUESTION, TEXT, Server, begin, busy, until
+from checks import Tensors, check, end
+from test_serve import MODEL, QUESTION, RUN, TEXT, Server, begin, busy, until
 
 USER = [{"role": "user", "content": "Hello there"}]
 FIXED = {"model": "smol", "messages": USER, "max_tokens": 8, "temperature": 0}
@@ -202,6 +204,78 @@ def test_anthropic(s):
     check(r.stop_reason == "stop_sequence" and r.stop_sequence == part, "stop_sequences")
 
 
+# ---- lm-eval ----
+
+def tasks_in(folder):
+    """The files of three tasks: likelihoods of choices, of whole texts, and answers that are written."""
+    data = [{"question": TEXT[i:i + 200], "choices": [TEXT[i + 200:i + 240], " never", " again and again"], "answer": 0, "text": TEXT[i:i + 900]}
+            for i in (0, 700, 1900)]
+    with open(os.path.join(folder, "data.jsonl"), "w") as f:
+        f.writelines(json.dumps(one) + "\n" for one in data)
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f.name}}, "test_split": "test"}
+    for name, task in {
+        "choice": {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+                   "target_delimiter": "", "metric_list": [{"metric": "acc"}]},
+        "text": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+                 "metric_list": [{"metric": "bits_per_byte"}]},
+        "writing": {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[0]}}",
+                    "generation_kwargs": {"until": [" the", "\n\n"], "max_gen_toks": 12}, "metric_list": [{"metric": "exact_match"}]},
+    }.items():
+        with open(os.path.join(folder, name + ".yaml"), "w") as f:
+            json.dump({"task": "town_" + name, **common, **task}, f)  # JSON is YAML
+
+
+def samples_of(folder, task):
+    """What lm-eval asked and got: (arguments, answers) of each of its samples."""
+    name = [os.path.join(d, n) for d, _, names in os.walk(folder) for n in names if n.startswith("samples_" + task)]
+    check(len(name) == 1, "lm-eval: samples of %s: %s" % (task, name))
+    with open(name[0]) as f:
+        lines = [json.loads(line) for line in f]
+    return [(list(args.values()), got) for one in lines for args, got in zip(one["arguments"].values(), one["resps"])]
+
+
+def likelihood(folder, before, ids):
+    """Sum of the logprobs of ids [before:], by `run logits`."""
+    out, path = os.path.join(folder, "logits"), os.path.join(folder, "ids")
+    with open(path, "w") as f:
+        f.write(" ".join(map(str, ids)))
+    subprocess.run([RUN, "logits", MODEL, "--ids", path, "-o", out, "-q", "-j", "1"], check=True)
+    t = Tensors(out)
+    logits, vocab, total = t["logits"], t.shape["logits"][1], 0
+    for i in range(before, len(ids)):
+        row = logits[(i - 1) * vocab:i * vocab]
+        top = max(row)
+        total += row[ids[i]] - top - math.log(sum(math.exp(x - top) for x in row))
+    return total
+
+
+def test_lm_eval(s, folder):
+    def ids_of(text):
+        return s.post("/tokenize", {"prompt": text, "add_special_tokens": False})[1]["tokens"]
+
+    tasks_in(folder)
+    out = os.path.join(folder, "out")
+    args = "model=smol,base_url=http://127.0.0.1:%d/v1/completions,num_concurrent=1,max_length=2048" % s.port
+    env = dict(os.environ, HF_HOME=os.path.join(folder, "hf"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
+    p = subprocess.run([sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", args, "--include_path", folder,
+                        "--tasks", "town_choice", "town_text", "town_writing", "--batch_size", "2", "--output_path", out, "--log_samples"],
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, timeout=170)
+    check(p.returncode == 0, "lm-eval: status %d: %s" % (p.returncode, p.stdout.decode()[-2000:]))
+    far = []
+    for (context, more), got in samples_of(out, "town_choice"):
+        head = ids_of(context.rstrip())  # as lm-eval cuts: white space goes to what follows
+        ids = head + ids_of(context + more)[len(head):]
+        far.append(abs(float(got[0][0]) - likelihood(folder, len(head), ids)))
+    check(len(far) == 9 and max(far) < 1e-3, "lm-eval: likelihoods of choices are those of `run logits`: %s away" % far)
+    start, far = ids_of(s.get("/tokenizer_info")[1]["eos_token"]), []
+    for (text,), got in samples_of(out, "town_text"):
+        far.append(abs(float(got[0][0] if type(got[0]) is list else got[0]) - likelihood(folder, 1, start + ids_of(text))))
+    check(len(start) == 1 and len(far) == 3 and max(far) < 1e-3, "of whole texts: %s away" % far)
+    for (context, how), got in samples_of(out, "town_writing"):
+        r = s.post("/v1/completions", {"prompt": context, "max_tokens": 12, "temperature": 0, "stop": [" the", "\n\n"]})[1]
+        check(got == [r["choices"][0]["text"]], "what it writes: %r" % got)
+
+
 # ---- langchain ----
 
 def model_of(s, **more):
@@ -228,6 +302,8 @@ def main():
             test(s)
     with tempfile.TemporaryDirectory() as folder:
         test_keys(folder)
+    with tempfile.TemporaryDirectory() as folder, Server() as s:
+        test_lm_eval(s, folder)
     test_busy()
     check(s.code == 0, "SIGTERM: exit %s, %s" % (s.code, s.err))
     return end("test_clients")
