@@ -33,8 +33,8 @@ TEXT = open(os.path.join(FIXTURES, "real", "town.txt"), encoding="utf-8").read()
 class Server:
     """run serve on a free port, until the with block ends."""
 
-    def __init__(self, *flags, model=MODEL):
-        self.p = subprocess.Popen([RUN, "serve", model, "--port", "0", "--json", "-j", "1", *map(str, flags)],
+    def __init__(self, *flags, model=MODEL, threads=1):
+        self.p = subprocess.Popen([RUN, "serve", model, "--port", "0", "--json", "-j", str(threads), *map(str, flags)],
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         line = self.p.stdout.readline()
         self.port = json.loads(line)["port"] if line else None
