@@ -124,7 +124,7 @@ blas:
 # before, which is kept in build/fuzz/corpus. Instruction sets' own files, which are slow to build with the sanitizers,
 # are without.
 FUZZ_SECONDS ?= 60
-FUZZ = json tensors tokenizer chat ids lines model cache profile tasks results
+FUZZ = json http tensors tokenizer chat ids lines model cache profile tasks results
 SANITIZE = -O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 build/fuzz/kernels/%.o: SANITIZE = -O2 -g
 build/fuzz/fuzz_%: tests/fuzz_%.c build/fuzz/libkvzip.a

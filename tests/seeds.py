@@ -71,6 +71,16 @@ def templates():
             yield bytes([family, how]) + "\0".join(words).encode() + b"\0"
 
 
+def requests():
+    head = b" /v1/documents?name=x+y&a=%41%2f HTTP/1.1\r\nHost: a\r\n"
+    known = b"POST" + head + b"Content-Length: 5\r\nExpect: 100-continue\r\nX-Api-Key: \t k \r\n\r\nhello"
+    chunked = b"POST" + head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0003;a=\"b\"\r\nabc\r\n0\r\nA: b\r\n\r\n"
+    old = b"GET http://a/ HTTP/1.0\r\nConnection: x, keep-alive\r\n\r\n"
+    for how, text in enumerate((known, chunked, old, known + chunked + old + known, chunked * 3, b"\r\n" + old + b"GET / HTTP/1.1\r\n\r\n",
+                                known.replace(b"5", b"5000"), b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\nGET")):
+        yield bytes([how]) + text
+
+
 def lines():
     questions = read("demo", "questions.tsv")[:300]
     pasted = b"\x1b[200~first\nsecond\x1b[201~\nthird\n"
@@ -83,7 +93,7 @@ def all_seeds(run, folder):
     rng = random.Random(1)
     ids = [works(run, "tokenize", fixture(name), "-p", TEXT[:80]) for name in ("smol", "llama", "gemma3")]
     some = [changes(rng) for _ in range(8)]
-    return {"json": documents(), "tensors": containers(), "model": [b""] + some, "tasks": [tasks_text("contained", "exact", "f1"),
+    return {"json": documents(), "http": requests(), "tensors": containers(), "model": [b""] + some, "tasks": [tasks_text("contained", "exact", "f1"),
             tasks_text("choice")], "tokenizer": [bytes([family | flags]) + text.encode() for family in range(6)
                                                  for flags in (0, 64, 192) for text in TEXTS] + [b"\6abcd" * 9, b"\7" + b"abcd" * 9],
             "cache": [bytes([i]) + part for i in range(3) for part in [b""] + some], "profile": [b"\x1d" + part for part in [b""] + some],
