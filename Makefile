@@ -159,6 +159,12 @@ mutants: run
 	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
 	@$(PYTHON) tests/mutate.py build/asan/run --mutants $(MUTANTS) --seed $(SEED)
 
+# Requests with something wrong, to `run serve` under the sanitizers (tests/hostile.py).
+REQUESTS ?= 1000
+hostile:
+	@$(MAKE) --no-print-directory BUILD=build/asan CFLAGS='$$(SANITIZE)' build/asan/run
+	@$(PYTHON) tests/hostile.py build/asan/run $(REQUESTS) $(SEED)
+
 # Sizes of real models, on files of holes, under the sanitizers (tests/sizes.py); SIZES=long reads a million tokens, and
 # saves and loads a cache beyond 2^31 bytes (tests/large_cache.c).
 sizes:
@@ -182,6 +188,7 @@ compiler-%:
 # what is read.
 trust: lint asan tsan valgrind neon compilers
 	@$(MAKE) --no-print-directory mutants MUTANTS=3000 SEED=$$$$
+	@$(MAKE) --no-print-directory hostile REQUESTS=10000 SEED=$$$$
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=180
 	@$(MAKE) --no-print-directory sizes SIZES=long
 	@$(MAKE) --no-print-directory faults FAULTS=long
@@ -289,9 +296,10 @@ help:
 	@echo "make blas       C tests with OpenBLAS (libopenblas-dev); make BLAS=1 builds ./run with it"
 	@echo "make fuzz       libFuzzer over all that is read (clang), FUZZ_SECONDS=60 each"
 	@echo "make mutants    MUTANTS=500 damaged files through the real commands under the sanitizers, SEED=1"
+	@echo "make hostile    REQUESTS=1000 hostile requests to run serve under the sanitizers, SEED=1"
 	@echo "make lint       conversions that cut, cppcheck and clang-tidy (clang)"
 	@echo "make compilers  gcc and clang at -O0 to -O3, without a warning, and the tests of what computes"
-	@echo "make trust      the long forms of mutants, fuzz, asan, tsan, valgrind, neon and lint; compilers, sizes"
+	@echo "make trust      the long forms of mutants, hostile, fuzz, asan, tsan, valgrind, neon and lint; compilers, sizes"
 	@echo "make sizes      files of the sizes of real models, most of them holes, under the sanitizers"
 	@echo "make install    the program as kvzip, its manual page and completion (and the library, if built) to PREFIX=/usr/local"
 	@echo "make uninstall  remove them"
@@ -299,4 +307,4 @@ help:
 	@echo "make clean      remove what make built; models, .venv and .venv-clients stay"
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/pic/*/*.d)
-.PHONY: all lib demo demo-qwen tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants lint compilers sizes trust venv clients install uninstall dist clean help force
+.PHONY: all lib demo demo-qwen tutorial tests test asan tsan valgrind faults neon cross blas fuzz fuzzers mutants hostile lint compilers sizes trust venv clients install uninstall dist clean help force
