@@ -146,6 +146,19 @@ static void remove_dead(const char *path) {
     if (dir) closedir(dir);
 }
 
+void newfile_clear(const char *folder, const char *ending) {
+    DIR *dir = opendir(folder);
+    char *path = join(folder, strlen(folder), "/");
+    for (struct dirent *e; dir && path && (e = readdir(dir));)
+        for (const char *p = strstr(e->d_name, ending); p; p = strstr(p + 1, ending)) {
+            char *dead = is_temporary(p, ending) ? join(path, strlen(path), e->d_name) : NULL;
+            if (dead) remove_if_dead(dead);
+            free(dead);
+        }
+    if (dir) closedir(dir);
+    free(path);
+}
+
 // Opens f->tmp, which is new, and locks it. Another writer may take it for dead in between and
 // remove it: then it has the next name. Returns the descriptor, or -1 with errno.
 static int open_temporary(NewFile *f, mode_t mode) {

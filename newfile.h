@@ -33,6 +33,10 @@ int newfile_commit(NewFile *f, char *err);
 // Removes the temporary file. Safe after a commit, and on a zeroed struct.
 void newfile_abort(NewFile *f);
 
+// Removes the temporary files in folder whose writers died and whose targets' names end so (not
+// ""). newfile_begin does it for its own target.
+void newfile_clear(const char *folder, const char *ending);
+
 // Whether newfile_begin would do, tried by doing it; nothing is left.
 int newfile_check(const char *path, char *err);
 

@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "newfile.h"
+
 static const char ENDING[] = ".kvc", AUTOMATIC[] = "prompt-";
 
 // ---- names ----
@@ -166,6 +168,7 @@ int documents_open(Documents *d, int *skipped, char *err) {
     if (!d->folder) return 0;
     if (mkdir(d->folder, 0777) != 0 && errno != EEXIST)
         return fail(err, "%s: %s", d->folder, strerror(errno));
+    newfile_clear(d->folder, ENDING);
     DIR *dir = opendir(d->folder);
     if (!dir) return fail(err, "%s: %s", d->folder, strerror(errno));
     for (struct dirent *entry; (entry = readdir(dir));) {

@@ -615,6 +615,34 @@ def test_prompts(folder):
         check(status == 507 and "big.kvc" not in os.listdir(docs), "a document without room: %s %s" % (status, r))
 
 
+def test_kill(folder):
+    """kill -9 while documents are saved: each is whole afterwards or not there, and nothing else stays."""
+    docs, rand, whole = os.path.join(folder, "killed"), random.Random(3), {}
+    with Server("--docs", docs) as s:
+        start = time.time()
+        whole["first"] = s.post("/v1/documents?name=first&ratio=1", TEXT[:2000])[1]["file_bytes"]
+        took = time.time() - start
+    for i in range(20):
+        name = ("first", "d%d" % i)[i % 2]  # an older one is replaced, or there is none
+        with Server("--docs", docs) as s:
+            path = "/v1/documents?name=%s&ratio=1" % name
+            c = http.client.HTTPConnection("127.0.0.1", s.port, timeout=60)
+            c.request("POST", path, TEXT[:2000].encode())
+            time.sleep(took * rand.uniform(0.5, 1.1))
+            s.stop(signal.SIGKILL)
+            c.close()
+    with Server("--docs", docs) as s:
+        names = [d["name"] for d in s.get("/v1/documents")[1]["data"]]
+        check("first" in names, "the older document is there")
+        want = ask_document(s, "first")[0]
+        check(all(ask_document(s, name)[0] == want for name in names), "those that are there answer: %s" % names)
+        files = sorted(os.listdir(docs))
+        check(files == sorted(name + ".kvc" for name in names), "nothing else stays: %s, %s" % (files, names))
+        check(all(os.path.getsize(os.path.join(docs, name)) == whole["first"] for name in files), "all are whole")
+    check("no saved caches" not in s.err, "none is broken: %s" % s.err)
+    return len(names)
+
+
 # ---- limits ----
 
 LONG = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
@@ -759,6 +787,7 @@ def main():
         test_documents(folder)
         test_map(folder)
         test_prompts(folder)
+        test_kill(folder)
         test_company(folder)
         test_sharing()
         test_keys(folder)
