@@ -76,8 +76,9 @@ struct Job {
     void (*told)(Job *job, Part *part);  // a part has new text, or has ended
     void (*waits)(Job *job);             // every few seconds, before there is text
     void (*failed)(Job *job, int status, const char *message, const char *param, const char *code);
-    void (*done)(Job *job);  // all parts have ended
-    void *door;              // free'd with the job
+    void (*done)(Job *job);   // all parts have ended
+    void *door;               // free'd with the job
+    void (*close)(Job *job);  // before that: frees what door holds; NULL: nothing
     // the engine's
     int n_begun, n_ended;
     double asked, heard;

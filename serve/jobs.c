@@ -18,6 +18,7 @@ Job *job_new(Outlet *o, int n_parts) {
 
 void job_free(Job *job) {
     if (!job) return;
+    if (job->close) job->close(job);
     for (Part *p = job->parts; p < job->parts + job->n_parts; p++) {
         ids_free(&p->prompt);
         reply_free(&p->reply);

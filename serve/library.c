@@ -13,7 +13,7 @@
 typedef struct {
     Door *d;
     char name[DOC_NAME + 1];
-    Ids ids;  // freed by the work
+    Ids ids;
     double ratio;
     const Policy *policy;
     const Level *level;
@@ -32,10 +32,9 @@ static void put_document(FILE *f, const Document *doc) {
     fputs(doc->seq >= 0 ? ", \"loaded\": true" : ", \"loaded\": false", f);
 }
 
-static void failed(Job *job, int status, const char *message, const char *param, const char *code) {
+static void close_errand(Job *job) {
     Errand *x = job->door;
     ids_free(&x->ids);
-    door_failed(job, status, message, param, code);
 }
 
 // A job whose work this is; NULL: it has been answered that there is no memory.
@@ -49,7 +48,7 @@ static Job *errand(Door *d, Outlet *o, void (*work)(Engine *e, Job *job)) {
     }
     x->d = d;
     job->door = x;
-    job->work = work, job->failed = failed;
+    job->work = work, job->failed = door_failed, job->close = close_errand;
     return job;
 }
 
@@ -69,7 +68,6 @@ static void read_document(Engine *e, Job *job) {
                   .fit = x->fit};
     e->docs.full = false;
     int status = engine_compress(e, job, &c, err);
-    ids_free(&x->ids);
     if (status != 0) {
         int code = *e->stop ? 503 : e->docs.full ? 507 : 500;
         door_failed(job, code, *e->stop ? "the server is stopping" : err, NULL, NULL);
@@ -171,12 +169,10 @@ void documents_post(void *arg, Http *h, Outlet *o) {
     free(name);
     bool refused = fields_answer(&f, o);
     fields_close(&f);
-    if (refused) {
-        ids_free(&x->ids);
+    if (refused)
         job_free(job);
-    } else {
+    else
         door_ask(d, job);
-    }
 }
 
 // ---- looking and ending ----
