@@ -117,8 +117,8 @@ static bool is_neutral(const char *name, const JsonNode *v) {
 }
 
 void fields_refuse_others(Fields *f) {
-    static const char *const others[] = {"typical_p",   "best_of",   "suffix",       "grammar",
-                                         "json_schema", "functions", "function_call"};
+    static const char *const others[] = {"typical_p", "best_of",   "suffix",
+                                         "grammar",   "functions", "function_call"};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         const JsonNode *v = fields_get(f, others[i]);
         if (v && !is_neutral(others[i], v))

@@ -112,19 +112,22 @@ void door_call_form(Door *d, Fields *f, const Tools *t, Job *job) {
     free(text.s);
 }
 
-// {"type": "text"}, "json_object" or "json_schema", whose "json_schema" has the "schema".
+static const JsonNode *member(const JsonNode *v, const char *name) {
+    return v && v->kind == JSON_OBJECT ? json_member(v, name) : NULL;
+}
+
+// {"type": "text"}, "json_object" or "json_schema". The schema is in "json_schema" as OpenAI has it
+// or beside the type as llama.cpp and Anthropic do, whose requests name the form otherwise.
 static void read_form(Door *d, Fields *f, Job *job) {
-    const JsonNode *v = fields_get(f, "response_format");
-    const JsonNode *type = v && v->kind == JSON_OBJECT ? json_member(v, "type") : NULL;
-    if (!v || is(type, "text")) return;
-    if (is(type, "json_object")) {
-        open_form(d, f, NULL, job);
+    const JsonNode *v = fields_get(f, "response_format"), *bare = fields_get(f, "json_schema");
+    if (!v) v = member(fields_get(f, "output_config"), "format");
+    const JsonNode *type = member(v, "type"), *schema = member(member(v, "json_schema"), "schema");
+    if (!schema) schema = member(v, "schema");
+    if (!v && bare)
+        open_form(d, f, bare, job);
+    else if (!v || is(type, "text"))
         return;
-    }
-    const JsonNode *given = is(type, "json_schema") ? json_member(v, "json_schema") : NULL;
-    const JsonNode *schema =
-        given && given->kind == JSON_OBJECT ? json_member(given, "schema") : NULL;
-    if (schema)
+    else if (is(type, "json_object") || (is(type, "json_schema") && schema))
         open_form(d, f, schema, job);
     else if (is(type, "json_schema"))
         fields_refuse(f, 400, "response_format", "response_format: json_schema.schema is missing");

@@ -41,7 +41,7 @@ def anthropic_of(s, **more):
 
 def said(messages=USER, **more):
     """What anthropic's client takes, which knows no temperature; other fields go beside it."""
-    fields = {key: more.pop(key) for key in ("system", "stop_sequences", "stream", "metadata", "output_format") if key in more}
+    fields = {key: more.pop(key) for key in ("system", "stop_sequences", "stream", "metadata") if key in more}
     return {"model": "smol", "messages": messages, "max_tokens": 8, "extra_body": {"temperature": 0, **more}, **fields}
 
 
@@ -200,6 +200,8 @@ def test_anthropic(s):
     r = say.create(**said(parts, system=[{"type": "text", "text": "Be brief."}], top_k=5, metadata={"user_id": "me"}))
     check(r.content[0].text and r.usage.cache_creation_input_tokens == 0, "parts, a system text, what means nothing here")
     part = next(text[i:i + 2] for i in range(2, len(text)) if text[i:i + 2] not in text[:i + 1] and "\ufffd" not in text[i:i + 2])
+    form = say.parse(model="smol", messages=USER, max_tokens=60, output_format=Mill, extra_body={"temperature": 0})
+    check(isinstance(form.parsed_output, Mill), "an answer of a form")
     r = say.create(**said(stop_sequences=[part]))
     check(r.stop_reason == "stop_sequence" and r.stop_sequence == part, "stop_sequences")
 

@@ -163,6 +163,7 @@ def test_page(s):
 def test_chat(s):
     status, r = s.chat("Hello there")
     check(status == 200 and r["object"] == "chat.completion" and r["model"] == "smol", "chat answers")
+    check(len(r["system_fingerprint"]) > 8, "the model's fingerprint")
     choice, usage = r["choices"][0], r["usage"]
     check(choice["message"]["role"] == "assistant" and choice["finish_reason"] == "length", "a cut answer says so")
     check(usage["completion_tokens"] == 8 and usage["total_tokens"] == 8 + usage["prompt_tokens"], "usage")
@@ -284,8 +285,12 @@ def test_settings(s):
         if got["finish_reason"] == "stop":
             value = json.loads(got["message"]["content"])
             check(set(value) == {"n", "who"} and type(value["n"]) is int and value["who"] in ("Ann", "Bo"), "schema: %s" % value)
-    got = s.chat("Hello", response_format={"type": "json_schema", "json_schema": {"schema": {"const": [1, "a"]}}}, max_tokens=50)[1]
-    check(json.loads(got["choices"][0]["message"]["content"]) == [1, "a"], "a constant: %s" % got)
+    const = {"const": [1, "a"]}
+    for how in ({"response_format": {"type": "json_schema", "json_schema": {"schema": const}}}, {"json_schema": const},
+                {"response_format": {"type": "json_schema", "schema": const}}, {"response_format": {"type": "json_object", "schema": const}},
+                {"output_config": {"format": {"type": "json_schema", "schema": const}}}):
+        got = s.chat("Hello", max_tokens=50, **how)[1]
+        check(json.loads(got["choices"][0]["message"]["content"]) == [1, "a"], "%s: %s" % (how, got))
 
 
 # ---- completions and tokens ----
