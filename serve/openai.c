@@ -29,8 +29,9 @@ static const Tokenizer *tok_of(const Job *job) {
 // ---- pieces ----
 
 static void put_start(FILE *f, const Wrap *w, const char *object) {
-    json_print(f, "{'id': %s, 'object': %s, 'created': %ld, 'model': %s, 'choices': [", w->id,
-               object, w->created, w->d->id);
+    json_print(f, "{'id': %s, 'object': %s, 'created': %ld, 'model': %s, ", w->id, object,
+               w->created, w->d->id);
+    json_print(f, "'system_fingerprint': %s, 'choices': [", w->d->engine->model->fingerprint);
 }
 
 static void put_usage(FILE *f, const Job *job) {
