@@ -56,9 +56,9 @@ class Server:
         self.code = self.p.returncode
         return self.code
 
-    def ask(self, method, path, body=None, headers=None):
+    def ask(self, method, path, body=None, headers=None, timeout=120):
         """status, headers, bytes"""
-        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         if isinstance(body, (dict, list)):
             body = json.dumps(body)
         c.request(method, path, body.encode() if isinstance(body, str) else body, headers or {})
