@@ -11,6 +11,8 @@ typedef enum { BEGUN, AWAITS, LATER, NEEDS_DOCUMENT, OVER } Beginning;
 // Gives p, which has not begun, the free slot.
 Beginning begin_part(Engine *e, Part *p, int slot);
 
+size_t cache_bytes(const KVCache *kv);  // that all pages in use take
+
 // Lets go of what only saves time until `tokens` more fit. false: they do not.
 bool make_room(Engine *e, int tokens);
 

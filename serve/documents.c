@@ -285,6 +285,20 @@ int documents_load(Documents *d, Document *doc, char *err) {
     return doc->seq >= 0 ? 0 : -1;
 }
 
+bool documents_load_ahead(Documents *d, size_t room) {
+    char why[ERR_LEN];
+    for (int i = 0; i < d->n; i++) {
+        Document *doc = d->doc[i];
+        double used = doc->used;
+        if (doc->tried || doc->seq >= 0 || doc->bytes > room) continue;
+        doc->tried = true;
+        documents_load(d, doc, why);  // who asks for it hears why not
+        doc->used = used;
+        return true;
+    }
+    return false;
+}
+
 void documents_unload(Documents *d, Document *doc) {
     if (doc->seq < 0 || !doc->path) return;
     kvcache_drop(d->kv, doc->seq);

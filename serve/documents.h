@@ -26,6 +26,7 @@ typedef struct {
     bool automatic;            // made by --compress-prompts; its name is the hash of its ids
     long created;              // Unix time
     double used;
+    bool tried;  // loading it ahead: it is there, or cannot be read
 } Document;
 
 typedef struct {
@@ -63,6 +64,9 @@ Document *documents_add(Documents *d, const char *name, int seq, const KVInfo *i
 
 // Its pages into the cache. 0, or -1 with err.
 int documents_load(Documents *d, Document *doc, char *err);
+// Loads one that was not asked for yet, if it takes no more than `room` bytes. false: there is
+// none.
+bool documents_load_ahead(Documents *d, size_t room);
 void documents_unload(Documents *d, Document *doc);  // where it is on disk
 // Ends it, its file as well. 0, or -1 with err.
 int documents_remove(Documents *d, Document *doc, char *err);

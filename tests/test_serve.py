@@ -528,7 +528,8 @@ def test_documents(folder):
     with open(os.path.join(docs, "broken.kvc"), "w") as f:
         f.write("no cache")
     with Server("--docs", docs) as s:
-        check(ask_document(s, "town") == (text, cached, prompt), "after a restart it is still there")
+        check(until(lambda: s.get("/v1/documents/town")[1]["loaded"]), "after a restart it is loaded before anybody asks")
+        check(ask_document(s, "town") == (text, cached, prompt), "and is still what it was")
         shutil.copy(cache, os.path.join(docs, "late.kvc"))
         check(ask_document(s, "late")[0] == text, "one that another process saved is found")
         check(s.chat("a", document="broken")[0] == 404, "a broken file is none")
