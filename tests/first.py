@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from test_serve import Server, check, end
+from test_serve import Server, check, end, until
 
 PEOPLE = ["Ann Grey", "Bo Marsh", "Cato Reed", "Dora Flint", "Emil Stone", "Fay Brook", "Gil Hart", "Hana Wells"]
 THINGS = ["mill", "bridge", "school", "inn", "bakery", "library", "well", "tower", "garden", "market"]
@@ -65,6 +65,7 @@ def main():
         for _ in range(int(rounds)):
             with Server("--docs", folder, model=model, threads=threads) as s:
                 first_token(s, "Hello")  # the model's file is in memory now
+                check(until(lambda: s.get("/v1/documents/town")[1]["loaded"]), "the document is loaded before anybody asks")
                 times["alone"].append(first_token(s, QUESTIONS[0])[0])
                 took, n, cached = first_token(s, QUESTIONS[1], document="town")
                 times["after"].append(took)
