@@ -158,6 +158,7 @@ Document *documents_find(Documents *d, const char *name) {
     if (doc || !d->folder || !documents_name_ok(name)) return doc;
     char *path = path_of(d->folder, name);
     if (path && access(path, R_OK) == 0) doc = add_file(d, name, path, why);
+    if (doc) doc->tried = true;  // only what is there at the start is loaded ahead
     free(path);
     return doc;
 }
