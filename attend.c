@@ -82,29 +82,32 @@ int attend_reserve(KVCache *kv, int seq, int n, char *err) {
 
 // ---- which pairs a run reads ----
 
-// The pairs a run attends over, those of the scoring softmax first: *n_subset says how many ranges
-// they are.
-static int attend_ranges(const AttendBatch *batch, const AttendRun *run, Range *r, int *n_subset) {
+// The pairs of a kv head that a run attends over, those of the scoring softmax first: *n_subset
+// says how many ranges they are.
+static int attend_ranges(const AttendBatch *batch, const AttendRun *run, int g, Range *r,
+                         int *n_subset) {
     const KVScoring *s = scores_run(batch, run->seq) ? batch->kv->scoring : NULL;
     const int end = 1 << 30;
     if (!s || !s->subset) {
         r[0] = (Range){0, end};
         return *n_subset = 1;
     }
-    r[0] = (Range){0, s->n_prefix}, r[1] = (Range){s->t0, s->t1}, r[2] = (Range){s->own, end};
+    int held = scoring_held(batch, g), t0 = s->t0 + held, t1 = s->t1 + held, own = s->own + held;
+    r[0] = (Range){0, s->n_prefix}, r[1] = (Range){t0, t1}, r[2] = (Range){own, end};
     *n_subset = 3;
     if (s->local || !batch->query->out) return 3;
-    r[3] = (Range){s->n_prefix, s->t0}, r[4] = (Range){s->t1, s->own};
+    r[3] = (Range){s->n_prefix, t0}, r[4] = (Range){t1, own};
     return 5;
 }
 
 // Whether some row of the run sees a pair of the page.
-static bool reads_page(const AttendBatch *batch, const AttendRun *run, const KVHead *h, int page) {
+static bool reads_page(const AttendBatch *batch, const AttendRun *run, int g, int page) {
+    const KVHead *h = kvcache_head(batch->kv, run->seq, batch->layer, g);
     int window = batch->kv->shape.window[batch->layer];
     int lo = h->dropped + page * PAGE, hi = lo + PAGE;
     if (window && hi <= h->len - run->n - window + 1) return false;
     Range range[MAX_RANGES];
-    int n_subset, n = attend_ranges(batch, run, range, &n_subset);
+    int n_subset, n = attend_ranges(batch, run, g, range, &n_subset);
     for (int i = 0; i < n; i++) {
         if (range[i].lo < hi && range[i].hi > lo) return true;
     }
@@ -118,7 +121,7 @@ static void pack_unit(void *ctx, int unit) {
     const AttendRun *run = &batch->run[unit % batch->n_runs];
     int i = unit / batch->n_runs, g = i % kv->shape.n_kv_heads, page = i / kv->shape.n_kv_heads;
     const KVHead *h = kvcache_head(kv, run->seq, batch->layer, g);
-    if (page >= run->pages || page >= pages_used(h) || !reads_page(batch, run, h, page)) return;
+    if (page >= run->pages || page >= pages_used(h) || !reads_page(batch, run, g, page)) return;
     size_t at = packed_page_bytes(&kv->shape) * ((size_t)g * run->pages + page);
     page_pack(kv, &kv->pages[h->page[page]], run->packed + at);
 }
@@ -161,7 +164,7 @@ static int run_blocks(const AttendBatch *batch, const AttendRun *run) {
 static void attend_block(const AttendBatch *batch, const AttendRun *run, int g, int token) {
     Tile t;
     Range ranges[MAX_RANGES];
-    int n_subset, n_ranges = attend_ranges(batch, run, ranges, &n_subset);
+    int n_subset, n_ranges = attend_ranges(batch, run, g, ranges, &n_subset);
     tile_load(&t, batch, run, g, token);
     tile_start(&t);
     for (int i = 0; i < n_ranges; i++) {
@@ -327,16 +330,17 @@ static double run_ops(const AttendBatch *batch, const AttendRun *run) {
     const KVShape *shape = &batch->kv->shape;
     const KVScoring *s = scores_run(batch, run->seq) ? batch->kv->scoring : NULL;
     Range range[MAX_RANGES];
-    int n_subset, n_ranges = attend_ranges(batch, run, range, &n_subset);
     int window = shape->window[batch->layer], group = shape->n_heads / shape->n_kv_heads;
     double pairs = 0.0;
     for (int i = 0; i < run->n * shape->n_kv_heads; i++) {
-        const KVHead *h = kvcache_head(batch->kv, run->seq, batch->layer, i % shape->n_kv_heads);
+        int g = i % shape->n_kv_heads, held = s ? scoring_held(batch, g) : 0;
+        int n_subset, n_ranges = attend_ranges(batch, run, g, range, &n_subset);
+        const KVHead *h = kvcache_head(batch->kv, run->seq, batch->layer, g);
         int end = h->len - run->n + i / shape->n_kv_heads + 1;  // its own pair is the last
         int begin = max_int(h->dropped, window ? end - window : 0);
         for (int j = 0; j < n_ranges; j++)
             pairs += max_int(min_int(range[j].hi, end) - max_int(range[j].lo, begin), 0);
-        if (s) pairs += 0.5 * max_int(min_int(s->t1, end) - s->t0, 0);
+        if (s) pairs += 0.5 * max_int(min_int(s->t1 + held, end) - s->t0 - held, 0);
     }
     return 4.0 * shape->head_dim * group * pairs;
 }

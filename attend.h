@@ -91,6 +91,8 @@ void tile_attend(Tile *t, Range r);
 
 // Whether this run's rows raise scores in the batch's layer.
 bool scores_run(const AttendBatch *batch, int seq);
+// Pairs of earlier documents that kv head g holds in the batch's layer, as KVScoring.held.
+int scoring_held(const AttendBatch *batch, int g);
 // Raises the scores of the scored pairs by the run's rows, whose log-sum-exp is known.
 void sweep(const AttendBatch *batch, const AttendRun *run);
 

@@ -215,6 +215,10 @@ void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs);
 //
 //   0 .. n_prefix ..... t0 ######## t1 ..... own ....
 //     prefix       context  scored  context      the scoring rows' own pairs
+//
+// Earlier documents may lie between prefix and context. They were evicted, so that heads hold
+// different numbers of their pairs, which none of the other fields counts: a pair t >= n_prefix is
+// pair t + held of a head's list.
 struct KVScoring {
     int seq;       // whose query rows score (the context's fork while it is repeated)
     int max_rows;  // rows of one forward call at most
@@ -225,6 +229,7 @@ struct KVScoring {
     bool local;    // the layer's output is computed over the subset too
     bool sum;      // a score is the sum of weights over rows and group, else the largest one's log
     int n_ctx;     // pairs per head in score[] and pair_log
+    const int *held;  // [scored layers][n_kv_heads] pairs of earlier documents; NULL: there are none
     // [scored layers][n_kv_heads][n_ctx], pair t at t - n_prefix; weights are in [0, 1]. The caller
     // sets it to 0 (sum) or -INFINITY (log) at the start.
     float *score;

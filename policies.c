@@ -120,7 +120,7 @@ static void random_head(const Head *h) {
     uint64_t seed =
         mix(mix(mix((uint64_t)context_param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
     for (int i = 0; i < h->n; i++) {
-        uint64_t t = (uint64_t)(head_pos(h, i) - h->c->n_prefix);
+        uint64_t t = (uint64_t)(head_pos(h, i) - context_pos(h->c));
         h->score[i] = (float)(mix(seed + t) >> 40) * 0x1p-24f;
     }
 }
@@ -339,6 +339,15 @@ int context_evict(Context *c, const uint8_t *keep, bool demote, char *err) {
     double start = now();
     if (c->fitting && fitting_apply_whole(c->fitting, c, keep, err) != 0) return -1;
     c->fit_s = c->fitting ? now() - start : 0;
-    return (demote ? kvcache_demote : kvcache_evict)(c->kv, c->seq, c->n_prefix, c->n_ctx, keep,
-                                                     err);
+    if (demote) return kvcache_demote(c->kv, c->seq, c->n_prefix, c->n_ctx, keep, err);
+    const KVShape *shape = &c->kv->shape;
+    kvcache_trim(c->kv);  // before new pages are taken
+    for (int h = 0; h < context_heads(c); h++, keep += c->n_ctx) {
+        KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
+                       h % shape->n_kv_heads};
+        if (kvcache_evict_head(c->kv, at, (KVSpan){context_first(c, h), c->n_ctx}, keep, err) != 0)
+            return -1;
+    }
+    kvcache_trim(c->kv);
+    return 0;
 }

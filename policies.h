@@ -31,6 +31,7 @@ int context_score(Context *c, const Policy *p, float *score, char *err);
 long context_select(const Context *c, const float *score, double ratio, uint8_t *keep, char *err);
 
 // Takes out of c->seq the pairs of the context that keep names not, or with demote gives them two
-// bits; those that stay are fitted before, where c->fitting is there. Returns 0, or -1 with err.
+// bits; those that stay are fitted before, where c->fitting is there. Both are for contexts without
+// earlier documents. Returns 0, or -1 with err.
 int context_evict(Context *c, const uint8_t *keep, bool demote, char *err);
 #endif

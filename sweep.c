@@ -33,8 +33,22 @@ bool scores_run(const AttendBatch *batch, int seq) {
 typedef struct {
     const AttendBatch *batch;
     const AttendRun *run;  // whose rows score
-    Range pages;           // of the scored pairs
 } Sweep;
+
+int scoring_held(const AttendBatch *batch, int g) {
+    const KVScoring *s = batch->kv->scoring;
+    const KVShape *shape = &batch->kv->shape;
+    if (!s->held) return 0;
+    return s->held[kvcache_scored_index(shape, batch->layer) * shape->n_kv_heads + g];
+}
+
+// The scored pairs of a kv head that are there already.
+static Range scored_pairs(const AttendBatch *batch, const AttendRun *run, int g) {
+    const KVScoring *s = batch->kv->scoring;
+    int held = scoring_held(batch, g),
+        len = kvcache_head(batch->kv, run->seq, batch->layer, g)->len;
+    return (Range){s->t0 + held, min_int(s->t1 + held, len)};
+}
 
 // Takes the weights of the tile's rows, whose scores are in t->s, into swept [group][64]: their
 // largest logarithm, or their sum. base is the page's first pair, lse that of the tile's first row.
@@ -54,14 +68,16 @@ static void sweep_rows(Tile *t, const float *lse, int base, float (*swept)[PAGE]
 }
 
 // Raises the scores of one page's pairs, from pair base on, by swept [group][64].
-static void raise_scores(const AttendBatch *batch, int g, int base, float (*swept)[PAGE]) {
+static void raise_scores(const AttendBatch *batch, int g, Range pairs, int base,
+                         float (*swept)[PAGE]) {
     const KVScoring *s = batch->kv->scoring;
     const KVShape *shape = &batch->kv->shape;
     int group = shape->n_heads / shape->n_kv_heads;
     size_t l = (size_t)kvcache_scored_index(shape, batch->layer);
     float *score = s->score + (l * shape->n_kv_heads + g) * s->n_ctx;  // of pair n_prefix on
-    for (int t = max_int(base, s->t0); t < min_int(base + PAGE, s->t1); t++) {
-        int at = t - s->n_prefix;
+    int first = s->n_prefix + scoring_held(batch, g);
+    for (int t = max_int(base, pairs.lo); t < min_int(base + PAGE, pairs.hi); t++) {
+        int at = t - first;
         for (int i = 0; i < group; i++) {
             float v = swept[i][t - base];
             if (s->pair_log) v += s->pair_log[(l * shape->n_heads + g * group + i) * s->n_ctx + at];
@@ -77,8 +93,9 @@ static void sweep_unit(void *ctx, int unit) {
     const KVCache *kv = w->batch->kv;
     int group = kv->shape.n_heads / kv->shape.n_kv_heads;
     int g = unit % kv->shape.n_kv_heads;
-    int lo = w->pages.lo + unit / kv->shape.n_kv_heads * SWEEP_PAGES;
-    int hi = min_int(lo + SWEEP_PAGES, w->pages.hi);
+    Range pairs = scored_pairs(w->batch, run, g);
+    int lo = pairs.lo / PAGE + unit / kv->shape.n_kv_heads * SWEEP_PAGES;
+    int hi = min_int(lo + SWEEP_PAGES, pages_for(pairs.hi));
     const KVHead *h = kvcache_head(kv, run->seq, w->batch->layer, g);
     Tile t;
     for (int p = 0; p < hi - lo; p++) {
@@ -96,15 +113,17 @@ static void sweep_unit(void *ctx, int unit) {
             sweep_rows(&t, lse, t.page * PAGE, t.swept[t.page - lo]);
         }
     }
-    for (int p = lo; p < hi; p++) raise_scores(w->batch, g, p * PAGE, t.swept[p - lo]);
+    for (int p = lo; p < hi; p++) raise_scores(w->batch, g, pairs, p * PAGE, t.swept[p - lo]);
 }
 
 void sweep(const AttendBatch *batch, const AttendRun *run) {
     const KVCache *kv = batch->kv;
-    const KVScoring *s = kv->scoring;
-    int len = kvcache_head(kv, run->seq, batch->layer, 0)->len, t1 = min_int(s->t1, len);
-    if (s->t0 >= t1) return;
-    Sweep w = {batch, run, {s->t0 / PAGE, pages_for(t1)}};
-    int n_parts = (w.pages.hi - w.pages.lo + SWEEP_PAGES - 1) / SWEEP_PAGES;
+    Sweep w = {batch, run};
+    int pages = 0;  // of the head whose scored pairs lie in most
+    for (int g = 0; g < kv->shape.n_kv_heads; g++) {
+        Range pairs = scored_pairs(batch, run, g);
+        if (pairs.lo < pairs.hi) pages = max_int(pages, pages_for(pairs.hi) - pairs.lo / PAGE);
+    }
+    int n_parts = (pages + SWEEP_PAGES - 1) / SWEEP_PAGES;
     parallel_for(kv->pool, n_parts * kv->shape.n_kv_heads, sweep_unit, &w);
 }

@@ -35,8 +35,8 @@ int context_feed(Context *c, const Feed *f, char *err) {
 
 int context_read(Context *c, char *err) {
     double start = now();
-    int n = c->n_prefix + c->n_ctx;
-    Feed all = {.seq = c->seq, .ids = c->ids, .n = n, .what = "read", .total = n};
+    int first = c->held ? c->n_prefix : 0, n = c->n_prefix + c->n_ctx - first;
+    Feed all = {.seq = c->seq, .ids = c->ids + first, .n = n, .what = "read", .total = n};
     if (context_feed(c, &all, err) != 0) return -1;
     c->prefill_s = now() - start;
     return 0;
@@ -51,6 +51,10 @@ int context_heads(const Context *c) {
 int context_group(const Context *c) { return c->kv->shape.n_heads / c->kv->shape.n_kv_heads; }
 
 size_t context_scores(const Context *c) { return (size_t)context_heads(c) * (size_t)c->n_ctx; }
+
+int context_pos(const Context *c) { return c->n_prefix + c->n_held; }
+
+int context_first(const Context *c, int h) { return c->n_prefix + (c->held ? c->held[h] : 0); }
 
 int context_need_profile(const Context *c, const char *what, char *err) {
     if (c->profile) return 0;

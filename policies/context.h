@@ -56,9 +56,9 @@ typedef struct {
     Param params[MAX_PARAMS];
 } Level;
 
-// Everything a method may look at. The sequence is empty when its score function starts; the
-// function reads the context itself (context_read), so that it can switch scoring on before, during
-// or after.
+// Everything a method may look at. The sequence is empty when its score function starts, or holds
+// earlier documents; the function reads the context itself (context_read), so that it can switch
+// scoring on before, during or after.
 struct Context {
     RunState *state;
     KVCache *kv;
@@ -66,6 +66,10 @@ struct Context {
     int seq;
     const int *ids;       // [n_prefix + n_ctx]
     int n_prefix, n_ctx;  // the prefix (template, task text) is protected
+    // Earlier documents between prefix and context, which the sequence holds with the prefix: how
+    // many tokens they had, and pairs of them [scored heads]. NULL: there are none.
+    int n_held;
+    const int *held;
     int chunk;            // ids per repeat pass
     bool local;           // --score-attn local
     const char *postfix;  // turn change between the repeat request and the repeated text
@@ -109,7 +113,8 @@ typedef struct {
 // behind each. Returns 0, or -1 with err.
 int context_feed(Context *c, const Feed *f, char *err);
 
-// Prefill alone: c->seq receives the prefix and the context. Returns 0, or -1 with err.
+// Prefill alone: c->seq receives what it does not hold, prefix and context or the context. Returns
+// 0, or -1 with err.
 int context_read(Context *c, char *err);
 
 // ---- what there is ----
@@ -117,6 +122,8 @@ int context_read(Context *c, char *err);
 int context_heads(const Context *c);      // scored layers (those without a window) * n_kv_heads
 int context_group(const Context *c);      // query heads that share a kv head
 size_t context_scores(const Context *c);  // floats in score: context_heads * n_ctx
+int context_pos(const Context *c);           // position of its first token
+int context_first(const Context *c, int h);  // where its pairs begin in the list of scored head h
 
 // 0, or -1 with err where c has no profile; `what` needs one: "policy kvzap".
 int context_need_profile(const Context *c, const char *what, char *err);

@@ -18,6 +18,7 @@
 struct Expected {
     const Context *c;
     int sink;
+    int from;  // position of the first query that counts
     // [n_layers][n_heads][d] the first query that counts, taken off all: large means cancel
     float *shift;
     float *sum;         // [n_layers][n_heads][d] of the queries
@@ -44,14 +45,14 @@ static void add_queries(void *ctx, int h) {
     float *shift = of_head(e->shift, e, e->layer, h, d);
     float *sum = of_head(e->sum, e, e->layer, h, d),
           *products = of_head(e->products, e, e->layer, h, d * d);
-    for (int i = max_int(e->sink - s->pos[0], 0); i < e->n_rows; i += n) {
+    for (int i = max_int(e->from - s->pos[0], 0); i < e->n_rows; i += n) {
         n = min_int(e->n_rows - i, PAGE);
         for (int r = 0; r < n; r++) {
             float *q = rows + r * d;
             memcpy(q, s->q + ((size_t)(i + r) * s->model->config.n_heads + h) * d,
                    (size_t)d * sizeof *q);
             model_unrotate(s, e->layer, i + r, q);
-            if (s->pos[i + r] == e->sink) memcpy(shift, q, (size_t)d * sizeof *q);
+            if (s->pos[i + r] == e->from) memcpy(shift, q, (size_t)d * sizeof *q);
             for (int j = 0; j < d; j++) columns[j * PAGE + r] = q[j] -= shift[j], sum[j] += q[j];
         }
         kern.gemm_f32(&(Gemm){.c = products,
@@ -91,7 +92,7 @@ static void finish_moments(void *ctx, int i) {
     const Expected *e = ctx;
     const Model *m = e->c->state->model;
     int d = m->config.head_dim, layer = i / m->config.n_heads, h = i % m->config.n_heads;
-    float count = (float)max_int(e->c->kv->seqs[e->c->seq].next_pos - e->sink, 1);
+    float count = (float)max_int(e->c->kv->seqs[e->c->seq].next_pos - e->from, 1);
     float s = 1.0f / sqrtf((float)d);
     float *mean = of_head(e->mean, e, layer, h, d), *cov = of_head(e->cov, e, layer, h, d * d);
     const float *shift = of_head(e->shift, e, layer, h, d), *sum = of_head(e->sum, e, layer, h, d);
@@ -206,7 +207,7 @@ static void expect_head(const Head *h) {
 // The first tokens stay.
 static void keep_sink(const Expected *e, Live *v) {
     const Context *c = v->c;
-    int n = max_int(e->sink - c->n_prefix, 0);
+    int n = max_int(e->sink - context_pos(c), 0);
     if (v->whole && v->n_heads > 0) protect(c, v->score[0], 0, min_int(n, c->n_ctx));
     for (int h = 0; h < v->n_heads && !v->whole; h++)
         for (int t = 0; t < min_int(n, live_pairs(v, h)); t++) v->score[h][t] = INFINITY;
@@ -229,7 +230,7 @@ void expected_close(Expected *e) {
 
 // How many of the first tokens do not count: of a whole context fewer than there are.
 static int sink_of(const Live *v) {
-    int sink = (int)context_param(v->c, "sink"), n = v->c->n_prefix + v->c->n_ctx;
+    int sink = (int)context_param(v->c, "sink"), n = context_pos(v->c) + v->c->n_ctx;
     return v->whole ? max_int(min_int(sink, n - 1), 0) : sink;
 }
 
@@ -239,6 +240,7 @@ Expected *expected_open(const Live *v, char *err) {
     Expected *e = calloc(1, sizeof *e);
     if (e) {
         *e = (Expected){.c = v->c, .sink = sink_of(v)};
+        e->from = max_int(e->sink, v->c->kv->seqs[v->c->seq].next_pos);
         e->shift = calloc(heads * d, sizeof *e->shift);
         e->sum = calloc(heads * d, sizeof *e->sum);
         e->mean = malloc(heads * d * sizeof *e->mean);

@@ -28,8 +28,9 @@ static void watch_probes(void *arg, int layer, int n) {
     probes_apply(&z->probes, c->state, layer, scored, n);
     for (int g = 0; g < shape->n_kv_heads; g++) {
         // the first row's pair in the head; negative: it belongs to the prefix
-        int at = kvcache_head(c->kv, c->seq, layer, g)->len - c->n_prefix;
-        float *noted = z->live->noted[scored * shape->n_kv_heads + g];
+        int h = scored * shape->n_kv_heads + g;
+        int at = kvcache_head(c->kv, c->seq, layer, g)->len - context_first(c, h);
+        float *noted = z->live->noted[h];
         for (int i = max_int(-at, 0); i < n; i++)
             noted[at + i] = z->probes.y[(size_t)i * z->probes.cols + g];
     }

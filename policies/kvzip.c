@@ -58,7 +58,7 @@ static int repeat_chunk(Context *c, KVScoring *s, int a, int b, char *err) {
         Feed pass = {
             .seq = s->seq, .ids = in.id, .n = in.n, .what = "score", .done = a, .total = c->n_ctx};
         // Fitted to these rows: the one at position from + i says token i of the context again.
-        int from = c->n_prefix + c->n_ctx + in.n - b;
+        int from = context_pos(c) + c->n_ctx + in.n - b;
         if (c->fitting)
             fitting_watch(c->fitting, c, (FitPass){s->seq, from, a, c->n_ctx, .repeats = true});
         s->t0 = c->n_prefix + a, s->t1 = c->n_prefix + b;
@@ -80,6 +80,7 @@ static int repeat_all(Context *c, float *score, const float *pair_log, char *err
                    .subset = true,
                    .local = c->local,
                    .n_ctx = c->n_ctx,
+                   .held = c->held,
                    .score = score,
                    .pair_log = pair_log};
     for (size_t i = 0; i < context_scores(c); i++) score[i] = -INFINITY;
@@ -112,8 +113,11 @@ static void value_logs(void *ctx, int h) {
     int d = m->head_dim, g = h / (m->n_heads / m->n_kv_heads);
     const float *gram = w->gram + (size_t)h * d * d;
     float v[MAX_HEAD_DIM], gv[MAX_HEAD_DIM];
+    int n_kv_heads = w->c->kv->shape.n_kv_heads;
+    int first =
+        context_first(w->c, kvcache_scored_index(&w->c->kv->shape, w->layer) * n_kv_heads + g);
     for (int t = 0; t < w->c->n_ctx; t++) {
-        kvcache_pair(w->c->kv, (KVHeadAt){w->c->seq, w->layer, g}, w->c->n_prefix + t, NULL, v);
+        kvcache_pair(w->c->kv, (KVHeadAt){w->c->seq, w->layer, g}, first + t, NULL, v);
         kern.gemm_f32(&(Gemm){.c = gv,
                               .ldc = (size_t)d,
                               .a = v,

@@ -1,8 +1,8 @@
 // live.c: runs methods that score what is live now, one head at a time.
 //
 // While tokens come, stream.c owns the arrays of scores and lets them grow. For a whole context
-// they are the caller's: the prefix is never scored, so pair t of a head's context is entry t in
-// both.
+// they are the caller's: what lies before the context is never scored, so pair t of a head's
+// context is entry t in both.
 #include "policies/live.h"
 
 #include <stdlib.h>
@@ -54,7 +54,7 @@ int live_whole(Context *c, float *score, char *err) {
 
 int live_pairs(const Live *v, int h) {
     int len = kvcache_scored_head(v->c->kv, v->c->seq, h)->len;
-    return max_int(len - v->c->n_prefix, 0);
+    return max_int(len - context_first(v->c, h), 0);
 }
 
 typedef struct {
@@ -70,7 +70,7 @@ static void call_head(void *ctx, int i) {
     Head head = {.c = c,
                  .layer = kvcache_scored_layer(shape, i / shape->n_kv_heads),
                  .g = i % shape->n_kv_heads,
-                 .first = c->n_prefix,
+                 .first = context_first(c, i),
                  .n = live_pairs(e->v, i),
                  .score = e->v->score[i],
                  .arg = e->arg};

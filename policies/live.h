@@ -47,7 +47,7 @@ int live_whole(Context *c, float *score, char *err);
 
 // ---- for methods ----
 
-// Pairs of head h after the prefix.
+// Pairs of head h of the context.
 int live_pairs(const Live *v, int h);
 
 // Calls fn for each head that has some, over all threads; arg becomes Head.arg.

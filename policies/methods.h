@@ -20,9 +20,9 @@ int kvzip_repeat_input(const Context *c, int a, int b, Ids *in);
 
 // ---- the attention of the first pass (observed.c) ----
 
-// Reads the context; the last `rows` of its tokens are watched: score [context_scores(c)] becomes
-// the sum of the weights that each pair receives from them, over all query heads of the group.
-// Returns 0, or -1 with err.
+// Reads the context; the last `rows` of the tokens read are watched: score [context_scores(c)]
+// becomes the sum of the weights that each pair receives from them, over all query heads of the
+// group. Returns 0, or -1 with err.
 int read_watched(Context *c, int rows, float *score, char *err);
 
 // Pairs [from, to) of the context must stay: they get 1 more than the best other score of their

@@ -10,18 +10,20 @@
 
 int read_watched(Context *c, int rows, float *score, char *err) {
     double start = now();
-    int n = c->n_prefix + c->n_ctx, from = n - rows;
+    int first = c->held ? c->n_prefix : 0, n = c->n_prefix + c->n_ctx - first;
+    int from = max_int(n - rows, 0);
     KVScoring s = {.seq = c->seq,
                    .max_rows = c->state->max_rows,
                    .n_prefix = c->n_prefix,
                    .t0 = c->n_prefix,
-                   .t1 = n,
+                   .t1 = c->n_prefix + c->n_ctx,
                    .sum = true,
                    .n_ctx = c->n_ctx,
+                   .held = c->held,
                    .score = score};
-    Feed before = {.seq = c->seq, .ids = c->ids, .n = from, .what = "read", .total = n};
+    Feed before = {.seq = c->seq, .ids = c->ids + first, .n = from, .what = "read", .total = n};
     Feed watched = before;
-    watched.ids += from, watched.n = rows, watched.done = from;
+    watched.ids += from, watched.n = n - from, watched.done = from;
     memset(score, 0, context_scores(c) * sizeof *score);
     if (context_feed(c, &before, err) != 0) return -1;
     if (kvcache_score_begin(c->kv, &s, err) != 0) return -1;

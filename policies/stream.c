@@ -72,7 +72,7 @@ void stream_close(Stream *s) {
 
 // ---- who stays ----
 
-// Pairs of head h that compete: [n_prefix, n_prefix + result).
+// How many of the context's pairs in head h compete, from its first on.
 static int competing(const Stream *s, int h, int window) {
     return max_int(live_pairs(&s->live, h) - window, 0);
 }
@@ -84,7 +84,7 @@ static int count_places(Stream *s, char *err) {
     const Level *l = c->level;
     int n_heads = s->live.n_heads, pool = 1;
     double ratio = s->ratio;
-    c->n_ctx = c->kv->seqs[c->seq].next_pos - c->n_prefix;
+    c->n_ctx = c->kv->seqs[c->seq].next_pos - context_pos(c);
     if (s->budget > 0) ratio = c->n_ctx > s->budget ? (double)s->budget / c->n_ctx : 1;
     if (l->pool == LEVEL_PAIR) pool = n_heads;
     if (l->pool == LEVEL_LAYER) pool = c->kv->shape.n_kv_heads;
@@ -127,7 +127,7 @@ static int evict_head(Stream *s, int h, FitChoice chosen, char *err) {
     int pairs = live_pairs(&s->live, h), to = 0, n_kv_heads = c->kv->shape.n_kv_heads;
     int layer = kvcache_scored_layer(&c->kv->shape, h / n_kv_heads);
     if (kvcache_evict_head(c->kv, (KVHeadAt){c->seq, layer, h % n_kv_heads},
-                           (KVSpan){c->n_prefix, chosen.n}, chosen.keep, err) != 0)
+                           (KVSpan){context_first(c, h), chosen.n}, chosen.keep, err) != 0)
         return -1;
     for (int t = 0; t < pairs; t++)
         if (t >= chosen.n || chosen.keep[t]) noted[to++] = noted[t];
@@ -180,7 +180,8 @@ static int step(Stream *s, int window, char *err) {
 int stream_step(Stream *s, char *err) {
     const Context *c = s->live.c;
     int next_pos = c->kv->seqs[c->seq].next_pos;
-    if (next_pos - s->checked < PAGE || next_pos <= c->n_prefix) return 0;  // nothing competes yet
+    if (next_pos - s->checked < PAGE || next_pos <= context_pos(c))
+        return 0;  // nothing competes yet
     return step(s, s->window, err) == 0 ? make_room(s, err) : -1;
 }
 

@@ -228,12 +228,14 @@ static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const
                          const float *x_norm, int n, float *score) {
     double out[D], lse[2];
     for (int row = 0; row < n; row++) {
-        int own = kvcache_head(kv, s->seq, layer, 0)->len - n + row;
         for (int h = 0; h < HEADS; h++) {
             const float *qh = q + (row * HEADS + h) * D;
+            int held = s->held ? s->held[layer * KV + h / GROUP] : 0;
+            int own = kvcache_head(kv, s->seq, layer, h / GROUP)->len - n + row;
             brute(kv, s->seq, layer, h, qh, 0, own + 1, out, lse);
             if (s->subset) {
-                const int range[3][2] = {{0, s->n_prefix}, {s->t0, s->t1}, {s->own, own + 1}};
+                const int range[3][2] = {
+                    {0, s->n_prefix}, {s->t0 + held, s->t1 + held}, {s->own + held, own + 1}};
                 double sum = 0;
                 for (int i = 0; i < 3; i++) {
                     if (range[i][0] == range[i][1]) continue;
@@ -242,9 +244,9 @@ static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const
                 }
                 lse[0] = log(sum);
             }
-            for (int t = s->t0; t < s->t1 && t <= own; t++) {
+            for (int t = s->t0; t < s->t1 && t + held <= own; t++) {
                 double z;
-                brute(kv, s->seq, layer, h, qh, t, t + 1, out, &z);
+                brute(kv, s->seq, layer, h, qh, t + held, t + held + 1, out, &z);
                 double w = exp(z - lse[0]);
                 int at = ((layer * KV + h / GROUP) * s->n_ctx) + t - s->n_prefix;
                 if (s->pair_log)
@@ -256,13 +258,23 @@ static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const
     }
 }
 
-static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) {
-    enum { PREFIX = 9, N_CTX = 100 };
+// With earlier: behind the prefix lie 0 to 150 pairs of an earlier document.
+static void test_scores(bool subset, bool local, bool sum, bool plus, bool earlier, int rows) {
+    enum { PREFIX = 9, EARLIER = 150, N_CTX = 100 };
     KVCache kv;
     KVShape shape = shape_with(no_window);
     CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F32), NULL, err) == 0);
-    int seq = kvcache_new(&kv, err);
-    append_random(&kv, seq, PREFIX + N_CTX, NULL);
+    int seq = kvcache_new(&kv, err), held[L * KV];
+    append_random(&kv, seq, earlier ? PREFIX + EARLIER : PREFIX, NULL);
+    for (int h = 0; h < L * KV && earlier; h++) {
+        KVHeadAt at = {seq, h / KV, h % KV};
+        uint8_t keep[EARLIER];
+        held[h] = 0;
+        for (int t = 0; t < EARLIER; t++)
+            held[h] += keep[t] = h == 1 ? 0 : h == 2 ? 1 : rnd() > 0.1f * (float)h;
+        CHECK(kvcache_evict_head(&kv, at, (KVSpan){PREFIX, EARLIER}, keep, err) == 0);
+    }
+    append_random(&kv, seq, N_CTX, NULL);
     size_t n_scores = L * KV * N_CTX;
     float *score = calloc(n_scores, sizeof *score), *want = calloc(n_scores, sizeof *want);
     float *pair_log = randoms(L * HEADS * N_CTX), *q = randoms((size_t)rows * HEADS * D),
@@ -280,6 +292,7 @@ static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) 
                    .local = local,
                    .sum = sum,
                    .n_ctx = N_CTX,
+                   .held = earlier ? held : NULL,
                    .score = score,
                    .pair_log = plus ? pair_log : NULL};
     s.seq = kvcache_fork(&kv, seq, err);
@@ -295,8 +308,8 @@ static void test_scores(bool subset, bool local, bool sum, bool plus, int rows) 
         double full[D];
         for (int h = 0; l == 0 && !local && h < HEADS;
              h++) {  // the output still sees the whole cache
-            brute(&kv, s.seq, l, h, q + ((rows - 1) * HEADS + h) * D, 0, PREFIX + N_CTX + rows,
-                  full, NULL);
+            brute(&kv, s.seq, l, h, q + ((rows - 1) * HEADS + h) * D, 0,
+                  kvcache_head(&kv, s.seq, l, h / GROUP)->len, full, NULL);
             for (int j = 0; j < D; j++)
                 CHECK_NEAR(out[((rows - 1) * HEADS + h) * D + j], full[j], 2e-6);
         }
@@ -771,10 +784,10 @@ int main(int argc, char **argv) {
     if (!quick) test_thread_bits(types_of("f16")), test_company(types_of("f16"), no_window);
     test_fork_and_rewind();
     test_worked_example();
-    for (int i = 0; i < 16; i += quick ? 5 : 1) {
-        bool subset = i & 1, local = (i & 2) && subset;
-        test_scores(subset, local, i & 4, (i & 8) && !(i & 4), 1);
-        test_scores(subset, local, i & 4, (i & 8) && !(i & 4), 26);
+    for (int i = 0; i < 32; i += quick ? 5 : 1) {
+        bool subset = i & 1, local = (i & 2) && subset, sum = i & 4, plus = (i & 8) && !sum;
+        test_scores(subset, local, sum, plus, i & 16, 1);
+        test_scores(subset, local, sum, plus, i & 16, 26);
     }
     test_evict();
     test_evict_head(types_of("f32"), 1), test_evict_head(types_of("f16"), 3);

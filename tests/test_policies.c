@@ -264,12 +264,87 @@ static void test_no_level(Fixture *f) {
     free(score), free(none), free(pair);
 }
 
+// ---- a second document ----
+
+// Scores of the fixture's context behind an earlier document: itself, or with `other` another one of
+// that length. All of its pairs stay, or with `thin` fewer in some heads than in others: held [64].
+static float *second_scores(Fixture *f, const char *policy, bool other, bool thin, int *held) {
+    int ids[1024], earlier[1024];
+    Context c = fixture_context(f, ids, 24);
+    int n = c.n_ctx, n_heads = context_heads(&c);
+    for (int i = 0; i < n; i++)
+        earlier[i] = other ? (ids[c.n_prefix + i] + 7) % 500 + 3 : ids[c.n_prefix + i];
+    Feed feed = {.seq = c.seq, .ids = ids, .n = c.n_prefix};
+    CHECK(context_feed(&c, &feed, err) == 0);
+    feed.ids = earlier, feed.n = n;
+    CHECK(context_feed(&c, &feed, err) == 0);
+    for (int h = 0; h < n_heads; h++) {
+        uint8_t keep[1024];
+        held[h] = 0;
+        for (int t = 0; t < n; t++) held[h] += keep[t] = !thin || (t * 7 + h * 5) % 10 > h % 4 * 3;
+        KVHeadAt at = {c.seq, kvcache_scored_layer(&f->kv.shape, h / f->kv.shape.n_kv_heads),
+                       h % f->kv.shape.n_kv_heads};
+        CHECK(kvcache_evict_head(&f->kv, at, (KVSpan){c.n_prefix, n}, keep, err) == 0);
+    }
+    c.held = held, c.n_held = n;
+    return scores_of(&c, policy, NULL);
+}
+
+// What scores over all that is there takes an earlier document for a part of the prefix.
+static void test_second_as_prefix(Fixture *f) {
+    static const char *const same[] = {"snapkv", "observed", "tova",
+                                       "knorm",  "keydiff",  "streaming"};
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        int ids[1024], held[64];
+        Context c = fixture_context(f, ids, 24);
+        memcpy(ids + c.n_prefix + c.n_ctx, ids + c.n_prefix, c.n_ctx * sizeof *ids);
+        c.n_prefix += c.n_ctx;
+        float *a = scores_of(&c, same[i], NULL), *b = second_scores(f, same[i], false, false, held);
+        for (size_t j = 0; strcmp(same[i], "streaming") != 0 && j < context_scores(&c); j++)
+            CHECK_NEAR(b[j], a[j], 1e-4 + 1e-4 * fabs(a[j]));
+        free(a), free(b);
+    }
+}
+
+// KVzip's softmax knows the prefix, the chunk and the repeated text, not what other documents left:
+// in the first layer, where a key depends on its token and position alone, scores of a document are
+// the same to the bit behind any other one, whole or evicted.
+static void test_second_alone(Fixture *f) {
+    int held[64], ids[1024];
+    Context c = fixture_context(f, ids, 24);
+    size_t layer = (size_t)c.n_ctx * f->kv.shape.n_kv_heads, all = context_scores(&c);
+    kvcache_drop(&f->kv, c.seq);
+    for (int thin = 0; thin < 2; thin++) {
+        float *a = second_scores(f, "kvzip", false, thin, held),
+              *b = second_scores(f, "kvzip", true, thin, held);
+        CHECK(memcmp(a, b, layer * sizeof *a) == 0);
+        CHECK(memcmp(a, b, all * sizeof *a) != 0);  // later layers have read the other
+        free(a), free(b);
+        a = second_scores(f, "observed", false, thin, held);
+        b = second_scores(f, "observed", true, thin, held);
+        CHECK(memcmp(a, b, layer * sizeof *a) != 0);
+        free(a), free(b);
+    }
+}
+
+// Every policy gives real numbers behind heads of different lengths.
+static void test_second_lengths(Fixture *f, const Policy *p) {
+    int held[64], ids[1024];
+    Context c = fixture_context(f, ids, 24);
+    kvcache_drop(&f->kv, c.seq);
+    float *score = second_scores(f, p->name, false, true, held);
+    for (size_t i = 0; i < context_scores(&c); i++) CHECK(!isnan(score[i]));
+    CHECK(held[0] != held[1]);
+    free(score);
+}
+
 static void test_tables(Fixture *f) {
     for (const Policy *p = policies; p->name; p++) {
         CHECK(policy_find(p->name) == p && p->help);
         CHECK((p->head != NULL) + (p->live != NULL) + (p->score != NULL) == 1);
         test_lengths(f, p);
         test_blocks_and_threads(f, p);
+        test_second_lengths(f, p);
     }
     for (const Level *l = levels; l->name; l++) CHECK(level_find(l->name) == l && l->help);
 }
@@ -302,6 +377,7 @@ int main(int argc, char **argv) {
         if (i == 0) {
             fixture_profile(&f);
             test_tables(&f), test_protected(&f), test_random(&f), test_no_level(&f);
+            test_second_as_prefix(&f), test_second_alone(&f);
         }
         fixture_close(&f);
     }
