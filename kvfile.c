@@ -206,7 +206,8 @@ static int put_meta(const Save *save) {
                          {"profile", info->profile},
                          {"set", info->set},
                          {"budget", info->budget},
-                         {"fit", info->fit}};
+                         {"fit", info->fit},
+                         {"documents", info->documents}};
     for (size_t i = 0; i < sizeof meta / sizeof *meta; i++) {
         if (!meta[i].value) continue;
         if (tensors_write_meta(save->w, meta[i].key, meta[i].value, save->err) != 0) return -1;
@@ -358,6 +359,7 @@ static int read_origin(Saved *s, const KVModel *model, char *err) {
                        .set = tensors_meta(f, "set"),
                        .budget = tensors_meta(f, "budget"),
                        .fit = tensors_meta(f, "fit"),
+                       .documents = tensors_meta(f, "documents"),
                        .ratio = ratio ? strtod(ratio, NULL) : 0.0};
     int version = 0;
     while (format && version < FORMATS && strcmp(format, formats[version]) != 0) version++;

@@ -24,7 +24,7 @@
 // Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias, 4 with mixed keys),
 // fingerprint and model (keys mean nothing to another model), policy, ratio, n_prefix, n_ctx,
 // next_pos, and kv, the types that pages settle to; where they are known level, profile, set,
-// budget and fit, as in KVInfo.
+// budget, fit and documents, as in KVInfo.
 #ifndef KVFILE_H
 #define KVFILE_H
 #include "kvcache.h"
@@ -38,6 +38,9 @@ typedef struct {
     // ("model": the model's own), parameters, pairs a head.
     const char *level, *profile, *set, *budget;
     const char *fit;  // how what stays was fitted; NULL: not at all
+    // Of several documents, whose last one the above is about: "24-131 kvzip/pair ratio 0.3;
+    // 133-..", from which of the ids to which, and how each was compressed. NULL: there is one.
+    const char *documents;
     int n_prefix, n_ctx;
     double ratio;    // asked for
     const int *ids;  // [n_ids = n_prefix + n_ctx] what was read

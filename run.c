@@ -31,7 +31,9 @@ const Command commands[] = {
     {"compress", COMPRESS, "MODEL -f FILE -o CACHE", 1, 1, cmd_compress,
      "read a context once, score its pairs by letting the model repeat it, evict, save",
      "  run compress smollm2.kvz -f town.txt -o town.kvc\n"
-     "  run compress smollm2.kvz -f town.txt -o town.kvc --ratio 0.2 --score-attn local --json\n"},
+     "  run compress smollm2.kvz -f town.txt -o town.kvc --ratio 0.2 --score-attn local --json\n"
+     "  run compress smollm2.kvz -f town.txt -f river.txt -o both.kvc\n"
+     "  run compress smollm2.kvz --append both.kvc -f hill.txt -o both.kvc\n"},
     {"ask", ASK, "MODEL CACHE [QUESTION...] [-f FILE]", 2, INT_MAX, cmd_ask,
      "one answer per question, all from the same cache, which stays as it was",
      "  run ask smollm2.kvz town.kvc 'Who built the bridge?' --answer-prefix 'The bridge was built "

@@ -1,5 +1,10 @@
 // context.c: compress, score and map: a context is read, its pairs are scored, and the scores
 // decide which pairs stay, are saved, or are drawn.
+//
+// Of several documents, or of one more for a saved cache, each is read with those before it in
+// view, as far as they have stayed, then scored on its own and evicted before the next one comes.
+// So the whole cache of all of them is never needed, and adding to a cache later gives the same
+// bits as reading all at once.
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>
 #include <stdio.h>
@@ -18,15 +23,29 @@
 
 // ---- reading ----
 
-// What score, compress and map begin with: prefix and context as ids, and how they are read and
+// One document: ids [first, first + n) of what is read.
+typedef struct {
+    const char *name;
+    int first, n;
+} Part;
+
+enum { MAX_PARTS = MAX_STOPS };
+
+// What score, compress and map begin with: prefix and documents as ids, and how they are read and
 // scored.
 typedef struct {
     Session s;
-    Buffer text;
-    Ids ids;  // prefix and context
+    Ids ids;      // prefix and documents, with what separates them; those of --append as well
+    int n_saved;  // ids that --append's cache has read
+    Part part[MAX_PARTS];
+    int n_parts;
+    int *held;  // what c->held points to, once there are earlier documents
     Progress progress;
     Context c;
 } Reading;
+
+// Between two documents stands an empty line, which belongs to neither: it is never evicted.
+static const char SEPARATOR[] = "\n\n";
 
 // Whether what stays is fitted; new values alone cannot be drawn.
 static bool wants_fit(const Options *o) {
@@ -34,17 +53,23 @@ static bool wants_fit(const Options *o) {
     return fits && (wants_stream(o) || o->ratio < 1);
 }
 
-// A score is a float, and whether its pair stays a byte. While it is repeated a context is longer
-// by what is repeated at a time; KVzip+ has a float for each query head as well.
-static MemoryNeed reading_need(const Reading *r, int n_prefix) {
+// Of the i-th document, when those before it have been evicted. A score is a float, and whether its
+// pair stays a byte. While it is repeated a context is longer by what is repeated at a time; KVzip+
+// has a float for each query head as well.
+static MemoryNeed part_need(const Reading *r, int i) {
     const Options *o = r->s.o;
     const Config *m = &r->s.model.config;
-    double n = r->ids.n, chunk = fmin((double)o->chunk, n);
+    int from = i > 0 ? r->part[i - 1].first + r->part[i - 1].n : r->n_saved;
+    int n_prefix = r->part[i].first - from;
+    double n = n_prefix + r->part[i].n, chunk = fmin((double)o->chunk, n);
     bool scored = !wants_stream(o) && (o->ratio < 1 || o->bit == SCORE);
     bool logs = strcmp(r->c.policy->name, "kvzip+") == 0;
     int stay = n_prefix + (int)(o->ratio * n), threads = pool_threads(r->s.pool);
+    double before = o->budget > 0 ? (double)(o->budget * i) : o->ratio * (from - r->n_saved);
     return (MemoryNeed){
         .tokens = n,
+        .loaded = (double)r->s.kv.file.map_bytes +
+                  before * (double)kvcache_token_bytes(&r->s.kv.shape, r->s.kv.types),
         .more = wants_fit(o) ? (double)fitting_bytes(&r->s.kv.shape, (int)n, stay, threads) : 0,
         .forked = scored ? chunk : 0,
         .n_prefix = n_prefix,
@@ -53,39 +78,122 @@ static MemoryNeed reading_need(const Reading *r, int n_prefix) {
         .whole = scored};
 }
 
+// For the document that needs most.
+static void check_memory(const Reading *r) {
+    MemoryNeed most = part_need(r, 0);
+    double token = (double)kvcache_token_bytes(&r->s.kv.shape, kvcache_both(r->s.kv.type));
+    for (int i = 1; i < r->n_parts; i++) {
+        MemoryNeed need = part_need(r, i);
+        if (need.tokens * token + need.loaded > most.tokens * token + most.loaded) most = need;
+    }
+    memory_check(&r->s, &most);
+}
+
+// Whether a saved cache can go on: a document's pairs are found by what lies before them.
+static void check_extends(const Session *s, int seq) {
+    const KVShape *shape = &s->kv.shape;
+    int n_heads = shape->n_kv_heads * kvcache_scored_layers(shape, NULL);
+    for (int h = 0; h < n_heads; h++) {
+        KVHeadAt at = {seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
+                       h % shape->n_kv_heads};
+        bool first = kvcache_scored_head(&s->kv, seq, h)->len >= s->info.n_prefix;
+        for (int t = 0; first && t < s->info.n_prefix; t++)
+            first = kvcache_pair(&s->kv, at, t, NULL, NULL) == t;
+        if (!first)
+            die("%s: its prefix does not come first in all heads, as after --demote: nothing can "
+                "follow",
+                s->o->append);
+    }
+}
+
+// The texts of -p, -f or --ids, all of them before any work. Returns how many.
+static int read_texts(const Options *o, Buffer *text) {
+    int n = 1;
+    text[0] = read_text(o, NULL);
+    for (; o->files[0] && o->files[n]; n++) text[n] = read_all(o, o->files[n]);
+    return n;
+}
+
+// The i-th document behind what is there. The first --n-prefix ids of --ids are no part of it.
+static void add_part(Reading *r, const Buffer *text, int i) {
+    const Options *o = r->s.o;
+    int own = o->n_prefix < 0 ? 0 : (int)o->n_prefix;
+    const char *name = o->ids ? o->ids : o->files[i] ? o->files[i] : "-p";
+    bool behind = i > 0 || o->append;
+    if (behind && !o->ids) encode(r->s.tok, SEPARATOR, strlen(SEPARATOR), 0, &r->ids);
+    int from = r->ids.n;
+    input_ids(&r->s, text, 0, &r->ids);
+    if (own > r->ids.n - from)
+        die_usage(o->command, "--n-prefix %d: %s has only %d ids", own, o->ids, r->ids.n - from);
+    r->part[i] = (Part){name, from + own, r->ids.n - from - own};
+    if (r->ids.n == 0 || (behind && r->part[i].n == 0)) die("%s: nothing to read", name);
+    show_prompt(&r->s, "context", r->ids.id + from + own, r->part[i].n);
+}
+
+// What stands before the first document.
+static void open_prefix(Reading *r) {
+    Session *s = &r->s;
+    Context *c = &r->c;
+    if (s->o->append) {
+        c->seq = 0, c->n_prefix = s->info.n_prefix, r->n_saved = s->info.n_ids;
+        check_extends(s, c->seq);
+        for (int i = 0; i < r->n_saved; i++)
+            if (ids_push(&r->ids, s->info.ids[i]) != 0) die_memory();
+        return;
+    }
+    c->seq = new_sequence(s);
+    if (!s->o->ids) prefix_ids(s, &r->ids);
+    c->n_prefix = s->o->n_prefix < 0 ? r->ids.n : (int)s->o->n_prefix;
+}
+
 static void open_reading(Reading *r, const Options *o) {
     Session *s = &r->s;
-    int n_prefix = o->n_prefix < 0 ? 0 : (int)o->n_prefix;
+    Buffer text[MAX_PARTS];
+    *r = (Reading){0};
     check_output(o);
-    r->text = read_text(o, NULL);
-    r->ids = (Ids){0};
-    catch_signals();
-    open_session(s, o, NULL, 1);
-    r->c = chosen_method(s);
     if (!o->ids && o->n_prefix >= 0) die_usage(o->command, "--n-prefix goes with --ids");
-    if (!o->ids) {
-        prefix_ids(s, &r->ids);
-        n_prefix = r->ids.n;
-    }
-    input_ids(s, &r->text, 0, &r->ids);
-    if (n_prefix > r->ids.n)
-        die_usage(o->command, "--n-prefix %d: %s has only %d ids", n_prefix, o->ids, r->ids.n);
-    if (r->ids.n == 0) die("%s: nothing to read", o->ids ? o->ids : o->file ? o->file : "-p");
-    warn_length(s, r->ids.n);
-    show_prompt(s, "prefix", r->ids.id, n_prefix);
-    show_prompt(s, "context", r->ids.id + n_prefix, r->ids.n - n_prefix);
-    MemoryNeed need = reading_need(r, n_prefix);
-    memory_check(s, &need);
-    r->progress = progress_begin(s);
+    r->n_parts = read_texts(o, text);
+    catch_signals();
+    open_session(s, o, o->append, 1);
     Context *c = &r->c;
-    c->state = &s->state, c->kv = &s->kv, c->tok = s->tok, c->seq = new_sequence(s);
-    c->ids = r->ids.id, c->n_prefix = n_prefix, c->n_ctx = r->ids.n - n_prefix;
+    *c = chosen_method(s);
+    open_prefix(r);
+    show_prompt(s, "prefix", r->ids.id, c->n_prefix);
+    for (int i = 0; i < r->n_parts; i++) {
+        add_part(r, &text[i], i);
+        free(text[i].s);
+    }
+    warn_length(s, r->ids.n);
+    check_memory(r);
+    r->progress = progress_begin(s);
+    c->state = &s->state, c->kv = &s->kv, c->tok = s->tok;
+    c->ids = r->ids.id, c->n_ctx = r->part[0].n;
     c->postfix = repeat_postfix(s);
     c->progress = progress_step, c->progress_arg = &r->progress;
+    r->held = allocate((size_t)context_heads(c) + 1, sizeof *r->held);
+}
+
+// The i-th document becomes the context; what separates it from earlier ones is read.
+static void begin_part(Reading *r, int i) {
+    char err[ERR_LEN];
+    Context *c = &r->c;
+    const Part *p = &r->part[i];
+    int from = i > 0 ? p[-1].first + p[-1].n : r->n_saved;
+    if (from == 0) return;
+    Feed gap = {.seq = c->seq,
+                .ids = r->ids.id + from,
+                .n = p->first - from,
+                .what = "read",
+                .total = p->first - from};
+    if (context_feed(c, &gap, err) != 0) die_failed(err);
+    for (int h = 0; h < context_heads(c); h++)
+        r->held[h] = kvcache_scored_head(c->kv, c->seq, h)->len - c->n_prefix;
+    c->held = r->held, c->n_held = c->kv->seqs[c->seq].next_pos - c->n_prefix;
+    c->ids = r->ids.id + p->first - c->n_prefix, c->n_ctx = p->n;
 }
 
 static void close_reading(Reading *r) {
-    free(r->text.s);
+    free(r->held);
     ids_free(&r->ids);
     close_session(&r->s);
 }
@@ -157,7 +265,10 @@ static size_t private_memory(void) {
     return n == 3 ? (size_t)(resident - shared) * (size_t)sysconf(_SC_PAGESIZE) : 0;
 }
 
+// How one document came out.
 typedef struct {
+    int n_ctx;
+    double prefill_s, score_s, fit_s;
     long n_pairs, n_kept;  // of the context, in the layers that evict
     double ratio;          // n_kept / n_pairs
     size_t full, bytes;    // the cache before and after
@@ -170,7 +281,10 @@ static void shrunk(Session *s, const Context *c, Shrunk *r, char *err) {
     if (r->n_kept < 0 || kvcache_settle(&s->kv, c->seq, err) != 0) die_failed(err);
     r->ratio = r->n_pairs > 0 ? (double)r->n_kept / r->n_pairs : 1;
     r->bytes = kvcache_bytes(&s->kv, c->seq);
+    r->full = kvcache_unevicted_bytes(&s->kv, c->seq, s->kv.seqs[c->seq].next_pos);
     r->memory = private_memory();
+    r->n_ctx = c->n_ctx;
+    r->prefill_s = c->prefill_s, r->score_s = c->score_s, r->fit_s = c->fit_s;
 }
 
 // Reads the context and evicts meanwhile.
@@ -183,8 +297,9 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
     r.memory_full = private_memory();
     r.n_kept = stream_finish(&s->stream, err);
     r.peak = s->stream.peak;
+    stream_close(&s->stream);
+    c->after = NULL;
     shrunk(s, c, &r, err);
-    r.full = kvcache_unevicted_bytes(&s->kv, c->seq, c->n_prefix + c->n_ctx);
     return r;
 }
 
@@ -192,7 +307,6 @@ static Shrunk read_and_shrink(Session *s, Context *c, const Progress *progress) 
 static Shrunk shrink(Session *s, Context *c, float *score, const Progress *progress) {
     char err[ERR_LEN];
     Shrunk r = {.n_pairs = (long)context_scores(c),
-                .full = kvcache_full_bytes(&s->kv, c->seq),
                 .peak = kvcache_bytes(&s->kv, c->seq),
                 .memory_full = private_memory()};
     r.n_kept = r.n_pairs;
@@ -221,42 +335,68 @@ static KVInfo method_info(const Session *s, const Context *c) {
                     .fit = c->fitting ? fit_kind_name(c->fitting->kind) : NULL};
 }
 
-// kept: the share achieved.
-static void save_context(Session *s, const Context *c, double kept) {
-    char err[ERR_LEN];
-    char budget[24];
-    KVInfo info = method_info(s, c);
-    info.n_prefix = c->n_prefix, info.n_ctx = c->n_ctx;
-    info.ids = c->ids, info.n_ids = c->n_prefix + c->n_ctx;
-    info.ratio = s->o->budget > 0 ? kept : s->o->ratio;
-    snprintf(budget, sizeof budget, "%ld", s->o->budget);
-    if (s->o->budget > 0) info.budget = budget;
-    if (kvfile_save(&s->kv, c->seq, s->o->out, &info, err) != 0) die_file(s->o->out, err);
+// Adds to what KVInfo.documents says: which ids a document has, and how it was compressed.
+static void note_part(Buffer *b, int first, int n, const KVInfo *how) {
+    char text[256], choice[64];
+    if (n == 0) return;
+    if (how->budget)
+        snprintf(choice, sizeof choice, "budget %s", how->budget);
+    else
+        snprintf(choice, sizeof choice, "ratio %g", how->ratio);
+    snprintf(text, sizeof text, "%s%d-%d %.60s/%.60s %s%s%.20s", b->n > 0 ? "; " : "", first,
+             first + n - 1, how->policy, how->level ? how->level : "?", choice,
+             how->fit ? " fit " : "", how->fit ? how->fit : "");
+    add_text(b, text, strlen(text));
 }
 
-static void compress_figures(const Session *s, const Context *c, const Shrunk *r) {
+// What is known of the whole cache: how the last document was compressed, and in a list all.
+static void save_context(Reading *r, double kept) {
+    char err[ERR_LEN], budget[24];
+    Session *s = &r->s;
+    const Context *c = &r->c;
     const Options *o = s->o;
-    const KVInfo how = method_info(s, c);
+    KVInfo info = method_info(s, c), *old = &s->info;
+    Buffer documents = {0};
+    snprintf(budget, sizeof budget, "%ld", o->budget);
+    if (o->budget > 0) info.budget = budget;
+    info.ratio = o->budget > 0 ? kept : o->ratio;
+    if (old->documents)
+        add_text(&documents, old->documents, strlen(old->documents));
+    else if (o->append)
+        note_part(&documents, old->n_prefix, old->n_ctx, old);
+    for (int i = 0; i < r->n_parts; i++)
+        note_part(&documents, r->part[i].first, r->part[i].n, &info);
+    if (o->append || r->n_parts > 1) info.documents = documents.s;
+    info.n_prefix = c->n_prefix, info.n_ctx = r->ids.n - c->n_prefix;
+    info.ids = r->ids.id, info.n_ids = r->ids.n;
+    if (kvfile_save(&s->kv, c->seq, o->out, &info, err) != 0) die_file(o->out, err);
+    free(documents.s);
+}
+
+static void compress_json(const Reading *in, const Shrunk *r, const char *name) {
+    const Context *c = &in->c;
+    const KVInfo how = method_info(&in->s, c);
+    json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", r->n_ctx,
+               r->ratio, r->bytes, r->full);
+    json_print(stdout,
+               "'prefill_s': %g, 'score_s': %g, 'fit_s': %g, 'n_prefix': %d, 'n_kept': %ld, ",
+               r->prefill_s, r->score_s, r->fit_s, c->n_prefix, r->n_kept);
+    json_print(stdout, "'n_pairs': %ld, 'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, ",
+               r->n_pairs, r->peak, r->memory_full, r->memory);
+    json_print(stdout, "'policy': %s, 'level': %s, 'profile': %s, 'set': %s, 'fit': %s, ",
+               how.policy, how.level, how.profile, how.set, how.fit);
+    json_print(stdout, "'document': %s, 'path': %s}\n", name, in->s.o->out);
+}
+
+static void compress_notes(const Reading *in, const Shrunk *r, const Part *p) {
+    const Options *o = in->s.o;
+    const KVInfo how = method_info(&in->s, &in->c);
     char a[32], b[32];
-    if (o->json) {
-        json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'bytes': %zu, 'full_bytes': %zu, ", c->n_ctx,
-                   r->ratio, r->bytes, r->full);
-        json_print(stdout,
-                   "'prefill_s': %g, 'score_s': %g, 'fit_s': %g, 'n_prefix': %d, 'n_kept': %ld, ",
-                   c->prefill_s, c->score_s, c->fit_s, c->n_prefix, r->n_kept);
-        json_print(stdout,
-                   "'n_pairs': %ld, 'peak_bytes': %zu, 'resident_full': %zu, 'resident': %zu, ",
-                   r->n_pairs, r->peak, r->memory_full, r->memory);
-        json_print(stdout, "'policy': %s, 'level': %s, 'profile': %s, 'set': %s, 'fit': %s, ",
-                   how.policy, how.level, how.profile, how.set, how.fit);
-        json_print(stdout, "'path': %s}\n", o->out);
-    }
-    out_flush();
-    if (o->quiet) return;
-    int n = c->n_prefix + c->n_ctx;
-    note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s", c->n_prefix, c->n_ctx,
-         c->prefill_s, c->prefill_s > 0 ? n / c->prefill_s : 0, c->score_s);
-    if (c->fit_s > 0) note(", fitted in %.2f s", c->fit_s);
+    int n_prefix = in->n_parts > 1 || o->append ? 0 : in->c.n_prefix, n = n_prefix + r->n_ctx;
+    if (in->n_parts > 1) note("[%s]\n", p->name);
+    note("[%d + %d tokens read in %.2f s, %.1f/s; scored in %.2f s", n_prefix, r->n_ctx,
+         r->prefill_s, r->prefill_s > 0 ? n / r->prefill_s : 0, r->score_s);
+    if (r->fit_s > 0) note(", fitted in %.2f s", r->fit_s);
     note("]\n");
     note("[policy %s, level %s", how.policy, how.level);
     if (how.profile) note(", profile %s", how.profile);
@@ -280,52 +420,71 @@ static void open_fitting(Session *s, Context *c) {
     c->fitting = &s->fitting;
 }
 
+// What only a single document can be.
+static void check_single(const Options *o) {
+    bool several = o->append || (o->files[0] && o->files[1]);
+    if (several && o->demote >= 0)
+        die_usage(o->command, "--demote: nothing can follow a document whose pairs were demoted");
+    if (several && o->fit != FIT_NONE)
+        die_usage(o->command, "--fit: of several documents none can be fitted");
+}
+
 int cmd_compress(const Options *o) {
     Reading in;
+    Shrunk r[MAX_PARTS];
     if (wants_stream(o) && o->demote >= 0)
         die_usage(o->command, "--demote keeps what --stream and --budget evict: choose one");
+    check_single(o);
     open_reading(&in, o);
     Session *s = &in.s;
     Context *c = &in.c;
     if (c->n_ctx == 0) warn(s, "the context is empty: only the prefix is saved");
-    bool scored = o->ratio < 1 && c->n_ctx > 0;
     open_fitting(s, c);
-    Shrunk r;
-    if (wants_stream(o))
-        r = read_and_shrink(s, c, &in.progress);
-    else
-        r = shrink(s, c, read_context(c, scored, &in.progress), &in.progress);
-    save_context(s, c, r.ratio);
-    compress_figures(s, c, &r);
+    for (int i = 0; i < in.n_parts; i++) {
+        begin_part(&in, i);
+        bool scored = o->ratio < 1 && c->n_ctx > 0;
+        if (wants_stream(o))
+            r[i] = read_and_shrink(s, c, &in.progress);
+        else
+            r[i] = shrink(s, c, read_context(c, scored, &in.progress), &in.progress);
+    }
+    save_context(&in, r[in.n_parts - 1].ratio);
+    for (int i = 0; o->json && i < in.n_parts; i++) compress_json(&in, &r[i], in.part[i].name);
+    out_flush();
+    for (int i = 0; !o->quiet && i < in.n_parts; i++) compress_notes(&in, &r[i], &in.part[i]);
     close_reading(&in);
     return 0;
 }
 
-// The biases [as keep] that what stays gets by fitting it, 0 where nothing stays. To be freed.
-static float *fitted_biases(const Context *c, const uint8_t *keep, const Progress *progress) {
-    char err[ERR_LEN];
+// What the cache holds of the context's tokens [n]: keep [scored heads][n] and, where bias is not
+// NULL, their biases. Returns how many pairs.
+static long held_pairs(const Context *c, int n, uint8_t *keep, float *bias) {
     const KVShape *shape = &c->kv->shape;
-    float *bias = allocate(context_scores(c), sizeof *bias);
-    int rc = fitting_apply_whole(c->fitting, c, keep, err);
-    progress_end(progress);
-    if (rc != 0) die_failed(err);
-    for (size_t i = 0; i < context_scores(c); i++) {
-        int h = (int)(i / c->n_ctx), t = c->n_prefix + (int)(i % c->n_ctx);
+    long kept = 0;
+    for (int h = 0; h < context_heads(c); h++) {
         KVHeadAt at = {c->seq, kvcache_scored_layer(shape, h / shape->n_kv_heads),
                        h % shape->n_kv_heads};
-        bias[i] = keep[i] ? kvcache_bias(c->kv, at, t) : 0;
+        for (int t = c->n_prefix; t < kvcache_scored_head(c->kv, c->seq, h)->len; t++) {
+            size_t i = (size_t)h * n + kvcache_pair(c->kv, at, t, NULL, NULL) - c->n_prefix;
+            keep[i] = 1, kept++;
+            if (bias) bias[i] = kvcache_bias(c->kv, at, t);
+        }
     }
-    return bias;
+    return kept;
 }
 
-static void map_figures(const Options *o, const ChartMap *m) {
+static void map_figures(const Reading *in, const ChartMap *m) {
+    const Options *o = in->s.o;
     long n_pairs = (long)m->n_layers * m->n_kv_heads * m->n_ctx;
     double stands_for = chart_stands_for(m);
     if (o->json) {
         json_print(stdout, "{'n_ctx': %d, 'kept': %g, 'n_kept': %ld, 'n_pairs': %ld, ", m->n_ctx,
                    (double)m->n_kept / n_pairs, m->n_kept, n_pairs);
-        json_print(stdout, "'fit': %s, 'stands_for': %g, 'path': %s}\n", m->fit, stands_for,
-                   o->out);
+        json_print(stdout, "'fit': %s, 'stands_for': %g, 'documents': [", m->fit, stands_for);
+        for (int i = 0; i < in->n_parts; i++)
+            json_print(stdout, i ? ", [%d, %d]" : "[%d, %d]", in->part[i].first - in->c.n_prefix,
+                       in->part[i].n);
+        json_print(stdout, "], 'path': %s}\n", o->out);
     }
     if (o->quiet) return;
     note("[%ld of %ld pairs stay", m->n_kept, n_pairs);
@@ -333,43 +492,62 @@ static void map_figures(const Options *o, const ChartMap *m) {
     note("; open %s]\n", o->out);
 }
 
+// Which pairs of all documents stay, in the cache that compress would save.
+static void compress_parts(Reading *in) {
+    char err[ERR_LEN];
+    Context *c = &in->c;
+    for (int i = 0; i < in->n_parts; i++) {
+        begin_part(in, i);
+        float *score = read_context(c, in->s.o->ratio < 1, &in->progress);
+        if (!score) continue;
+        uint8_t *keep = allocate(context_scores(c), 1);
+        bool failed = context_select(c, score, in->s.o->ratio, keep, err) < 0 ||
+                      context_evict(c, keep, false, err) != 0;
+        progress_end(&in->progress);
+        if (failed) die_failed(err);
+        free(keep);
+        free(score);
+    }
+}
+
 int cmd_map(const Options *o) {
     Reading in;
     char err[ERR_LEN];
+    check_single(o);
     open_reading(&in, o);
     Session *s = &in.s;
     Context *c = &in.c;
-    size_t n_pairs = context_scores(c);
+    int n = in.ids.n - c->n_prefix;
+    size_t n_pairs = (size_t)context_heads(c) * (size_t)n;
     if (c->n_ctx == 0) die("the context is empty: there is nothing to show");
     if (n_pairs == 0) die("this model evicts from no layer: there is nothing to show");
-    bool scored = o->ratio < 1;
     open_fitting(s, c);
-    float *score = read_context(c, scored, &in.progress);
+    compress_parts(&in);
     uint8_t *keep = allocate(n_pairs, 1);
-    memset(keep, 1, n_pairs);
-    long kept = score ? context_select(c, score, o->ratio, keep, err) : (long)n_pairs;
-    if (kept < 0) die("%s", err);
+    float *bias = c->fitting ? allocate(n_pairs, sizeof *bias) : NULL;
+    memset(keep, 0, n_pairs);
+    for (size_t i = 0; bias && i < n_pairs; i++) bias[i] = 0;
+    long kept = held_pairs(c, n, keep, bias);
     int *layers = allocate(s->model.config.n_layers, sizeof *layers);
-    float *bias = c->fitting ? fitted_biases(c, keep, &in.progress) : NULL;
-    ChartMap map = {.model = s->model.name,
-                    .policy = c->policy->name,
-                    .level = c->level->name,
-                    .fit = scored && o->fit != FIT_NONE ? fit_kind_name((FitKind)o->fit) : NULL,
-                    .tok = s->tok,
-                    .ids = c->ids + c->n_prefix,
-                    .layer = layers,
-                    .keep = keep,
-                    .bias = bias,
-                    .n_ctx = c->n_ctx,
-                    .n_layers = kvcache_scored_layers(&s->kv.shape, layers),
-                    .n_kv_heads = s->kv.shape.n_kv_heads,
-                    .n_kept = kept};
+    ChartMap map = {
+        .model = s->model.name,
+        .policy = c->policy->name,
+        .level = c->level->name,
+        .fit = o->ratio < 1 && o->fit != FIT_NONE ? fit_kind_name((FitKind)o->fit) : NULL,
+        .tok = s->tok,
+        .ids = in.ids.id + c->n_prefix,
+        .layer = layers,
+        .keep = keep,
+        .bias = bias,
+        .n_ctx = n,
+        .n_layers = kvcache_scored_layers(&s->kv.shape, layers),
+        .n_kv_heads = s->kv.shape.n_kv_heads,
+        .n_kept = kept};
     if (chart_map(&map, o->out, err) != 0) die_file(o->out, err);
-    map_figures(o, &map);
+    map_figures(&in, &map);
     free(bias);
     free(layers);
     free(keep);
-    free(score);
     close_reading(&in);
     return 0;
 }

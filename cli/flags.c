@@ -44,7 +44,13 @@ static const Options defaults = {.n = -1,
 const Flag flags[] = {
     {"-p", "TEXT", TEXT, AT(prompt), .takes = READS, .help = "the text; - reads stdin"},
     {"-p", "TEXT", TEXT, AT(prompt), .takes = TOKENIZE, .help = "the text (default: stdin)"},
-    {"-f", "FILE", TEXT, AT(file), .takes = READS, .help = "a file with the text; - reads stdin"},
+    {"-f", "FILE", TEXT, AT(file), .takes = READS & ~DOCUMENTS,
+     .help = "a file with the text; - reads stdin"},
+    {"-f", "FILE", TEXTS, AT(files), .takes = DOCUMENTS,
+     .help = "a file with the text; - reads stdin. Several -f: documents in one cache, each scored "
+             "and evicted on its own"},
+    {"--append", "CACHE", TEXT, AT(append), .takes = COMPRESS,
+     .help = "the text follows what a saved cache holds, which stays; -o may be CACHE itself"},
     {"-f", "FILE", TEXT, AT(file), .takes = TOKENIZE, .help = "a file with the text or the ids"},
     {"-f", "FILE", TEXT, AT(file), .takes = ASK,
      .help = "questions, one a line; the start of the answer may follow after a tab. Of several "
@@ -346,7 +352,7 @@ static void add_to_list(const Options *o, const Flag *f, const char **list, cons
     int n = 0;
     while (list[n]) n++;
     if (n == MAX_STOPS) die_usage(o->command, "%s: %d texts at most", f->name, MAX_STOPS);
-    if (!*value) die_usage(o->command, "%s: an empty text ends nothing", f->name);
+    if (!*value) die_usage(o->command, "%s: needs a %s, not an empty text", f->name, f->value);
     list[n] = value;
 }
 
@@ -422,6 +428,7 @@ bool wants_stream(const Options *o) {
 }
 
 static bool has_budget(const Options *o) { return o->budget > 0; }
+static bool appends(const Options *o) { return o->append != NULL; }
 static bool is_raw(const Options *o) { return o->raw; }
 static bool has_ids(const Options *o) { return o->ids != NULL; }
 static bool demotes(const Options *o) { return o->demote >= 0; }
@@ -468,6 +475,7 @@ static const Rule rules[] = {
     {"--system --system-file --task ", CONTEXT | EVAL | CALIBRATE, is_raw, false,
      "--raw leaves them out"},
     {"--system --system-file --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
+    {"--system --system-file --task ", COMPRESS, appends, false, "the saved cache has its own"},
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
     {READING "--kv --shard --show --ppl --mem ", EVAL, merges, false, "--merge only joins results"},
     {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},
@@ -511,6 +519,7 @@ void parse_options(Options *o, const Command *c, int argc, char **argv) {
         else
             parse_flag(o, given, argc, argv, &i);
     }
+    if (o->files[0]) o->file = o->files[0];
     check_rules(o, given);
     if (o->ratio == 0 && (c->bit & (CONTEXT | SERVE))) o->ratio = 0.3;
     if (o->chunk == 0 && c->bit != BENCH) o->chunk = default_chunk(o->score_attn == 1);

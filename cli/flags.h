@@ -30,6 +30,7 @@ enum {
     ALL = (1 << 13) - 1,
     ANSWERS = GENERATE | CHAT | ASK,
     CONTEXT = COMPRESS | SCORE | MAP,
+    DOCUMENTS = COMPRESS | MAP,            // reads several texts
     STREAMS = GENERATE | CHAT | COMPRESS,  // may evict while tokens come
     RUNS = ALL & ~(TOKENIZE | INFO),       // runs a model
     READS = GENERATE | CONTEXT | LOGITS    // runs it over a given text
@@ -44,9 +45,11 @@ typedef struct {
 // flags.c. -h says what each is for.
 typedef struct {
     // what is read and written
-    const char *prompt, *file, *ids;  // -p, -f, --ids: a text, the files of a text or of token ids
-    const char *out;                  // -o
-    const char *cache;                // -c
+    const char *prompt, *file, *ids;   // -p, -f, --ids: a text, the files of a text or of token ids
+    const char *out;                   // -o
+    const char *files[MAX_STOPS + 1];  // -f of several documents, NULL behind the last
+    const char *cache;                 // -c
+    const char *append;                // the cache that documents follow
     const char *isa;
     const char *ppl, *chart, *shard, *profile;
     // what stands around the text

@@ -148,6 +148,7 @@ void check_writable(const Options *o, const char *path) {
     for (int i = o->into; i < o->n_args; i++)  // into itself: the old file stays mapped
         not_the_same(path, o->args[i], "read");
     for (int i = 0; i < 6; i++) not_the_same(path, inputs[i], "read");
+    for (int i = 0; o->files[i]; i++) not_the_same(path, o->files[i], "read");
     not_the_same(path, other, "also written");
     if (newfile_check(path, err) != 0) die_file(path, err);
 }

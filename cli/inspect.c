@@ -347,6 +347,7 @@ static void info_cache(const Options *o, const TensorFile *f) {
         {"set", c.info.set ? c.info.set : "none", 0, false},
         {"budget", c.info.budget ? c.info.budget : "none", 0, false},
         {"fit", c.info.fit ? c.info.fit : "none", 0, false},
+        {"documents", c.info.documents ? c.info.documents : "one", 0, false},
         {"ratio", NULL, c.info.ratio, false},
         {"kept", NULL, c.n_scored > 0 ? c.kept / c.n_scored : 1, false},
         {"demoted", NULL, c.n_scored > 0 ? c.demoted / c.n_scored : 0, false},

@@ -151,7 +151,7 @@ def test_flags(m, d):
     """A flag counts once, together with what it fits, and one that says the default changes nothing."""
     text, out = ["-p", "The code of Chen is 12. " * 20], ["-o", d + "/flags.kvc"]
     compress = ["compress", m.path, *text, *out]
-    fails(2, "-f is given twice", "compress", m.path, "-f", m.path, "-f", m.path, *out)
+    fails(2, "-f is given twice", "score", m.path, "-f", m.path, "-f", m.path, *out)
     fails(2, "--ratio is given twice", *compress, "--ratio", 0.5, "--ratio=0.2")
     fails(2, "window is given twice", *compress, "--policy", "snapkv", "--set", "window=8,window=9")
     for flag, values in [("-n", [" 5", "0x10", "+5", "5abc", "1e1"]), ("--temp", [" 1", "0x1", "nan", "inf", "1abc", "+1"]),
