@@ -23,6 +23,21 @@ bool text_steers(uint32_t c) {
            (c >= 0x2066 && c <= 0x2069) || c == 0xfffe || c == 0xffff;
 }
 
+int text_columns(uint32_t c) {
+    // clang-format off: from, to, columns
+    static const uint32_t special[][3] = {
+        {0x300, 0x36f, 0},     {0x483, 0x489, 0},     {0x591, 0x5bd, 0},     {0x610, 0x61a, 0},
+        {0x64b, 0x65f, 0},     {0x1100, 0x115f, 2},   {0x1ab0, 0x1aff, 0},   {0x1dc0, 0x1dff, 0},
+        {0x200b, 0x200f, 0},   {0x20d0, 0x20f0, 0},   {0x2e80, 0x303e, 2},   {0x3041, 0xa4cf, 2},
+        {0xa960, 0xa97f, 2},   {0xac00, 0xd7a3, 2},   {0xf900, 0xfaff, 2},   {0xfe00, 0xfe0f, 0},
+        {0xfe20, 0xfe2f, 0},   {0xfe30, 0xfe6f, 2},   {0xff01, 0xff60, 2},   {0xffe0, 0xffe6, 2},
+        {0x1f300, 0x1f64f, 2}, {0x1f680, 0x1f6ff, 2}, {0x1f900, 0x1faff, 2}, {0x20000, 0x3fffd, 2}};
+    // clang-format on
+    for (size_t i = 0; i < sizeof special / sizeof *special; i++)
+        if (c >= special[i][0] && c <= special[i][1]) return (int)special[i][2];
+    return 1;
+}
+
 // \n, \t, \r, \x1b, \u202e
 static int put_escape(char out[TEXT_SHOWN], uint32_t c) {
     static const char digits[] = "0123456789abcdef";

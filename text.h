@@ -17,6 +17,10 @@
 // that reorder a line (CVE-2021-42574), and U+FFFE and U+FFFF, which XML forbids.
 bool text_steers(uint32_t c);
 
+// Columns of a terminal that a character takes: 2 for East Asian ones and pictures, 0 for marks on
+// others and what joins them, else 1.
+int text_columns(uint32_t c);
+
 enum { TEXT_SHOWN = 8 };
 // Writes the character at *s, *s < end, as it is shown: itself; one that steers as \x1b (up to
 // U+007F) or \u202e, newline, tab and carriage return as \n, \t and \r; what is no UTF-8 as U+FFFD,

@@ -86,7 +86,18 @@ static void test_cut(void) {
     }
 }
 
+// Columns of letters, marks and wide characters, as wcwidth of glibc and musl has them.
+static void test_columns(void) {
+    static const uint32_t one[] = {'a', 0xe9, 0x3b1, 0x5d0, 0x20ac, 0x21b5, 0x303f, 0xff61, 0xfffd},
+                          two[] = {0x1100, 0x3042, 0x6f22, 0xac00, 0xff21, 0x1f600, 0x20000},
+                          none[] = {0x301, 0x200d, 0x20d7, 0xfe0f};
+    for (size_t i = 0; i < sizeof one / sizeof *one; i++) CHECK(text_columns(one[i]) == 1);
+    for (size_t i = 0; i < sizeof two / sizeof *two; i++) CHECK(text_columns(two[i]) == 2);
+    for (size_t i = 0; i < sizeof none / sizeof *none; i++) CHECK(text_columns(none[i]) == 0);
+}
+
 int main(void) {
+    test_columns();
     test_shown();
     test_format();
     test_json();
