@@ -2,8 +2,8 @@
 //
 // Whoever asks through a pipe may wait for an answer before the next question, so lines are taken
 // as they come: bytes are read by hand, for stdio would wait until its buffer is full, and poll
-// says whether more would have to be waited for. A terminal gives pasted lines one by one; between
-// the marks of "bracketed paste" (xterm's control sequences, mode 2004) they are one message.
+// says whether more would have to be waited for. At a terminal a line is edited (edit.c); what is
+// pasted is one message, for the terminal marks it ("bracketed paste", xterm's mode 2004).
 #define _DEFAULT_SOURCE  // ECHOCTL
 #define _DARWIN_C_SOURCE
 #include "cli/lines.h"
@@ -19,7 +19,7 @@
 #include "cli/input.h"
 #include "cli/output.h"
 
-static const char PASTE_BEGIN[] = "\033[200~", PASTE_END[] = "\033[201~";
+static const char PROMPT[] = "> ";
 
 // ---- the terminal ----
 
@@ -30,7 +30,8 @@ static void restore_terminal(void) {
     tcsetattr(STDIN_FILENO, TCSANOW, &terminal);
 }
 
-// The marks would be echoed as ^[[200~; as they are the terminal shows nothing for them.
+// The marks would be echoed as ^[[200~ while an answer is written; so the terminal shows nothing
+// for them.
 void lines_begin(Lines *l) {
     const char *term = getenv("TERM");
     if (!l->person || !isatty(STDERR_FILENO) || !term || strcmp(term, "dumb") == 0) return;
@@ -38,8 +39,8 @@ void lines_begin(Lines *l) {
     struct termios quiet = terminal;
     quiet.c_lflag &= ~(tcflag_t)ECHOCTL;
     tcsetattr(STDIN_FILENO, TCSANOW, &quiet);
-    fputs("\033[?2004h", stderr);
-    l->pastes = true;
+    l->editor.fd = l->fd, l->editor.cooked = quiet, l->editor.prompt = PROMPT;
+    l->edits = true;
 }
 
 // ---- lines ----
@@ -85,48 +86,31 @@ static char *take_line(Lines *l, bool wait, size_t *n) {
     return line + mark;
 }
 
-// Takes the first occurrence of mark out of b; returns whether there is one.
-static bool take_out(Buffer *b, const char *mark) {
-    size_t len = strlen(mark);
-    for (size_t at = 0; at + len <= b->n; at++) {
-        if (memcmp(b->s + at, mark, len) != 0) continue;
-        memmove(b->s + at, b->s + at + len, b->n - at - len + 1);
-        b->n -= len;
-        return true;
-    }
-    return false;
-}
-
-// The line, and those that were pasted with it.
-static char *take_message(Lines *l, char *line, size_t *n) {
-    Buffer *m = &l->message;
-    m->n = 0;
-    add_text(m, line, *n);
-    for (bool open = false;;) {
-        while (take_out(m, open ? PASTE_END : PASTE_BEGIN)) open = !open;
-        if (!open || !(line = take_line(l, true, n))) break;
-        add_text(m, "\n", 1);
-        add_text(m, line, *n);
-    }
-    *n = m->n;
-    return m->s;
+// What a person types, as one line.
+static char *typed_line(Lines *l, size_t *n) {
+    if (!edit_line(&l->editor)) return NULL;
+    char *line = l->editor.line.s;
+    size_t mark = check_line(l->name, ++l->number, line, l->editor.line.n);
+    *n = l->editor.line.n - mark;
+    return line + mark;
 }
 
 char *lines_next(Lines *l, bool wait, size_t *n) {
-    for (int tries = 0; tries < 2; tries++) {
-        if (l->person) fputs("> ", stderr);
-        char *line = take_line(l, wait, n);
-        if (line) return l->pastes ? take_message(l, line, n) : line;
+    for (int tries = 0; tries < 2;) {
+        if (l->person && !l->edits) fputs(PROMPT, stderr);
+        char *line = l->edits ? typed_line(l, n) : take_line(l, wait, n);
+        if (line) return line;
         if (l->person) fputc('\n', stderr);
         if (interrupted != SIGINT || !l->person) return NULL;
         interrupted = 0;
-        if (tries == 0) fputs("(Ctrl-C again or Ctrl-D ends)\n", stderr);
+        if (l->edits && l->editor.line.n > 0) continue;  // only the line is taken back
+        if (tries++ == 0) fputs("(Ctrl-C again or Ctrl-D ends)\n", stderr);
     }
     return NULL;
 }
 
 void lines_free(Lines *l) {
     free(l->in.s);
-    free(l->message.s);
+    edit_free(&l->editor);
     *l = (Lines){0};
 }

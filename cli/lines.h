@@ -3,6 +3,7 @@
 #define LINES_H
 #include <stdbool.h>
 
+#include "cli/edit.h"
 #include "util.h"
 
 // Zeroed but for the first fields at the start.
@@ -14,17 +15,18 @@ typedef struct {
     size_t from, end;  // those that are no line yet begin at from; none before end ends a line
     long number;       // of the last line taken, from 1
     bool ended;        // there is no more to read
-    bool pastes;       // the terminal marks what is pasted
-    Buffer message;    // of several lines
+    bool edits;        // the terminal can move the cursor, and marks what is pasted
+    Editor editor;
 } Lines;
 
-// From here on a person's terminal marks pasted text, where it can, until the program ends.
+// From here on a person's lines are edited, and pasted text is marked, where the terminal can do
+// it (TERM is not dumb), until the program ends.
 void lines_begin(Lines *l);
 
 // The next line without its newline, *n bytes, which stay until the next call; a person's pasted
 // lines are one, with newlines between. With wait it waits for one, without it takes only what is
-// there already. NULL when there is none, or after a signal. A first Ctrl-C at the prompt is
-// forgiven, a second ends all.
+// there already. NULL when there is none, or after a signal. Ctrl-C takes back what is typed so
+// far; where nothing is, the first is forgiven and a second ends all.
 char *lines_next(Lines *l, bool wait, size_t *n);
 
 void lines_free(Lines *l);  // not the descriptor; safe on a zeroed struct, and twice
