@@ -490,6 +490,12 @@ Schema *schema_open(const char *text, size_t n, const Pieces *p, char *err) {
     return schema_close(s), NULL;
 }
 
+size_t constrain_bytes(int vocab) {
+    enum { TEXT = 8 };  // bytes of a token
+    size_t n = (size_t)vocab;
+    return n * (sizeof(Piece) + sizeof(int) + TEXT) + CACHED * ((n + 63) / 64) * sizeof(uint64_t);
+}
+
 void schema_close(Schema *s) {
     if (!s) return;
     rules_free(&s->rules);

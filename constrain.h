@@ -35,6 +35,9 @@ typedef struct Schema Schema;
 Schema *schema_open(const char *text, size_t n, const Pieces *p, char *err);
 void schema_close(Schema *s);  // NULL allowed
 
+// Bytes that the pieces of so many ids and the masks of one schema take, nearly.
+size_t constrain_bytes(int vocab);
+
 // How far a text has come; {0} before form_begin.
 typedef struct {
     Schema *schema;

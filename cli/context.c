@@ -53,17 +53,14 @@ static bool wants_fit(const Options *o) {
     return fits && (wants_stream(o) || o->ratio < 1);
 }
 
-// Of the i-th document, when those before it have been evicted. A score is a float, and whether its
-// pair stays a byte. While it is repeated a context is longer by what is repeated at a time; KVzip+
-// has a float for each query head as well.
+// Of the i-th document, when those before it have been evicted. While it is repeated a context is
+// longer by what is repeated at a time.
 static MemoryNeed part_need(const Reading *r, int i) {
     const Options *o = r->s.o;
-    const Config *m = &r->s.model.config;
     int from = i > 0 ? r->part[i - 1].first + r->part[i - 1].n : r->n_saved;
     int n_prefix = r->part[i].first - from;
     double n = n_prefix + r->part[i].n, chunk = fmin((double)o->chunk, n);
     bool scored = !wants_stream(o) && (o->ratio < 1 || o->bit == SCORE);
-    bool logs = strcmp(r->c.policy->name, "kvzip+") == 0;
     int stay = n_prefix + (int)(o->ratio * n), threads = pool_threads(r->s.pool);
     double before = o->budget > 0 ? (double)(o->budget * i) : o->ratio * (from - r->n_saved);
     return (MemoryNeed){
@@ -73,7 +70,7 @@ static MemoryNeed part_need(const Reading *r, int i) {
         .more = wants_fit(o) ? (double)fitting_bytes(&r->s.kv.shape, (int)n, stay, threads) : 0,
         .forked = scored ? chunk : 0,
         .n_prefix = n_prefix,
-        .scores = scored ? 5 + 4.0 * logs * m->n_heads / m->n_kv_heads : 0,
+        .scores = scored ? memory_scores(&r->s, r->c.policy) : 0,
         .evicts = o->bit == COMPRESS,
         .whole = scored};
 }

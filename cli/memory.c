@@ -10,10 +10,12 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "cgroup.h"
 #include "cli/output.h"
+#include "constrain.h"
 
 // Bytes of a program that has nothing open: code, libraries, stacks, buffers.
 static const double PROGRAM = 6e6;
@@ -62,7 +64,16 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
     use.rest = PROGRAM + need->more;
     if (s->kv.type == KV_F16) use.rest += whole_pages * (double)kvcache_read_bytes(&shape);
     use.rest += heads * pairs * (streams ? STREAM_PAIR : need->scores);
+    if (s->o->json_object || s->o->json_schema)
+        use.rest += (double)constrain_bytes(s->model.config.vocab_size);
     return use;
+}
+
+// A score is a float, and whether its pair stays a byte. KVzip+ has a float for each query head as
+// well.
+double memory_scores(const Session *s, const Policy *policy) {
+    const Config *m = &s->model.config;
+    return 5 + (strcmp(policy->name, "kvzip+") == 0 ? 4.0 * m->n_heads / m->n_kv_heads : 0);
 }
 
 double memory_total(const MemoryUse *use) {
@@ -134,7 +145,7 @@ static const char *advice(char text[160], const Session *s, const MemoryNeed *ne
     return n > 0 ? text : "a shorter text or a smaller model alone";
 }
 
-void memory_check(const Session *s, const MemoryNeed *need) {
+int memory_fits(const Session *s, const MemoryNeed *need, char *err) {
     const Options *o = s->o;
     char size[6][32], text[160];
     const char *who = "--mem";
@@ -142,10 +153,18 @@ void memory_check(const Session *s, const MemoryNeed *need) {
                        (double)o->budget};
     MemoryUse use = memory_use(s, need, &plan);
     double total = memory_total(&use), limit = o->mem > 0 ? o->mem : memory_here(&who);
-    if (total <= limit || (o->mem == 0 && o->quiet)) return;
-    (o->mem > 0 ? die : warning)(
-        "this needs %s (weights %s, scratch %s, cache %s, more %s), %s has %s; what fits: %s",
-        size_text(size[0], total), size_text(size[1], use.weights), size_text(size[2], use.scratch),
-        size_text(size[3], use.cache), size_text(size[4], use.rest), who, size_text(size[5], limit),
-        advice(text, s, need, plan, limit));
+    if (total <= limit || (o->mem == 0 && o->quiet)) return 0;
+    fail(err, "this needs %s (weights %s, scratch %s, cache %s, more %s), %s has %s; what fits: %s",
+         size_text(size[0], total), size_text(size[1], use.weights),
+         size_text(size[2], use.scratch), size_text(size[3], use.cache),
+         size_text(size[4], use.rest), who, size_text(size[5], limit),
+         advice(text, s, need, plan, limit));
+    if (o->mem > 0) return -1;
+    warning("%s", err);
+    return 0;
+}
+
+void memory_check(const Session *s, const MemoryNeed *need) {
+    char err[ERR_LEN];
+    if (memory_fits(s, need, err) != 0) die("%s", err);
 }

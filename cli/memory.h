@@ -40,6 +40,13 @@ double memory_group_limit(const char *text, const char *root);
 // Bytes that the machine has and this process may use; *who says which of them is less.
 double memory_here(const char **who);
 
+// Bytes of scores for each pair of a sequence that the policy scores once it is there.
+double memory_scores(const Session *s, const Policy *policy);
+
+// Whether `need` is less than --mem allows: 0, or -1 with err, which says what would fit. Without
+// --mem it warns where it is more than the machine or the control group has.
+int memory_fits(const Session *s, const MemoryNeed *need, char *err);
+
 // With --mem: ends the program where `need` is more, and says what would fit. Without: warns where
 // it is more than the machine or the control group has.
 void memory_check(const Session *s, const MemoryNeed *need);

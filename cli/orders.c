@@ -90,13 +90,21 @@ static int order_save(Orders *o, const char *path, char *err) {
     return rc;
 }
 
+// Bytes that the talk has, and what /undo may give back.
+static double talk_bytes(const Orders *o) {
+    const KVCache *kv = &o->s->kv;
+    size_t before = o->can_undo ? kvcache_bytes(kv, o->before.seq) : 0;
+    return (double)(kvcache_bytes(kv, o->talk->seq) + before);
+}
+
 static int order_load(Orders *o, const char *path, char *err) {
     Session *s = o->s;
     KVCache other = {0};
     KVInfo info;
     KVModel model = {model_kv_shape(&s->model), s->model.fingerprint};
     if (kvfile_load(&other, path, &model, s->pool, &info, err) != 0) return -1;
-    int seq = kvcache_take(&s->kv, &other, 0, err);
+    MemoryNeed need = {.loaded = talk_bytes(o) + 2 * (double)other.file.map_bytes};
+    int seq = memory_fits(s, &need, err) != 0 ? -1 : kvcache_take(&s->kv, &other, 0, err);
     if (seq >= 0) {
         begin_on(o, seq, info.ids, info.n_ids);
         note("[%d tokens of %s]\n", info.n_ids, path);
@@ -122,6 +130,16 @@ static int compress(Session *s, Context *c, char *err) {
     return rc;
 }
 
+// Whether n tokens fit beside the talk, all of them until they have been scored.
+static int doc_fits(const Orders *o, const Context *c, int n, char *err) {
+    MemoryNeed need = {.tokens = n,
+                       .loaded = talk_bytes(o),
+                       .forked = min_int(c->chunk, n),
+                       .scores = memory_scores(o->s, c->policy),
+                       .whole = true};
+    return memory_fits(o->s, &need, err);
+}
+
 static int order_doc(Orders *o, const char *path, char *err) {
     Session *s = o->s;
     Buffer text;
@@ -138,6 +156,7 @@ static int order_doc(Orders *o, const char *path, char *err) {
     if (rc == 0) warn_length(s, ids.n);
     if (!s->context.policy) s->context = chosen_method(s);
     Context c = s->context;
+    if (rc == 0) rc = doc_fits(o, &c, ids.n, err);
     Progress progress = progress_begin(s);
     c.state = &s->state, c.kv = &s->kv, c.tok = s->tok, c.postfix = repeat_postfix(s);
     c.ids = ids.id, c.n_prefix = n_prefix, c.n_ctx = ids.n - n_prefix;

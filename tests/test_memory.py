@@ -58,6 +58,39 @@ def advice(model, ids, cache):
         check(code == 0, "the advice for %s does not fit: %s" % (limit, err))
 
 
+def orders(model, text, cache):
+    """/doc and /load of a chat: refused where they do not fit, beside a talk that goes on; the estimate is near what they take."""
+    words = [RUN, "chat", model, "-n", "1", "-j", "1", "--temp", "0"]
+
+    def talk(*lines, flags=()):
+        p = subprocess.run([sys.executable, "-c", PEAK, *words, *flags], input="".join(line + "\n" for line in lines).encode(),
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return int(p.stdout.split()[1]) * (1 if sys.platform == "darwin" else 1024), p.stderr.decode()
+
+    for order, path in ("/doc", text), ("/load", cache):
+        _, err = talk("Hello", "%s %s" % (order, path), "Who?", flags=["--mem", "11M"])
+        m = re.search(r"run: %s: \S+: this needs ([\d.]+) (\w+) \(.*--mem has 11.0 MB; what fits: " % order, err)
+        check(m and err.count("written in") == 2, "%s does not fit: %s" % (order, err))
+        got, err = talk("Hello", "%s %s" % (order, path), "Who?", flags=["--mem", "1G"])
+        check("this needs" not in err and err.count("written in") == 2, "%s fits: %s" % (order, err))
+        want = float(m[1]) * UNIT[m[2]] if m else 1
+        check(got / FACTOR < want < got * FACTOR, "%s: %.1f MB estimated, %.1f taken" % (order, want / 1e6, got / 1e6))
+
+
+def forms(model):
+    """Pieces and masks of answers that are JSON: the smallest limit that lets them run is higher by 36 bytes a token and 64 masks."""
+    def least(*flags):
+        low, high = 1 << 20, 1 << 24  # refused, accepted
+        while high - low > 256:
+            middle = (low + high) // 2
+            code = run("generate", model, "-p", "a", "-n", "0", "-j", "1", "-q", *flags, "--mem", str(middle))[0]
+            low, high = (middle, high) if code else (low, middle)
+        return high
+
+    form = least("--json-object") - least()
+    check(abs(form - (640 * 36 + 64 * 640 // 8)) < 600, "JSON counts %d bytes" % form)
+
+
 def every_command(model, folder):
     path = {}
     for name, text in (("text", "The mill was built by Ann Grey. " * 9),
@@ -89,6 +122,12 @@ def main():
         gemma = os.path.join(HERE, "fixtures", "gemma3.kvz")
         estimates(gemma, ["--ids", path], cache)
         advice(gemma, ["--ids", path], cache)
+        smol, text = os.path.join(HERE, "fixtures", "smol.kvz"), os.path.join(folder, "text.txt")
+        with open(text, "w") as f:
+            f.write("The mill was built by Ann Grey, who keeps forty goats. " * 250)
+        check(run("compress", smol, "-f", text, "-o", cache, "--ratio", "1")[0] == 0, "compress")
+        orders(smol, text, cache)
+        forms(smol)
         every_command(os.path.join(HERE, "fixtures", "smol-q8.kvz"), folder)
     sys.exit(end("memory"))
 
