@@ -33,8 +33,7 @@ static void restore_terminal(void) {
 // The marks would be echoed as ^[[200~ while an answer is written; so the terminal shows nothing
 // for them.
 void lines_begin(Lines *l) {
-    const char *term = getenv("TERM");
-    if (!l->person || !isatty(STDERR_FILENO) || !term || strcmp(term, "dumb") == 0) return;
+    if (!l->person || !moves_cursor() || !getenv("TERM")) return;
     if (tcgetattr(STDIN_FILENO, &terminal) != 0 || atexit(restore_terminal) != 0) return;
     struct termios quiet = terminal;
     quiet.c_lflag &= ~(tcflag_t)ECHOCTL;

@@ -25,6 +25,11 @@ void name_program(const char *path) {
     if (path && path[0]) program = slash ? slash + 1 : path;
 }
 
+bool moves_cursor(void) {
+    const char *term = getenv("TERM");
+    return isatty(STDERR_FILENO) && !(term && strcmp(term, "dumb") == 0);
+}
+
 // ---- endings ----
 
 static void on_signal(int sig) { interrupted = sig; }

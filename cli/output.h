@@ -18,6 +18,9 @@ void name_program(const char *path);  // argv[0], or NULL
 
 // ---- endings ----
 
+// Whether stderr is a terminal where the cursor can be moved: TERM is not dumb.
+bool moves_cursor(void);
+
 // From here on SIGINT, SIGTERM and SIGHUP only set `interrupted` to their number. Work stops at its
 // next step, files are as they were, and main exits with 128 + signal.
 void catch_signals(void);

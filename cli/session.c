@@ -177,7 +177,7 @@ void warn_length(Session *s, long positions) {
 // ---- progress ----
 
 Progress progress_begin(const Session *s) {
-    return (Progress){.on = !s->o->quiet && isatty(STDERR_FILENO), .last = now()};
+    return (Progress){.on = !s->o->quiet && moves_cursor(), .last = now()};
 }
 
 int progress_step(void *arg, const char *what, long done, long total) {

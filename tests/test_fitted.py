@@ -170,7 +170,7 @@ def test_progress(m, d):
     slow = ["--ids", ids, "--policy", "streaming", "--ratio", "0.9", "--fit", "both", "--isa", "scalar", "-j", "1", "-o", d + "/stopped"]
     for command in ("compress", "map"):
         lead, follow = os.openpty()
-        p = subprocess.Popen([RUN, command, m.path, *slow], stdout=subprocess.PIPE, stderr=follow)
+        p = subprocess.Popen([RUN, command, m.path, *slow], stdout=subprocess.PIPE, stderr=follow, env=dict(os.environ, TERM="xterm"))
         os.close(follow)
         seen = until(lead, b"\rfit ")
         p.send_signal(signal.SIGINT)

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""test_install.py: `make install`, the manual page, and what shells complete, from the tables of commands and flags."""
+"""test_install.py: `make install`, the manual page, what shells complete, from the tables of commands and flags, and docs/install.md.
+
+CROSS=1 builds with zig's compiler, too, which takes minutes; else make only says what it would do.
+"""
 import os
 import re
 import shutil
@@ -67,6 +70,44 @@ def check_others(zsh, fish):
         check(all(word in got for word in ("none", "values", "both", "compress")), "fish completes: %r" % got)
 
 
+def check_document():
+    """Every command of docs/install.md, word for word, in a home of its own; orders, keys and variables as the program has them."""
+    with open(os.path.join(ROOT, "docs", "install.md")) as f:
+        text = f.read()
+    lines = [line.split("   #")[0].strip() for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
+    with tempfile.TemporaryDirectory() as home:
+        env = dict(os.environ, HOME=home, PATH=home + "/.local/bin:" + os.environ["PATH"], MANPAGER="cat", MAKEFLAGS="-s")
+        build = os.path.join(ROOT, "build", "kvzip-1.0.tar.gz")
+        for line in lines:
+            cross = "cross" in line and os.environ.get("CROSS") != "1"
+            line = line.replace("make", "make -n", 1) if cross else line
+            if line.startswith(("kvzip help man", "make dist", "tar")) and not shutil.which({"k": "man", "m": "git", "t": "tar"}[line[0]]):
+                continue
+            done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=900)
+            check(done.returncode == 0, "install.md: %s: exit %d: %s" % (line, done.returncode, done.stderr[-300:]))
+            if line.startswith("kvzip help man"):
+                check("compress" in done.stdout and "calibrate" in done.stdout, "install.md: the manual page: %r" % done.stdout[:100])
+            if "DESTDIR" in line and " install" in line:
+                check(os.path.exists(home + "/package/usr/bin/kvzip"), "install.md: DESTDIR")
+        left = [n for _, _, names in os.walk(home + "/package") for n in names]
+        check(not left and os.path.exists(home + "/.local/bin/kvzip"), "install.md: uninstall takes %s" % left)
+        check(os.path.exists(home + "/kvzip-1.0/run.c"), "install.md: an archive without run.c")
+        if os.path.exists(build):
+            os.remove(build)
+        rows = re.findall(r"share/\S+?(?=`)|bin/\S+?(?=`)", text.split("## Archives")[0].split("| file under")[1])
+        there = {os.path.relpath(os.path.join(f, n), home + "/.local") for f, _, names in os.walk(home + "/.local") for n in names}
+        check(set(rows) == {n for n in there if not n.startswith(("lib/", "include/"))}, "install.md: files %s, not %s" % (rows, there))
+    model = os.path.join(ROOT, "tests", "fixtures", "smol.kvz")
+    orders = subprocess.run([RUN, "chat", model, "-j", "1"], input=b"/help\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE).stderr.decode()
+    for name, what in re.findall(r"^(/\w+) +(?:FILE)? +(\S.*)$", orders, re.M):
+        check("`%s`" % name in text or "`%s FILE`" % name in text, "install.md lacks " + name)
+    sources = [os.path.join(f, n) for f, _, names in os.walk(ROOT) for n in names
+               if n.endswith(".c") and "/tests" not in f and "/build" not in f and "/." not in f[len(ROOT):]]
+    used = {name for path in sources for name in re.findall(r'getenv\("(\w+)"\)', open(path).read())}
+    named = set(re.findall(r"^\| `(\w+)` \|", text.split("## Environment")[1], re.M))
+    check(used == named, "install.md: variables %s, not %s" % (sorted(named), sorted(used)))
+
+
 def main():
     make = ["make", "-s", "-C", ROOT, "NAME=kvzip", "PREFIX=/opt/k"]
     with tempfile.TemporaryDirectory() as d:
@@ -89,6 +130,7 @@ def main():
         told(*make, "DESTDIR=" + d, "uninstall")
         left = [name for _, _, names in os.walk(at) for name in names]
         check(not left, "uninstall leaves %s" % left)
+    check_document()
     return end("test_install")
 
 

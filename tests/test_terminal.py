@@ -264,6 +264,31 @@ def test_plain(m):
         check(b"\x1b" not in t.out, "control sequences with TERM=dumb: %r" % t.out)
 
 
+def test_progress(m, d):
+    """Bars are drawn where the cursor moves, not with TERM=dumb, -q or in a pipe; and nothing is coloured anywhere."""
+    with open(d + "/ids", "w") as f:
+        f.write(" ".join(str(30 + i * 7919 % 600) for i in range(1500)))
+    slow = ["compress", m.path, "--ids", d + "/ids", "--isa", "scalar", "-j", 1, "-o", d + "/slow.kvc"]
+    for term, flags in ("xterm", []), ("dumb", []), ("xterm", ["-q"]):
+        with Terminal(*slow, *flags, term=term) as t:
+            t.end("compress")
+            check((b"\x1b[K" in t.out) == (term == "xterm" and not flags), "a bar with TERM=%s %s: %r" % (term, flags, t.out))
+    for words in ["-h"], ["compress", "-h"], ["info", m.path], ["info", d + "/slow.kvc"], ["info", d + "/none"], ["help", "man"], ["x"]:
+        with Terminal(*words) as t:
+            t.code()
+            check(t.out and b"\x1b" not in t.out, "%s: steers the terminal: %r" % (words, t.out))
+    with chat(m) as t:
+        t.prompt()
+        t.type(b"/help\n/stats\nWho?\n")
+        asked(t)
+        t.prompt()
+        t.type(b"\x04")
+        t.end("orders")
+        check(not re.search(rb"\x1b\[[0-9;]*m", t.out), "colours: %r" % t.out)
+    r = works("chat", m.path, "-n", 3, "--temp", 0, "-j", 1, input=b"Who?\n")
+    check(b"\x1b" not in r.out and "\x1b" not in r.err, "a pipe gets control sequences: %r %r" % (r.out, r.err))
+
+
 def test_ask(m, d):
     """ask has the same lines, and each question sees the cache alone."""
     works("compress", m.path, "-p", "Ada keeps forty goats. " * 8, "-o", d + "/a.kvc", "-q")
@@ -290,6 +315,7 @@ def main():
         test_stop(smol)
         test_plain(smol)
         test_ask(smol, d)
+        test_progress(smol, d)
     return end("test_terminal")
 
 
