@@ -279,6 +279,7 @@ static int eval_merge(const Options *o) {
     if (o->chart) check_writable(o, o->chart);
     for (int i = 0; i < o->n_args; i++)
         if (eval_results_read(&results, o->args[i], err) != 0) die("%s: %s", o->args[i], err);
+    if (eval_results_order(&results, err) != 0) die("%s", err);
     if (o->out && eval_results_save(&results, o->out, err) != 0) die_file(o->out, err);
     print_rows(o, &results);
     eval_results_close(&results);

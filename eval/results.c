@@ -133,6 +133,27 @@ int eval_results_add(EvalResults *r, EvalCell *c, char *err) {
     return 0;
 }
 
+static int by_context(const void *a, const void *b) {
+    const EvalCell *x = *(const EvalCell *const *)a, *y = *(const EvalCell *const *)b;
+    return x->context != y->context ? (x->context < y->context ? -1 : 1) : x < y ? -1 : x > y;
+}
+
+int eval_results_order(EvalResults *r, char *err) {
+    size_t n = (size_t)r->n;
+    const EvalCell **order = malloc((n + 1) * sizeof *order);
+    EvalCell *cell = malloc((n + 1) * sizeof *cell);
+    for (size_t i = 0; order && i < n; i++) order[i] = &r->cell[i];
+    if (order && cell) {
+        qsort(order, n, sizeof *order, by_context);
+        for (size_t i = 0; i < n; i++) cell[i] = *order[i];
+        memcpy(r->cell, cell, n * sizeof *cell);
+    }
+    int status = order && cell ? 0 : fail(err, "out of memory for %d results", r->n);
+    free(order);
+    free(cell);
+    return status;
+}
+
 int eval_results_save(const EvalResults *r, const char *path, char *err) {
     NewFile out;
     if (newfile_begin(&out, path, err) != 0) return -1;

@@ -50,6 +50,10 @@ int eval_results_read(EvalResults *r, const char *path, char *err);
 // eval_run adds each cell as it is done; nothing is cut or written before eval_results_begin.
 int eval_results_open(EvalResults *r, const char *path, char *err);
 
+// Orders cells by context, those of one as they came: as one run has them, whatever shards they are
+// from. Returns 0, or -1 with err: no memory.
+int eval_results_order(EvalResults *r, char *err);
+
 // Writes all of them as a new file. Returns 0, or -1 with err and the old file as it was.
 int eval_results_save(const EvalResults *r, const char *path, char *err);
 
