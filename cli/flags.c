@@ -152,7 +152,7 @@ const Flag flags[] = {
     {"--batch", "N", COUNT, AT(batch), RANGE(1, MAX_BATCH), .takes = ASK,
      .help = "questions answered together (default 8; 1 with --keep); the answers are those of "
              "one at a time"},
-    {"--draft", "N", COUNT, AT(draft), RANGE(0, DRAFT_MOST), .takes = ANSWERS,
+    {"--draft", "N", COUNT, AT(draft), RANGE(0, DRAFT_MOST), .takes = ANSWERS | SERVE,
      .help =
          "at --temp 0 guess up to N tokens by what followed the last ones before, in the document "
          "or the answer, and check them in one step: the same answer, sooner where it quotes "

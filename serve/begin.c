@@ -178,6 +178,8 @@ Beginning begin_part(Engine *e, Part *p, int slot) {
     }
     if (doc && documents_load(&e->docs, doc, err) != 0) doc = NULL;  // it made room for itself
     int seq = p->base && !doc ? -1 : find_sequence(e, p, doc, err);
+    if (seq >= 0 && doc && e->draft > 0 && sampling_is_plain(&p->sampling))
+        for (int i = 0; i < doc->ids.n && ids_push(&p->source, doc->ids.id[i]) == 0;) i++;
     if (seq >= 0) {
         int from = job->echo ? p->prompt.n - 1 : p->n_skipped;
         p->reply = (Reply){.seq = seq,
@@ -187,6 +189,9 @@ Beginning begin_part(Engine *e, Part *p, int slot) {
                            .stop = (const char *const *)job->stop,
                            .ignore_stop = job->ignore_eos,
                            .sampling = &p->sampling,
+                           .source = p->source.id,
+                           .n_source = p->source.n,
+                           .draft = e->draft,
                            .schema = job->schema};
         p->begun = true;
         p->began = now();

@@ -45,6 +45,7 @@ typedef struct {
     int n_head_skipped;  // ids of the prompt that are the document's
     int n_skipped;       // and those that another sequence had
     unsigned long base;  // Document.serial, 0: none
+    Ids source;          // its ids for drafts: it may go before the answer is there
     Reply reply;
     TokenScore *scores;  // [n_scores] of the prompt's ids (Job.echo), then of the answer's
     int n_scores, scores_cap, n_scored;  // n_scored: ids whose logits are wanted, fed so far
@@ -108,6 +109,7 @@ struct Engine {
     Context method;        // how documents are compressed: chosen policy, level, profile
     double ratio;          // where a document says nothing
     FitKind fit;           // the same
+    int draft;             // of answers of likeliest tokens (drafts.h)
     int n_slots;           // parts that decode together
     int n_queue;           // jobs that wait, at most
     int most_positions;    // of a sequence

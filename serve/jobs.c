@@ -21,6 +21,7 @@ void job_free(Job *job) {
     if (job->close) job->close(job);
     for (Part *p = job->parts; p < job->parts + job->n_parts; p++) {
         ids_free(&p->prompt);
+        ids_free(&p->source);
         reply_free(&p->reply);
         free(p->scores);
     }

@@ -219,6 +219,20 @@ def test_sharing():
             check(alone == s.chat(text + " Two?", max_tokens=3)[1]["choices"], "%s: and others' stay" % model)
 
 
+def test_drafts():
+    """--draft changes no answer, alone and in company, about a document and about nothing."""
+    asked = []
+    for draft in (0, 5):
+        with Server("--draft", draft) as s:
+            s.post("/v1/documents?name=town&ratio=0.6", TEXT[:900])
+            with ThreadPoolExecutor(4) as pool:
+                asked.append(list(pool.map(lambda q: s.chat(q, max_tokens=60, ignore_eos=True, document="town", logprobs=True)[1]["choices"],
+                                           ["What?", "Who built it?", "Why?", "When?"])))
+            asked[-1].append(s.chat("One two one two one two one", max_tokens=60, ignore_eos=True)[1]["choices"])
+            s.ask("DELETE", "/v1/documents/town")
+    check(asked[0] == asked[1], "--draft: %s" % [a == b for a, b in zip(*asked)])
+
+
 def test_stop(s):
     text = s.chat("Hello there", max_tokens=24)[1]["choices"][0]["message"]["content"]
     at = next(i for i in range(6, len(text) - 3) if text[i:i + 3] not in text[:i + 2] and "\ufffd" not in text[i:i + 3])
@@ -796,6 +810,7 @@ def main():
         test_kill(folder)
         test_company(folder)
         test_sharing()
+        test_drafts()
         test_keys(folder)
         test_usage(folder)
         test_docs(folder)
