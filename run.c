@@ -130,6 +130,8 @@ int main(int argc, char **argv) {
     int code = 0;
     if (asks_for_help(argv[1])) {
         print_usage(stdout);
+    } else if (strcmp(argv[1], "--version") == 0 || strcmp(argv[1], "version") == 0) {
+        out("kvzip.c %s\n", KVZIP_RELEASE);
     } else if (strcmp(argv[1], "help") == 0) {
         print_about(argc - 2, argv + 2);
     } else if (!c.command) {

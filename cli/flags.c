@@ -401,14 +401,20 @@ static void flag_set(Options *o, const Flag *f, const char *value) {
     }
 }
 
-// The flag argv[*i] and its value, which may be the next word: then *i moves on.
+// The flag argv[*i] and its value, which may be the next word (then *i moves on), or stand behind a
+// "=", or right behind a flag of one letter: "-j 1", "--seed=1", "-j1".
 static void parse_flag(Options *o, bool *given, int argc, char **argv, int *i) {
     const char *arg = argv[*i];
     const char *value = arg[1] == '-' ? strchr(arg, '=') : NULL;
     size_t len = value ? (size_t)(value - arg) : strlen(arg);
     const Flag *f = flag_find(arg, len, o->bit);
-    if (!f) die_usage(o->command, "unknown flag %s", arg);
     if (value) value++;
+    if (!f && arg[1] != '-' && len > 2) {
+        f = flag_find(arg, 2, o->bit);
+        if (f && f->kind == SWITCH) f = NULL;
+        value = arg + 2;
+    }
+    if (!f) die_usage(o->command, "unknown flag %s", arg);
     if (value && f->kind == SWITCH) die_usage(o->command, "%s takes no value", f->name);
     if (!value && f->kind != SWITCH) {
         if (*i + 1 == argc) die_usage(o->command, "%s: its value %s is missing", f->name, f->value);

@@ -64,6 +64,8 @@ void print_usage(FILE *f) {
     for (int i = 0; i < n_commands; i++)
         fprintf(f, "  %s %-9s %s\n      %s\n", program, commands[i].name, commands[i].args,
                 commands[i].help);
+    fprintf(f, "\nand %s help man|bash|zsh|fish (a manual page, completion), %s --version\n",
+            program, program);
 }
 
 static void help_row(const char *name, const char *help, const Param *params) {

@@ -1,6 +1,8 @@
 // help.h: what the program says about itself, all of it from the tables of commands and flags.
 #ifndef HELP_H
 #define HELP_H
+#define KVZIP_RELEASE "0.1"  // also of python/kvzip.py
+
 #include <stdio.h>
 
 #include "cli/flags.h"

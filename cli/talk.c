@@ -412,6 +412,7 @@ int cmd_chat(const Options *o) {
     for (int i = 0; o->cache && i < s.info.n_ids; i++)
         if (ids_push(&orders.held, s.info.ids[i]) != 0) die_memory();
     x.orders = &orders;
+    if (person && !o->quiet) note("[/help lists orders, Ctrl-D ends]\n");
     converse(&x);
     orders_free(&orders);
     close_session(&s);

@@ -5,6 +5,7 @@ Every test runs ./run (or $RUN) on the committed fixtures (or those in $FIXTURES
 random weights, and compares with the values that another implementation computed for them. Needs
 nothing but Python's standard library. The last line says how many checks passed and failed.
 """
+import contextlib
 import json
 import math
 import os
@@ -158,6 +159,13 @@ def test_flags(m, d):
                          ("-j", ["0", "", "1e0"]), ("--seed", ["-1", " 7"]), ("--top-p", ["0x1p-1", "nan"])]:
         for v in values:
             fails(2, "%s %s: needs" % (flag, v), "generate", m.path, "-p", "a", flag, v)
+    short = ["generate", m.path, "--temp", "0", "-q"]
+    check(works(*short, "-pThe code", "-n5", "-j1").out == works(*short, "-p", "The code", "-n", "5", "-j", "1").out, "-n5, -j1")
+    for bad, says in (("-q3", "unknown flag -q3"), ("-x3", "unknown flag -x3"), ("-n5x", "-n 5x: needs"), ("-nn", "-n n: needs")):
+        fails(2, says, *short, "-p", "a", bad)
+    release = works("--version").out.decode()
+    with open(os.path.join(HERE, "..", "python", "kvzip.py")) as f:
+        check(works("version").out.decode() == release == "kvzip.c %s\n" % re.search('__version__ = "(.*)"', f.read())[1], "--version: " + release)
     fails(2, "needs at most 16 whole numbers", "bench", m.path, "--prompt", "1.5")
     fails(2, "needs a whole number", *compress, "--policy", "snapkv", "--set", "window=0x8")
     for words, flags in [("--budget says already", ["compress", *compress[1:], "--budget", 9, "--ratio", 0.5]),
@@ -477,15 +485,20 @@ def test_paste(m):
     if pid == 0:
         os.environ["TERM"] = "xterm"
         os.execv(RUN, [RUN, "chat", m.path, "-n", "1", "--temp", "0", "--json"])
-    out = b""
-    for words, typed in [(b"> ", b"\033[200~Name\nall\tof\nthem\033[201~?\n"), (b"}", b"\004"), (b"\033[?2004l", b"")]:
+    out, timer = b"", threading.Timer(120, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    for words, times, typed in [(b"> ", 1, b"\033[200~Name\nall\tof\nthem\033[201~?\n"), (b"\033[?2004h", 2, b"\004"),
+                                (b"\033[?2004l", 2, b"")]:
         for _ in range(300):
-            if words not in out and select.select([fd], [], [], 0.1)[0]:
-                out += os.read(fd, 65536)
-        os.write(fd, typed)
+            if out.count(words) < times and select.select([fd], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # it has ended
+                    out += os.read(fd, 65536)
+        with contextlib.suppress(OSError):
+            os.write(fd, typed)
     check(b'"question": "Name\\nall\\u0009of\\nthem?"' in out, "pasted lines: %r" % out)
     check(b"\033[?2004h" in out and b"\033[?2004l" in out, "the terminal is as it was: %r" % out)
     check(os.waitpid(pid, 0)[1] == 0, "chat in a terminal")
+    timer.cancel()
     os.close(fd)
 
 
