@@ -25,6 +25,7 @@ static const Options defaults = {.n = -1,
                                  .lambda = 1e-3,
                                  .demote = -1,
                                  .weights = -1,
+                                 .draft = -1,
                                  .depths = {{0, 1024}, 2},
                                  .ratios = {{1, 0.3}, 2},
                                  .shares = {{1, 0.7, 0.5, 0.3, 0.2, 0.1}, 6},
@@ -156,7 +157,7 @@ const Flag flags[] = {
      .help =
          "at --temp 0 guess up to N tokens by what followed the last ones before, in the document "
          "or the answer, and check them in one step: the same answer, sooner where it quotes "
-         "(default 0; f16 and f32 caches)"},
+         "(default 4; f16 and f32 caches; 0: none)"},
     {"--ignore-eos", NULL, SWITCH, AT(ignore_eos), .takes = ANSWERS,
      .help = "do not stop at stop tokens"},
     {"--special", NULL, SWITCH, AT(special), .takes = TOKENIZE,

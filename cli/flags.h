@@ -83,7 +83,7 @@ typedef struct {
     const char *stop[MAX_STOPS + 1];  // NULL behind the last
     bool ignore_eos, keep;
     long batch;  // 0: not given
-    long draft;
+    long draft;  // -1: not given
     // what bench and eval go through
     BenchList prompts, depths, ratios, batches;
     BenchList shares;  // --ratio of eval

@@ -107,7 +107,7 @@ static void open_engine(Engine *e, Session *s, const Ids *prefix) {
                   .method = chosen_method(s),
                   .ratio = o->ratio,
                   .fit = (FitKind)o->fit,
-                  .draft = (int)o->draft,
+                  .draft = draft_length(o),
                   .n_slots = (int)o->slots,
                   .n_queue = (int)o->queue,
                   .most_positions = s->model.config.seq_len,
@@ -143,7 +143,7 @@ int cmd_serve(const Options *o) {
                  .random = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid()};
     catch_signals();
     Server *server = listen_to(o, &door, keys, &port);
-    int most = (int)o->slots * (1 + (int)o->draft);  // logits of a step
+    int most = (int)o->slots * (1 + draft_length(o));  // logits of a step
     open_session(&s, o, NULL, max_int(most, SCORE_ROWS));
     prefix_ids(&s, &prefix);
     open_engine(&e, &s, &prefix);

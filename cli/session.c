@@ -18,6 +18,8 @@
 #include "text.h"
 #include "weights.h"
 
+enum { DRAFT = 4 };  // where nothing is said: longer ones lose in company
+
 void warn(const Session *s, const char *fmt, ...) {
     va_list ap;
     if (s->o->quiet) return;
@@ -135,10 +137,12 @@ static void open_form(Session *s) {
     free(text);
 }
 
+int draft_length(const Options *o) { return o->draft < 0 ? DRAFT : (int)o->draft; }
+
 // Where --draft says nothing.
 static void warn_draft(Session *s) {
     const char *why = NULL;
-    if (s->o->draft == 0) return;
+    if (s->o->draft <= 0) return;
     if (s->schema || !sampling_is_plain(&s->sampling)) why = "tokens are not always the likeliest";
     if (s->kv.types.k > KV_F32 || s->kv.types.v > KV_F32) why = "the cache has pages of codes";
     if (wants_stream(s->o)) why = "pairs are evicted as tokens come";

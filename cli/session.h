@@ -43,6 +43,8 @@ void open_model(Session *s, const Options *o);
 void open_session(Session *s, const Options *o, const char *path, int max_logits);
 void close_session(Session *s);
 
+int draft_length(const Options *o);  // --draft, or its default
+
 // For commands that write: answers are sampled at --temp, or at `temp` where that is not given.
 void open_answers(Session *s, double temp);
 

@@ -39,7 +39,7 @@ static Reply new_reply(Session *s, int seq, const Ids *prompt, int limit) {
                    .sampling = &s->sampling,
                    .source = s->info.ids,
                    .n_source = s->info.n_ids,
-                   .draft = (int)s->o->draft,
+                   .draft = draft_length(s->o),
                    .schema = s->schema};
 }
 
@@ -145,7 +145,7 @@ int cmd_generate(const Options *o) {
     Ids ids = {0};
     Buffer text = read_text(o, piped_input());
     catch_signals();
-    open_session(&s, o, NULL, 1 + (int)o->draft);
+    open_session(&s, o, NULL, 1 + draft_length(o));
     input_ids(&s, &text, TOK_BOS, &ids);
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
     show_prompt(&s, "prompt", ids.id, ids.n);
@@ -365,7 +365,7 @@ int cmd_ask(const Options *o) {
     Lines *lines = &x.from.lines;
     x.apart = x.from.n_args + x.from.has_lines > 1 || (x.from.has_lines && !lines->person);
     catch_signals();
-    open_session(&s, o, o->args[1], x.batch * (1 + (int)o->draft));
+    open_session(&s, o, o->args[1], x.batch * (1 + draft_length(o)));
     memory_check(&s, &(MemoryNeed){.forked = x.batch * ((double)x.limit + QUESTION),
                                    .loaded = (double)s.kv.file.map_bytes});
     open_answers(&s, 0);
@@ -393,7 +393,7 @@ int cmd_chat(const Options *o) {
                   .tolerant = true};
     if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
     catch_signals();
-    open_session(&s, o, o->cache, 1 + (int)o->draft);
+    open_session(&s, o, o->cache, 1 + draft_length(o));
     memory_check(&s, &(MemoryNeed){.tokens = (double)x.limit + QUESTION,
                                    .loaded = (double)s.kv.file.map_bytes,
                                    .evicts = !o->cache});

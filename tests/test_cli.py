@@ -252,7 +252,8 @@ def test_drafts(m, d):
     text = os.path.join(FIXTURES, "real", "town.txt")
     ask = ["ask", m.path, d + "/draft.kvc", "Who?", "And then?", "-n", "60", "--ignore-eos"]
     works("compress", m.path, "-f", text, "-o", d + "/draft.kvc", "--ratio", "0.5")
-    plain = works(*ask)
+    plain = works(*ask, "--draft", 0)
+    check("drafted" not in plain.err and works(*ask).out == plain.out, "--draft: its default changes no answer")
     for n in (2, 7):
         r = works(*ask, "--draft", n)
         check(r.out == plain.out, "--draft %d: %r instead of %r" % (n, r.out, plain.out))
