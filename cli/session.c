@@ -103,6 +103,7 @@ void open_session(Session *s, const Options *o, const char *path, int max_logits
 void close_session(Session *s) {
     answer_close(&s->answerer);
     stream_close(&s->stream);
+    free(s->held);
     schema_close(s->schema);
     pieces_close(s->pieces);
     fitting_close(&s->fitting);
@@ -306,14 +307,26 @@ void start_stream(Session *s, Context *c) {
     s->answerer.after = stream_after, s->answerer.after_arg = &s->stream;
 }
 
+// The pairs of a saved cache stay, whatever comes behind them.
+static void hold_saved(Session *s, Context *c) {
+    int n = context_heads(c);
+    c->n_prefix = s->info.n_prefix;
+    c->n_held = s->kv.seqs[c->seq].next_pos - c->n_prefix;
+    c->held = s->held = allocate((size_t)n + 1, sizeof *s->held);
+    for (int h = 0; h < n; h++)
+        s->held[h] = kvcache_scored_head(&s->kv, c->seq, h)->len - c->n_prefix;
+}
+
 // The first tokens stay because models look there when nothing else fits (arXiv 2309.17453).
 void stream_sequence(Session *s, int seq, int n_prefix) {
     enum { SINK = 4 };
+    Context *c = &s->context;
     if (!wants_stream(s->o)) return;
-    s->context = chosen_method(s);
-    s->context.state = &s->state, s->context.kv = &s->kv, s->context.tok = s->tok;
-    s->context.seq = seq, s->context.n_prefix = max_int(n_prefix, SINK);
-    start_stream(s, &s->context);
+    *c = chosen_method(s);
+    c->state = &s->state, c->kv = &s->kv, c->tok = s->tok;
+    c->seq = seq, c->n_prefix = max_int(n_prefix, SINK);
+    if (s->info.n_ids > 0) hold_saved(s, c);
+    start_stream(s, c);
     if (!s->o->quiet)
         fprintf(stderr, "[evicting: policy %s, level %s]\n", s->context.policy->name,
                 s->context.level->name);

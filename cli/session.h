@@ -32,6 +32,7 @@ typedef struct {
     Context context;  // what is evicted while tokens come, when `streams`
     Stream stream;
     bool streams;
+    int *held;  // [scored heads] pairs of a saved cache behind its prefix, which are not evicted
 } Session;
 
 // Each of these succeeds or ends the program.

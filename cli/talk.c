@@ -402,8 +402,6 @@ int cmd_chat(const Options *o) {
     x.talk =
         (Talk){.tok = s.tok, .system = o->system, .raw = o->raw, .on_context = o->cache != NULL};
     if (!o->cache) x.talk.seq = new_sequence(&s);
-    if (o->cache && wants_stream(o))
-        die_usage(o->command, "-c: its pairs have been chosen already");
     int n_prefix = talk_prefix(&x.talk, err);
     if (n_prefix < 0) die("%s", err);
     stream_sequence(&s, x.talk.seq, n_prefix);

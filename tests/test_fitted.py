@@ -196,11 +196,30 @@ def test_again(m, d):
     """A fitted cache is not compressed again: whichever way is tried, one line says so."""
     cache, _ = compressed(m, d, "once.kvc", "--fit", "both")
     before = open(cache, "rb").read()
-    for flags in (("--budget", "20"), ("--ratio", "0.5")):
-        fails(2, "-c: its pairs have been chosen already", "chat", m.path, "-c", cache, *flags)
     fails(1, "once.kvc: ", "compress", m.path, "-f", cache, "-o", d + "/twice.kvc", "--fit", "both")
     fails(2, "unexpected argument", "compress", m.path, cache, "-p", TEXT, "-o", d + "/twice.kvc")
     check(open(cache, "rb").read() == before, "what is refused changes the cache")
+
+
+def test_budget(m, d):
+    """A conversation about a saved cache with a budget: what is said is evicted, what was compressed stays."""
+    talk = "".join("Who built the mill, and who came in year %d?\n" % i for i in range(24)).encode()
+    for flags in ((), ("--fit", "both")):
+        cache, _ = compressed(m, d, "budget.kvc", *flags)
+        before = open(cache, "rb").read()
+
+        def answers(*how):
+            r = works("chat", m.path, "-c", cache, "-n", 12, "--ignore-eos", "--temp", 0, "--json", *how, input=talk)
+            return [row["answer"] for row in r.rows()], r.err
+
+        whole, _ = answers()
+        roomy, err = answers("--budget", 100000)
+        check(roomy == whole and "evicting: policy" in err, "a budget that is never reached changes nothing: %s" % err[:200])
+        for how in (("--budget", 64, "--window", 64), ("--ratio", 0.5, "--window", 64)):
+            small, _ = answers(*how)
+            check(len(small) == 24 and small[:2] == whole[:2], "%s: the first answers are those of the whole cache" % (how,))
+            check(small != whole, "%s: later ones see less of what was said" % (how,))
+        check(open(cache, "rb").read() == before, "the file stays as it is")
 
 
 def test_questions(m, d):
@@ -254,6 +273,7 @@ def main():
         test_progress(smol, d)
         for m in (smol, Model("gemma3")):
             test_questions(m, d)
+            test_budget(m, d)
     return end("test_fitted")
 
 
