@@ -1,8 +1,7 @@
 // edit.c: typing a line.
 //
-// The terminal gives keys as they come only while a line is typed; Ctrl-C stays a signal. The line
-// is drawn in one row: of a longer one the part around the cursor. What must stay true: whichever
-// way edit_line is left, the terminal is as it was before. History is in memory alone.
+// The terminal gives keys as they come only while a line is typed; Ctrl-C stays a signal. Of a long
+// line the part around the cursor is seen. However edit_line is left, the terminal is as it was.
 #define _DEFAULT_SOURCE  // SIGWINCH, TIOCGWINSZ
 #define _DARWIN_C_SOURCE
 #include "cli/edit.h"
@@ -14,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/select.h>
 #include <unistd.h>
 
 #include "cli/output.h"
@@ -23,8 +23,7 @@ enum { CTRL = 0x1f, ESC = 27, DEL = 127 };
 
 // ---- drawing ----
 
-// The character at i with the marks on it: its columns, what it is, and where the next one begins.
-// What is no UTF-8 goes byte by byte.
+// The character at i with its marks, or a byte that is none: columns, what it is, where it ends.
 static int look(const Editor *e, size_t i, uint32_t *c, size_t *next) {
     const uint8_t *s = (const uint8_t *)e->line.s, *end = s + e->line.n;
     uint32_t mark;
@@ -100,8 +99,7 @@ static void recall(Editor *e, int step) {
 }
 
 static void remember(Editor *e) {
-    free(e->old[e->n_old]);
-    e->old[e->n_old] = NULL;
+    free(e->old[e->n_old]), e->old[e->n_old] = NULL;
     if (e->line.n == 0 || (e->n_old > 0 && strcmp(e->old[e->n_old - 1], e->line.s) == 0)) return;
     if (e->n_old == EDIT_HISTORY)
         free(e->old[0]), memmove(e->old, e->old + 1, (size_t)--e->n_old * sizeof *e->old);
@@ -119,14 +117,15 @@ static void give_keys(const Editor *e) {
     fputs("\033[?2004h", stderr);  // pasted text is marked
 }
 
-// The next byte, or -1. A window that changes, and coming back from a stop, are seen here.
+// The next byte, or -1. Signals come here and nowhere else: Ctrl-C, a window that changes, a stop.
 static int read_byte(Editor *e) {
     unsigned char c;
-    while (!interrupted) {
-        if (poll(&(struct pollfd){.fd = e->fd, .events = POLLIN}, 1, -1) >= 0)
+    for (fd_set in; !interrupted; give_keys(e), draw(e)) {
+        FD_ZERO(&in);
+        FD_SET(e->fd, &in);
+        if (pselect(e->fd + 1, &in, NULL, NULL, NULL, &e->signals) >= 0)
             return read(e->fd, &c, 1) == 1 ? c : -1;
         if (errno != EINTR) return -1;
-        give_keys(e), draw(e);
     }
     return -1;
 }
@@ -179,22 +178,23 @@ static void wake(int sig) { (void)sig; }
 
 bool edit_line(Editor *e) {
     struct sigaction sa = {.sa_handler = wake}, winch, cont;
+    sigset_t all;
+    sigfillset(&all), sigdelset(&all, SIGTSTP), pthread_sigmask(SIG_BLOCK, &all, &e->signals);
     sigaction(SIGWINCH, &sa, &winch), sigaction(SIGCONT, &sa, &cont);
-    e->line.n = e->at = 0, e->pasting = false, e->shown = e->n_old;
-    add_text(&e->line, "", 0);
+    e->line.n = e->at = 0, e->pasting = false, e->shown = e->n_old, add_text(&e->line, "", 0);
     give_keys(e);
     bool whole = read_keys(e);
     e->at = e->line.n;
     if (whole) draw(e), fputc('\n', stderr);
     tcsetattr(e->fd, TCSANOW, &e->cooked);
     sigaction(SIGWINCH, &winch, NULL), sigaction(SIGCONT, &cont, NULL);
+    pthread_sigmask(SIG_SETMASK, &e->signals, NULL);
     if (whole) remember(e);
     return whole;
 }
 
 void edit_free(Editor *e) {
     for (int i = 0; i <= EDIT_HISTORY; i++) free(e->old[i]);
-    free(e->line.s);
-    free(e->taken.s);
+    free(e->line.s), free(e->taken.s);
     *e = (Editor){0};
 }

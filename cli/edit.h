@@ -1,6 +1,7 @@
 // edit.h: a line that a person types at a terminal, with arrows, history and what is pasted.
 #ifndef EDIT_H
 #define EDIT_H
+#include <signal.h>
 #include <stdbool.h>
 #include <termios.h>
 
@@ -16,6 +17,7 @@ typedef struct {
     Buffer line;                  // UTF-8, with newlines only where they were pasted
     size_t at;                    // byte of the cursor
     Buffer taken;                 // what was cut last, for Ctrl-Y
+    sigset_t signals;             // those that are let in while no line is typed
     bool pasting;                 // between the marks of a bracketed paste
     char *old[EDIT_HISTORY + 1];  // lines before, the newest last, then the one being typed
     int n_old, shown;             // shown: which of them is in the line
