@@ -178,7 +178,8 @@ static int fill_step(Step *s, Reply *const *live, int n, int *fed, char *err) {
             if (lacking(live[i]) == 0) return fail(err, "nothing to answer: the prompt is empty");
             if ((lacking(live[i]) > 1) != reading) continue;
             fed[i] = block_rows(s->a, live[i], room - s->n_rows);
-            if (fed[i] > 0) feed(s, live[i], fed[i]);
+            if (fed[i] == 0) continue;
+            feed(s, live[i], fed[i]);
             if (drafts(s->a, live[i], reading)) feed_draft(s, live[i], n - s->n_ready);
         }
     }

@@ -261,9 +261,8 @@ const Flag flags[] = {
      .also = ALL,
      .help =
          "map: the model's file is mapped, and shared by processes (default); copy: read into "
-         "memory "
-         "of its own, in large pages, from which tokens are written up to a third faster; auto: "
-         "what pays, for 256 MB or more (default of chat, serve, eval, calibrate and bench)"},
+         "memory of its own, in large pages, which are read faster; auto: what pays, for 256 MB or "
+         "more (default of chat, serve, eval, calibrate and bench)"},
     {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,
      .help = "scalar, avx2, avx2vnni, avx512 or neon (default: the best)"},
     {"--kv", "TYPE", TEXT, AT(kv), .takes = RUNS & ~EVAL, .also = ALL & ~EVAL,

@@ -80,23 +80,22 @@ static Beginning find_base(Engine *e, Part *p, Document **doc) {
     return OVER;
 }
 
-// Ids of p's prompt, behind its document, that q's begins with as well.
-static int common_ids(const Part *p, const Part *q) {
-    int n = min_int(p->prompt.n - p->n_head_skipped - 1, q->prompt.n - q->n_head_skipped), i = 0;
-    const int *a = p->prompt.id + p->n_head_skipped, *b = q->prompt.id + q->n_head_skipped;
-    while (i < n && a[i] == b[i]) i++;
-    return i;
+// Ids of p's prompt that are not its document's.
+static Ids behind_document(const Part *p) {
+    return (Ids){p->prompt.id + p->n_head_skipped, p->prompt.n - p->n_head_skipped, 0};
 }
 
 // Of the parts at work the one that has most of p's ids, *length of them; NULL: none has more than
 // `least`.
-static const Part *find_twin(const Engine *e, const Part *p, int least, int *length) {
+static const Part *find_twin(const Engine *e, const Part *p, const Ids *rest, int least,
+                             int *length) {
     const Part *best = NULL;
     *length = least;
     for (int i = 0; i < e->n_slots; i++) {
         const Part *q = e->at_work[i];
         if (!q || q->base != p->base || q->job->echo) continue;
-        int n = common_ids(p, q);
+        Ids theirs = behind_document(q);
+        int n = ids_common(rest, &theirs, rest->n - 1);
         if (n > *length) best = q, *length = n;
     }
     return best;
@@ -117,17 +116,10 @@ static int fork_twin(Engine *e, const Part *q, int n) {
 // sequences have as many, or it does not go back so far.
 static const Part *find_source(const Engine *e, const Part *p, const Ids *rest, int *length) {
     int least = past_common(&e->past, p->base, rest, rest->n - 1) + WORTHWHILE;
-    const Part *twin = p->job->echo ? NULL : find_twin(e, p, least, length);
+    const Part *twin = p->job->echo ? NULL : find_twin(e, p, rest, least, length);
     // Where sequences go back only a little, prompts must be the same.
-    bool slides = kvcache_scored_layers(&e->kv->shape, NULL) < e->kv->shape.n_layers;
-    bool stiff = slides || e->kv->types.k >= KV_Q8 || e->kv->types.v >= KV_Q8;
-    if (twin && stiff && *length + 1 < twin->prompt.n - twin->n_head_skipped) return NULL;
+    if (twin && past_is_stiff(e->kv) && *length + 1 < behind_document(twin).n) return NULL;
     return twin;
-}
-
-// Ids of p's prompt that are not its document's.
-static Ids behind_document(const Part *p) {
-    return (Ids){p->prompt.id + p->n_head_skipped, p->prompt.n - p->n_head_skipped, 0};
 }
 
 static bool awaits(const Engine *e, const Part *p) {
@@ -179,7 +171,8 @@ Beginning begin_part(Engine *e, Part *p, int slot) {
     if (doc && documents_load(&e->docs, doc, err) != 0) doc = NULL;  // it made room for itself
     int seq = p->base && !doc ? -1 : find_sequence(e, p, doc, err);
     if (seq >= 0 && doc && e->draft > 0 && sampling_is_plain(&p->sampling))
-        for (int i = 0; i < doc->ids.n && ids_push(&p->source, doc->ids.id[i]) == 0;) i++;
+        for (int i = 0; i < doc->ids.n; i++)
+            if (ids_push(&p->source, doc->ids.id[i]) != 0) break;  // drafts have less to go by
     if (seq >= 0) {
         int from = job->echo ? p->prompt.n - 1 : p->n_skipped;
         p->reply = (Reply){.seq = seq,

@@ -189,9 +189,8 @@ static void fail_all(Engine *e, int status, const char *message) {
 // Where a sequence cannot be cut later, the prompt's end is kept as well, before the answer begins.
 static void mark_prompt(Engine *e, Part *p) {
     char err[ERR_LEN];
-    bool slides = kvcache_scored_layers(&e->kv->shape, NULL) < e->kv->shape.n_layers;
     if (p->reply.n_fed != p->reply.n_prompt || p->job->echo) return;
-    if (!slides && e->kv->types.k < KV_Q8 && e->kv->types.v < KV_Q8) return;
+    if (!past_is_stiff(e->kv)) return;
     int seq = kvcache_fork(e->kv, p->reply.seq, err);
     if (seq >= 0) keep_past(e, p, seq);
 }

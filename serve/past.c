@@ -3,10 +3,15 @@
 
 #include "util.h"
 
-static int common(const Ids *a, const Ids *b, int most) {
+int ids_common(const Ids *a, const Ids *b, int most) {
     int n = 0;
     while (n < most && n < a->n && n < b->n && a->id[n] == b->id[n]) n++;
     return n;
+}
+
+bool past_is_stiff(const KVCache *kv) {
+    bool slides = kvcache_scored_layers(&kv->shape, NULL) < kv->shape.n_layers;
+    return slides || kv->types.k >= KV_Q8 || kv->types.v >= KV_Q8;
 }
 
 static void forget(Past *p, int i) {
@@ -22,7 +27,7 @@ int past_fork(Past *p, unsigned long base, const Ids *ids, int most, int *length
         PastOne *best = NULL;
         *length = 0;
         for (int i = 0; i < p->n; i++) {
-            int n = p->one[i].base == base && !tried[i] ? common(&p->one[i].ids, ids, most) : 0;
+            int n = p->one[i].base == base && !tried[i] ? ids_common(&p->one[i].ids, ids, most) : 0;
             if (n > *length) best = &p->one[i], *length = n;
         }
         if (!best) return -1;
@@ -41,7 +46,7 @@ int past_fork(Past *p, unsigned long base, const Ids *ids, int most, int *length
 int past_common(const Past *p, unsigned long base, const Ids *ids, int most) {
     int best = 0;
     for (int i = 0; i < p->n; i++)
-        if (p->one[i].base == base) best = max_int(best, common(&p->one[i].ids, ids, most));
+        if (p->one[i].base == base) best = max_int(best, ids_common(&p->one[i].ids, ids, most));
     return best;
 }
 
@@ -57,7 +62,8 @@ bool past_forget(Past *p) {
 void past_keep(Past *p, int seq, unsigned long base, Ids *ids) {
     for (int i = 0; i < p->n; i++) {  // one with the same ids is of no more use
         const PastOne *one = &p->one[i];
-        if (one->base != base || one->ids.n != ids->n || common(&one->ids, ids, ids->n) < ids->n)
+        if (one->base != base || one->ids.n != ids->n ||
+            ids_common(&one->ids, ids, ids->n) < ids->n)
             continue;
         forget(p, i);
         break;

@@ -23,6 +23,11 @@ typedef struct {
     int n;
 } Past;
 
+int ids_common(const Ids *a, const Ids *b, int most);  // that both begin with
+
+// Whether kv's sequences go back only a little (kvcache_cut): windows leave pairs, pages settle.
+bool past_is_stiff(const KVCache *kv);
+
 // The longest beginning of ids [n] that a sequence on the base has, up to `most` ids of it: a fork
 // of its own, *length of it. -1: there is none (*length 0).
 int past_fork(Past *p, unsigned long base, const Ids *ids, int most, int *length);
