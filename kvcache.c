@@ -283,7 +283,8 @@ static int head_reserve(KVCache *kv, KVHead *h, int n, char *err) {
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
     if (n > MAX_PAIRS - kv->seqs[seq].next_pos)
         return fail(err, "a sequence of more than %d tokens", MAX_PAIRS);
-    if (kv->settling && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
+    bool due = n >= KV_LONG_RUN || kv->seqs[seq].next_pos % KV_SETTLE_STEP == 0;
+    if (kv->settling && due && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
     for (int i = 0; i < n_heads_total(kv); i++) {
         if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
     }

@@ -160,7 +160,7 @@ int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err);
 bool kvcache_cut(KVCache *kv, int seq, int pos);
 
 // How many tokens beyond the next one the sequence can read in the same short run, each with the
-// bits that it would have read alone, and forget again by kvcache_cut. 0 where pages settle.
+// bits that it would have read alone, and forget again by kvcache_cut.
 int kvcache_slack(const KVCache *kv, int seq);
 
 // One head's list. The pointer is valid until a sequence is made.
@@ -177,8 +177,11 @@ typedef struct {
 enum { KV_LONG_RUN = 9 };
 
 // Room for n more tokens in every layer: the only step that allocates, so the only one that can
-// fail. Before that, with kv->settling, full pages that 64 or more pairs follow settle. 0, or -1
-// with err.
+// fail. Before that, with kv->settling, full pages that 64 or more pairs follow settle: before long
+// runs, and before shorter ones only at every KV_SETTLE_STEP-th position. The lists of heads are
+// full at different times; so that tokens can be read together that might as well come one by one
+// (kvcache_slack), it is the position that says when all of them settle. 0, or -1 with err.
+enum { KV_SETTLE_STEP = 16 };
 int kvcache_reserve(KVCache *kv, int seq, int n, char *err);
 
 // Settles such pages now, whatever kv->settling says: after scoring and evicting. Each becomes a

@@ -145,7 +145,6 @@ static void warn_draft(Session *s) {
     const char *why = NULL;
     if (s->o->draft <= 0) return;
     if (s->schema || !sampling_is_plain(&s->sampling)) why = "tokens are not always the likeliest";
-    if (s->kv.types.k > KV_F32 || s->kv.types.v > KV_F32) why = "the cache has pages of codes";
     if (wants_stream(s->o)) why = "pairs are evicted as tokens come";
     if (why) warn(s, "--draft has no effect: %s", why);
 }

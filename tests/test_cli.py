@@ -251,13 +251,14 @@ def test_drafts(m, d):
     """The same answers in fewer steps."""
     text = os.path.join(FIXTURES, "real", "town.txt")
     ask = ["ask", m.path, d + "/draft.kvc", "Who?", "And then?", "-n", "60", "--ignore-eos"]
-    works("compress", m.path, "-f", text, "-o", d + "/draft.kvc", "--ratio", "0.5")
-    plain = works(*ask, "--draft", 0)
-    check("drafted" not in plain.err and works(*ask).out == plain.out, "--draft: its default changes no answer")
-    for n in (2, 7):
-        r = works(*ask, "--draft", n)
-        check(r.out == plain.out, "--draft %d: %r instead of %r" % (n, r.out, plain.out))
-        check(re.search(r"\d+ of \d+ drafted", r.err), "--draft %d tells what came of it: %s" % (n, r.err))
+    for kv in ("f16", "q8", "q8/q4"):
+        works("compress", m.path, "-f", text, "-o", d + "/draft.kvc", "--ratio", "0.5", "--kv", kv)
+        plain = works(*ask, "--draft", 0)
+        check("drafted" not in plain.err and works(*ask).out == plain.out, "--draft: its default changes no answer, %s" % kv)
+        for n in (2, 7):
+            r = works(*ask, "--draft", n)
+            check(r.out == plain.out, "--draft %d, %s: %r instead of %r" % (n, kv, r.out, plain.out))
+            check(re.search(r"\d+ of \d+ drafted", r.err), "--draft %d, %s tells what came of it: %s" % (n, kv, r.err))
     check("no effect: tokens are not" in works(*ask, "--draft", 3, "--temp", 1).err, "--draft: no effect on drawn tokens")
     fails(2, "--draft", *ask, "--draft", 8)
 

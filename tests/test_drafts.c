@@ -1,6 +1,6 @@
 // test_drafts.c: drafts change nothing but the number of steps: neither tokens nor what the cache
 // holds, to the bit, whether they are right, wrong or a mixture, alone and in company, in caches
-// with sliding windows and across pages.
+// with sliding windows, across pages, and where pages settle.
 #include "answer.h"
 #include "drafts.h"
 
@@ -147,11 +147,14 @@ int main(int argc, char **argv) {
     if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) return 1;
     test_guess();
     test_model("smol", "smol-q8.kvz", KV_F16);
+    test_model("smol", "smol-q8.kvz", KV_Q8);
     if (!getenv("QUICK")) {
         test_model("smol", "smol.kvz", KV_F32);
         test_model("gemma3", "gemma3.kvz", KV_F16);
         test_model("llama", "llama.kvz", KV_F16);
         test_model("mistral", "mistral.kvz", KV_F32);
+        test_model("smol", "smol.kvz", KV_Q4);
+        test_model("gemma3", "gemma3.kvz", KV_Q2);
     }
     return test_end("test_drafts");
 }

@@ -568,8 +568,8 @@ static void test_settle(KVTypes types, const int *window) {
     kvcache_close(&kv);
 }
 
-// A sequence that grows settles page by page; forks share settled pages, settle the later ones each
-// for itself, and a rewind brings back what was.
+// A sequence that grows settles page by page, before long runs and at every 16th position; forks
+// share settled pages, settle the later ones each for itself, and a rewind brings back what was.
 static void test_settle_as_it_goes(void) {
     KVCache kv;
     KVShape shape = shape_with(one_window);
@@ -577,19 +577,27 @@ static void test_settle_as_it_goes(void) {
     int a = kvcache_new(&kv, err), n, m;
     for (int i = 0; i < 20; i++) {
         KVHead *h = kvcache_head(&kv, a, i % L, i % KV);
-        int ripe = (h->len - h->dropped) / PAGE - 1, wrong = 0;
+        int more = 1 + i * 3 % 29, ripe = (h->len - h->dropped) / PAGE - 1, wrong = 0;
         int first = h->page && ripe > 0 ? h->page[0] : -1;
-        append_random(&kv, a, 1 + i * 3 % 29, NULL);
+        if (more < KV_LONG_RUN && kv.seqs[a].next_pos % KV_SETTLE_STEP != 0) ripe = h->settled;
+        append_random(&kv, a, more, NULL);
         for (int p = 0; first == h->page[0] && p < h->n_pages; p++)
             wrong += class_of(&kv, h, p) != (p < ripe ? PAGE_SETTLED : PAGE_EXACT);
         CHECK(wrong == 0);
     }
+    for (int i = 0; i < 2 * PAGE; i++) {  // token by token
+        const KVHead *h = kvcache_head(&kv, a, 0, i % KV);
+        int n_settled = (h->len - kv.seqs[a].next_pos % KV_SETTLE_STEP) / PAGE - 1;
+        append_random(&kv, a, 1, NULL);
+        CHECK(class_of(&kv, h, n_settled - 1) == PAGE_SETTLED);
+        CHECK(class_of(&kv, h, n_settled) == PAGE_EXACT);
+    }
     float *before = snapshot(&kv, a, &n);
     int b = kvcache_fork(&kv, a, err), mark = kvcache_mark(&kv, a, err);
     CHECK(kvcache_head(&kv, a, 0, 0)->page[0] == kvcache_head(&kv, b, 0, 0)->page[0]);
-    append_random(&kv, a, 190, NULL), append_random(&kv, a, 1, NULL);
+    append_random(&kv, a, 190, NULL), append_random(&kv, a, KV_LONG_RUN, NULL);
     check_same(&kv, b, before, n);
-    append_random(&kv, b, 100, NULL), append_random(&kv, b, 1, NULL);
+    append_random(&kv, b, 100, NULL), append_random(&kv, b, KV_LONG_RUN, NULL);
     float *after = snapshot(&kv, b, &m);
     CHECK(kvcache_rewind(&kv, a, mark, err) == 0);
     check_same(&kv, a, before, n);

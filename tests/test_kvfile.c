@@ -185,7 +185,7 @@ static void test_unmixed(void) {
     CHECK(kvfile_save(&back, 0, again, &got, err) == 0);
     char *first = read_file(file, &bytes[0]), *second = read_file(again, &bytes[1]);
     CHECK(bytes[0] == bytes[1] && memcmp(first, second, (size_t)bytes[0]) == 0);
-    append_random(&back, 0, 100, NULL), append_random(&back, 0, 1, NULL);
+    append_random(&back, 0, 100, NULL), append_random(&back, 0, KV_LONG_RUN, NULL);
     CHECK(class_of(&back, h, 1) == PAGE_SETTLED && class_of(&back, h, 2) == PAGE_MIXED);
     check_attention(&back, 0);
     free(want), want = snapshot(&back, 0, &n);
