@@ -175,7 +175,8 @@ def kernels(a, weights):
 
 def prefill_races(a):
     for n in a.prompt:
-        settings, ours = kernels(a, ["q8_0", "q4_0", "bf16"]), {"work": "prefill", "n": n}
+        weights = ["q8_0", "q4_0"] + ([] if a.shape else ["bf16"])
+        settings, ours = kernels(a, weights), {"work": "prefill", "n": n}
         args = ["--prompt", str(n), "--depth", "0", "--batch", "1", "-n", "1"]
         yield Race(Work(n), [Call([os.path.join(a.models, f"{mine}.kvz"), *args],
                                   [Row(f"prefill {n}, {mine}", "prefill", settings, ours)]) for mine in ("q8", "q4")])
@@ -183,7 +184,7 @@ def prefill_races(a):
 
 def decode_races(a):
     for title, weights, mine in (("q8", ["q8_0"], "q8.kvz"), ("q4", ["q4_0"], "q4.kvz"),
-                                 ("16 bit", ["f16", "bf16"], "f16.kvz")):
+                                 ("16 bit", ["f16", "bf16"], "f16.kvz"))[:2 if a.shape else 3]:
         row = Row(f"decode, empty cache, {title}", "decode 1", kernels(a, weights), {"work": "decode"})
         args = [os.path.join(a.models, mine), "--prompt", "1", "--depth", "0", "--batch", "1", "-n", "64"]
         yield Race(Work(1, 64), [Call(args, [row])])
@@ -273,7 +274,7 @@ def machine(a):
             cpu = [line.split(":")[1].strip() for line in f if line.startswith("model name")] or cpu
     git = ["git", "-C", os.path.dirname(RUN), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode().strip()
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": a.threads, "isa": a.isa or "best",
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": a.threads, "isa": a.isa or "best", **({"shape": a.shape} if a.shape else {}),
             "commit": commit or "unknown", "peer": a.name, "build": a.bin, "rounds": a.rounds,
             "load": round(os.getloadavg()[0], 1)}
 
@@ -290,17 +291,21 @@ def main():
     p.add_argument("--name", default="llama.cpp")
     p.add_argument("--ik", action="store_true", help="the peer takes the flags of ik_llama.cpp")
     p.add_argument("--isa", help="for ./run")
+    p.add_argument("--shape", help="the models have random weights of this shape: less is measured unless asked for")
     p.add_argument("--rounds", type=int, default=5)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--threads", type=int, default=cores)
-    p.add_argument("--prompt", type=integers, default=[512, 2048], help="prefill lengths; '' for none")
+    p.add_argument("--prompt", type=integers, help="prefill lengths; '' for none")
     p.add_argument("--no-decode", dest="decode", action="store_false", help="no rows with an empty cache")
-    p.add_argument("--depth", type=int, default=8192, help="context of the long rows; 0 for none")
-    p.add_argument("--batch", type=integers, default=[1, 4, 8], help="sequences on one context; '' for none")
+    p.add_argument("--depth", type=int, help="context of the long rows; 0 for none")
+    p.add_argument("--batch", type=integers, help="sequences on one context; '' for none")
     p.add_argument("--table", action="store_true", help="cost against context length instead")
     p.add_argument("--most", type=int, default=32768, help="the longest context of --table")
     p.add_argument("-o", dest="out", type=new_file, help="new file: every figure of every round, one JSON object a line")
     a = p.parse_args()
+    usual = {"prompt": [512], "depth": SHARED, "batch": [1, 8]} if a.shape else {"prompt": [512, 2048], "depth": 8192, "batch": [1, 4, 8]}
+    for name, value in usual.items():
+        setattr(a, name, value if getattr(a, name) is None else getattr(a, name))
     a.q8 = os.path.join(a.models, "q8.kvz")
     bench, facts = Bench(a), machine(a)
     bench.log(**facts)

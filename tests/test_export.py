@@ -27,7 +27,9 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 FIXTURES = os.path.join(TESTS, "fixtures")
 NAMES = ["smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"]
 sys.path.insert(0, os.path.dirname(TESTS))
+sys.path.insert(0, os.path.join(os.path.dirname(TESTS), "bench"))
 import export  # noqa: E402
+import shapes  # noqa: E402
 from test_serve import Server  # noqa: E402
 
 SUFFIX = {
@@ -1928,6 +1930,24 @@ class TestGGUF(Case):
             with open(path, "wb") as f:
                 f.write(data[:n])
             self.refuse(path)
+
+    def test_shapes(self):
+        """Files of random weights for timing (bench/shapes.py): the shape that they are to have, and numbers of a usual size."""
+        path, ids, logits = (os.path.join(self.dir, name) for name in ("shape.gguf", "ids", "logits"))
+        with open(ids, "w") as f:
+            f.write("7 300 12 400")
+        program = os.path.join(os.path.dirname(TESTS), "run")
+        for arch, tied in (("llama", True), ("qwen2", False)):
+            shape = shapes.Shape(arch, 64, 96, 2, 4, 2, 32, 512, tied, 1e4, 256)
+            for kind in shapes.TYPES:
+                with mock.patch.dict(shapes.SHAPES, tiny=shape):
+                    shapes.write(path, "tiny", kind)
+                meta = self.convert(path).meta
+                keys = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "seq_len")
+                self.assertEqual([int(meta[key]) for key in keys], [64, 96, 2, 4, 2, 32, 512, 256])
+                subprocess.run([program, "logits", self.out, "--ids", ids, "-o", logits, "-q"], check=True)
+                x = Converted(logits).t["logits"]
+                self.assertTrue(x.shape == (4, 512) and np.isfinite(x).all() and 0.05 < x.std() < 20, x.std())
 
 
 def main():
