@@ -251,7 +251,7 @@ const Flag flags[] = {
     {"--top-p", "P", REAL, AT(top_p), RANGE(0, 1), .takes = SERVE,
      .help = "top_p where a request says nothing (default 0.95)"},
     {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
-     .help = "threads (default and at most: one per processor that this process may use)"},
+     .help = "threads (default: one per core that this process may use; at most one per processor)"},
     {"--mem", "N", BYTES, AT(mem), RANGE(1, 1e15), .takes = RUNS, .also = ALL,
      .help =
          "bytes, or with K, M or G thousands, millions or billions of them: what does not fit is "

@@ -95,7 +95,7 @@ typedef struct {
     double docs_size;
     bool cors;
     // the program
-    long threads;  // 0: one per processor
+    long threads;  // 0: one per core
     double mem;    // bytes; 0: not given
     int weights;   // 0 map, 1 copy, 2 auto; -1: not given
     bool json, quiet;

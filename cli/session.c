@@ -38,7 +38,7 @@ void open_model(Session *s, const Options *o) {
 
 // As many threads as wanted, but no more than can run: the others would only be waited for.
 static ThreadPool *open_pool(const Session *s, long wanted) {
-    int cores = cores_allowed(), n = wanted > 0 && wanted < cores ? (int)wanted : cores;
+    int n = wanted > 0 ? min_int((int)wanted, cores_allowed()) : cores_default();
     if (wanted > n)
         warn(s, "-j %ld: this process may use %d processor%s, so %d thread%s", wanted, n,
              n == 1 ? "" : "s", n, n == 1 ? "" : "s");

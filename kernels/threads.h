@@ -1,6 +1,7 @@
 // threads.h: a pool of threads, and a loop whose rounds they share.
 #ifndef THREADS_H
 #define THREADS_H
+#include <stdint.h>
 
 typedef struct ThreadPool ThreadPool;
 
@@ -22,6 +23,14 @@ void parallel_for(ThreadPool *p, int n, void (*fn)(void *ctx, int i), void *ctx)
 // Processors that this process may use, 1 to 256: those of its affinity, or what the CPU quota of
 // its control group is worth, rounded up, where that is less.
 int cores_allowed(void);
+
+// How many threads there are unless more or fewer are asked for: one per core that has such
+// processors, within the quota.
+int cores_default(void);
+// How many cores have the processors i with used[i] [256], by the lists of those that share one, in
+// `root` (/sys/devices/system/cpu). A processor that has no list is a core.
+int cores_physical(const char *root, const uint8_t *used);
+
 // The quota alone, 256 where there is none: of the groups that the file `groups` names
 // (/proc/self/cgroup), under `root` (/sys/fs/cgroup). Versions 1 and 2: cgroups(7).
 int cores_quota(const char *groups, const char *root);

@@ -41,10 +41,9 @@ static int choose_kernels(const char *isa, char *err) {
 }
 
 static int open_parts(kvzip_model *m, const char *path, int threads, char *err) {
-    int cores = cores_allowed();
     if (model_open(&m->model, path, err) != 0) return -1;
     if (!(m->tok = tokenizer_open(&m->model.file, err))) return -1;
-    if (!(m->pool = pool_open(threads > 0 ? min_int(threads, cores) : cores)))
+    if (!(m->pool = pool_open(threads > 0 ? min_int(threads, cores_allowed()) : cores_default())))
         return fail(err, "the threads cannot be made");
     if (state_open(&m->state, &m->model, m->pool, MAX_ROWS, LOGITS_BLOCK, err) != 0) return -1;
     return answer_open(&m->answerer, &m->state, NULL, m->tok, err);

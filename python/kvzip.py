@@ -318,7 +318,7 @@ class _Open:
 class Model(_Open):
     """A converted model (export.py).
 
-    path: the .kvz file. threads: 0 is one per processor. isa: "scalar", "avx2" and the like, the best by default; all
+    path: the .kvz file. threads: 0 is one per core. isa: "scalar", "avx2" and the like, the best by default; all
     models of a process have the same.
     """
 

@@ -1,5 +1,5 @@
-// How many processors a process may use: quotas of control groups as Linux writes them, in folders
-// of our own.
+// How many processors a process may use: quotas of control groups, and processors that share a
+// core, as Linux writes them, in folders of our own.
 #define _XOPEN_SOURCE 700
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -29,10 +29,32 @@ static int quota(const char *group) {
     return cores_quota(groups, dir);
 }
 
+// Eight processors of which 0 and 4, 1 and 5, 2 and 6 share a core, and nothing is known of 7.
+static void test_physical(void) {
+    const char *const lists[] = {"0,4", "1,5", "2,6", "3", "0,4", "1,5", "2,6"};
+    uint8_t used[256] = {0};
+    CHECK(cores_physical(dir, used) == 0);
+    for (int i = 0; i < 7; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "cpu%d/topology/thread_siblings_list", i);
+        put(name, lists[i]);
+    }
+    memset(used, 1, 4);
+    CHECK(cores_physical(dir, used) == 4);
+    memset(used, 1, 7);
+    CHECK(cores_physical(dir, used) == 4);
+    used[7] = 1;
+    CHECK(cores_physical(dir, used) == 5);
+    memset(used, 0, 4);  // one processor of each core
+    CHECK(cores_physical(dir, used) == 4);
+    CHECK(cores_physical("/nowhere", used) == 4);
+}
+
 int main(void) {
     CHECK(mkdtemp(dir) != NULL);
     snprintf(groups, sizeof groups, "%s/groups", dir);
-    CHECK(cores_allowed() >= 1);
+    CHECK(cores_default() >= 1 && cores_allowed() >= cores_default());
+    test_physical();
     CHECK(cores_quota(groups, dir) == 256);  // no such file
     put("a/cpu.max", "150000 100000\n");
     put("a/b/cpu.max", "max 100000\n");
