@@ -116,6 +116,10 @@ const Flag flags[] = {
     {"-o", "FILE", TEXT, AT(out), .takes = CALIBRATE, .help = "the profile to write"},
     {"--lambda", "X", REAL, AT(lambda), RANGE(1e-12, 1e12), .takes = CALIBRATE,
      .help = "ridge of the regression, as a share of each feature's own square (default 0.001)"},
+    {"--tokens", "N", COUNT, AT(most_tokens), RANGE(64, 1 << 28), .takes = CALIBRATE,
+     .help = "tokens of the sample text to learn from, the same share of each part (default: all, "
+             "and of models beyond half a billion weights as many as 5e12 products of weights "
+             "allow)"},
     {"--into", NULL, SWITCH, AT(into), .takes = CALIBRATE,
      .help = "-o is a copy of the model that carries the profile; it may be MODEL itself"},
     {"--ref-ties", NULL, SWITCH, AT(ref_ties), .takes = COMPRESS | MAP, .also = SCORE,

@@ -68,8 +68,9 @@ typedef struct {
     int score_attn;                    // 0 full, 1 local
     int demote;                        // 0: to q2; -1: not given
     bool ref_ties, stream;
-    double lambda;  // ridge of calibrate
-    bool into;      // calibrate: the output is a copy of the model
+    double lambda;     // ridge of calibrate
+    long most_tokens;  // of calibrate's sample text; 0: by the model's cost
+    bool into;         // calibrate: the output is a copy of the model
     // how an answer is made
     long n;              // tokens at most; -1: not given
     double temp, top_p;  // temp -1: not given

@@ -557,6 +557,9 @@ static void calibrate_figures(const Options *o, const CalibrateResult *r) {
         out_flush();
     }
     trial_figures(o, &r->trial);
+    if (!o->quiet && r->n_found > 0)
+        note("[went on after %d text%s of %s.unfinished]\n", r->n_found, r->n_found == 1 ? "" : "s",
+             o->out);
     if (!o->quiet)
         note(
             "[%d texts, %d tokens, %d in the longest; probes explain %.1f%% of the variance of "
@@ -588,7 +591,7 @@ int cmd_calibrate(const Options *o) {
     check_output(o);
     Buffer text = sample_text(o);
     catch_signals();
-    open_session(&s, o, NULL, EFFECT_SPAN);
+    open_session(&s, o, NULL, EFFECT_BATCH * EFFECT_SPAN);
     prefix_ids(&s, &prefix);
     calibrate_memory(&s, &text);
     Progress progress = progress_begin(&s);
@@ -600,8 +603,10 @@ int cmd_calibrate(const Options *o) {
                                .postfix = repeat_postfix(&s)},
                    .prefix = &prefix,
                    .lambda = o->lambda,
+                   .most_tokens = (int)o->most_tokens,
                    .path = o->out,
                    .into = o->into,
+                   .save_seconds = 5,
                    .progress = progress_step,
                    .progress_arg = &progress};
     int rc = calibrate_run(&c, text.s, text.n, &r, err);

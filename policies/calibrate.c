@@ -15,12 +15,15 @@
 
 #include "policies/effects.h"
 #include "policies/ridge.h"
+#include "policies/unfinished.h"
 #include "util.h"
 
 // Ratios at which head shares are stored.
 static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f,
                              0.4f,  0.5f,  0.6f, 0.7f,  0.8f, 0.9f,  0.95f};
 enum { N_GRID = sizeof grid / sizeof *grid, LEAST_TOKENS = 64 };
+static const double MOST_PRODUCTS = 5e12;  // of weights and tokens of the parts
+enum { LEAST_BY_COST = 2000 };
 static const double TRIAL_RATIO = 0.3;   // of shares against shares
 static const float LEAST_SCORE = 1e-7f;  // added before the log
 
@@ -30,6 +33,9 @@ typedef struct {
     int n_ctx;
     float *score;  // [scored layers][n_kv_heads][n_ctx]
 } Text;
+
+// What has been learned from the texts so far, which goes into the file of unfinished work.
+enum { LEARNED = 5 };
 
 // A calibration at work.
 typedef struct {
@@ -45,17 +51,22 @@ typedef struct {
     double *squares, *sums;   // [n_heads] sums of squared log scores and of log scores
     Ridge ridge;              // sums of the layers [layer0, layer0 + group)
     int layer0, group;
-    ShareTrial trial;  // of layer shares
-    const Text *now;   // being read for its features
+    Effects effects;             // of evicting layers of the texts that are measured
+    ShareTrial trial;            // of layer shares
+    const Text *now;             // being read for its features
+    char *unfinished, work[20];  // the file of unfinished work, and what it calls this one
+    double saved;                // when it was written
+    bool is_there;
+    int n_found;       // texts of an earlier call
     long done, total;  // tokens, for progress
 } Run;
 
 static int on_context(void *arg, const char *what, long done, long total) {
-    Run *r = arg;
+    const Run *r = arg;
     (void)what, (void)total;
-    return r->c->progress
-               ? r->c->progress(r->c->progress_arg, "calibrate", r->done + done, r->total)
-               : 0;
+    done += r->done;  // repeated pieces are counted about
+    if (done > r->total) done = r->total;
+    return r->c->progress ? r->c->progress(r->c->progress_arg, "calibrate", done, r->total) : 0;
 }
 
 // ---- texts ----
@@ -104,6 +115,24 @@ static int cut_texts(Run *r, const Ids *parts, const int *part_n, int n_parts, c
     return 0;
 }
 
+// Tokens of all parts, where the caller leaves it to us: as many as take a few minutes.
+static int tokens_by_cost(const Config *m) {
+    double layer = 2.0 * m->dim * (m->q_dim + m->kv_dim) + 3.0 * m->dim * m->hidden_dim;
+    return (int)fmax(MOST_PRODUCTS / (layer * m->n_layers), LEAST_BY_COST);
+}
+
+// Cuts each part to the same share of its tokens, so that `most` remain of all, about.
+static void shorten(Ids *parts, int *part_n, int n_parts, int most) {
+    int to = 0, from = 0;
+    double share = fmin((double)most / parts->n, 1);
+    for (int i = 0; i < n_parts; i++) {
+        int n = max_int((int)(part_n[i] * share), 1);
+        memmove(parts->id + to, parts->id + from, (size_t)n * sizeof *parts->id);
+        from += part_n[i], to += n, part_n[i] = n;
+    }
+    parts->n = to;
+}
+
 static int read_texts(Run *r, const char *text, size_t n, char *err) {
     Ids parts = {0};
     int *part_n = NULL, n_parts = 0, status = 0;
@@ -119,6 +148,8 @@ static int read_texts(Run *r, const char *text, size_t n, char *err) {
     }
     if (status == 0 && parts.n < LEAST_TOKENS)
         status = fail(err, "%d tokens: too little text to learn from", parts.n);
+    int most = r->c->most_tokens > 0 ? r->c->most_tokens : tokens_by_cost(r->m);
+    if (status == 0) shorten(&parts, part_n, n_parts, most);
     if (status == 0) status = cut_texts(r, &parts, part_n, n_parts, err);
     free(part_n);
     ids_free(&parts);
@@ -153,16 +184,49 @@ static int add_shares(Run *r, const Context *c, const float *score, char *err) {
     return status;
 }
 
+// ---- trials of layer shares ----
+
+// Texts of a trial: long enough, and not the joined one. Every second one is measured, the others
+// are set aside to judge what follows from them.
+static int next_trial(const Run *r, int i) {
+    while (i < r->n_parts && !trial_fits(r->text[i].n_ctx)) i++;
+    return i;
+}
+
+static int count_trials(const Run *r) {
+    int n = 0;
+    for (int i = next_trial(r, 0); i < r->n_parts; i = next_trial(r, i + 1)) n++;
+    return n;
+}
+
+// Where it makes sense to try: layers to move pairs between, and texts for both halves.
+static bool tries_shares(const Run *r) { return r->n_layers > 1 && count_trials(r) >= 4; }
+
+// Which trial text i is, or -1: none.
+static int trial_of(const Run *r, int i) {
+    int n = 0, at = next_trial(r, 0);
+    while (at < i && at < r->n_parts) at = next_trial(r, at + 1), n++;
+    return tries_shares(r) && at == i && i < r->n_parts ? n : -1;
+}
+
+// Adds the effects of evicting text t, which c holds, if it is one of those that are measured.
+static int measure_text(Run *r, Context *c, const Text *t, char *err) {
+    int trial = trial_of(r, (int)(t - r->text)), n = (count_trials(r) + 1) / 2;
+    if (trial < 0 || trial % 2 != 0) return 0;
+    if (effects_add(&r->effects, c, t->score, 1.0 / n, err) != 0) return -1;
+    r->done += trial_tokens(r->effects.n * EFFECT_POINTS);
+    return 0;
+}
+
+// ---- scores ----
+
 static int score_text(Run *r, Text *t, char *err) {
     int seq = kvcache_new(r->c->context.kv, err);
     if (seq < 0) return -1;
     Context c = context_of(r, t, seq);
-    t->score = malloc((context_scores(&c) + 1) * sizeof *t->score);
-    if (!t->score) return fail(err, "out of memory for the scores of %d tokens", t->n_ctx);
     if (context_set(&c, policy_find("kvzip"), level_find("pair"), NULL, err) != 0 ||
         context_score(&c, c.policy, t->score, err) != 0 || add_shares(r, &c, t->score, err) != 0)
         return -1;
-    kvcache_drop(c.kv, seq);
     for (size_t i = 0; i < context_scores(&c); i++) {
         double y = logf(t->score[i] + LEAST_SCORE);
         size_t h = i / (size_t)t->n_ctx;
@@ -170,7 +234,86 @@ static int score_text(Run *r, Text *t, char *err) {
         r->squares[h] += y * y, r->sums[h] += y;
     }
     r->done += 2 * t->n_ctx;
+    if (measure_text(r, &c, t, err) != 0) return -1;
+    kvcache_drop(c.kv, seq);
     return 0;
+}
+
+// ---- unfinished work ----
+
+// What there is after n_done texts: kept [LEARNED + n_done].
+static void list_kept(Run *r, Kept *kept, int n_done) {
+    size_t heads = (size_t)r->n_heads;
+    const Kept learned[LEARNED] = {{"shares", r->share, N_GRID * heads * sizeof(float)},
+                                   {"maxima", r->head_max, heads * sizeof(float)},
+                                   {"effects", r->effects.effect, sizeof r->effects.effect},
+                                   {"squares", r->squares, heads * sizeof(double)},
+                                   {"sums", r->sums, heads * sizeof(double)}};
+    memcpy(kept, learned, sizeof learned);
+    for (int i = 0; i < n_done; i++) {
+        Kept *k = &kept[LEARNED + i];
+        *k = (Kept){.data = r->text[i].score,
+                    .bytes = heads * (size_t)r->text[i].n_ctx * sizeof(float)};
+        snprintf(k->name, sizeof k->name, "scores.%d", i);
+    }
+}
+
+// All that the numbers depend on: the model, the texts, and how they are read.
+static uint64_t hash_work(const Run *r) {
+    const Context *c = &r->c->context;
+    const char *words[] = {c->state->model->fingerprint, kern.name, c->postfix};
+    int numbers[] = {r->c->prefix->n, r->n_texts, c->chunk, c->kv->types.k, c->kv->types.v};
+    uint64_t h = hash_bytes(HASH_START, numbers, sizeof numbers);
+    for (int i = 0; i < 3; i++) h = hash_bytes(h, words[i], strlen(words[i]) + 1);
+    for (int i = 0; i < r->n_texts; i++) h = hash_bytes(h, &r->text[i].n_ctx, sizeof(int));
+    return hash_bytes(h, r->ids.id, (size_t)r->ids.n * sizeof *r->ids.id);
+}
+
+// Whether work of an earlier call is there: how many texts of it are done, or -1 with err.
+static int find_unfinished(Run *r, Kept *kept, char *err) {
+    size_t n = strlen(r->c->path) + sizeof ".unfinished";
+    r->unfinished = malloc(n);
+    if (!r->unfinished) return fail(err, "out of memory");
+    snprintf(r->unfinished, n, "%s.unfinished", r->c->path);
+    snprintf(r->work, sizeof r->work, "%016llx", (unsigned long long)hash_work(r));
+    list_kept(r, kept, r->n_texts);
+    int found = unfinished_load(r->unfinished, r->work, kept, LEARNED + r->n_texts, err);
+    if (found > 0 && found < LEARNED) return fail(err, "%s: it ends early", r->unfinished);
+    return found > 0 ? found - LEARNED : found;
+}
+
+static int save_unfinished(Run *r, Kept *kept, int n_done, char *err) {
+    if (now() - r->saved < r->c->save_seconds) return 0;
+    list_kept(r, kept, n_done);
+    if (unfinished_save(r->unfinished, r->work, kept, LEARNED + n_done, err) != 0) return -1;
+    r->saved = now(), r->is_there = true;
+    return 0;
+}
+
+// What a text costs to score, in tokens of progress.
+static long scoring_tokens(const Run *r, int i) {
+    int trial = trial_of(r, i);
+    bool measured = trial >= 0 && trial % 2 == 0;
+    return 2 * r->text[i].n_ctx + (measured ? trial_tokens(r->effects.n * EFFECT_POINTS) : 0);
+}
+
+static int score_texts(Run *r, char *err) {
+    Kept *kept = calloc((size_t)(LEARNED + r->n_texts), sizeof *kept);
+    int status = kept ? 0 : fail(err, "out of memory for %d texts", r->n_texts), done = 0;
+    for (int i = 0; i < r->n_texts && status == 0; i++) {
+        size_t n = (size_t)r->n_heads * (size_t)r->text[i].n_ctx;
+        if (!(r->text[i].score = malloc((n + 1) * sizeof(float))))
+            status = fail(err, "out of memory for the scores of %d tokens", r->text[i].n_ctx);
+    }
+    if (status == 0 && (done = find_unfinished(r, kept, err)) < 0) status = -1;
+    r->n_found = max_int(done, 0), r->is_there = done > 0, r->saved = now();
+    for (int i = 0; i < done; i++) r->done += scoring_tokens(r, i);
+    for (int i = r->n_found; i < r->n_texts && status == 0; i++) {
+        status = score_text(r, &r->text[i], err);
+        if (status == 0) status = save_unfinished(r, kept, i + 1, err);
+    }
+    free(kept);
+    return status;
 }
 
 // ---- the probes ----
@@ -230,36 +373,12 @@ static int fit_probes(Run *r, char *err) {
 
 // ---- layer shares by effect ----
 
-// Texts of a trial: long enough, and not the joined one. Every second one is measured, the others
-// are set aside to judge what follows from them.
-static int next_trial(const Run *r, int i) {
-    while (i < r->n_parts && !trial_fits(r->text[i].n_ctx)) i++;
-    return i;
-}
-
-static int count_trials(const Run *r) {
-    int n = 0;
-    for (int i = next_trial(r, 0); i < r->n_parts; i = next_trial(r, i + 1)) n++;
-    return n;
-}
-
-// Where it makes sense to try: layers to move pairs between, and texts for both halves.
-static bool tries_shares(const Run *r) { return r->n_layers > 1 && count_trials(r) >= 4; }
-
 static int read_again(Run *r, const Text *t, Context *c, char *err) {
     int seq = kvcache_new(r->c->context.kv, err);
     if (seq < 0) return -1;
     *c = context_of(r, t, seq);
     if (context_read(c, err) != 0) return -1;
     r->done += t->n_ctx;
-    return 0;
-}
-
-static int measure_text(Run *r, Effects *e, const Text *t, double weight, char *err) {
-    Context c;
-    if (read_again(r, t, &c, err) != 0 || effects_add(e, &c, t->score, weight, err) != 0) return -1;
-    kvcache_drop(c.kv, c.seq);
-    r->done += trial_tokens(e->n * EFFECT_POINTS);
     return 0;
 }
 
@@ -301,13 +420,6 @@ static int judge_text(Run *r, const Text *t, const float *share, double *kl, cha
     return 0;
 }
 
-static int measure_effects(Run *r, Effects *e, char *err) {
-    int n = (count_trials(r) + 1) / 2, at = 0;
-    for (int i = next_trial(r, 0); i < r->n_parts; i = next_trial(r, i + 1))
-        if (at++ % 2 == 0 && measure_text(r, e, &r->text[i], 1.0 / n, err) != 0) return -1;
-    return 0;
-}
-
 // Replaces the shares by `share` where the texts that were not measured say so.
 static int judge_shares(Run *r, const float *share, char *err) {
     int n = 0, at = 0;
@@ -325,13 +437,11 @@ static int judge_shares(Run *r, const float *share, char *err) {
 }
 
 static int try_shares(Run *r, char *err) {
-    Effects e = effects_groups(r->n_layers);
     Profile p = profile_of(r, r->share);
     if (!tries_shares(r)) return 0;
     float *share = malloc(N_GRID * (size_t)r->n_heads * sizeof *share);
     if (!share) return fail(err, "out of memory for the shares of %d heads", r->n_heads);
-    int status = measure_effects(r, &e, err);
-    if (status == 0) status = effects_move(&e, &p, share, err);
+    int status = effects_move(&r->effects, &p, share, err);
     if (status == 0) status = judge_shares(r, share, err);
     free(share);
     return status;
@@ -339,10 +449,10 @@ static int try_shares(Run *r, char *err) {
 
 // Tokens that all of it feeds, for progress.
 static long trial_total(const Run *r) {
-    int points = effects_groups(r->n_layers).n * EFFECT_POINTS, at = 0;
+    int points = r->effects.n * EFFECT_POINTS, at = 0;
     long total = 0;
     for (int i = next_trial(r, 0); i < r->n_parts && tries_shares(r); i = next_trial(r, i + 1))
-        total += r->text[i].n_ctx + trial_tokens(at++ % 2 == 0 ? points : 2);
+        total += at++ % 2 == 0 ? trial_tokens(points) : r->text[i].n_ctx + trial_tokens(2);
     return total;
 }
 
@@ -442,15 +552,14 @@ static int run_all(Run *r, const char *text, size_t n, char *err) {
     int passes = (r->n_layers + r->ridge.layers - 1) / r->ridge.layers;
     for (int i = 0; i < r->n_texts; i++) r->total += (2 + passes) * (long)r->text[i].n_ctx;
     r->total += trial_total(r);
-    for (int i = 0; i < r->n_texts; i++)
-        if (score_text(r, &r->text[i], err) != 0) return -1;
+    if (score_texts(r, err) != 0) return -1;
     return fit_probes(r, err) != 0 || try_shares(r, err) != 0 ? -1 : 0;
 }
 
 static void close_run(Run *r) {
     for (int i = 0; i < r->n_texts; i++) free(r->text[i].score);
     free(r->text), free(r->share), free(r->head_max), free(r->probe), free(r->explained);
-    free(r->squares), free(r->sums);
+    free(r->squares), free(r->sums), free(r->unfinished);
     ridge_close(&r->ridge);
     ids_free(&r->ids);
 }
@@ -461,9 +570,12 @@ int calibrate_run(const Calibrate *c, const char *text, size_t n, CalibrateResul
     double start = now();
     Run r = {.c = c, .m = m, .n_layers = kvcache_scored_layers(&c->context.kv->shape, NULL)};
     r.n_heads = r.n_layers * m->n_kv_heads;
+    r.effects = effects_groups(r.n_layers);
     int status = run_all(&r, text, n, err);
     if (status == 0) status = write_profile(&r, err);
-    *result = (CalibrateResult){.n_texts = r.n_texts, .trial = r.trial, .seconds = now() - start};
+    if (status == 0 && r.is_there) remove(r.unfinished);
+    *result = (CalibrateResult){
+        .n_texts = r.n_texts, .n_found = r.n_found, .trial = r.trial, .seconds = now() - start};
     for (int i = 0; i < r.n_texts; i++) {
         result->n_tokens += r.text[i].n_ctx;
         result->longest = max_int(result->longest, r.text[i].n_ctx);

@@ -8,8 +8,12 @@ typedef struct {
     Context context;    // state, kv, tok, chunk, postfix; the rest is filled in per text
     const Ids *prefix;  // protected ids before every text
     double lambda;      // of the ridge regression, as a share of each feature's own square
+    int most_tokens;    // of the text's parts together, about; 0: as many as take some minutes
     const char *path;   // where the profile goes
     bool into;          // as part of a copy of the model, else as a file of its own
+    // After so many seconds or more what is known after a text is saved beside the profile, as
+    // "PATH.unfinished"; a call with the same model, texts and settings goes on from there.
+    double save_seconds;
     // called as work goes on; total counts tokens; nonzero stops with an error
     int (*progress)(void *arg, const char *what, long done, long total);
     void *progress_arg;
@@ -26,6 +30,7 @@ typedef struct {
 typedef struct {
     int n_texts, n_tokens;  // contexts scored, the joined one included, and their tokens
     int longest;            // tokens of the joined one
+    int n_found;            // texts that an unfinished call had scored
     double explained;  // share of the variance of log scores that probes explain, mean over heads
     ShareTrial trial;
     double seconds;

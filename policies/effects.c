@@ -86,13 +86,12 @@ int effects_move(const Effects *e, const Profile *p, float *share, char *err) {
 
 enum { PIECES = 2, SPAN = EFFECT_SPAN };  // repeated pieces of a context, and tokens of each
 
-// One fork that repeats a piece, its words beside those of the full cache.
+// Forks that repeat a piece, their words beside those of the full cache.
 typedef struct {
     const RunState *state;
-    bool keep;        // it is the full cache: its logits are the yardstick
-    int at;           // token of the piece that the first row with logits foretells
-    float *full;      // [SPAN][vocab_size] logits of the full cache
-    double kl[SPAN];  // of the tokens
+    bool keep;                       // it is the full cache: its logits are the yardstick
+    float *full;                     // [SPAN][vocab_size] logits of the full cache
+    double kl[EFFECT_BATCH * SPAN];  // of the tokens, fork after fork
 } Words;
 
 // ln of the sum of exp(x).
@@ -109,45 +108,54 @@ static void judge_words(void *ctx, int i) {
     Words *w = ctx;
     int n = w->state->model->config.vocab_size;
     const float *x = w->state->logits + (size_t)i * n;
-    float *full = w->full + (size_t)(w->at + i) * n;
+    float *full = w->full + (size_t)(i % SPAN) * n;
     if (w->keep) {
         memcpy(full, x, (size_t)n * sizeof *x);
         return;
     }
     double own = log_sum(full, n), other = log_sum(x, n), sum = 0;
     for (int j = 0; j < n; j++) sum += expf((float)(full[j] - own)) * (full[j] - x[j]);
-    w->kl[w->at + i] = fmax(sum - own + other, 0);
+    w->kl[i] = fmax(sum - own + other, 0);
 }
 
-// Feeds a fork of seq the ids but the last one; their last `span` are foretold and judged.
-static int say(Context *c, Words *w, int seq, const Ids *in, int span, char *err) {
+// Feeds ids [n_ids] to each of n sequences in one call.
+static int feed_all(Context *c, const int *seq, int n, const int *ids, int n_ids, bool logits,
+                    char *err) {
     Row row[MAX_ROWS];
-    int fork = kvcache_fork(c->kv, seq, err), status = fork < 0 ? -1 : 0;
-    int first = in->n - 1 - span, step = min_int(c->state->max_logits, span);
-    for (int i = 0, n; i < in->n - 1 && status == 0; i += n) {
-        n = i < first ? min_int(first - i, min_int(c->state->max_rows, MAX_ROWS))
-                      : min_int(in->n - 1 - i, step);
-        for (int j = 0; j < n; j++) row[j] = (Row){fork, in->id[i + j], i >= first};
-        status = forward(c->state, c->kv, row, n, err);
-        w->at = i - first;
-        if (status == 0 && i >= first) parallel_for(c->state->pool, n, judge_words, w);
+    for (int i = 0; i < n * n_ids; i++) row[i] = (Row){seq[i / n_ids], ids[i % n_ids], logits};
+    return forward(c->state, c->kv, row, n * n_ids, err);
+}
+
+// Feeds forks of seq [n] the ids but the last one; the last SPAN are foretold and judged.
+static int say(Context *c, Words *w, const int *seq, int n, const Ids *in, char *err) {
+    int fork[EFFECT_BATCH], n_forks = 0, status = 0;
+    int first = in->n - 1 - SPAN, most = min_int(c->state->max_rows, MAX_ROWS) / n;
+    while (n_forks < n && (fork[n_forks] = kvcache_fork(c->kv, seq[n_forks], err)) >= 0) n_forks++;
+    if (n_forks < n) status = -1;
+    for (int i = 0, some; i < first && status == 0; i += some) {
+        some = min_int(first - i, most);
+        status = feed_all(c, fork, n, in->id + i, some, false, err);
     }
-    if (fork >= 0) kvcache_drop(c->kv, fork);
+    if (status == 0) status = feed_all(c, fork, n, in->id + first, SPAN, true, err);
+    if (status == 0) parallel_for(c->state->pool, n * SPAN, judge_words, w);
+    while (n_forks > 0) kvcache_drop(c->kv, fork[--n_forks]);
     return status;
 }
 
-// The context itself and then all forks repeat the piece [a, b).
-static int try_piece(Trial *t, Words *w, int a, int b, char *err) {
+// The context itself and then all forks, some at a time, repeat the piece of SPAN tokens at a.
+static int try_piece(Trial *t, Words *w, int a, char *err) {
     Context *c = t->c;
     Ids in = {0};
-    int status = kvzip_repeat_input(c, a, b, &in) == 0 ? 0 : fail(err, "out of memory");
-    for (int i = -1; i < t->n && status == 0; i++) {
+    int batch = min_int(c->state->max_logits / SPAN, EFFECT_BATCH);
+    int status = kvzip_repeat_input(c, a, a + SPAN, &in) == 0 ? 0 : fail(err, "out of memory");
+    for (int i = -1, n; i < t->n && status == 0; i += n) {
         w->keep = i < 0;
-        status = say(c, w, i < 0 ? c->seq : t->seq[i], &in, b - a, err);
-        t->fed += in.n - 1;
+        n = i < 0 ? 1 : min_int(t->n - i, batch);
+        status = say(c, w, i < 0 ? &c->seq : t->seq + i, n, &in, err);
+        t->fed += (long)n * (in.n - 1);
         if (status == 0 && c->progress && c->progress(c->progress_arg, "effects", t->fed, 0) != 0)
             status = fail(err, "interrupted");
-        for (int j = 0; j < b - a && i >= 0; j++) t->kl[i] += w->kl[j];
+        for (int j = 0; j < n * SPAN && i >= 0; j++) t->kl[i + j / SPAN] += w->kl[j];
     }
     ids_free(&in);
     return status;
@@ -166,7 +174,7 @@ int trial_run(Trial *t, char *err) {
     for (int i = 0; i < t->n; i++) t->kl[i] = 0;
     for (int p = 0; p < PIECES && status == 0; p++) {
         int a = SPAN + (int)((long)room * p / (PIECES - 1));
-        status = try_piece(t, &w, a, a + SPAN, err);
+        status = try_piece(t, &w, a, err);
     }
     for (int i = 0; i < t->n; i++) t->kl[i] /= PIECES * SPAN;
     free(w.full);

@@ -10,7 +10,9 @@
 #include "policies/context.h"
 
 enum { EFFECT_GROUPS = 8, EFFECT_POINTS = 5 };
-enum { EFFECT_SPAN = 16 };  // tokens judged together: rows of logits that a state should have
+// Tokens judged together, and forks that say them in one call. A state needs rows of logits for one
+// fork at least, and should have them for all.
+enum { EFFECT_SPAN = 16, EFFECT_BATCH = 4 };
 
 // The ratios at which a group is evicted, rising. With all pairs there is no effect.
 extern const float effect_ratio[EFFECT_POINTS];

@@ -6,6 +6,7 @@ random weights, and compares with the values that another implementation compute
 nothing but Python's standard library. The last line says how many checks passed and failed.
 """
 import contextlib
+import glob
 import json
 import math
 import os
@@ -671,6 +672,12 @@ def test_profile(m, other, d):
     check(re.search(r"layer shares by effect: held-out KL \S+ -> \S+ at 0.3 on 2 texts, (not )?used", said), "what was tried: %s" % said)
     check(("not used" in said) == (info(d + "/many.kvp")["layer_shares"] == "KVzip's"), "what came of it: %s" % said)
     check(0 < row["explained"] <= 1, "what probes explain")
+    row = works("calibrate", m.path, "-f", many, "-o", d + "/some.kvp", "--chunk", 50, "--json", "--tokens", 400).rows()[0]
+    check(row["n_texts"] == 6 and 390 < row["n_tokens"] - row["longest"] <= 400, "--tokens: the same share of each part: %s" % row)
+    check(not glob.glob(d + "/*.unfinished"), "what is done leaves no unfinished work")
+    work = write(d + "/mine.kvp.unfinished", "a letter")
+    fails(1, "mine.kvp.unfinished: ", "calibrate", m.path, "-f", many, "-o", d + "/mine.kvp", "--chunk", 50)
+    check(open(work).read() == "a letter", "a file that is not ours is left alone")
     text = ["-p", "The code of Chen is 12. " * 30, "-o", cache]
     works("compress", m.path, *text)
     check(info(cache)["policy"] == "kvzip", "without a profile KVzip is the default")

@@ -372,6 +372,17 @@ static void make_hybrid(Fixture *f, const char *silent) {
     for (const char *l = silent; *l; l++) f->model.layers[*l - '0'].wo.data = (const uint8_t *)zero;
 }
 
+// Calls of progress, and the one at which the work is stopped.
+static long n_steps, stop_at;
+
+static int count_step(void *arg, const char *what, long done, long total) {
+    (void)arg, (void)what;
+    if (!CHECK(done <= total)) printf("%ld of %ld\n", done, total);
+    if (++n_steps != stop_at) return 0;
+    fail(err, "interrupted");
+    return 1;
+}
+
 static int calibrate_many(Fixture *f, const char *to, bool in, CalibrateResult *r) {
     static const char *const texts[] = {
         "The miller kept three dogs and a heron that would not leave; he fed all of them.\n",
@@ -395,7 +406,9 @@ static int calibrate_many(Fixture *f, const char *to, bool in, CalibrateResult *
                    .prefix = &prefix,
                    .lambda = LAMBDA,
                    .path = to,
-                   .into = in};
+                   .into = in,
+                   .progress = count_step};
+    n_steps = 0;
     int rc = calibrate_run(&c, text.s, text.n, r, err);
     ids_free(&prefix);
     free(text.s);
@@ -442,6 +455,50 @@ static void test_trial(void) {
         CHECK(hash[0] == hash[1]);
     }
     remove(path);
+}
+
+// The state of the test's own, for one call: 0, or -1 where it was stopped at call `stop` of
+// progress.
+static int calibrate_once(KVType type, long stop, CalibrateResult *r) {
+    Fixture f;
+    if (!fixture_open(&f, "gemma3", "gemma3.kvz", type, 2)) return -1;
+    stop_at = stop;
+    int rc = calibrate_many(&f, path, false, r);
+    stop_at = 0;
+    fixture_close(&f);
+    return rc;
+}
+
+// Work that is stopped goes on where it was, to the same bits; what belongs to other work, or is no
+// such file, is not read, and a stranger's file is not replaced.
+static void test_unfinished(void) {
+    CalibrateResult r;
+    char unfinished[300];
+    snprintf(unfinished, sizeof unfinished, "%s.unfinished", path);
+    CHECK(calibrate_once(KV_F32, 0, &r) == 0 && r.n_found == 0);
+    long all = n_steps;
+    uint64_t want = file_hash(path);
+    CHECK(fopen(unfinished, "rb") == NULL);
+    for (int part = 1; part < 8; part++) {
+        remove(path);
+        CHECK(calibrate_once(KV_F32, all * part / 8, &r) == -1 && fopen(path, "rb") == NULL);
+        CHECK(calibrate_once(KV_F32, 0, &r) == 0);
+        CHECK(r.n_found <= r.n_texts && (part < 4 || r.n_found > 1));
+        CHECK(n_steps < all - all * (part - 3) / 8 && file_hash(path) == want);
+        CHECK(fopen(unfinished, "rb") == NULL);
+    }
+    CHECK(calibrate_once(KV_F32, all / 2, &r) == -1);
+    CHECK(calibrate_once(KV_F16, 0, &r) == 0 && r.n_found == 0);
+    CHECK(calibrate_once(KV_F32, all / 2, &r) == -1);
+    FILE *f = fopen(unfinished, "r+b");
+    CHECK(f && fseek(f, -64, SEEK_END) == 0 && ftruncate(fileno(f), ftell(f)) == 0);
+    if (f) fclose(f);
+    CHECK(calibrate_once(KV_F32, 0, &r) == -1 && strstr(err, unfinished));
+    f = fopen(unfinished, "wb");
+    CHECK(f && fputs("a letter", f) >= 0 && fclose(f) == 0);
+    uint64_t letter = file_hash(unfinished);
+    CHECK(calibrate_once(KV_F32, 0, &r) == -1 && file_hash(unfinished) == letter);
+    remove(unfinished), remove(path);
 }
 
 // A model that carries its profile says so as well, and no longer once that is another one.
@@ -498,10 +555,12 @@ static double plain_words(Fixture *f, const Context *c, int seq) {
     return sum;
 }
 
-// A fork that is whole says the same to the bit, one that lacks pairs what it says plainly.
+// A fork that is whole says the same to the bit, one that lacks pairs what it says plainly, alone
+// or among as many as are more than one call takes.
 static void test_words(Fixture *f) {
-    int ids[1024], seq[2];
-    double kl[2];
+    enum { MANY = EFFECT_BATCH + 2 };
+    int ids[1024], seq[2], many[MANY];
+    double kl[2], kl_many[MANY];
     Context c = fixture_context(f, ids, 64);
     CHECK(trial_fits(c.n_ctx) && context_read(&c, err) == 0);
     Trial t = {.c = &c, .seq = seq, .n = 2, .kl = kl};
@@ -511,6 +570,10 @@ static void test_words(Fixture *f) {
     CHECK(trial_run(&t, err) == 0);
     CHECK(kl[0] == 0 && kl[1] > 0 && t.fed > 0);
     CHECK_NEAR(plain_words(f, &c, seq[1]), kl[1], 1e-3 * kl[1] + 1e-6);
+    for (int i = 0; i < MANY; i++) many[i] = seq[i % 3 == 1];
+    t = (Trial){.c = &c, .seq = many, .n = MANY, .kl = kl_many};
+    CHECK(trial_run(&t, err) == 0);
+    for (int i = 0; i < MANY; i++) CHECK(kl_many[i] == kl[i % 3 == 1]);
     for (int i = 0; i < 2; i++) kvcache_drop(&f->kv, seq[i]);
     kvcache_drop(&f->kv, c.seq);
     free(keep);
@@ -592,6 +655,7 @@ int main(int argc, char **argv) {
     test_pays();
     test_trial();
     test_trial_into();
+    test_unfinished();
     for (int i = 0; i < (quick ? 1 : 3); i++) {
         Fixture f, other;
         char weights[64];
