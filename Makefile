@@ -122,7 +122,7 @@ blas:
 
 # libFuzzer over everything that is read, FUZZ_SECONDS each, from valid inputs (tests/seeds.py) and what was found
 # before, which is kept in build/fuzz/corpus. Instruction sets' own files, which are slow to build with the sanitizers,
-# are without.
+# are without. No names of functions: llvm-symbolizer would be asked for them, and no -timeout watches that.
 FUZZ_SECONDS ?= 60
 FUZZ = json http tensors tokenizer chat ids lines model cache profile tasks results
 SANITIZE = -O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
@@ -135,7 +135,8 @@ fuzz: run
 	@$(PYTHON) tests/seeds.py ./run build/fuzz/seeds
 	@for t in $(FUZZ); do \
 	    mkdir -p build/fuzz/corpus/$$t && echo "== fuzz_$$t" && \
-	    build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -timeout=10 -close_fd_mask=3 \
+	    timeout -k 9 $$(($(FUZZ_SECONDS) + 120)) \
+	    build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -timeout=10 -close_fd_mask=3 -print_funcs=0 \
 	        -artifact_prefix=build/fuzz/$$t- -print_final_stats=1 build/fuzz/corpus/$$t build/fuzz/seeds/$$t \
 	        >build/fuzz/$$t.log 2>&1; \
 	    status=$$?; grep -E "executed_units|average_exec|ERROR|SUMMARY|written to" build/fuzz/$$t.log; \

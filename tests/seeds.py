@@ -29,7 +29,7 @@ def fixture(name):
 
 
 def works(*args):
-    return subprocess.run(args, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout
+    return subprocess.run(args, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300).stdout
 
 
 def changes(rng):
