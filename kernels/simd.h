@@ -23,9 +23,10 @@ typedef struct {
 // The sets that stand alone, and what puts into such a table the functions that more features
 // allow.
 extern const Kernels kernels_avx2, kernels_neon;
-void adapt_avx2vnni(Kernels *k, const Features *f);  // of kernels_avx2
-void adapt_avx512(Kernels *k, const Features *f);    // of kernels_avx2
-void adapt_neon(Kernels *k, const Features *f);      // of kernels_neon
+void adapt_avx2vnni(Kernels *k, const Features *f);    // of kernels_avx2
+void adapt_avx512(Kernels *k, const Features *f);      // of kernels_avx2
+void adapt_avx512bf16(Kernels *k, const Features *f);  // of kernels_avx2
+void adapt_neon(Kernels *k, const Features *f);        // of kernels_neon
 
 // Loops over registers.
 #ifdef __clang__

@@ -780,8 +780,10 @@ int main(int argc, char **argv) {
         if (codes) test_settle_and_evict(t), test_head_dims(t);
     }
     test_settle_as_it_goes();
-    if (kern.packed_error > 0.0f && kernels_init("avx2") == 0)
-        test_attention(types_of("f16"), one_window, 0), test_head_dims(types_of("q4"));
+    const char *const others[] = {"avx2", "avx512bf16"};  // attention in f32, and in bf16
+    for (int i = 0; i < 2; i++)
+        if (kernels_init(others[i]) == 0)
+            test_attention(types_of("f16"), one_window, 0), test_head_dims(types_of("q4"));
     kernels_init(NULL);
     if (!quick) test_attention(types_of("f32"), one_window, 0.5f);
     if (!quick) test_attention(types_of("q8"), one_window, 0.5f);
