@@ -236,7 +236,9 @@ static Activations take_activations(RunState *s, int max_rows, int cols) {
     Activations a = {.cols = cols,
                      .stride = (cols + QGROUP - 1) / QGROUP * QGROUP,
                      .for_q8 = s->model->has[W_Q8],
-                     .for_q4 = s->model->has[W_Q4]};
+                     .for_q4 = s->model->has[W_Q4],
+                     .for_halves = s->model->has[W_F16] || s->model->has[W_BF16],
+                     .tiled = s->tiled};
     size_t n = (size_t)max_rows * a.stride;
     a.x = take(s, n, sizeof *a.x);
     a.q = take(s, n, sizeof *a.q);
@@ -258,6 +260,7 @@ static void take_all(RunState *s) {
     s->k = take(s, n * c->kv_dim, sizeof *s->k);
     s->v = take(s, n * c->kv_dim, sizeof *s->v);
     s->add = take(s, n * c->dim, sizeof *s->add);
+    s->tiled = take(s, n, sizeof *s->tiled);
     s->xb = take_activations(s, s->max_rows, c->dim);
     s->att_out = take_activations(s, s->max_rows, c->q_dim);
     s->hb = take_activations(s, s->max_rows, c->hidden_dim);
@@ -312,8 +315,6 @@ static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
 
-static bool is_rounded(const Activations *x) { return x->for_q8 || x->for_q4; }
-
 // Whether none of x [n] is infinite or no number, which have all bits of the exponent set. One that
 // is makes all that follows wrong, as a rule without a sign of it.
 static bool all_finite(const float *x, int n) {
@@ -342,12 +343,12 @@ typedef struct {
 static void quantize_row(void *ctx, int i) {
     const Rounding *r = ctx;
     check_row(r->s, i, r->l, r->x->x + (size_t)i * r->x->stride, r->x->cols);
-    kern.quantize(r->x, i, i + 1);
+    activations_round(r->x, i);
 }
 
 // An input of products of layer l, before the first of them.
 static void quantize(RunState *s, Activations *x, int n, int l) {
-    if (is_rounded(x)) each_row(s, n, quantize_row, &(Rounding){s, x, l});
+    if (activations_rounded(x)) each_row(s, n, quantize_row, &(Rounding){s, x, l});
 }
 
 static void embed_row(void *ctx, int i) {
@@ -451,7 +452,7 @@ static void norm_row(void *ctx, int i) {
     }
     kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
     check_row(s, i, n->l, xb, c->dim);
-    if (is_rounded(&s->xb)) kern.quantize(&s->xb, i, i + 1);
+    activations_round(&s->xb, i);
 }
 
 // xb = norm(x), rounded to what the products read.
@@ -514,6 +515,8 @@ static int find_runs(RunState *s, const KVCache *kv, const Row *rows, int n) {
         if (i == 0 || rows[i].seq != rows[i - 1].seq) s->runs[n_runs++] = (KVRun){rows[i].seq, 0};
         s->pos[i] = kv->seqs[rows[i].seq].next_pos + s->runs[n_runs - 1].n++;
     }
+    for (int r = 0, i = 0; r < n_runs; i += s->runs[r++].n)
+        memset(s->tiled + i, s->runs[r].n >= KV_LONG_RUN, (size_t)s->runs[r].n);
     return n_runs;
 }
 
@@ -547,6 +550,7 @@ static int keep_logit_rows(RunState *s, const Row *rows, int n) {
     int m = 0;
     for (size_t i = 0; i < (size_t)n; i++) {
         if (!rows[i].logits) continue;
+        s->tiled[m] = s->tiled[i];
         memmove(s->x + m * dim, s->x + i * dim, dim * sizeof *s->x);
         memmove(s->att_out.x + m * stride, s->att_out.x + i * stride, stride * sizeof *s->x);
         m++;
@@ -638,9 +642,10 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
         attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
         if (l == last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
-        project_att(s, l, n);                            // add = wo att_out
-        add_norm(s, n, l, w->rms_att_post, w->rms_ffn);  // x += add, xb = norm(x)
-        ffn(s, l, n);                                    // add = w2 (act(w1 xb) * w3 xb)
+        project_att(s, l, n);                               // add = wo att_out
+        add_norm(s, n, l, w->rms_att_post, w->rms_ffn);     // x += add, xb = norm(x)
+        ffn(s, l, n);                                       // add = w2 (act(w1 xb) * w3 xb)
+        if (l == last) memset(s->tiled, false, (size_t)n);  // logits take more bits of their input
         add_norm(s, n, l, w->rms_ffn_post, l == last ? m->rms_final : m->layers[l + 1].rms_att);
     }
     s->n_logits = 0;

@@ -72,6 +72,9 @@ typedef struct {
     float *rope;          // [n_ropes][max_rows][rotary_dim / 2][2] cos, sin
     float *x_norm;        // [max_rows] |xb|, for KVzip+
     int *pos;             // [max_rows]
+    // [max_rows] whether layers multiply the row by tiles: it is of a long run (KV_LONG_RUN), so
+    // that company changes no bit
+    bool *tiled;
     int *broken;          // [max_rows] the first step that gave the row what is no number
     KVRun *runs;          // [max_rows]
     float *logits;        // [max_logits][vocab_size], in the order of the rows that asked

@@ -107,7 +107,9 @@ static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, co
 }
 
 // Whether a product takes its rows packed.
-static bool packs_rows(const Tile *t, const KVPart *p) { return t->packed || p->type == KV_F16; }
+static bool packs_rows(const Tile *t, const KVPart *p) {
+    return t->packed || (p->type == KV_F16 && kern.halves_packed);
+}
 
 // Scores [n][64] = rows . keys, or out [n][head_dim] += rows . values. Pages are packed for the
 // many rows of a long run, and converted on the fly for the few of a short one; f32 pages always

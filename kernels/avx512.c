@@ -546,10 +546,6 @@ static const Peak int_peak = {2 * 64 * CHAINS, peak_int};
 
 // ---- products of bf16, for attention ----
 
-#define BF16_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c"
-#define BF16 __attribute__((target(BF16_TARGET)))
-#define BF16_INLINE static inline __attribute__((always_inline, target(BF16_TARGET)))
-
 // Shapes that the tiles below cover; all others stay in f32.
 static bool fits_bf16(int inner, int cols) {
     return inner % 2 == 0 && cols % 16 == 0 && inner <= 256;
@@ -558,11 +554,6 @@ static bool fits_bf16(int inner, int cols) {
 static size_t packed_bytes_bf16(int inner, int cols) {
     return packed_bytes_f32(inner, cols) / (fits_bf16(inner, cols) ? 2 : 1);
 }
-
-// Sixteen numbers of a row and sixteen of the next one, to pairs.
-static const uint16_t alternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
 // Half precision becomes bf16 by a shift, without its way through f32:
 //
@@ -591,7 +582,7 @@ BF16_INLINE __m512i load_pairs(const void *b, size_t ldb, int k, int j, const bo
     size_t at = (size_t)k * ldb + j;
     __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load_halves(b, at, half)),
                                       load_halves(b, at + ldb, half), 1);
-    return halves_to_bf16(_mm512_permutexvar_epi16(_mm512_loadu_si512(alternate), both));
+    return halves_to_bf16(alternate(both));
 }
 
 // [inner/2][cols][2] bf16: rows 2k and 2k + 1 of b alternate.
@@ -685,7 +676,7 @@ BF16 static const void *pack_rows_bf16(uint16_t *room, const float *a, int n, in
     return room;
 }
 
-BF16 static void gemm_packed_bf16(const Gemm *g) {
+BF16 void gemm_packed_bf16(const Gemm *g) {
     if (fits_bf16(g->inner, g->cols))
         gemm_bf16(*g, false);
     else
@@ -779,6 +770,7 @@ void adapt_avx512bf16(Kernels *k, const Features *f) {
     k->gemm_packed = gemm_packed_bf16;
     k->exp_packed = exp_packed_bf16;
     k->gemm_f16 = gemm_f16_bf16;
+    k->halves_packed = true;
     k->packed_error = 0x1p-8f;
     k->peak_packed = &bf16_peak;
 }

@@ -4,6 +4,7 @@
 // instructions, function by function, and the best set that the processor has is chosen once, when
 // the program starts. The fact that must stay true: a set counts only when the operating system
 // saves its registers, too; else the first switch of threads would lose them.
+#define _DEFAULT_SOURCE  // syscall
 #include "kernels/blas.h"
 #include "kernels/simd.h"
 
@@ -14,6 +15,10 @@
 #include <cpuid.h>
 #ifdef __APPLE__
 #include <sys/sysctl.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #endif
 #if defined __aarch64__ && (defined __linux__ || defined __FreeBSD__)
@@ -40,15 +45,17 @@ static const CpuBit FMA = {1, 0, ECX, 12}, OSXSAVE = {1, 0, ECX, 27}, F16C = {1,
                     AVX_2 = {7, 0, EBX, 5}, AVX512F = {7, 0, EBX, 16}, AVX512DQ = {7, 0, EBX, 17},
                     AVX512BW = {7, 0, EBX, 30}, AVX512VL = {7, 0, EBX, 31},
                     AVX512_VNNI = {7, 0, ECX, 11}, AVX_VNNI = {7, 1, EAX, 4},
-                    AVX512_BF16 = {7, 1, EAX, 5};
+                    AVX512_BF16 = {7, 1, EAX, 5}, AMX_BF16 = {7, 0, EDX, 22},
+                    AMX_TILE = {7, 0, EDX, 24};
 
 // Registers that the system saves, bits of XCR0 (same manual, volume 1, 13.3):
 //
-//   bit    7       6       5       2     1
-//          ZMM     ZMM     k0      YMM   XMM
-//          16-31   0-15    to k7
-//                  upper
+//   bit    18      17      7       6       5       2     1
+//          tiles   their   ZMM     ZMM     k0      YMM   XMM
+//                  shapes  16-31   0-15    to k7
+//                                  upper
 enum { SAVES_YMM = 1 << 1 | 1 << 2, SAVES_ZMM = SAVES_YMM | 1 << 5 | 1 << 6 | 1 << 7 };
+enum { SAVES_TILES = 1 << 17 | 1 << 18 };
 
 static bool has(CpuBit b) {
     unsigned r[4] = {0};
@@ -75,6 +82,18 @@ static bool saves_zmm(void) {
 #endif
 }
 
+// Linux gives a process its 8 KB of tiles when it asks for them, once for all of its threads
+// (Documentation/arch/x86/xstate.rst); to ask again changes nothing. An older kernel, or a
+// sandbox, refuses.
+static bool tiles_allowed(void) {
+#ifdef __linux__
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 static Features find_features(void) {
     bool ymm = saves(SAVES_YMM), zmm = ymm && saves_zmm();
     bool avx512 = zmm && has(AVX512F) && has(AVX512BW) && has(AVX512DQ) && has(AVX512VL);
@@ -82,7 +101,8 @@ static Features find_features(void) {
         .avx2 = ymm && has(AVX_2) && has(FMA) && has(F16C),
         .avx_vnni = ymm && KNOWS_VEX && has(AVX_VNNI),
         .avx512vnni = avx512 && has(AVX512_VNNI),
-        .avx512bf16 = avx512 && has(AVX512_BF16),
+        .avx512bf16 = avx512 && has(AVX512_VNNI) && has(AVX512_BF16),
+        .amx = zmm && KNOWS_VEX && has(AMX_TILE) && has(AMX_BF16) && saves(SAVES_TILES),
     };
 }
 #elif defined __aarch64__ && defined __linux__
@@ -118,11 +138,13 @@ static bool has_avx2(const Features *f) { return f->avx2; }
 static bool has_avx2vnni(const Features *f) { return f->avx2 && (f->avx512vnni || f->avx_vnni); }
 static bool has_avx512(const Features *f) { return f->avx2 && f->avx512vnni; }
 static bool has_avx512bf16(const Features *f) { return has_avx512(f) && f->avx512bf16; }
+static bool has_amx(const Features *f) { return has_avx512bf16(f) && f->amx && tiles_allowed(); }
 #endif
 
 static const Isa isas[] = {
 // best first
 #ifdef __x86_64__
+    {"amx", has_amx, &kernels_avx2, adapt_amx},
     {"avx512bf16", has_avx512bf16, &kernels_avx2, adapt_avx512bf16},
     {"avx512", has_avx512, &kernels_avx2, adapt_avx512},
     {"avx2vnni", has_avx2vnni, &kernels_avx2, adapt_avx2vnni},
@@ -132,6 +154,7 @@ static const Isa isas[] = {
     {"neon", NULL, &kernels_neon, adapt_neon},
 #endif
     {"scalar", NULL, &kernels_scalar, NULL},
+    {"amx-emulated", NULL, &kernels_scalar, adapt_amx_emulated},  // behind the one that always is
 };
 
 // Operations a second of a product's instructions: the best of many short stretches, since what

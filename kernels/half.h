@@ -43,4 +43,16 @@ static inline uint16_t f32_f16(float f) {
     return (uint16_t)(sign | (a - 0x38000000 + 0xfff + odd) >> 13);
 }
 
+// bf16 as f32: exact.
+static inline float bf16_f32(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+// f32 as bf16: to nearest, ties to even; numbers below 2^-126 become 0, as they do in the
+// instruction for it (vcvtneps2bf16).
+static inline uint16_t f32_bf16(float f) {
+    uint32_t u = float_bits(f), a = u & 0x7fffffff;
+    if (a > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);  // NaN
+    if (a < 0x00800000) return (uint16_t)(u >> 16 & 0x8000);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
 #endif

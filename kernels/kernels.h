@@ -53,7 +53,8 @@ static inline int wtype_k(WType t) { return t == W_F32 ? 1 : t == W_Q8 ? 4 : t =
 static inline bool wtype_ints(WType t) { return t == W_Q8 || t == W_Q4; }
 
 // The input of a matrix product, n rows. f32 and 16-bit weights read x, q8 and q4 weights read q,
-// or, q8 where the table says wide, q16.
+// or, q8 where the table says wide, q16. Rows that are tiled are read by tiles of bf16 instead,
+// where the table has such products.
 //
 // In q each group of 32 columns has a scale of its own, which is one of few: the group with the
 // row's largest number R uses all 8 bits, the others the smallest scale that their own largest
@@ -72,13 +73,17 @@ typedef struct {
     int stride;  // elements from row to row of x, q and q16; a multiple of 32, zero after cols
     float *x;    // [n][stride]
     // Which weights will read it.
-    bool for_q8, for_q4;
-    int8_t *q;      // [n][stride]     round(x / (unit * scale)) in -127..127
-    float *unit;    // [n]             of a row: R / 127 / 2^UNIT_STEPS
-    float *scale;   // [n][stride/32]  of 32 columns: 2^n or 1.5 * 2^n, from 1 to 2^UNIT_STEPS
-    float *sum;     // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
-    int *shift;     // [n][stride/32]  -128 * sum of the group's q, for weights made unsigned
-    int16_t *q16;   // [n][stride]  round(x / unit16) in -32767..32767
+    bool for_q8, for_q4, for_halves;
+    const bool *tiled;  // [n] rows whose products are of tiles; NULL: none
+    int8_t *q;          // [n][stride]     round(x / (unit * scale)) in -127..127
+    float *unit;        // [n]             of a row: R / 127 / 2^UNIT_STEPS
+    float *scale;       // [n][stride/32]  of 32 columns: 2^n or 1.5 * 2^n, from 1 to 2^UNIT_STEPS
+    float *sum;         // [n][stride/32]  scale * sum of the group's q, for the offsets of q4
+    int *shift;         // [n][stride/32]  -128 * sum of the group's q, for weights made unsigned
+    union {
+        int16_t *q16;    // [n][stride]  round(x / unit16) in -32767..32767
+        uint16_t *bf16;  // [n][stride]  x, of rows that are tiled
+    };
     float *unit16;  // [n]
 } Activations;
 
@@ -185,6 +190,13 @@ typedef struct {
     // sum and shift, or q16 and unit16.
     void (*quantize)(const Activations *x, int t0, int t1);
 
+    // By tiles of bf16 (AMX), for many rows at once, each of them tiled: one panel or panel and
+    // panel + 1, without the rows that pad the last one. NULL where the set has no such products,
+    // or none for the type. Weights are rounded to bf16 once their scales are in them.
+    void (*matmul_tiles[W_TYPES])(const PanelProduct *p, int panels);
+    // Of rows [t0, t1), from x, what these products read: bf16. NULL where there are none.
+    void (*round_tiles)(const Activations *x, int t0, int t1);
+
     // b in f32. With b a page of transposed keys this is q . k, with a page of values it is p v.
     void (*gemm_f32)(const Gemm *g);
 
@@ -192,8 +204,10 @@ typedef struct {
     // the way this instruction set multiplies fastest: bf16 where the machine multiplies that, else
     // f32. What pack_rows returns, room [n][inner] or a itself, is the Gemm's a.
     const void *(*pack_rows)(uint16_t *room, const float *a, int n, int inner, int cols);
-    // b as it lies in half precision, for few rows.
+    // b as it lies in half precision, for few rows; a is packed where halves_packed says so, else
+    // f32.
     void (*gemm_f16)(const Gemm *g);
+    bool halves_packed;
     // b packed as well, for many rows; it comes from half precision or f32.
     size_t (*packed_bytes)(int inner, int cols);
     void (*pack_f16)(void *packed, const uint16_t *b, int inner, int cols);
@@ -203,8 +217,8 @@ typedef struct {
     // columns; their sums are added to sum. NULL where exp64 and pack_rows are as fast.
     const void *(*exp_packed)(uint16_t *room, float *s, const float *max, float *sum, int n,
                               int cols);
-    // Of a factor in gemm_packed and gemm_f16, relative: 2^-8 for bf16, whose products also read
-    // halves below 2^-14 as 0, else 0.
+    // Of a factor in gemm_packed, and in gemm_f16 with halves_packed, relative: 2^-8 for bf16,
+    // whose products also read halves below 2^-14 as 0, else 0.
     float packed_error;
 
     const Peak *peak[W_TYPES], *peak_packed;  // of matmul and of gemm_packed
@@ -240,8 +254,9 @@ static inline float softmax_shift(float max) { return max == -INFINITY ? 0.0f : 
 // The table that is used: filled once by kernels_init, before threads start, then read only.
 extern Kernels kern;
 
-// isa: "scalar", "avx2", "avx2vnni", "avx512", "neon", or NULL for the best this machine has.
-// Returns 0, or -1 when the machine (or this build) does not have it.
+// isa: "scalar", "avx2", "avx2vnni", "avx512", "avx512bf16", "amx", "neon", "amx-emulated" (amx.c
+// in plain C, for tests), or NULL for the fastest this machine has. Returns 0, or -1 when the
+// machine (or this build) does not have it.
 int kernels_init(const char *isa);
 
 // The definition, for tests.

@@ -15,6 +15,7 @@
 enum {
     PAIR_FROM = 16,     // tokens; with fewer, reading weights takes longer than multiplying
     TOKEN_BLOCK = 264,  // tokens whose activations, of small models, stay in the second-level cache
+    TILED_BLOCK = 512,  // the same where weights are unpacked for tiles
     UNIT_MAX = HAS_BLAS ? BLAS_PANELS : 2,  // panels of a unit
     RUN_MAX = 32,  // panels of a unit when tokens are few: as many as multiply_unit has room for
 };
@@ -24,6 +25,7 @@ enum {
 typedef struct {
     const Products *j;
     int unit, n_units;  // panels that are multiplied at once, and how many such units there are
+    int block;          // tokens of a unit
     bool blas;          // by OpenBLAS
 } Job;
 
@@ -31,8 +33,20 @@ Activations activations_from(const Activations *a, int first) {
     Activations b = *a;
     size_t at = (size_t)first * a->stride, group = at / QGROUP;
     b.x += at, b.q += at, b.q16 += at;
+    if (b.tiled) b.tiled += first;
     b.unit += first, b.unit16 += first, b.scale += group, b.sum += group, b.shift += group;
     return b;
+}
+
+bool activations_rounded(const Activations *x) {
+    return x->for_q8 || x->for_q4 || (x->for_halves && x->tiled && kern.round_tiles);
+}
+
+void activations_round(const Activations *x, int t) {
+    if (kern.round_tiles && x->tiled && x->tiled[t])
+        kern.round_tiles(x, t, t + 1);
+    else if (x->for_q8 || x->for_q4)
+        kern.quantize(x, t, t + 1);
 }
 
 static int units_of(const Matrix *w, int unit) { return (w->panels + unit - 1) / unit; }
@@ -48,11 +62,23 @@ static void last_panel(PanelProduct p, int rows) {
     }
 }
 
-// The panels of a unit, p's and those after it, for all of p's tokens.
-static void multiply_panels(const Job *job, PanelProduct p) {
+// Whether a row's products with the weights are of tiles.
+static bool is_tiled(const Matrix *w, const Activations *x, int t) {
+    return x->tiled && x->tiled[t] && kern.matmul_tiles[w->type];
+}
+
+// The panels of a unit, p's and those after it, for p's tokens, which are tiled or are not.
+static void multiply_tokens(const Job *job, PanelProduct p) {
     const Matrix *w = p.w;
     if (job->blas) {
         matmul_blas(&p);
+        return;
+    }
+    if (is_tiled(w, p.x, p.t0)) {
+        for (int end = min_int(p.panel + job->unit, w->panels); p.panel < end; p.panel += 2) {
+            kern.matmul_tiles[w->type](&p, min_int(2, end - p.panel));
+            p.out += 2 * PANEL;
+        }
         return;
     }
     if (job->unit == 2 && (p.panel + 2) * PANEL <= w->rows && kern.matmul_pair[w->type]) {
@@ -69,12 +95,23 @@ static void multiply_panels(const Job *job, PanelProduct p) {
     }
 }
 
+// The same for all of p's tokens: those of long runs and those of short ones in turn, while the
+// panels are in the cache.
+static void multiply_panels(const Job *job, PanelProduct p) {
+    for (int end = p.t1; p.t0 < end; p.t0 = p.t1) {
+        bool tiled = is_tiled(p.w, p.x, p.t0);
+        p.t1 = p.t0 + 1;
+        while (p.t1 < end && is_tiled(p.w, p.x, p.t1) == tiled) p.t1++;
+        multiply_tokens(job, p);
+    }
+}
+
 static void multiply_unit(void *ctx, int i) {
     const Job *job = ctx;
     const Products *j = job->j;
     const Product *p = j->p;
-    int first = i / job->n_units * TOKEN_BLOCK, u = i % job->n_units;
-    int n = min_int(TOKEN_BLOCK, j->n - first);
+    int first = i / job->n_units * job->block, u = i % job->n_units;
+    int n = min_int(job->block, j->n - first);
     while (u >= units_of(p->w, job->unit)) u -= units_of(p++->w, job->unit);
     const Activations x = activations_from(j->x, first);
     PanelProduct w = {.out = p->out + (size_t)first * p->ld + u * job->unit * PANEL,
@@ -85,7 +122,7 @@ static void multiply_unit(void *ctx, int i) {
                       .t1 = n};
     multiply_panels(job, w);
     if (!j->up) return;
-    float room[TOKEN_BLOCK * UNIT_MAX * PANEL];
+    float room[TILED_BLOCK * UNIT_MAX * PANEL];
     int rows = min_int(job->unit * PANEL, w.w->rows - w.panel * PANEL);
     const Activations up_x = activations_from(j->up_x, first);
     PanelProduct up = w;
@@ -101,7 +138,7 @@ static void multiply_unit(void *ctx, int i) {
 static bool asks_blas(const Products *j) {
     bool ints = j->up && wtype_ints(j->up->type);
     for (int i = 0; i < j->n_products; i++) ints |= wtype_ints(j->p[i].w->type);
-    return HAS_BLAS && j->n >= BLAS_FROM && !ints;
+    return HAS_BLAS && j->n >= BLAS_FROM && !ints && !kern.round_tiles;
 }
 
 // Panels that are multiplied at once. With few tokens reading takes longest, and of two matrices in
@@ -118,13 +155,16 @@ static void count_ops(double *ops, const Matrix *w, int n) {
 
 void matmul(ThreadPool *pool, double *ops, const Products *j) {
     bool blas = asks_blas(j);
-    Job job = {.j = j, .unit = unit_of(pool, j, blas), .blas = blas};
+    Job job = {.j = j,
+               .unit = unit_of(pool, j, blas),
+               .block = kern.round_tiles ? TILED_BLOCK : TOKEN_BLOCK,
+               .blas = blas};
     for (int i = 0; i < j->n_products; i++) {
         job.n_units += units_of(j->p[i].w, job.unit);
         count_ops(ops, j->p[i].w, j->n);
     }
     if (j->up) count_ops(ops, j->up, j->n);
-    int blocks = (j->n + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    int blocks = (j->n + job.block - 1) / job.block;
     parallel_for(pool, blocks * job.n_units, multiply_unit, &job);
 }
 

@@ -13,7 +13,7 @@ typedef struct {
 
 // Products of n rows of the same input make one job.
 typedef struct {
-    const Activations *x;  // rounded already (Kernels.quantize) where a type of weights wants that
+    const Activations *x;  // rounded already (activations_round) where a type of weights wants that
     int n;
     const Product *p;  // [n_products]
     int n_products;
@@ -31,6 +31,11 @@ void matmul(ThreadPool *pool, double *ops, const Products *j);
 
 // The same input without the rows before `first`.
 Activations activations_from(const Activations *a, int first);
+
+// Whether a product of the set reads more of x than the numbers in f32, and what it reads of row t:
+// bf16 of a row that is tiled, else the integers.
+bool activations_rounded(const Activations *x);
+void activations_round(const Activations *x, int t);
 
 // One entry of a matrix as a number: for embeddings, and for what policies look up.
 float matrix_at(const Matrix *w, int r, int c);

@@ -17,16 +17,19 @@ typedef struct {
     bool avx_vnni;    // vpdpbusd as AVX2 encodes it (VEX)
     bool avx512vnni;  // AVX-512 F, BW, DQ, VL and vpdpbusd as it is encoded there (EVEX)
     bool avx512bf16;  // all that and vdpbf16ps
+    bool amx;         // all that and tiles of bf16
     bool dotprod;     // sdot, of ARMv8.2
 } Features;
 
 // The sets that stand alone, and what puts into such a table the functions that more features
 // allow.
 extern const Kernels kernels_avx2, kernels_neon;
-void adapt_avx2vnni(Kernels *k, const Features *f);    // of kernels_avx2
-void adapt_avx512(Kernels *k, const Features *f);      // of kernels_avx2
-void adapt_avx512bf16(Kernels *k, const Features *f);  // of kernels_avx2
-void adapt_neon(Kernels *k, const Features *f);        // of kernels_neon
+void adapt_avx2vnni(Kernels *k, const Features *f);      // of kernels_avx2
+void adapt_avx512(Kernels *k, const Features *f);        // of kernels_avx2
+void adapt_avx512bf16(Kernels *k, const Features *f);    // of kernels_avx2
+void adapt_amx(Kernels *k, const Features *f);           // of kernels_avx2
+void adapt_amx_emulated(Kernels *k, const Features *f);  // of kernels_scalar
+void adapt_neon(Kernels *k, const Features *f);          // of kernels_neon
 
 // Loops over registers.
 #ifdef __clang__
@@ -94,6 +97,8 @@ static inline const void *rows_as_they_are(uint16_t *room, const float *a, int n
 static inline void pack_f32(void *packed, const float *b, int inner, int cols) {
     memcpy(packed, b, (size_t)inner * cols * sizeof *b);
 }
+
+void gemm_packed_bf16(const Gemm *g);  // that of avx512bf16, for shapes that fit no tile
 
 // ---- codes ----
 

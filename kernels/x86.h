@@ -1,7 +1,7 @@
-// x86.h: what AVX2, AVX2 with VNNI and AVX-512 share, private to kernels/.
+// x86.h: what AVX2, AVX2 with VNNI, AVX-512 and AMX share, private to kernels/.
 //
 // Functions carry their instruction set as an attribute, so that one program is built without
-// -march and runs on every machine. All here need AVX2 only.
+// -march and runs on every machine. All here need AVX2 only, but for the last chapter.
 #ifndef X86_H
 #define X86_H
 #ifdef __x86_64__
@@ -248,6 +248,20 @@ AVX2_INLINE float peak_bytes(int rounds, const ByteDot dot) {
     }
     for (int i = 1; i < CHAINS; i++) acc[0] = _mm256_add_epi32(acc[0], acc[i]);
     return hsum(_mm256_cvtepi32_ps(acc[0]));
+}
+
+// ---- bf16, of AVX-512 and AMX ----
+
+#define BF16_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c"
+#define BF16 __attribute__((target(BF16_TARGET)))
+#define BF16_INLINE static inline __attribute__((always_inline, target(BF16_TARGET)))
+
+// Sixteen halves and sixteen others as pairs: 0 and 16, 1 and 17 and so on.
+BF16_INLINE __m512i alternate(__m512i v) {
+    static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), v);
 }
 
 #endif

@@ -181,6 +181,13 @@ static void test_exp_packed(void) {
 
 // ---- products ----
 
+// Rows as gemm_f16 takes them, and what it makes of a factor.
+static const void *half_rows(uint16_t *room, const float *a, int n, int inner, int cols) {
+    return kern.halves_packed ? kern.pack_rows(room, a, n, inner, cols) : a;
+}
+
+static double half_error(void) { return kern.halves_packed ? (double)kern.packed_error : 0.0; }
+
 static void test_gemm(void) {
     const Kernels *ref = &kernels_scalar;
     enum { N = 14, K = 70, C = 80, LDC = C + 5 };
@@ -198,11 +205,11 @@ static void test_gemm(void) {
                 g.lda = slow.lda = K + 3;
                 kern.gemm_f32(&g), ref->gemm_f32(&slow);
                 CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4);
-                g.a = kern.pack_rows(room, a, n, inner, cols);
+                g.a = half_rows(room, a, n, inner, cols);
                 g.lda = slow.lda = (size_t)inner;
                 g.b = g.ahead = slow.b = slow.ahead = bh;
                 kern.gemm_f16(&g), ref->gemm_f16(&slow);
-                CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4 + 2.0 * sqrt(inner) * kern.packed_error);
+                CHECK_NEAR(far(c1, c2, N * LDC), 0, 1e-4 + 2.0 * sqrt(inner) * half_error());
             }
         }
     }
@@ -218,12 +225,12 @@ static void test_halves(void) {
         for (int j = 0; j < COLS; j++)
             b[j] = (uint16_t)(first < FINITE ? first + j : 0x8000 + first - FINITE + j);
         for (int r = 0; r < 2; r++) {
-            const void *row = kern.pack_rows(packed_row[r], rows[r], 1, 2, COLS);
+            const void *row = half_rows(packed_row[r], rows[r], 1, 2, COLS);
             Gemm g = product(c, COLS, row, b, 2, COLS);
             kern.gemm_f16(&g);
             for (int j = 0; j < COLS; j++) {
-                double h = f16_f32(b[j]), small = kern.packed_error > 0.0f ? 0x1p-14 : 0.0;
-                double error = fabs(h) < small ? 1.0 : 2.0 * (double)kern.packed_error + 2e-7;
+                double h = f16_f32(b[j]), small = half_error() > 0.0 ? 0x1p-14 : 0.0;
+                double error = fabs(h) < small ? 1.0 : 2.0 * half_error() + 2e-7;
                 CHECK_NEAR(c[j] / rows[r][0], h, error * fabs(h));
             }
         }
@@ -246,11 +253,11 @@ static void test_gemm_batch(void) {
     static uint16_t half[K * C], room[N * K];
     kern.f32_to_f16(half, b, K * C);
     for (int inner = K - 1; inner <= K; inner++) {
-        g = product(all, C, kern.pack_rows(room, a, N, inner, C), half, inner, C);
+        g = product(all, C, half_rows(room, a, N, inner, C), half, inner, C);
         g.n = N;
         kern.gemm_f16(&g);
         for (int i = 0; i < N; i++) {
-            const void *row = kern.pack_rows(room, a + i * inner, 1, inner, C);
+            const void *row = half_rows(room, a + i * inner, 1, inner, C);
             g = product(one, C, row, half, inner, C);
             kern.gemm_f16(&g);
             CHECK(memcmp(one, all + i * C, sizeof one) == 0);
@@ -517,6 +524,56 @@ static void test_matmul(WType type, int rows, int cols, int n, bool offset) {
     free(out), free(slow), free(one);
 }
 
+// Products of tiles are those of both factors rounded to bf16; a row has the same bits in any
+// company, one panel those of two, and what pads the last panel is not written.
+static void test_tiles(WType type, int rows, int cols, int n, bool offset) {
+    enum { PAST = 7 };
+    float *dense = malloc((size_t)(rows + 15) / 16 * 16 * (size_t)(cols + 32) * 4);
+    Matrix w = random_matrix(type, rows, cols, offset, dense);
+    Activations x = random_acts(n, cols);
+    size_t ld = (size_t)rows + PAST;
+    float *out = calloc(ld * n, 4), *one = calloc(ld * n, 4);
+    kern.round_tiles(&x, 0, n);
+    for (int p = 0; p < w.panels; p += 2) {
+        kern.matmul_tiles[type](&(PanelProduct){out + p * 16, ld, &w, p, &x, 0, n},
+                                w.panels - p < 2 ? 1 : 2);
+    }
+    for (int p = 0; p < w.panels; p++) {
+        for (int t = 0, step = 1; t < n; t += step, step = n - t < 3 ? n - t : 3)
+            kern.matmul_tiles[type](&(PanelProduct){one + p * 16, ld, &w, p, &x, t, t + step}, 1);
+    }
+    CHECK(memcmp(out, one, ld * n * 4) == 0);
+    int wrong = 0;
+    for (int t = 0; t < n; t++) {
+        for (int r = 0; r < rows; r++) {
+            double sum = 0, size = 0;
+            for (int c = 0; c < cols; c++) {
+                double v = (double)bf16_f32(f32_bf16(dense[(size_t)r * w.cols_padded + c])) *
+                           bf16_f32(f32_bf16(x.x[(size_t)t * x.stride + c]));
+                sum += v, size += fabs(v);
+            }
+            wrong += !(fabs(out[t * ld + r] - sum) <= 1e-6 * size + 1e-6);
+        }
+        for (int r = rows; r < rows + PAST; r++) wrong += out[t * ld + r] != 0.0f;
+    }
+    CHECK(wrong == 0);
+    free(dense), free((void *)w.data), free((void *)w.scale), free((void *)w.offset);
+    free_acts(&x), free(out), free(one);
+}
+
+static void test_all_tiles(void) {
+    const int cols[] = {1, 2, 31, 32, 33, 48, 255, 512, 513, 544, 1100},
+              tokens[] = {1, 2, 15, 16, 17, 31, 32, 33, 50, 90};
+    for (int type = W_F32; type < W_TYPES && kern.round_tiles; type++) {
+        if (!kern.matmul_tiles[type]) continue;
+        for (size_t i = 0; i < sizeof cols / sizeof *cols; i++)
+            for (int offset = 0; offset < (type == W_Q4 ? 2 : 1); offset++)
+                test_tiles((WType)type, 21 + 16 * (i % 3), cols[i], 5, offset);
+        for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+            test_tiles((WType)type, 48, 96, tokens[i], false);
+    }
+}
+
 static void test_matmuls(void) {
     const int cols[] = {1, 2, 31, 32, 33, 48, 96, 255, 256, 257, 544},
               tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 13, 29, 29};  // q4: every other one with offsets
@@ -617,8 +674,8 @@ static void check_best(void) {
 }
 
 int main(void) {
-    static const char *const isas[] = {"scalar", "avx2",       "avx2vnni",
-                                       "avx512", "avx512bf16", "neon"};
+    static const char *const isas[] = {"scalar",     "avx2", "avx2vnni", "avx512",
+                                       "avx512bf16", "amx",  "neon",     "amx-emulated"};
     CHECK(kernels_init("mmx") == -1);
     check_found();
     check_best();
@@ -633,6 +690,7 @@ int main(void) {
         test_all_codes();
         test_pack();
         test_matmuls();
+        test_all_tiles();
         test_peaks();
         test_blases();
     }
