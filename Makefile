@@ -178,7 +178,7 @@ $(BUILD)/large_cache: tests/large_cache.c $(BUILD)/libkvzip.a
 
 # Every level of optimization of both compilers: no warning, and what computes computes the same.
 COMPILERS = $(foreach cc,gcc clang,$(foreach o,0 1 2 3,$(cc)-O$(o)))
-COMPILED = test_kernels test_kvcache test_kvfile test_model
+COMPILED = test_kernels test_tiles test_kvcache test_kvfile test_model
 compilers: $(COMPILERS:%=compiler-%)
 compiler-%:
 	@$(MAKE) --no-print-directory werror=1 BUILD=build/$* CC=$(firstword $(subst -, ,$*)) CFLAGS=-$(lastword $(subst -, ,$*)) \

@@ -268,8 +268,9 @@ const Flag flags[] = {
          "memory of its own, in large pages, which are read faster; auto: what pays, for 256 MB or "
          "more (default of chat, serve, eval, calibrate and bench)"},
     {"--isa", "SET", TEXT, AT(isa), .takes = RUNS, .also = ALL,
-     .help = "scalar, avx2, avx2vnni, avx512, avx512bf16 or neon (default: the fastest, and run "
-             "bench says which)"},
+     .help =
+         "scalar, avx2, avx2vnni, avx512, avx512bf16, amx or neon (default: the fastest, and run "
+         "bench says which)"},
     {"--kv", "TYPE", TEXT, AT(kv), .takes = RUNS & ~EVAL, .also = ALL & ~EVAL,
      .help = "numbers of the cache: f16 (default), f32, q8, q4, q2, or keys/values, as in q8/q4"},
     {"--json", NULL, SWITCH, AT(json), .takes = ALL, .also = ALL, .help = "one JSON object a line"},

@@ -465,7 +465,7 @@ def main():
     p.add_argument("--only", metavar="NAME", help="cases whose name begins so: gemma2, llama-03")
     p.add_argument("--per-family", type=int, default=8, metavar="N")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--isa", help="scalar, avx2, avx2vnni, avx512, avx512bf16 or neon")
+    p.add_argument("--isa", help="scalar, avx2, avx2vnni, avx512, avx512bf16, amx or neon")
     p.add_argument("--keep", metavar="DIR", help="keep the models here")
     args = p.parse_args()
     worst, failed, n, began = {}, 0, 0, time.time()

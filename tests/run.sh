@@ -31,6 +31,9 @@ run() { # name, command: shows what it prints, and adds its counts
 }
 
 for t in "$@"; do run "$t" ${WRAP:-} "$BUILD/$t" ${ISA:-}; done
+[ -n "${ISA:-}${QUICK:-}" ] || for t in test_model test_policies; do # products by tiles, in plain C
+    case " $* " in *" $t "*) run "$t amx-emulated" ${WRAP:-} "$BUILD/$t" amx-emulated ;; esac
+done
 
 if [ -z "${C_ONLY:-}" ]; then
     for t in test_cli test_install test_answers test_documents test_terminal test_fitted test_serve test_machines test_tools test_memory test_files test_foreign test_tasks test_tutorial; do run $t "$PYTHON" tests/$t.py; done

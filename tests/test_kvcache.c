@@ -780,8 +780,8 @@ int main(int argc, char **argv) {
         if (codes) test_settle_and_evict(t), test_head_dims(t);
     }
     test_settle_as_it_goes();
-    const char *const others[] = {"avx2", "avx512bf16"};  // attention in f32, and in bf16
-    for (int i = 0; i < 2; i++)
+    const char *const others[] = {"avx2", "avx512bf16", "amx-emulated"};
+    for (int i = 0; i < 3; i++)  // attention in f32, in bf16, by tiles
         if (kernels_init(others[i]) == 0)
             test_attention(types_of("f16"), one_window, 0), test_head_dims(types_of("q4"));
     kernels_init(NULL);

@@ -72,8 +72,8 @@ static void test_results(void) {
 
 int main(int argc, char **argv) {
     const char *isa = argc > 1 ? argv[1] : NULL;
-    static const char *const sets[] = {"scalar", "avx2",       "avx2vnni",
-                                       "avx512", "avx512bf16", "neon"};
+    static const char *const sets[] = {"scalar",     "avx2", "avx2vnni", "avx512",
+                                       "avx512bf16", "amx",  "neon"};
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
         if (kernels_init(isa ? isa : sets[i]) != 0) continue;
         for (CodeType type = C_U8; type <= C_U2; type++) {

@@ -273,6 +273,41 @@ static void test_logits_input(void) {
     }
 }
 
+// Logits of 40 tokens in blocks.
+static float *logits_by(const char *isa, const char *weights, int block, size_t *n) {
+    enum { TOKENS = 40 };
+    Fixture f;
+    if (kernels_init(isa) != 0 || !fixture_open(&f, "smol", weights, KV_F32, 2)) exit(1);
+    *n = (size_t)TOKENS * f.model.config.vocab_size;
+    float *out =
+        logits_of(&f, kvcache_new(&f.kv, err), want(&f, "prefill.ids")->data, TOKENS, block);
+    fixture_close(&f);
+    return out;
+}
+
+// By tiles of bf16 logits are near those by other products, and only runs of KV_LONG_RUN tokens or
+// more are multiplied so: shorter ones have the bits of the set without tiles.
+static void test_tiled(const char *isa) {
+    static const char *const weights[] = {"smol-q8.kvz", "smol-q4.kvz", "smol-bf16.kvz",
+                                          "smol-f16.kvz"};
+    const char *base = kernels_init("avx512bf16") == 0 ? "avx512bf16" : "scalar";
+    for (int i = 0; i < 4; i++) {
+        size_t n;
+        float *slow = logits_by(base, weights[i], 40, &n),
+              *tiled = logits_by("amx-emulated", weights[i], 40, &n),
+              *nine = logits_by("amx-emulated", weights[i], 20, &n);
+        double d = far(slow, tiled, n);
+        CHECK(d > 1e-3 && d < (i < 2 ? 1.0 : 0.3));  // of logits up to 11
+        CHECK_NEAR(far(tiled, nine, n), 0, 1e-4);
+        free(slow), free(nine);
+        slow = logits_by(base, weights[i], KV_LONG_RUN - 1, &n);
+        nine = logits_by("amx-emulated", weights[i], KV_LONG_RUN - 1, &n);
+        CHECK(memcmp(slow, nine, n * sizeof *slow) == 0);
+        free(slow), free(tiled), free(nine);
+    }
+    kernels_init(isa);
+}
+
 // Contexts with no token, one token, and a last chunk of one.
 static void test_small_contexts(Fixture *f) {
     for (int n_ctx = 0; n_ctx <= 5; n_ctx++) {
@@ -342,6 +377,6 @@ int main(int argc, char **argv) {
         if (i == 0) test_small_contexts(&f), test_refusals(&f);
         fixture_close(&f);
     }
-    if (!quick) test_bits(), test_logits_input();
+    if (!quick) test_bits(), test_logits_input(), test_tiled(argc > 1 ? argv[1] : NULL);
     return test_end("test_model");
 }
