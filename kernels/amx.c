@@ -375,6 +375,35 @@ BF16 static void gemm_packed_emulated(const Gemm *g) {
         gemm_packed_bf16(g);
 }
 
+// ---- trust ----
+
+// Rows, columns and inner length that take whole tiles and parts of them.
+enum { TRY_ROWS = 37, TRY_INNER = 64, TRY_COLS = 48 };
+
+bool amx_multiplies(void) {
+    static uint16_t a[TRY_ROWS * TRY_INNER], b[TRY_INNER * TRY_COLS];
+    static float c[TRY_ROWS * TRY_COLS];
+    bool right = true;
+    for (int i = 0; i < TRY_ROWS * TRY_INNER; i++) a[i] = f32_bf16((float)(i * 7 % 31 - 15));
+    for (int i = 0; i < TRY_INNER * TRY_COLS; i++) b[i] = f32_bf16((float)(i * 5 % 29 - 14));
+    gemm_tiles(NULL, &(Gemm){.c = c,
+                             .ldc = TRY_COLS,
+                             .a = a,
+                             .lda = TRY_INNER,
+                             .b = b,
+                             .n = TRY_ROWS,
+                             .inner = TRY_INNER,
+                             .cols = TRY_COLS});
+    for (int i = 0; i < TRY_ROWS * TRY_COLS; i++) {
+        const uint16_t *x = a + i / TRY_COLS * TRY_INNER, *y = b + i % TRY_COLS * 2;
+        float sum = 0;
+        for (int k = 0; k < TRY_INNER; k++)
+            sum += bf16_f32(x[k]) * bf16_f32(y[k / 2 * TRY_COLS * 2 + k % 2]);
+        right = right && c[i] == sum;
+    }
+    return right;
+}
+
 // ---- peaks ----
 
 static float peak_tiles(int rounds) {

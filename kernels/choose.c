@@ -138,7 +138,9 @@ static bool has_avx2(const Features *f) { return f->avx2; }
 static bool has_avx2vnni(const Features *f) { return f->avx2 && (f->avx512vnni || f->avx_vnni); }
 static bool has_avx512(const Features *f) { return f->avx2 && f->avx512vnni; }
 static bool has_avx512bf16(const Features *f) { return has_avx512(f) && f->avx512bf16; }
-static bool has_amx(const Features *f) { return has_avx512bf16(f) && f->amx && tiles_allowed(); }
+static bool has_amx(const Features *f) {  // no machine that this was written on had it: tried first
+    return has_avx512bf16(f) && f->amx && tiles_allowed() && amx_multiplies();
+}
 #endif
 
 static const Isa isas[] = {

@@ -28,6 +28,7 @@ void adapt_avx2vnni(Kernels *k, const Features *f);      // of kernels_avx2
 void adapt_avx512(Kernels *k, const Features *f);        // of kernels_avx2
 void adapt_avx512bf16(Kernels *k, const Features *f);    // of kernels_avx2
 void adapt_amx(Kernels *k, const Features *f);           // of kernels_avx2
+bool amx_multiplies(void);  // whether its tiles give what whole numbers give, where they may be used
 void adapt_amx_emulated(Kernels *k, const Features *f);  // of kernels_scalar
 void adapt_neon(Kernels *k, const Features *f);          // of kernels_neon
 
