@@ -23,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "eval/overlap.h"
 #include "eval/words.h"
 #include "util.h"
 
@@ -329,17 +330,112 @@ static double mark_choice(const char *answer, const char *want) {
     return letter && letter == choice_letter(want);
 }
 
+// The value of the number that the words begin with, NaN where it is none.
+static double number_of(const char *s) {
+    static const char digits[] = "0123456789";
+    size_t n = strcspn(s, " "), sign = *s == '-' || *s == '+';
+    size_t whole = strspn(s + sign, digits), point = s[sign + whole] == '.';
+    size_t part = point ? strspn(s + sign + whole + 1, digits) : 0;
+    if (whole + part == 0 || sign + whole + point + part != n) return NAN;
+    return strtod(s, NULL);
+}
+
+// The number that the words give as their answer, NaN when they have none.
+static double answer_number(const char *words) {
+    static const char says[] = "answer is ";
+    const char *from = NULL;
+    for (const char *at = words; (at = strstr(at, says)) != NULL; at++) from = at + sizeof says - 1;
+    double last = NAN;
+    for (const char *s = from ? from : words; *s; s += strcspn(s, " "), s += *s == ' ') {
+        double v = number_of(s);
+        if (!isnan(v)) last = v;
+        if (from && !isnan(v)) break;
+    }
+    return last;
+}
+
+static double mark_number(const char *answer, const char *want) {
+    return answer_number(answer) == answer_number(want);
+}
+
+// ---- code ----
+
+// Of an answer with a block of code that block, else all of it; malloc'ed, NULL: no memory. Where
+// the answer was begun for the model, only the fence behind the block is there.
+static char *code_of(const char *answer) {
+    static const char fence[] = "```";
+    const char *open = strstr(answer, fence), *begin = answer;
+    const char *close = open ? strstr(open + 3, fence) : NULL;
+    if (open) {
+        const char *line = open + strcspn(open, "\n");  // behind the language's name
+        bool ends = line[strspn(line, " \t\r\n")] == '\0';
+        if (close || !ends) begin = line;
+        if (!close && ends) close = open;
+    }
+    if (close && close < begin) begin = open + 3;  // both on one line
+    size_t n = close ? (size_t)(close - begin) : strlen(begin);
+    char *code = malloc(n + 1);
+    if (code) memcpy(code, begin, n), code[n] = '\0';
+    return code;
+}
+
+static double mark_code(const char *answer, const char *want) {
+    static const double PASSES = 0.8;  // RepoQA's threshold
+    char *code = code_of(answer);
+    double value = code ? overlap_bleu(code, want) : -1;
+    free(code);
+    return value < 0 ? -1 : value >= PASSES;
+}
+
+// The first line that is code: not empty, no comment, no fence.
+static double mark_edit(const char *answer, const char *want) {
+    size_t n;
+    for (const char *next = answer;; answer = next) {
+        n = strcspn(answer, "\r\n");
+        next = answer + n + strspn(answer + n, "\r\n");
+        bool empty = answer[strspn(answer, " \t")] == answer[n];
+        bool skip = empty || memchr(answer, '`', n) || memchr(answer, '#', n) ||
+                    (n > 1 && strstr(answer, "//") && strstr(answer, "//") < answer + n);
+        if (!skip || !*next) break;
+    }
+    char *line = malloc(n + 1);
+    if (!line) return -1;
+    memcpy(line, answer, n), line[n] = '\0';
+    double value = overlap_characters(line, want);
+    free(line);
+    return value;
+}
+
+// ---- any metric ----
+
+// Of words with a space between two.
+static double mark_by_words(EvalMetric metric, const char *answer, const char *want) {
+    switch (metric) {
+    case METRIC_EXACT:
+        return strcmp(answer, want) == 0;
+    case METRIC_F1:
+        return word_f1(answer, want);
+    case METRIC_QA:
+        return fmax(word_f1(answer, want), contained(answer, want));
+    case METRIC_ROUGE:
+        return overlap_rouge(answer, want);
+    case METRIC_NUMBER:
+        return mark_number(answer, want);
+    default:
+        return contained(answer, want);
+    }
+}
+
 double mark_answer(EvalMetric metric, const char *answer, const char *want) {
     if (metric == METRIC_CHOICE) return mark_choice(answer, want);
+    if (metric == METRIC_CODE) return mark_code(answer, want);
+    if (metric == METRIC_EDIT) return mark_edit(answer, want);
     double value = -1;
     char *w = mark_words(want, false);
     bool signs = w && !*w;
     if (signs) free(w), w = mark_words(want, true);
     char *a = mark_words(answer, signs);
-    if (a && w)
-        value = metric == METRIC_EXACT ? strcmp(a, w) == 0
-                : metric == METRIC_F1  ? word_f1(a, w)
-                                       : contained(a, w);
+    if (a && w) value = mark_by_words(metric, a, w);
     free(a);
     free(w);
     return value;

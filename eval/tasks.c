@@ -29,7 +29,8 @@ int eval_answer(const EvalTask *t, const EvalQuestion *q, const char *answer, do
 
 // ---- tasks ----
 
-static const char *const metric_names[METRICS] = {"contained", "exact", "f1", "choice"};
+static const char *const metric_names[METRICS] = {"contained", "exact",  "f1",   "choice", "qa",
+                                                  "rouge",     "number", "code", "edit"};
 
 const char *eval_metric_name(EvalMetric metric) { return metric_names[metric]; }
 
@@ -37,6 +38,8 @@ const char *eval_metric_name(EvalMetric metric) { return metric_names[metric]; }
 static int check_answer(EvalMetric metric, const char *answer, char *err) {
     if (metric == METRIC_CHOICE && mark_answer(metric, answer, answer) != 1)
         return fail(err, "metric choice: answer \"%s\" has no letter that stands alone", answer);
+    if (metric == METRIC_NUMBER && mark_answer(metric, answer, answer) != 1)
+        return fail(err, "metric number: answer \"%s\" has no number", answer);
     char *words = mark_words(answer, true);
     if (!words) return fail(err, "out of memory");
     bool none = !*words;

@@ -35,10 +35,10 @@ typedef struct {
 // As it is called in task files and results: "contained".
 const char *eval_metric_name(EvalMetric metric);
 
-// Reads JSON Lines, one context a line: {"context": "..", "metric": "contained|exact|f1|choice",
-// "questions": [{"question": "..", "answer_prefix": "..", "answers": [".."]}]} and, where wanted,
-// "task", "stop", "max_tokens", "all". Unknown members are left alone. The file "-" is stdin.
-// Returns 0, or -1 with err, which names the line.
+// Reads JSON Lines, one context a line: {"context": "..", "metric": "contained|exact|f1|choice|qa|
+// rouge|number|code|edit", "questions": [{"question": "..", "answer_prefix": "..", "answers":
+// [".."]}]} and, where wanted, "task", "stop", "max_tokens", "all". Unknown members are left alone.
+// The file "-" is stdin. Returns 0, or -1 with err, which names the line.
 int eval_tasks_open(EvalTasks *t, const char *path, char *err);
 
 // Frees it, strings included. Safe on a zeroed struct, and twice.

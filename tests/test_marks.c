@@ -1,7 +1,7 @@
 // Marking: what an answer says is found as whole words, whatever way it is written, and nothing
 // else is.
 #include "eval/marks.h"
-
+#include "eval/overlap.h"
 #include "test.h"
 
 static bool words_are(const char *text, const char *want) {
@@ -90,7 +90,75 @@ static void test_others(void) {
     CHECK(chooses("R&D: D", "D") && chooses("B.", "B") && chooses("B.Paris", "B"));
 }
 
+static double mark(EvalMetric metric, const char *answer, const char *want) {
+    return mark_answer(metric, answer, want);
+}
+
+// What rouge_score 0.1.2, NLTK 3.9 and rapidfuzz 3 say.
+static void test_overlap(void) {
+    static const char add[] = "def add(a, b):\n    total = a + b\n    return total";
+    static const struct {
+        const char *text;
+        double bleu;
+    } codes[] = {
+        {add, 1},
+        {"def add(a, b):\n    return a + b", 0.219852635},
+        {"def add(x, y):\n    total = x + y\n    return total", 0.089132897},
+        {"def add(a, b): total", 0.223130160},
+        {"total", 0.000123410},
+        {"nothing here at all", 0},
+        {"def add(a, b):\n  total = a + b\n  return total\n\ndef more(): pass", 0.736170335},
+        {"a a a a a a", 0.019301098},
+        {"", 0}};
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+        CHECK_NEAR(overlap_bleu(codes[i].text, add), codes[i].bleu, 1e-8);
+    CHECK_NEAR(overlap_rouge("police killed gunman", "police kill gunman"), 2.0 / 3, 1e-9);
+    CHECK_NEAR(overlap_rouge("gunman kill police", "police kill gunman"), 1.0 / 3, 1e-9);
+    CHECK_NEAR(overlap_rouge("mill was built by old miller in 1803",
+                             "old miller built mill in 1803 and sold it"),
+               0.470588235, 1e-9);
+    CHECK_NEAR(overlap_rouge("x y z\tx y\nz", " x z y x "), 0.6, 1e-9);
+    CHECK(overlap_rouge("", "") == 1 && overlap_rouge("", "x") == 0 && overlap_rouge("x", "") == 0);
+    CHECK_NEAR(overlap_characters("return a + b", "return b + a"), 0.833333333, 1e-9);
+    CHECK_NEAR(overlap_characters("kitten", "sitting"), 0.615384615, 1e-9);
+    CHECK_NEAR(overlap_characters("größe", "grosse"), 0.545454545, 1e-9);
+}
+
+static void test_authors(void) {
+    CHECK(mark(METRIC_QA, "It was the old mill, by the brook", "The old mill") == 1);
+    CHECK_NEAR(mark(METRIC_QA, "the mill", "old mill"), 2.0 / 3, 1e-9);
+    CHECK_NEAR(mark(METRIC_ROUGE, "The police killed a gunman.", "Police kill the gunman"), 2.0 / 3,
+               1e-9);
+    CHECK(mark(METRIC_NUMBER, " 5 + 13 = 18. The answer is 18.", "The answer is 18") == 1);
+    CHECK(mark(METRIC_NUMBER, "so it is 1,803 in all", "1803") == 1);
+    CHECK(mark(METRIC_NUMBER, "The answer is $18.00 of 20", "18") == 1);
+    CHECK(mark(METRIC_NUMBER, "The answer is 5. No, the answer is: 18 apples", "18") == 1);
+    CHECK(mark(METRIC_NUMBER, "18 and then 19", "18") == 0 && mark(METRIC_NUMBER, "", "0") == 0);
+    CHECK(mark(METRIC_NUMBER, "-5", "5") == 0 && mark(METRIC_NUMBER, "10:30", "10") == 0);
+    CHECK(mark(METRIC_NUMBER, "none", "none") == 0 && mark(METRIC_NUMBER, "three", "3") == 1);
+}
+
+static void test_code(void) {
+    static const char want[] = "def add(a, b):\n    total = a + b\n    return total\n";
+    static const char *const right[] = {
+        want, "def add(a, b):\n\ttotal = a + b\n\treturn total\n```\n",
+        "Here it is:\n```python\ndef add(a, b):\n  total = a + b\n  return total\n```\nIt adds.",
+        "```\ndef add(a, b):\n  total = a + b\n  return total"};
+    for (size_t i = 0; i < sizeof right / sizeof *right; i++)
+        CHECK(mark(METRIC_CODE, right[i], want) == 1);
+    CHECK(mark(METRIC_CODE, "def add(a, b):\n    return a + b", want) == 0);
+    CHECK(mark(METRIC_CODE, "", want) == 0 && mark(METRIC_CODE, "```", want) == 0);
+    CHECK(mark(METRIC_CODE, "``````", want) == 0 && mark(METRIC_CODE, "``` ```", want) == 0);
+    CHECK(mark(METRIC_EDIT, "\n# adds\n```\nreturn a + b\nmore", "return a + b") == 1);
+    CHECK_NEAR(mark(METRIC_EDIT, "return b + a // sum", "return b + a // sum"), 1, 1e-9);
+    CHECK_NEAR(mark(METRIC_EDIT, "return a + b", "return b + a"), 0.833333333, 1e-9);
+    CHECK(mark(METRIC_EDIT, "", "x") == 0);
+}
+
 int main(void) {
+    test_overlap();
+    test_authors();
+    test_code();
     test_words();
     test_letters();
     test_contained();
