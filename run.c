@@ -55,11 +55,13 @@ const Command commands[] = {
     {"bench", BENCH, "MODEL", 1, 1, cmd_bench,
      "prefill, decode, scoring and loading at given depths and ratios",
      "  run bench smollm2.kvz --depth 0,2048,8192 --ratio 1,0.3 --batch 1,8\n"},
-    {"eval", EVAL, "MODEL TASKS.jsonl | MODEL --ppl FILE | --merge FILE...", 1, INT_MAX, cmd_eval,
+    {"eval", EVAL, "MODEL TASKS.jsonl | MODEL --suite NAME | MODEL --ppl FILE | --merge FILE...", 1,
+     INT_MAX, cmd_eval,
      "what compressing costs in answers: policies, levels and ratios beside the full cache",
      "  run eval smollm2.kvz facts.jsonl --policy kvzip,snapkv --ratio 1,0.3,0.1 -o facts.results\n"
      "  run eval smollm2.kvz facts.jsonl --shard 2/4 -o facts.2\n"
      "  run eval --merge facts.1 facts.2 facts.3 facts.4 --chart facts.svg\n"
+     "  run eval smollm2.kvz --suite paper --length 4000 --policy kvzip,snapkv -o paper.results\n"
      "  run eval smollm2.kvz --ppl wiki.test.raw\n"},
     {"calibrate", CALIBRATE, "MODEL [-f TEXTS] -o PROFILE", 1, 1, cmd_calibrate,
      "once per model: learn what heads keep, so that compressing needs no second pass",

@@ -100,6 +100,14 @@ const Flag flags[] = {
     {"-o", "FILE", TEXT, AT(out), .takes = EVAL,
      .help = "results, added as they come; what is there already is not done again"},
     {"--chart", "FILE", TEXT, AT(chart), .takes = EVAL, .help = "an SVG of the results"},
+    {"--suite", "NAME", TEXT, AT(suite), .takes = EVAL,
+     .help = "a set of tasks, instead of a file: tasks/NAME-N, from `make_tasks.py suite NAME "
+             "--tokens N`; ends in a page"},
+    {"--length", "N", COUNT, AT(length), RANGE(1, INT_MAX), .takes = EVAL,
+     .help = "tokens of a context of the set (default 4000)"},
+    {"--page", "FILE", TEXT, AT(page), .takes = EVAL,
+     .help = "an HTML page of the results; measures bytes and tokens/s as well (with --suite: "
+             "OUT.html)"},
     {"--shard", "I/N", TEXT, AT(shard), .takes = EVAL,
      .help = "only every N-th context, from the I-th on"},
     {"--merge", NULL, SWITCH, AT(merge), .takes = EVAL,
@@ -445,6 +453,7 @@ static bool is_raw(const Options *o) { return o->raw; }
 static bool has_ids(const Options *o) { return o->ids != NULL; }
 static bool demotes(const Options *o) { return o->demote >= 0; }
 static bool decodes(const Options *o) { return o->decode; }
+static bool has_no_suite(const Options *o) { return o->suite == NULL; }
 static bool merges(const Options *o) { return o->merge; }
 static bool measures_text(const Options *o) { return o->ppl != NULL; }
 static bool keeps_all_at_once(const Options *o) { return !wants_stream(o); }
@@ -489,8 +498,11 @@ static const Rule rules[] = {
     {"--system --system-file --task ", CONTEXT, has_ids, false, "--ids has all that is read"},
     {"--system --system-file --task ", COMPRESS, appends, false, "the saved cache has its own"},
     {"--special --bos ", TOKENIZE, decodes, false, "--decode only shows what ids print"},
-    {READING "--kv --shard --show --ppl --mem ", EVAL, merges, false, "--merge only joins results"},
-    {READING "--shard --show --chart -o ", EVAL, measures_text, false, "--ppl compares nothing"},
+    {"--length ", EVAL, has_no_suite, false, "only a --suite is made for lengths"},
+    {READING "--kv --shard --show --ppl --mem --suite --length ", EVAL, merges, false,
+     "--merge only joins results"},
+    {READING "--shard --show --chart --page --suite --length -o ", EVAL, measures_text, false,
+     "--ppl compares nothing"},
     {"--json-object ", ANSWERS, has_schema, false, "--json-schema says what the answer is"},
     {"--ignore-eos ", ANSWERS, has_form, true, "the answer ends where its JSON value does"},
     {"--repeat-last-n ", ANSWERS, penalizes_none, true, "there is no penalty"},

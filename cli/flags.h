@@ -87,7 +87,9 @@ typedef struct {
     long draft;  // -1: not given
     // what bench and eval go through
     BenchList prompts, depths, ratios, batches;
-    BenchList shares;  // --ratio of eval
+    BenchList shares;          // --ratio of eval
+    const char *suite, *page;  // of eval
+    long length;               // of its contexts; 0: not given
     bool merge, show;
     // serve
     const char *caches[MAX_STOPS + 1];  // NAME=FILE, NULL behind the last

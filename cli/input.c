@@ -141,16 +141,23 @@ void not_the_same(const char *path, const char *other, const char *how) {
 
 void check_writable(const Options *o, const char *path) {
     char err[ERR_LEN];
-    const char *const inputs[] = {o->file, o->ids, o->cache, o->profile, o->ppl, o->system_file},
-                      *other = path == o->out ? o->chart : o->out;
+    const char *const inputs[] = {o->file, o->ids, o->cache, o->profile, o->ppl, o->system_file};
+    const char *const outputs[] = {o->out, o->chart, o->page};
     if (strcmp(path, "-") == 0)
         die_usage(o->command, "-: stdout is no file that can be written anew; ./- is one");
     for (int i = o->into; i < o->n_args; i++)  // into itself: the old file stays mapped
         not_the_same(path, o->args[i], "read");
     for (int i = 0; i < 6; i++) not_the_same(path, inputs[i], "read");
     for (int i = 0; o->files[i]; i++) not_the_same(path, o->files[i], "read");
-    not_the_same(path, other, "also written");
+    for (int i = 0; i < 3; i++)
+        if (outputs[i] != path) not_the_same(path, outputs[i], "also written");
     if (newfile_check(path, err) != 0) die_file(path, err);
+}
+
+void not_an_output(const Options *o, const char *path) {
+    const char *const outputs[] = {o->out, o->chart, o->page};
+    for (int i = 0; i < 3; i++)
+        if (outputs[i]) not_the_same(outputs[i], path, "read");
 }
 
 void check_output(const Options *o) {

@@ -36,5 +36,7 @@ void encode(const Tokenizer *tok, const char *text, size_t n, unsigned how, Ids 
 void not_the_same(const char *path, const char *other, const char *how);
 // The file at path can be written, which is tried, and is none that the command reads.
 void check_writable(const Options *o, const char *path);
+// The file at path, which is read, is none that the command writes, or the end.
+void not_an_output(const Options *o, const char *path);
 void check_output(const Options *o);  // the same for -o, which must be given
 #endif

@@ -14,6 +14,7 @@
 #include "cli/session.h"
 #include "eval/chart.h"
 #include "eval/eval.h"
+#include "eval/page.h"
 #include "json.h"
 #include "policies/calibrate.h"
 #include "policies/effects.h"
@@ -179,14 +180,9 @@ static int eval_text(const Options *o) {
     return 0;
 }
 
-static bool same_table(const EvalRow *a, const EvalRow *b) {
-    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0;
-}
-
-static bool same_line(const EvalRow *a, const EvalRow *b) {
-    return same_table(a, b) && strcmp(a->policy, b->policy) == 0 &&
-           strcmp(a->level, b->level) == 0 && strcmp(a->fit, b->fit) == 0 &&
-           strcmp(a->kv, b->kv) == 0;
+// Of the same task and metric, and on the same line.
+static bool same_row(const EvalRow *a, const EvalRow *b) {
+    return eval_row_same_task(a, b) && eval_row_same_line(a, b);
 }
 
 // The first row that is in the same table, or on the same line of it, as rows[i] is i itself.
@@ -194,18 +190,6 @@ static bool is_first(const EvalRow *rows, int i, bool (*same)(const EvalRow *a, 
     int first = 0;
     while (!same(&rows[first], &rows[i])) first++;
     return first == i;
-}
-
-// The different ratios of all rows, from the largest down; returns how many.
-static int table_columns(const EvalRow *rows, int n, double *column, int most) {
-    int n_columns = 0;
-    for (double last = INFINITY, next; n_columns < most; column[n_columns++] = last = next) {
-        next = -1;
-        for (int i = 0; i < n; i++)
-            if (rows[i].ratio < last && rows[i].ratio > next) next = rows[i].ratio;
-        if (next < 0) break;
-    }
-    return n_columns;
 }
 
 static void print_cell(const EvalRow *row, bool share) {
@@ -228,14 +212,14 @@ static void print_table(const EvalRow *rows, int n, int first, const double *col
     for (int k = 0; k < n_columns; k++) out("%16g", column[k]);
     out_bytes("\n", 1);
     for (int i = first; i < n; i++) {
-        if (!same_table(&rows[i], head) || !is_first(rows, i, same_line)) continue;
+        if (!eval_row_same_task(&rows[i], head) || !is_first(rows, i, same_row)) continue;
         bool fitted = strcmp(rows[i].fit, "none") != 0;
         snprintf(name, sizeof name, "  %s %s %s%s%s", rows[i].policy, rows[i].level, rows[i].kv,
                  fitted ? " " : "", fitted ? rows[i].fit : "");
         out("%-30s", name);
         for (int k = 0; k < n_columns; k++) {
             int j = i;
-            while (j < n && !(same_line(&rows[j], &rows[i]) && rows[j].ratio == column[k])) j++;
+            while (j < n && !(same_row(&rows[j], &rows[i]) && rows[j].ratio == column[k])) j++;
             if (j < n)
                 print_cell(&rows[j], share);
             else
@@ -252,7 +236,7 @@ static void print_rows(const Options *o, const EvalResults *results) {
     EvalRow *rows;
     int n;
     if (eval_rows(results, &rows, &n, err) != 0) die("%s", err);
-    int n_columns = table_columns(rows, n, column, COLUMNS);
+    int n_columns = eval_row_ratios(rows, n, column, COLUMNS);
     for (int i = 0; i < n; i++) {
         const EvalRow *r = &rows[i];
         if (o->json) {
@@ -261,22 +245,30 @@ static void print_rows(const Options *o, const EvalResults *results) {
                 "{'task': %s, 'policy': %s, 'level': %s, 'ratio': %g, 'kept': %g, 'kv': %s, ",
                 r->task, r->policy, r->level, r->ratio, r->kept, r->kv);
             json_print(stdout,
-                       "'fit': %s, 'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d}\n",
+                       "'fit': %s, 'metric': %s, 'value': %g, 'low': %g, 'high': %g, 'n': %d, ",
                        r->fit, r->metric, r->value, r->low, r->high, r->n);
-        } else if (is_first(rows, i, same_table)) {
+            json_print(stdout, "'bytes': %g, 'tokens_per_s': %g}\n", r->bytes, r->speed);
+        } else if (is_first(rows, i, eval_row_same_task)) {
             print_table(rows, n, i, column, n_columns);
         }
     }
     out_flush();
     if (o->chart && chart_curves(rows, n, o->chart, err) != 0) die_file(o->chart, err);
+    if (o->page && page_write(rows, n, results->settings, o->page, err) != 0)
+        die_file(o->page, err);
     free(rows);
+}
+
+static void check_outputs(const Options *o) {
+    if (o->out) check_output(o);
+    if (o->chart) check_writable(o, o->chart);
+    if (o->page) check_writable(o, o->page);
 }
 
 static int eval_merge(const Options *o) {
     EvalResults results = {0};
     char err[ERR_LEN];
-    if (o->out) check_output(o);
-    if (o->chart) check_writable(o, o->chart);
+    check_outputs(o);
     for (int i = 0; i < o->n_args; i++)
         if (eval_results_read(&results, o->args[i], err) != 0) die("%s: %s", o->args[i], err);
     if (eval_results_order(&results, err) != 0) die("%s", err);
@@ -474,22 +466,43 @@ static void eval_memory(const Session *s, const Eval *e, const EvalTasks *tasks)
     ids_free(&ids);
 }
 
-// Answers the questions of a file.
-static int eval_tasks(const Options *o) {
+// The tasks of a set, made once for all models and runs; path [4096].
+static const char *suite_path(const Options *o, char *path) {
+    long length = o->length > 0 ? o->length : 4000;
+    if (snprintf(path, 4096, "tasks/%s-%ld", o->suite, length) >= 4096 || access(path, R_OK) != 0)
+        die("%s: not there: make_tasks.py suite %s --tokens %ld makes it", path, o->suite, length);
+    return path;
+}
+
+// Where the page goes: with a set there is one, beside the results.
+static const char *page_path(const Options *o, const char *tasks, char *path) {
+    if (o->page || !o->suite || o->shard) return o->page;
+    if (snprintf(path, 4096, "%s.html", o->out ? o->out : tasks) >= 4096)
+        die_usage(o->command, "-o: the name is too long");
+    return path;
+}
+
+// Answers the questions of a file, or of a folder's.
+static int eval_tasks(const Options *given) {
     Session s;
     EvalTasks tasks;
     EvalResults results = {0};
-    char err[ERR_LEN];
-    if (o->n_args != 2) die_usage(o->command, "needs MODEL TASKS.jsonl");
+    char err[ERR_LEN], suite[4096], page[4096];
+    Options with_page = *given, *o = &with_page;
+    if (o->n_args != (o->suite ? 1 : 2))
+        die_usage(o->command, o->suite ? "--suite needs MODEL alone" : "needs MODEL TASKS.jsonl");
+    const char *path = o->suite ? suite_path(o, suite) : o->args[1];
+    o->page = page_path(o, path, page);
     Eval e = {.max_tokens = o->n < 0 ? 96 : (int)o->n,
               .stop = o->stop,
               .set = o->set,
               .stream = o->stream,
               .window = (int)o->window,
+              .timed = o->page != NULL,
               .settings = o->raw};
-    if (o->out) check_output(o);
-    if (o->chart) check_writable(o, o->chart);
-    if (eval_tasks_open(&tasks, o->args[1], err) != 0) die("%s: %s", o->args[1], err);
+    check_outputs(o);
+    if (eval_tasks_open(&tasks, path, err) != 0) die("%s: %s", path, err);
+    for (int i = 0; i < tasks.n_files; i++) not_an_output(o, tasks.file[i].path);
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
     open_profile(&s);
@@ -499,6 +512,7 @@ static int eval_tasks(const Options *o) {
     int rc = run_eval(&s, &e, &tasks, &results, err);
     if (rc != 0) die_failed(err);
     print_rows(o, &results);
+    if (o->page && !o->quiet) note("[page: %s]\n", o->page);
     eval_results_close(&results);
     for (int k = 0; k < e.n_kvs; k++) free((char *)e.kv[k].name);
     eval_tasks_close(&tasks);

@@ -46,7 +46,8 @@ static int open_asked(const Asking *a, Asked *q, char *err) {
     q->judged.verdict = malloc(((size_t)a->limit + 1) * sizeof *q->judged.verdict);
     if (!q->judged.verdict || a->ids(a->ids_arg, q->q, &q->judged.ask) != 0)
         return fail(err, "out of memory");
-    if (q->judged.ask.n == 0) return fail(err, "line %d: an empty question", a->task->line);
+    if (q->judged.ask.n == 0)
+        return fail(err, "task %s, line %d: an empty question", a->task->task, a->task->line);
     return begin_reply(a, q, err);
 }
 

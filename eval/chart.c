@@ -6,10 +6,9 @@
 #include <string.h>
 
 #include "text.h"
+#include "util.h"
 
-// s [n] as text or an attribute's value, shown as on a terminal (text.h): nothing is left that XML
-// forbids.
-static void put_xml(FILE *f, const char *s, size_t n) {
+void chart_text(FILE *f, const char *s, size_t n) {
     char shown[TEXT_SHOWN];
     const char *end = s + n;
     for (bool bracket = false; s < end; bracket = shown[0] == ']') {  // "]]>" is forbidden
@@ -27,16 +26,18 @@ static void put_xml(FILE *f, const char *s, size_t n) {
     }
 }
 
-static void put_name(FILE *f, const char *s) { put_xml(f, s, strlen(s)); }
+static void put_name(FILE *f, const char *s) { chart_text(f, s, strlen(s)); }
 
 // ---- curves ----
 
-enum { MAX_LINES = 24 };
+enum { MAX_LINES = 128 };
 
 typedef struct {
     FILE *f;
     const EvalRow *rows;  // [n]
     int n;
+    ChartAxis axis;
+    double widest;        // what the right end of the axis stands for
     int line[MAX_LINES];  // a row of each line: policy, level, fit and page type
     int n_lines;
 } Chart;
@@ -51,23 +52,17 @@ enum {
 };
 static const char *const colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
                                       "#e69f00", "#56b4e9", "#000000", "#999933"};
-static const char *const dashes[MAX_LINES / 8] = {"none", "5 3", "2 2"};
+static const char *const dashes[] = {"none", "5 3", "2 2", "8 3 2 3"};
 static const double KL_LEAST = 1e-4, KL_MOST = 10;
 
-static bool same_line(const EvalRow *a, const EvalRow *b) {
-    return strcmp(a->policy, b->policy) == 0 && strcmp(a->level, b->level) == 0 &&
-           strcmp(a->fit, b->fit) == 0 && strcmp(a->kv, b->kv) == 0;
-}
-
-static bool same_panel(const EvalRow *a, const EvalRow *b) {
-    return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0;
-}
+static const char *colour_of(int k) { return colours[k % 8]; }
+static const char *dash_of(int k) { return dashes[k / 8 % 4]; }
 
 // Whether row i is the first one of a panel.
 static bool begins_panel(const Chart *c, int i) {
     if (strcmp(c->rows[i].metric, "nll") == 0) return false;
     for (int j = 0; j < i; j++)
-        if (same_panel(&c->rows[i], &c->rows[j])) return false;
+        if (eval_row_same_task(&c->rows[i], &c->rows[j])) return false;
     return true;
 }
 
@@ -75,6 +70,31 @@ static bool begins_panel(const Chart *c, int i) {
 static double height_of(const EvalRow *row, double v) {
     if (strcmp(row->metric, "kl") != 0) return v;
     return log(fmin(fmax(v, KL_LEAST), KL_MOST) / KL_LEAST) / log(KL_MOST / KL_LEAST);
+}
+
+// ---- axes ----
+
+static const char *const axis_names[] = {"share of pairs kept", "MiB of the context in memory",
+                                         "tokens/s"};
+
+// Where a row stands on the axis, in its unit; 0 where that is not known.
+static double axis_value(ChartAxis axis, const EvalRow *row) {
+    return axis == CHART_KEPT    ? row->kept
+           : axis == CHART_BYTES ? row->bytes / (1 << 20)
+                                 : row->speed;
+}
+
+static bool is_known(ChartAxis axis, const EvalRow *row) {
+    return axis == CHART_KEPT || axis_value(axis, row) > 0;
+}
+
+// The next larger one of 1, 2, 2.5, 5, 10 and so on.
+static double round_up(double v) {
+    static const double steps[] = {1, 2, 2.5, 5, 10};
+    double ten = pow(10, floor(log10(v)));
+    for (int i = 0; i < 5; i++)
+        if (steps[i] * ten >= v) return steps[i] * ten;
+    return 10 * ten;
 }
 
 static void chart_axes(const Chart *c, const EvalRow *row) {
@@ -90,53 +110,59 @@ static void chart_axes(const Chart *c, const EvalRow *row) {
         double x = at * PANEL_W, y = (1 - at) * PANEL_H;
         fprintf(c->f, "<path d='M0 %g h%d M%g 0 v%d' class='grid'/>", y, PANEL_W, x, PANEL_H);
         fprintf(c->f, "<text x='-6' y='%g' class='y'>%g</text>", y + 4, value);
-        fprintf(c->f, "<text x='%g' y='%d' class='x'>%g</text>\n", x, PANEL_H + 16, at);
+        fprintf(c->f, "<text x='%g' y='%d' class='x'>%g</text>\n", x, PANEL_H + 16, at * c->widest);
     }
-    fprintf(c->f, "<text x='%d' y='%d' class='x'>share of pairs kept</text>\n", PANEL_W / 2,
-            PANEL_H + 34);
+    fprintf(c->f, "<text x='%d' y='%d' class='x'>%s</text>\n", PANEL_W / 2, PANEL_H + 34,
+            axis_names[c->axis]);
 }
 
-// Of line k in a panel the row with the next larger share than `kept`, or NULL.
-static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, double kept) {
+// ---- lines ----
+
+// Of line k in a panel the row with the next larger ratio, or NULL.
+static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, double ratio) {
     const EvalRow *next = NULL;
     for (const EvalRow *row = c->rows; row < c->rows + c->n; row++)
-        if (same_panel(row, panel) && same_line(row, &c->rows[c->line[k]]) && row->kept > kept &&
-            (!next || row->kept < next->kept))
+        if (row->ratio > ratio && (!next || row->ratio < next->ratio) && is_known(c->axis, row) &&
+            eval_row_same_task(row, panel) && eval_row_same_line(row, &c->rows[c->line[k]]))
             next = row;
     return next;
 }
 
 static void chart_line(const Chart *c, const EvalRow *panel, int k) {
     const EvalRow *row = next_point(c, panel, k, -1);
-    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colours[k % 8], dashes[k / 8]);
+    fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colour_of(k), dash_of(k));
     for (double px = 0, py = -1, x, y; row;
-         row = next_point(c, panel, k, row->kept), px = x, py = y) {
-        x = row->kept * PANEL_W, y = (1 - height_of(row, row->value)) * PANEL_H;
+         row = next_point(c, panel, k, row->ratio), px = x, py = y) {
+        x = axis_value(c->axis, row) / c->widest * PANEL_W;
+        y = (1 - height_of(row, row->value)) * PANEL_H;
         if (py >= 0) fprintf(c->f, "<path d='M%.1f %.1f L%.1f %.1f' class='line'/>", px, py, x, y);
         fprintf(c->f, "<path d='M%.1f %.1f V%.1f' class='line'/>", x,
                 (1 - height_of(row, row->low)) * PANEL_H,
                 (1 - height_of(row, row->high)) * PANEL_H);
-        fprintf(c->f, "<circle cx='%.1f' cy='%.1f' r='2.5' fill='%s'/>\n", x, y, colours[k % 8]);
+        fprintf(c->f, "<circle cx='%.1f' cy='%.1f' r='2.5' fill='%s'/>\n", x, y, colour_of(k));
     }
     fputs("</g>\n", c->f);
 }
 
-static void chart_legend(const Chart *c, int top) {
+void chart_method(FILE *f, const EvalRow *row) {
+    put_name(f, row->policy);
+    fputc(' ', f);
+    put_name(f, row->level);
+    fputs(", ", f);
+    put_name(f, row->kv);
+    if (strcmp(row->fit, "none") == 0) return;
+    fputs(", fitted ", f);
+    put_name(f, row->fit);
+}
+
+// [columns] names beside each other.
+static void chart_legend(const Chart *c, int top, int columns) {
     for (int k = 0; k < c->n_lines; k++) {
-        const EvalRow *row = &c->rows[c->line[k]];
-        int x = PANEL_LEFT + k % 5 * 220, y = top + k / 5 * 20;
+        int x = PANEL_LEFT + k % columns * 220, y = top + k / columns * 20;
         fprintf(c->f, "<path d='M%d %d h24' stroke='%s' stroke-dasharray='%s'/>", x, y - 4,
-                colours[k % 8], dashes[k / 8]);
+                colour_of(k), dash_of(k));
         fprintf(c->f, "<text x='%d' y='%d'>", x + 30, y);
-        put_name(c->f, row->policy);
-        fputc(' ', c->f);
-        put_name(c->f, row->level);
-        fputs(", ", c->f);
-        put_name(c->f, row->kv);
-        if (strcmp(row->fit, "none") != 0) {
-            fputs(", fitted ", c->f);
-            put_name(c->f, row->fit);
-        }
+        chart_method(c->f, &c->rows[c->line[k]]);
         fputs("</text>\n", c->f);
     }
 }
@@ -144,19 +170,23 @@ static void chart_legend(const Chart *c, int top) {
 // Finds lines and panels, then draws these: a row of panels per task, a column per metric.
 static void chart_draw(Chart *c) {
     int n_panels = 0, at = 0;
+    double most = 0;
     for (int i = 0; i < c->n; i++) {
         int k = 0;
-        while (k < c->n_lines && !same_line(&c->rows[i], &c->rows[c->line[k]])) k++;
+        while (k < c->n_lines && !eval_row_same_line(&c->rows[i], &c->rows[c->line[k]])) k++;
         if (k == c->n_lines && k < MAX_LINES) c->line[c->n_lines++] = i;
         n_panels += begins_panel(c, i);
+        most = fmax(most, axis_value(c->axis, &c->rows[i]));
     }
+    c->widest = c->axis == CHART_KEPT || most <= 0 ? 1 : round_up(most);
     int bottom = PANEL_TOP + (n_panels + 2) / 3 * PANEL_Y;
+    int width = PANEL_X * (n_panels < 1 ? 1 : min_int(n_panels, 3)), columns = width / 220;
     fprintf(c->f,
             "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' font-family='sans-serif' "
             "font-size='12'>\n<style>.box,.line{fill:none}.box{stroke:#444}.grid{stroke:#ddd}"
             ".title{font-weight:bold}.x{text-anchor:middle}.y{text-anchor:end}</style>\n"
             "<rect width='100%%' height='100%%' fill='#fff'/>\n",
-            3 * PANEL_X, bottom + (c->n_lines + 4) / 5 * 20 + 20);
+            width, bottom + (c->n_lines + columns - 1) / columns * 20 + 20);
     for (int i = 0; i < c->n; i++) {
         if (!begins_panel(c, i)) continue;
         int x = PANEL_LEFT + at % 3 * PANEL_X, y = PANEL_TOP + at++ / 3 * PANEL_Y;
@@ -165,14 +195,18 @@ static void chart_draw(Chart *c) {
         for (int k = 0; k < c->n_lines; k++) chart_line(c, &c->rows[i], k);
         fputs("</g>\n", c->f);
     }
-    chart_legend(c, bottom + 10);
+    chart_legend(c, bottom + 10, columns);
     fputs("</svg>\n", c->f);
+}
+
+void chart_svg(FILE *f, const EvalRow *rows, int n, ChartAxis axis) {
+    chart_draw(&(Chart){.f = f, .rows = rows, .n = n, .axis = axis});
 }
 
 int chart_curves(const EvalRow *rows, int n, const char *path, char *err) {
     NewFile out;
     if (newfile_begin(&out, path, err) != 0) return -1;
-    chart_draw(&(Chart){.f = out.file, .rows = rows, .n = n});
+    chart_svg(out.file, rows, n, CHART_KEPT);
     return newfile_commit(&out, err);
 }
 
@@ -272,7 +306,7 @@ static void map_text(FILE *f, const ChartMap *m) {
     for (int i = 0; i < m->n_ctx; i++) {
         int n = tokenizer_stream(m->tok, &stream, m->ids[i], text);
         fputs("<i>", f);
-        put_xml(f, n > 0 ? text : "·", n > 0 ? (size_t)n : strlen("·"));
+        chart_text(f, n > 0 ? text : "·", n > 0 ? (size_t)n : strlen("·"));
         fputs("</i>", f);
     }
     fputs("</p>\n", f);

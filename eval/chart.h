@@ -1,11 +1,29 @@
 // chart.h: pictures of results, one self-contained file each.
 #ifndef CHART_H
 #define CHART_H
+#include <stdio.h>
+
 #include "eval/eval.h"
 
-// SVG: a panel per task and metric, a line per policy, level, fit and page type, the share of pairs
-// kept from left to right. Returns 0, or -1 with err.
+// Writes s [n] as text or an attribute's value of XML or HTML, shown as on a terminal (text.h):
+// nothing is left that XML forbids.
+void chart_text(FILE *f, const char *s, size_t n);
+
+// ---- curves ----
+
+typedef enum { CHART_KEPT, CHART_BYTES, CHART_SPEED } ChartAxis;  // what is from left to right
+
+// Writes an element <svg>: a panel per task and metric, a line per policy, level, fit and page type
+// of up to 128, in the order in which they come.
+void chart_svg(FILE *f, const EvalRow *rows, int n, ChartAxis axis);
+
+// Writes a row's policy, level, page type and fit, as the legend has them.
+void chart_method(FILE *f, const EvalRow *row);
+
+// The same as a file, with the share of pairs kept from left to right. Returns 0, or -1 with err.
 int chart_curves(const EvalRow *rows, int n, const char *path, char *err);
+
+// ---- survivors ----
 
 // Which pairs of a context stay, by layer and head.
 typedef struct {

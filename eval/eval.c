@@ -9,6 +9,7 @@
 #include "eval/eval.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,11 +29,12 @@ typedef struct {
     float *score;           // of the policy at hand
     uint8_t *keep;
     long done, total;  // questions times cells
+    long known;        // of those done, what the results had
 } Run;
 
 static int report(const Run *r, char *err) {
     const Eval *e = r->e;
-    if (e->progress && e->progress(e->progress_arg, r->done, r->total) != 0)
+    if (e->progress && e->progress(e->progress_arg, r->done - r->known, r->total - r->known) != 0)
         return fail(err, "interrupted");
     return 0;
 }
@@ -103,7 +105,8 @@ static int read_context(Run *r, char *err) {
         if (ids_push(&r->ids, e->prefix->id[i]) != 0) return fail(err, "out of memory");
     if (tokenizer_encode(e->context.tok, task->context, strlen(task->context), 0, &r->ids) != 0)
         return fail(err, "out of memory");
-    if (r->ids.n == e->prefix->n) return fail(err, "line %d: an empty context", task->line);
+    if (r->ids.n == e->prefix->n)
+        return fail(err, "task %s, line %d: an empty context", task->task, task->line);
     for (int k = 0; k < e->n_kvs; k++) {
         if ((r->full[k] = kvcache_new(&r->kv[k], err)) < 0) return -1;
         Context c = context_of(r, k, r->full[k]);
@@ -170,11 +173,49 @@ static int evicted(Run *r, Cell *cell, char *err) {
     return kvcache_settle(kv, c.seq, err) == 0 ? c.seq : -1;
 }
 
+// ---- how fast answers come ----
+
+static bool same_method(const EvalCell *a, const EvalCell *b) {
+    return a->ratio == b->ratio && strcmp(a->policy, b->policy) == 0 &&
+           strcmp(a->level, b->level) == 0 && strcmp(a->fit, b->fit) == 0 &&
+           strcmp(a->kv, b->kv) == 0;
+}
+
+// Whether there are few measurements of the cell's method yet.
+static bool needs_speed(const Run *r, const EvalCell *c) {
+    enum { ENOUGH = 3 };
+    int n = 0;
+    for (int i = 0; i < r->results->n && n < ENOUGH; i++)
+        n += r->results->cell[i].speed > 0 && same_method(&r->results->cell[i], c);
+    return r->e->timed && n < ENOUGH;
+}
+
+// Tokens/s of one sequence that goes on after seq, on a fork, with tokens of the context.
+static int measure_speed(Run *r, KVCache *kv, int seq, double *speed, char *err) {
+    enum { WARM = 2, TOKENS = 16 };
+    int fork = kvcache_fork(kv, seq, err);
+    if (fork < 0) return -1;
+    double start = 0;
+    for (int i = 0; i < WARM + TOKENS; i++) {
+        if (i == WARM) start = now();
+        Row row = {fork, r->ids.id[i % r->ids.n], true};
+        if (forward(r->e->state, kv, &row, 1, err) != 0) return -1;
+    }
+    *speed = TOKENS / fmax(now() - start, 1e-9);
+    kvcache_drop(kv, fork);
+    return 0;
+}
+
 // Asks the cell's cache the questions of the group.
 static int run_cell(Run *r, Cell *cell, char *err) {
     KVCache *kv = &r->kv[cell->kv];
     int seq = evicted(r, cell, err);
-    if (seq < 0 || asking_put(&r->asking, kv, seq, &cell->c, err) != 0) return -1;
+    if (seq < 0) return -1;
+    cell->c.bytes = kvcache_bytes(kv, seq);
+    if (cell->c.speed == 0 && needs_speed(r, &cell->c) &&
+        measure_speed(r, kv, seq, &cell->c.speed, err) != 0)
+        return -1;
+    if (asking_put(&r->asking, kv, seq, &cell->c, err) != 0) return -1;
     kvcache_drop(kv, seq);
     r->done += r->asking.end - r->asking.begin;
     return report(r, err);
@@ -205,10 +246,11 @@ static int cells_per_context(const Eval *e) {
 static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
     const EvalTask *task = r->asking.task;
     EvalCell *c = &cell.c, like;
-    c->task = task->task, c->metric = eval_metric_name(task->metric), c->context = task->line;
+    c->task = task->task, c->metric = eval_metric_name(task->metric), c->context = task->place;
     c->kv = r->e->kv[cell.kv].name, c->fit = fit_kind_name(cell.fit);
     if (eval_results_find(r->results, c)) {
         r->done += task->n_questions;
+        r->known += task->n_questions;
         return 0;
     }
     if (eval_cell_alloc(c, task->n_questions) != 0) return fail(err, "out of memory");
@@ -219,8 +261,8 @@ static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
         return 0;
     }
     memcpy(c->value, full->value, EVAL_COLUMNS * (size_t)c->n * sizeof *c->value);
-    c->kept = 1;
-    r->done += c->n;
+    c->kept = 1, c->bytes = full->bytes, c->speed = full->speed;
+    r->done += c->n, r->known += c->n;
     return eval_results_add(r->results, c, err);
 }
 

@@ -36,6 +36,7 @@ typedef struct {
     int max_tokens;  // of an answer, where the task does not say
     // Texts, NULL behind the last: an answer ends after one, where the task does not say.
     const char *const *stop;
+    bool timed;           // measures how fast answers come, in the first contexts of each method
     int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
     uint64_t settings;    // hash of whatever else changes the answers
     // Appends what follows the context: question, turn change, start of the answer. 0, or -1: no

@@ -81,6 +81,8 @@ static void put_cell(FILE *f, const EvalCell *c) {
                c->metric, c->policy, c->level, c->kv);
     json_print(f, ", 'fit': %s, 'context': %d, 'ratio': %.17g, 'kept': %.17g", c->fit, c->context,
                c->ratio, c->kept);
+    if (c->bytes > 0) json_print(f, ", 'bytes': %zu", c->bytes);
+    if (c->speed > 0) json_print(f, ", 'tokens_per_s': %.17g", c->speed);
     for (int m = 0; m < EVAL_COLUMNS; m++) {
         const float *v = c->value + (size_t)m * c->n;
         json_print(f, ", %s: [", columns[m]);
@@ -188,6 +190,20 @@ static bool same_values(const EvalCell *a, const EvalCell *b) {
     return a->n == b->n && memcmp(a->value, b->value, (size_t)a->n * sizeof *a->value) == 0;
 }
 
+// What a cell may say of its cache.
+static int read_costs(EvalCell *c, JsonFields *f) {
+    static const double MOST = 1e15;
+    const JsonNode *bytes = json_may(f, "bytes", JSON_NUMBER);
+    const JsonNode *speed = json_may(f, "tokens_per_s", JSON_NUMBER);
+    if (f->failed) return -1;
+    double n = bytes ? json_number(bytes) : 0;
+    c->speed = speed ? json_number(speed) : 0;
+    if (!(n >= 0 && n <= MOST && c->speed >= 0 && c->speed <= MOST))
+        return fail(f->err, "\"bytes\" %g, \"tokens_per_s\" %g: below 0 or too large", n, c->speed);
+    c->bytes = (size_t)n;
+    return 0;
+}
+
 static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
     JsonFields f = {.object = top, .err = err};
     EvalCell c = {.task = json_need_text(&f, "task")};
@@ -208,6 +224,7 @@ static int read_cell(EvalResults *r, const JsonNode *top, char *err) {
     c.ratio = json_number(ratio), c.kept = json_number(kept);
     if (!(c.ratio > 0 && c.ratio <= 1 && c.kept >= 0 && c.kept <= 1))
         return fail(err, "\"ratio\" %g, \"kept\" %g: not shares from 0 to 1", c.ratio, c.kept);
+    if (read_costs(&c, &f) != 0) return -1;
     if (value->n == 0) return fail(err, "a cell of no questions");
     if (eval_cell_alloc(&c, value->n) != 0) return fail(err, "out of memory");
     int rc = 0;
@@ -355,6 +372,26 @@ static bool same_figure(const EvalCell *a, const EvalCell *b) {
     return strcmp(a->task, b->task) == 0 && strcmp(a->metric, b->metric) == 0 && same_cell(a, &c);
 }
 
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Adds up what the figure's cells say of their caches; `first` is one of them.
+static void figure_costs(const EvalResults *r, int first, EvalRow *row, double *speed) {
+    double bytes = 0;
+    int n_bytes = 0, n_speeds = 0;
+    for (int i = first; i < r->n; i++) {
+        const EvalCell *c = &r->cell[i];
+        if (!same_figure(&r->cell[first], c)) continue;
+        if (c->bytes > 0) bytes += (double)c->bytes, n_bytes++;
+        if (c->speed > 0) speed[n_speeds++] = c->speed;
+    }
+    if (n_speeds > 0) qsort(speed, (size_t)n_speeds, sizeof *speed, by_size);
+    row->bytes = n_bytes ? bytes / n_bytes : 0;
+    row->speed = n_speeds ? speed[n_speeds / 2] : 0;
+}
+
 // Cells [first, r->n) that belong to the figure of cell `first`, as a row for each of its columns;
 // these go together in v [EVAL_COLUMNS][room].
 static void figure_rows(const EvalResults *r, int first, bool *done, EvalRow *row, float *v,
@@ -389,15 +426,21 @@ int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err) {
     for (int i = 0; i < r->n; i++) room += (size_t)r->cell[i].n;
     bool *done = calloc((size_t)r->n + 1, sizeof *done);
     float *v = malloc(EVAL_COLUMNS * room * sizeof *v);
+    double *speed = malloc(((size_t)r->n + 1) * sizeof *speed);
     *rows = malloc((EVAL_COLUMNS * (size_t)r->n + 1) * sizeof **rows);
     *n = 0;
-    bool ok = done && v && *rows;
+    bool ok = done && v && speed && *rows;
     for (int i = 0; ok && i < r->n; i++) {
         if (done[i]) continue;
-        figure_rows(r, i, done, *rows + *n, v, room);
+        EvalRow *row = *rows + *n, costs;
+        figure_rows(r, i, done, row, v, room);
+        figure_costs(r, i, &costs, speed);
+        for (int m = 0; m < EVAL_COLUMNS; m++)
+            row[m].bytes = costs.bytes, row[m].speed = costs.speed;
         *n += EVAL_COLUMNS;
     }
     free(done);
     free(v);
-    return ok ? 0 : fail(err, "out of memory");
+    free(speed);
+    return ok ? eval_means(rows, n, err) : fail(err, "out of memory");
 }

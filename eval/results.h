@@ -14,6 +14,8 @@ typedef struct {
     int context;      // the line of the task file, from 1
     double ratio;     // asked for
     double kept;      // achieved: share of the context's pairs, in the layers that evict
+    size_t bytes;     // of the context's pairs in memory; 0: not known
+    double speed;     // tokens/s of one answer after them; 0: not measured
     int n;            // questions
     // One block of EVAL_COLUMNS x n numbers, which begins with value.
     float *value;     // [n] the task's metric
@@ -80,8 +82,10 @@ int eval_results_add(EvalResults *r, EvalCell *c, char *err);
 // A figure over all contexts of a task.
 typedef struct {
     const char *task, *policy, *level, *kv, *fit;
-    const char *metric;  // contained, exact, f1, choice; same, kl, nll
+    const char *metric;  // as marks.h has them, or same, kl, nll
     double ratio, kept;
+    double bytes;  // mean over contexts; 0: not known
+    double speed;  // tokens/s, the median of those measured; 0: there are none
     // Mean over questions and its 95% interval, of shares that are 0 or 1 each Wilson's, else
     // Student's; high is infinite where one question says nothing about the others.
     double value, low, high;
@@ -89,6 +93,20 @@ typedef struct {
 } EvalRow;
 
 // *rows [*n] is malloc'ed; its strings are the cells'. In the order in which tasks and cells were
-// done. Returns 0, or -1 with err.
+// done, four rows each, with its metric first; behind them the means. Returns 0, or -1 with err.
 int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err);
+
+// Where there are several tasks of which the full cache gets 30% at least, adds for each method and
+// ratio a row of task "all tasks" and metric "mean", the mean of these tasks. Part of eval_rows.
+int eval_means(EvalRow **rows, int *n, char *err);
+
+// Whether rows[i] [n] is of a task that counts there.
+bool eval_row_counts(const EvalRow *rows, int n, int i);
+
+// The different ratios of all rows, `most` at most, from the largest down; returns how many.
+int eval_row_ratios(const EvalRow *rows, int n, double *ratio, int most);
+
+bool eval_row_is_value(const EvalRow *r);                     // whether it is of a task's metric
+bool eval_row_same_task(const EvalRow *a, const EvalRow *b);  // and of the same metric
+bool eval_row_same_line(const EvalRow *a, const EvalRow *b);  // but for the ratio the same method
 #endif

@@ -1,10 +1,13 @@
 // tasks.c: tasks from JSON Lines.
 //
-// A task is a context and questions about it, each with the answers that are right. The file's text
+// A task is a context and questions about it, each with the answers that are right. The files' text
 // stays in memory and every string points into it.
+#define _POSIX_C_SOURCE 200809L
 #include "eval/tasks.h"
 
+#include <dirent.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -36,15 +39,18 @@ const char *eval_metric_name(EvalMetric metric) { return metric_names[metric]; }
 
 // An answer that nothing could say would be marked wrong, or right, whatever comes.
 static int check_answer(EvalMetric metric, const char *answer, char *err) {
-    if (metric == METRIC_CHOICE && mark_answer(metric, answer, answer) != 1)
-        return fail(err, "metric choice: answer \"%s\" has no letter that stands alone", answer);
-    if (metric == METRIC_NUMBER && mark_answer(metric, answer, answer) != 1)
-        return fail(err, "metric number: answer \"%s\" has no number", answer);
+    static const char *const why[METRICS] = {
+        [METRIC_CHOICE] = "has no letter that stands alone", [METRIC_NUMBER] = "has no number"};
     char *words = mark_words(answer, true);
     if (!words) return fail(err, "out of memory");
     bool none = !*words;
     free(words);
-    return none ? fail(err, "an empty answer") : 0;
+    if (none && metric != METRIC_CHOICE) return fail(err, "an empty answer");
+    double value = mark_answer(metric, answer, answer);
+    if (value < 0) return fail(err, "out of memory");
+    if (value > 0) return 0;
+    return fail(err, "metric %s: answer \"%s\" %s", metric_names[metric], answer,
+                why[metric] ? why[metric] : "would be marked wrong itself");
 }
 
 static int take_question(EvalQuestion *q, EvalMetric metric, const JsonNode *object, char *err) {
@@ -105,43 +111,119 @@ static int take_task(EvalTask *t, const JsonNode *top, char *err) {
 }
 
 // Room for one more task.
-static int grow(EvalTasks *t, int *cap) {
-    if (t->n < *cap) return 0;
-    *cap = 2 * *cap + 16;
-    EvalTask *task = realloc(t->task, (size_t)*cap * sizeof *task);
-    if (task) t->task = task;
-    return task ? 0 : -1;
+static int grow(EvalTasks *t) {
+    if (t->n < t->cap) return 0;
+    int cap = 2 * t->cap + 16;
+    EvalTask *task = realloc(t->task, (size_t)cap * sizeof *task);
+    if (!task) return -1;
+    t->task = task, t->cap = cap;
+    return 0;
 }
 
 static int read_lines(EvalTasks *t, JsonLines *lines, char *err) {
     const JsonNode *top;
-    for (int cap = 0; json_lines_next(lines, &top, err) == 0;) {
+    while (json_lines_next(lines, &top, err) == 0) {
         if (!top) return 0;
-        if (grow(t, &cap) != 0) return fail(err, "out of memory");
-        t->task[t->n] = (EvalTask){.line = lines->line};
+        if (grow(t) != 0) return fail(err, "out of memory");
+        t->task[t->n] = (EvalTask){.line = lines->line, .place = lines->line};
         if (take_task(&t->task[t->n++], top, err) != 0) return -1;
     }
     return -1;
 }
 
-// The file's n bytes, of which a mark comes first.
-static int read_tasks(EvalTasks *t, size_t mark, size_t n, char *err) {
-    JsonLines lines = {.rest = t->text + mark};
+// A file's n bytes, of which a mark comes first.
+static int read_tasks(EvalTasks *t, char *text, size_t n, char *err) {
+    JsonLines lines = {.rest = text + text_mark(text, n)};
     char why[ERR_LEN];
-    t->hash = hash_bytes(HASH_START, t->text, n);
+    int before = t->n;
+    t->hash = hash_bytes(t->hash, text, n);
     int rc = read_lines(t, &lines, why);
     if (rc != 0) fail(err, "line %d: %s", lines.line, why);
     json_lines_close(&lines);
-    return rc == 0 && t->n == 0 ? fail(err, "no tasks in it") : rc;
+    return rc == 0 && t->n == before ? fail(err, "no tasks in it") : rc;
+}
+
+// Takes the path over.
+static int add_file(EvalTasks *t, char *path, char *err) {
+    EvalFile *file = path ? realloc(t->file, (size_t)(t->n_files + 1) * sizeof *file) : NULL;
+    if (!file) return free(path), fail(err, "out of memory");
+    t->file = file, file += t->n_files++;
+    *file = (EvalFile){.path = path, .first = t->n};
+    Buffer text;
+    int rc = text_read(&text, path, err) == TEXT_FINE ? 0 : -1;
+    file->text = text.s;
+    return rc == 0 ? read_tasks(t, text.s, text.n, err) : -1;
+}
+
+// ---- folders ----
+
+static int is_task_file(const struct dirent *e) {
+    static const char end[] = ".jsonl";
+    size_t n = strlen(e->d_name), n_end = sizeof end - 1;
+    return n > n_end && e->d_name[0] != '.' && strcmp(e->d_name + n - n_end, end) == 0;
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+// The paths of the folder's files of tasks, *path [*n] with room for one more. 0, or -1: no memory.
+static int list_folder(DIR *dir, const char *folder, char ***path, int *n) {
+    for (struct dirent *e; (e = readdir(dir)) != NULL;) {
+        if (!is_task_file(e)) continue;
+        char **more = realloc(*path, (size_t)(*n + 1) * sizeof *more);
+        if (!more) return -1;
+        *path = more;
+        size_t room = strlen(folder) + strlen(e->d_name) + 2;
+        if (!(more[*n] = malloc(room))) return -1;
+        snprintf(more[(*n)++], room, "%s/%s", folder, e->d_name);
+    }
+    if (*n > 0) qsort(*path, (size_t)*n, sizeof **path, by_name);
+    return 0;
+}
+
+// Deals the files' tasks out in turn, so that whatever is done first has something of each.
+static int deal(EvalTasks *t, char *err) {
+    EvalTask *dealt = malloc(((size_t)t->n + 1) * sizeof *dealt);
+    if (!dealt) return fail(err, "out of memory");
+    for (int turn = 0, n = 0; n < t->n; turn++) {
+        for (int i = 0; i < t->n_files; i++) {
+            int end = i + 1 < t->n_files ? t->file[i + 1].first : t->n;
+            if (t->file[i].first + turn >= end) continue;
+            dealt[n] = t->task[t->file[i].first + turn];
+            dealt[n].place = n + 1;
+            n++;
+        }
+    }
+    free(t->task);
+    t->task = dealt;
+    return 0;
+}
+
+static int read_folder(EvalTasks *t, DIR *dir, const char *folder, char *err) {
+    char **path = NULL, why[ERR_LEN];
+    int n = 0, rc = list_folder(dir, folder, &path, &n);
+    if (rc != 0) fail(err, "out of memory");
+    if (rc == 0 && n == 0) rc = fail(err, "a folder without a .jsonl file");
+    for (int i = 0; i < n; i++) {
+        if (rc != 0) {
+            free(path[i]);
+        } else if ((rc = add_file(t, path[i], why)) != 0) {
+            const char *name = t->n_files > i ? t->file[i].path + strlen(folder) + 1 : "";
+            fail(err, "%s: %s", name, why);
+        }
+    }
+    free(path);
+    return rc == 0 ? deal(t, err) : -1;
 }
 
 int eval_tasks_open(EvalTasks *t, const char *path, char *err) {
-    Buffer text;
-    *t = (EvalTasks){0};
-    int rc = text_read(&text, path, err) == TEXT_FINE ? 0 : -1;
-    t->text = text.s;
-    size_t mark = rc == 0 ? text_mark(text.s, text.n) : 0;
-    if (rc == 0) rc = read_tasks(t, mark, text.n, err);
+    *t = (EvalTasks){.hash = HASH_START};
+    DIR *dir = strcmp(path, "-") == 0 ? NULL : opendir(path);
+    char *copy = dir ? NULL : malloc(strlen(path) + 1);
+    if (copy) strcpy(copy, path);
+    int rc = dir ? read_folder(t, dir, path, err) : add_file(t, copy, err);
+    if (dir) closedir(dir);
     if (rc != 0) eval_tasks_close(t);
     return rc;
 }
@@ -151,7 +233,11 @@ void eval_tasks_close(EvalTasks *t) {
         for (int q = 0; q < t->task[i].n_questions; q++) free(t->task[i].questions[q].answers);
         free(t->task[i].questions);
     }
+    for (int i = 0; i < t->n_files; i++) {
+        free(t->file[i].path);
+        free(t->file[i].text);
+    }
+    free(t->file);
     free(t->task);
-    free(t->text);
     *t = (EvalTasks){0};
 }

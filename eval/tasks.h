@@ -14,7 +14,8 @@ typedef struct {
 } EvalQuestion;
 
 typedef struct {
-    int line;          // in the file, from 1
+    int line;          // in its file, from 1
+    int place;         // its number in the results: the line, or in a folder the place in the set
     const char *task;  // its name in the results
     const char *context;
     const char *stop;  // an answer ends after this text; NULL: as Eval has it
@@ -26,10 +27,17 @@ typedef struct {
 } EvalTask;
 
 typedef struct {
-    EvalTask *task;  // [n] in the order of the file
-    int n;
-    uint64_t hash;  // of the file's bytes
-    char *text;     // the file; every string above points in here, unescaped in place
+    char *path;
+    char *text;  // every string of a task points in here, unescaped in place
+    int first;   // of its tasks, as they are read
+} EvalFile;
+
+typedef struct {
+    EvalTask *task;  // [n] in the order of the file; of a folder's files one after another in turn
+    int n, cap;
+    uint64_t hash;   // of the files' bytes
+    EvalFile *file;  // [n_files] by name
+    int n_files;
 } EvalTasks;
 
 // As it is called in task files and results: "contained".
