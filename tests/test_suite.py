@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
@@ -15,6 +16,7 @@ import xml.etree.ElementTree as xml
 from checks import check, end
 from test_cli import Model, fails, works, write
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SVG = "{http://www.w3.org/2000/svg}"
 HTML = "{http://www.w3.org/1999/xhtml}"
 
@@ -110,6 +112,21 @@ def test_refused(m, d):
         fails(1, words, *args, folder)
 
 
+def test_paper(m, d):
+    """Every task of the paper's set is read, asked and marked; the page has them all."""
+    command = [sys.executable, os.path.join(ROOT, "eval", "make_tasks.py"), "suite", "paper", "--tokens", "100", "-n", "1", "-q", "1"]
+    subprocess.run(command, cwd=d, check=True, capture_output=True)
+    r = works("eval", m.path, "--suite", "paper", "--length", 100, "--policy", "streaming", "--ratio", "0.3", "-n", 4, "-q",
+              "--json", cwd=d)
+    rows = [row for row in r.rows() if row["metric"] not in ("same", "kl", "nll", "mean")]
+    names = {name[:-6] for name in os.listdir(d + "/tasks/paper-100")}
+    alone = {"refusal_harmful", "refusal_harmless", "mix_needles", "mix_keys"}
+    check({row["task"] for row in rows} == names - {"refusal"} | alone, "every task has a row: %s" % rows)
+    check({row["metric"] for row in rows} >= {"contained", "exact", "choice", "qa", "rouge", "code"}, "metrics: %s" % rows)
+    page = xml.parse(d + "/tasks/paper-100.html").getroot()
+    check(len(list(page.iter(HTML + "h3"))) == len(names) + 3 == 31, "a chapter for each task")
+
+
 # ---- figures ----
 
 def results(path, tasks):
@@ -172,6 +189,7 @@ def main():
         whole = test_set(m, d)
         test_page(m, d, whole)
         test_refused(m, d)
+        test_paper(m, d)
         test_means(d)
     return end("test_suite")
 
