@@ -146,7 +146,7 @@ static void chart_line(const Chart *c, const EvalRow *panel, int k) {
 
 void chart_method(FILE *f, const EvalRow *row) {
     put_name(f, row->policy);
-    fputc(' ', f);
+    if (*row->level) fputc(' ', f);
     put_name(f, row->level);
     fputs(", ", f);
     put_name(f, row->kv);

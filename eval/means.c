@@ -26,14 +26,42 @@ bool eval_row_same_line(const EvalRow *a, const EvalRow *b) {
            strcmp(a->fit, b->fit) == 0 && strcmp(a->kv, b->kv) == 0;
 }
 
-// The full cache's row, the first one where there are several page types, decides.
-bool eval_row_counts(const EvalRow *rows, int n, int i) {
+// How many rows the task of rows[i] has, one for each method and ratio.
+static int task_rows(const EvalRow *rows, int n, int i) {
+    int count = 0;
+    for (int j = 0; j < n; j++) count += eval_row_same_task(&rows[j], &rows[i]);
+    return count;
+}
+
+// Whether the full cache does the task of rows[i]: the first one where there are several page
+// types.
+static bool is_done(const EvalRow *rows, int n, int i) {
     static const double FAIR = 0.3;
-    if (!eval_row_is_value(&rows[i])) return false;
     for (int j = 0; j < n; j++)
         if (eval_row_same_task(&rows[j], &rows[i]) && strcmp(rows[j].policy, "full") == 0)
             return rows[j].value >= FAIR;
     return false;
+}
+
+// Marks the rows of the tasks that count: all methods must have the same ones, in results that are
+// not complete, too. Returns how many tasks those are.
+static int mark_tasks(EvalRow *rows, int n) {
+    int most = 0, n_tasks = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int i = 0; i < n; i++) {
+            int first = 0;
+            while (!eval_row_same_task(&rows[first], &rows[i])) first++;
+            if (first < i) {
+                rows[i].counts = rows[first].counts;
+                continue;
+            }
+            int size = eval_row_is_value(&rows[i]) ? task_rows(rows, n, i) : 0;
+            most = max_int(most, size);
+            rows[i].counts = pass == 1 && size > 0 && size == most && is_done(rows, n, i);
+            n_tasks += rows[i].counts;
+        }
+    }
+    return n_tasks;
 }
 
 int eval_row_ratios(const EvalRow *rows, int n, double *ratio, int most) {
@@ -48,60 +76,42 @@ int eval_row_ratios(const EvalRow *rows, int n, double *ratio, int most) {
 }
 
 // Whether an earlier task has a row of the same method and ratio.
-static bool was_seen(const EvalRow *rows, int i, const bool *counted) {
+static bool was_seen(const EvalRow *rows, int i) {
     for (int j = 0; j < i; j++)
-        if (counted[j] && rows[j].ratio == rows[i].ratio && eval_row_same_line(&rows[j], &rows[i]))
+        if (rows[j].counts && rows[j].ratio == rows[i].ratio &&
+            eval_row_same_line(&rows[j], &rows[i]))
             return true;
     return false;
 }
 
 // The mean of all rows of the method and ratio of rows[first]. Its interval comes from those of the
 // tasks, which are independent: squared distances add up, below and above (Zou and Donner 2008).
-static EvalRow mean_of(const EvalRow *rows, int n, int first, const bool *counted) {
+static EvalRow mean_of(const EvalRow *rows, int n, int first) {
     EvalRow m = rows[first];
     double below = 0, above = 0, n_tasks = 0, n_bytes = 0, n_speeds = 0;
     m.value = m.kept = m.bytes = m.speed = m.n = 0;
     for (int i = first; i < n; i++) {
         const EvalRow *r = &rows[i];
-        if (!counted[i] || r->ratio != m.ratio || !eval_row_same_line(r, &m)) continue;
+        if (!r->counts || r->ratio != m.ratio || !eval_row_same_line(r, &m)) continue;
         n_tasks++, n_bytes += r->bytes > 0, n_speeds += r->speed > 0;
         m.value += r->value, m.kept += r->kept, m.n += r->n;
         m.bytes += r->bytes, m.speed += r->speed;
         below += (r->value - r->low) * (r->value - r->low);
         above += (r->high - r->value) * (r->high - r->value);
     }
-    m.metric = "mean";
+    m.task = "all tasks", m.metric = "mean", m.counts = false;
     m.value /= n_tasks, m.kept /= n_tasks;
     m.bytes /= fmax(n_bytes, 1), m.speed /= fmax(n_speeds, 1);
     m.low = m.value - sqrt(below) / n_tasks, m.high = m.value + sqrt(above) / n_tasks;
     return m;
 }
 
-// A row for each method and ratio behind the other ones, for which there is room.
-static void add_means(EvalRow *rows, int *n, const bool *counted) {
-    int end = *n;
-    for (int i = 0; i < end; i++) {
-        if (!counted[i] || was_seen(rows, i, counted)) continue;
-        EvalRow *m = &rows[(*n)++];
-        *m = mean_of(rows, end, i, counted);
-        m->task = "all tasks";
-    }
-}
-
 int eval_means(EvalRow **rows, int *n, char *err) {
     EvalRow *more = realloc(*rows, (2 * (size_t)*n + 1) * sizeof *more);
-    bool *counted = calloc((size_t)*n + 1, sizeof *counted);
-    const EvalRow *first = NULL;
-    bool several = false;
-    if (more) *rows = more;
-    if (!more || !counted) return free(counted), fail(err, "out of memory");
-    for (int i = 0; i < *n; i++) {
-        counted[i] = eval_row_counts(more, *n, i);
-        if (!counted[i]) continue;
-        if (!first) first = &more[i];
-        several = several || !eval_row_same_task(first, &more[i]);
-    }
-    if (several) add_means(more, n, counted);
-    free(counted);
+    if (!more) return fail(err, "out of memory");
+    *rows = more;
+    int end = *n, n_tasks = mark_tasks(more, end);
+    for (int i = 0; i < end && n_tasks > 1; i++)
+        if (more[i].counts && !was_seen(more, i)) more[(*n)++] = mean_of(more, end, i);
     return 0;
 }

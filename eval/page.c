@@ -111,11 +111,12 @@ static void put_means(const Page *p) {
     while (first < p->n && !is_mean(&p->rows[first])) first++;
     if (n == 0) return;
     fputs(
-        "<h2>All tasks</h2>\n<p>The mean of the tasks of which the full cache gets 30% at least, "
-        "each with the same weight; a bar is a 95% interval. Counted are:",
+        "<h2>All tasks</h2>\n<p>The mean of the tasks of which the full cache gets 30% at least "
+        "and that every method has done, each with the same weight; a bar is a 95% interval. "
+        "Counted are:",
         p->f);
     for (int i = 0; i < p->n; i++) {
-        if (!begins_task(p, i) || !eval_row_counts(p->rows, p->n, i)) continue;
+        if (!begins_task(p, i) || !p->rows[i].counts) continue;
         fputs(" <em>", p->f);
         put_text(p->f, p->rows[i].task);
         fputs("</em>", p->f);

@@ -89,19 +89,18 @@ typedef struct {
     // Mean over questions and its 95% interval, of shares that are 0 or 1 each Wilson's, else
     // Student's; high is infinite where one question says nothing about the others.
     double value, low, high;
-    int n;  // questions
+    int n;        // questions
+    bool counts;  // of a task's metric, and in the mean of all tasks
 } EvalRow;
 
 // *rows [*n] is malloc'ed; its strings are the cells'. In the order in which tasks and cells were
 // done, four rows each, with its metric first; behind them the means. Returns 0, or -1 with err.
 int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err);
 
-// Where there are several tasks of which the full cache gets 30% at least, adds for each method and
-// ratio a row of task "all tasks" and metric "mean", the mean of these tasks. Part of eval_rows.
+// Where there are several tasks of which the full cache gets 30% at least and that all methods have
+// done, adds for each method and ratio a row of task "all tasks" and metric "mean", their mean.
+// Part of eval_rows.
 int eval_means(EvalRow **rows, int *n, char *err);
-
-// Whether rows[i] [n] is of a task that counts there.
-bool eval_row_counts(const EvalRow *rows, int n, int i);
 
 // The different ratios of all rows, `most` at most, from the largest down; returns how many.
 int eval_row_ratios(const EvalRow *rows, int n, double *ratio, int most);

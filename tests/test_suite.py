@@ -164,6 +164,11 @@ def test_means(d):
     check("easy half." in text and "a model, tasks & settings" in text, "which tasks count: %s" % text[:600])
     axes = [t.text for t in page.iter(SVG + "text") if t.text in ("share of pairs kept", "MiB of the context in memory", "tokens/s")]
     check(sorted(set(axes)) == ["MiB of the context in memory", "share of pairs kept", "tokens/s"], "three axes: %s" % axes)
+    part = results(d + "/part", {
+        "easy": {("full", 1): [1, 1], ("p", 0.5): [1, 0]}, "half": {("full", 1): [1, 0], ("p", 0.5): [0, 0]},
+        "begun": {("full", 1): [1, 1]}})
+    both = [r["value"] for r in works("eval", "--merge", part, "--json").rows() if r["metric"] == "mean"]
+    check(both == [0.75, 0.25], "a task that is not done for all methods does not count: %s" % both)
     one = results(d + "/one", {"easy": {("full", 1): [1, 1]}})
     check("mean" not in works("eval", "--merge", one).text(), "one task is its own mean")
 
