@@ -437,33 +437,35 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
     return rc;
 }
 
-// Of the longest context: a cache of each page type, one that is scored and one that is evicted
-// from; the questions at work, each with the full cache's logits.
+// Of the longest context, in tokens, and of the questions of any that are at work together: a cache
+// of each page type, one that is scored and one that is evicted from; the questions' forks, each
+// with the full cache's logits.
 static void eval_memory(const Session *s, const Eval *e, const EvalTasks *tasks) {
-    enum { GROUP = 32, LOGITS_BYTES = 256 << 20 };  // as eval/ask.c has them
-    size_t most = 0;
-    const char *longest = "";
-    Ids ids = {0};
+    enum { GROUP = 32, LOGITS_BYTES = 256 << 20, QUESTION = 64 };  // as eval/ask.c has them
+    double answers = 0;
+    int most = 0;
     for (int i = 0; i < tasks->n; i++) {
-        size_t n = strlen(tasks->task[i].context);
-        if (n > most) most = n, longest = tasks->task[i].context;
+        const EvalTask *t = &tasks->task[i];
+        int limit = t->max_tokens ? t->max_tokens : e->max_tokens;
+        Ids ids = {0};
+        encode(s->tok, t->context, strlen(t->context), 0, &ids);
+        most = max_int(most, ids.n);
+        answers = fmax(answers, (double)min_int(GROUP, t->n_questions) * (limit + QUESTION));
+        ids_free(&ids);
     }
-    encode(s->tok, longest, most, 0, &ids);
-    double answers = (double)GROUP * e->max_tokens;
     double logits = answers * s->model.config.vocab_size * sizeof(float), fits = 0;
     KVShape shape = model_kv_shape(&s->model);
     for (int i = 0; i < e->n_ratios && eval_fits(e); i++) {
-        int stay = 64 + (int)(e->ratio[i] * ids.n);
+        int stay = 64 + (int)(e->ratio[i] * most);
         if (e->ratio[i] < 1)
-            fits = fmax(fits, (double)fitting_bytes(&shape, ids.n, stay, pool_threads(s->pool)));
+            fits = fmax(fits, (double)fitting_bytes(&shape, most, stay, pool_threads(s->pool)));
     }
-    memory_check(s, &(MemoryNeed){.tokens = (double)ids.n + 64,
+    memory_check(s, &(MemoryNeed){.tokens = (double)most + 64,
                                   .copies = e->n_kvs + 2,
                                   .forked = answers,
                                   .more = fmin(logits, LOGITS_BYTES) + fits,
                                   .scores = 5,
                                   .whole = true});
-    ids_free(&ids);
 }
 
 // The tasks of a set, made once for all models and runs; path [4096].

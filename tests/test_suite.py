@@ -112,6 +112,17 @@ def test_refused(m, d):
         fails(1, words, *args, folder)
 
 
+def test_memory(m, d):
+    """What a task says of its answers' length counts, not the flag alone."""
+    def need(most):
+        questions = [{"question": "Q%d?" % i, "answers": ["7"]} for i in range(32)]
+        return write(d + "/need.jsonl", json.dumps({"context": "Ada has a bird. ", "max_tokens": most, "questions": questions}))
+    args = ["eval", m.path, need(4), "--ratio", 1, "--mem", "60M", "-n", 1]
+    works(*args)
+    need(60000)
+    fails(1, "--mem has 60.0 MB", *args)
+
+
 def test_paper(m, d):
     """Every task of the paper's set is read, asked and marked; the page has them all."""
     command = [sys.executable, os.path.join(ROOT, "eval", "make_tasks.py"), "suite", "paper", "--tokens", "100", "-n", "1", "-q", "1"]
@@ -194,6 +205,7 @@ def main():
         whole = test_set(m, d)
         test_page(m, d, whole)
         test_refused(m, d)
+        test_memory(m, d)
         test_paper(m, d)
         test_means(d)
     return end("test_suite")
