@@ -49,6 +49,9 @@ def test_results(d):
     results = results_file(d + "/evil.results", **evil)
     r = works("eval", "--merge", results, "--chart", d + "/evil.svg", "-q")
     check(not steers(r.out) and SEEN + "task" in r.text(), "a table of hostile names: %r" % r.text())
+    works("eval", "--merge", results, "--page", d + "/evil.html", "-q")
+    page = open(d + "/evil.html", "rb").read()
+    check(not steers(page) and SEEN.replace("\\nx", "\nxtask") in "".join(xml.fromstring(page).itertext()), "a page of hostile names")
     check(r.text().count("\n") == works("eval", "--merge", results_file(d + "/plain", task="b")).text().count("\n"),
           "a name makes no line of a table")
     plain = results_file(d + "/plain")
