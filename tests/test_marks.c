@@ -146,6 +146,9 @@ static void test_code(void) {
         "```\ndef add(a, b):\n  total = a + b\n  return total"};
     for (size_t i = 0; i < sizeof right / sizeof *right; i++)
         CHECK(mark(METRIC_CODE, right[i], want) == 1);
+    // BLEU of 0.81, 0.74 and 0.22: 0.8 passes
+    CHECK(mark(METRIC_CODE, "def add(a, b):\n total = a + b\n return total # sum", want) == 1);
+    CHECK(mark(METRIC_CODE, "def add(a, b):\n total = a + b\n return total # the sum", want) == 0);
     CHECK(mark(METRIC_CODE, "def add(a, b):\n    return a + b", want) == 0);
     CHECK(mark(METRIC_CODE, "", want) == 0 && mark(METRIC_CODE, "```", want) == 0);
     CHECK(mark(METRIC_CODE, "``````", want) == 0 && mark(METRIC_CODE, "``` ```", want) == 0);
