@@ -472,7 +472,8 @@ static void eval_memory(const Session *s, const Eval *e, const EvalTasks *tasks)
 static const char *suite_path(const Options *o, char *path) {
     long length = o->length > 0 ? o->length : 4000;
     if (snprintf(path, 4096, "tasks/%s-%ld", o->suite, length) >= 4096 || access(path, R_OK) != 0)
-        die("%s: not there: make_tasks.py suite %s --tokens %ld makes it", path, o->suite, length);
+        die("%s: not there: python3 eval/make_tasks.py suite %s --tokens %ld makes it", path,
+            o->suite, length);
     return path;
 }
 

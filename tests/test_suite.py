@@ -88,7 +88,7 @@ def test_set(m, d):
 
 def test_refused(m, d):
     args = ["eval", m.path]
-    fails(1, "tasks/none-4000: not there: make_tasks.py suite none --tokens 4000 makes it", *args, "--suite", "none", cwd=d)
+    fails(1, "tasks/none-4000: not there: python3 eval/make_tasks.py suite none --tokens 4000 makes it", *args, "--suite", "none", cwd=d)
     fails(2, "--length has no effect", *args, "x", "--length", 5)
     fails(2, "--suite needs MODEL alone", *args, "x", "--suite", "small")
     fails(2, "--suite has no effect: --merge", "eval", "--merge", "x", "--suite", "small")
