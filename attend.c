@@ -229,6 +229,7 @@ static bool shares_split(const AttendBatch *batch, int g, int split, int r) {
     const KVHead *h[2];
     if (batch->kv->shape.window[batch->layer] || runs[0].splits == 1 || runs[1].splits == 1)
         return false;
+    if (runs[0].chosen || runs[1].chosen) return false;
     for (int i = 0; i < 2; i++) {
         h[i] = kvcache_head(batch->kv, runs[i].seq, batch->layer, g);
         range[i] = split_range(h[i], split);
@@ -353,9 +354,10 @@ static void attend_batch(AttendBatch *batch) {
         n_units = max_int(n_units, run_units(batch, run));
         if (run->splits > 1) n_merged = max_int(n_merged, run->n);
         n_pages = max_int(n_pages, run->pages);
-        kv->ops += run_ops(batch, run);
+        if (!run->chosen) kv->ops += run_ops(batch, run);
     }
     parallel_for(kv->pool, n_pages * kv->shape.n_kv_heads * n_runs, pack_unit, batch);
+    choose_pages(batch);
     parallel_for(kv->pool, n_units * n_runs, attend_unit, batch);
     ThreadPool *pool = n_runs > 1 ? kv->pool : NULL;  // one run's merge is too little to share
     parallel_for(pool, n_merged * kv->shape.n_heads * n_runs, merge_unit, batch);
@@ -364,13 +366,18 @@ static void attend_batch(AttendBatch *batch) {
     }
 }
 
-// Pages of a run's longest head, which it would have packed; 0: it reads pages as they are.
-static int count_packed(const AttendBatch *batch, KVRun run) {
+// Pages of a run's longest head.
+static int run_pages(const AttendBatch *batch, KVRun run) {
     const KVCache *kv = batch->kv;
     int pages = 0;
-    for (int g = 0; reads_packed(kv, run.n) && g < kv->shape.n_kv_heads; g++)
+    for (int g = 0; g < kv->shape.n_kv_heads; g++)
         pages = max_int(pages, pages_used(kvcache_head(kv, run.seq, batch->layer, g)));
     return pages;
+}
+
+// Those that it would have packed; 0: it reads pages as they are.
+static int count_packed(const AttendBatch *batch, KVRun run) {
+    return reads_packed(batch->kv, run.n) ? run_pages(batch, run) : 0;
 }
 
 // Fills the batch with as many of the runs as there is room for, at least one; their rows begin at
@@ -378,12 +385,16 @@ static int count_packed(const AttendBatch *batch, KVRun run) {
 static int fill_batch(AttendBatch *batch, const KVRun *runs, int n_runs, int row) {
     const KVCache *kv = batch->kv;
     int n = 0, slots = 0, most = 1;  // slots taken; of one run at most
-    size_t packed = 0;               // bytes taken
+    size_t packed = 0, chosen = 0;   // bytes taken
     for (; n < min_int(n_runs, SPLIT_ROWS); n++) {
         int splits = count_splits(batch, runs[n]), pages = count_packed(batch, runs[n]);
         int own_slots = splits > 1 ? runs[n].n : 0;
         size_t own_packed = packed_layer_bytes(&kv->shape, pages);
+        int longest = run_pages(batch, runs[n]);
+        size_t own_chosen = choice_bytes(batch, runs[n], longest);
         if (slots + own_slots > SPLIT_ROWS) break;
+        if (n > 0 && chosen + own_chosen > kv->reading.room_bytes) break;
+        if (n > 0 && own_chosen > 0 && kv->reading.reader->centred) break;
         if (packed + own_packed > kv->packed_room && n > 0) break;
         if (own_packed > kv->packed_room) pages = 0, own_packed = 0;  // was not reserved
         batch->run[n] = (AttendRun){.seq = runs[n].seq,
@@ -393,7 +404,8 @@ static int fill_batch(AttendBatch *batch, const KVRun *runs, int n_runs, int row
                                     .slot = slots,
                                     .pages = pages,
                                     .packed = pages ? kv->packed + packed : NULL};
-        slots += own_slots, packed += own_packed, row += runs[n].n;
+        if (own_chosen > 0) choice_place(batch, &batch->run[n], longest, kv->reading.room + chosen);
+        slots += own_slots, packed += own_packed, chosen += own_chosen, row += runs[n].n;
         most = max_int(most, own_slots);
     }
     batch->n_runs = n;

@@ -4,9 +4,11 @@
 //   attend.c   cuts a batch into tiles and page ranges, and merges what they find
 //   tile.c     one tile passes over the pages of its head: attention itself
 //   sweep.c    the scoring rows pass over the scored pages once more and raise their scores
+//   reading.c  a reader chooses which pages each token reads
 #ifndef ATTEND_H
 #define ATTEND_H
 #include "kvpages.h"
+#include "reading.h"
 
 enum {
     TILE_ROWS = 64,  // query rows (tokens times group) that share one pass over the pages
@@ -29,6 +31,14 @@ typedef struct {
     int slot;         // with splits > 1: where its partial results begin
     int pages;        // packed for each of its kv heads; 0: pages are read as they are
     uint8_t *packed;  // [n_kv_heads][pages] of packed_page_bytes each
+    // Where a reader chooses, else NULL: whether each token reads a page, and what is added to the
+    // scores of each query head, -inf for pairs that it does not read.
+    uint8_t *chosen;   // [n_kv_heads][n][choice_pages]
+    float *pairs;      // [n][n_heads][choice_pages][64], or NULL
+    float *mass;       // [n_kv_heads][2][choice_pages] of readers that watch
+    float *scratch;    // for each unit of choosing [choice_pages]; for those that watch more
+    int choice_pages;  // of the longest head
+    bool full;         // the layer is one that the reader leaves alone
 } AttendRun;
 
 // Runs of one layer that are worked on together.
@@ -48,6 +58,9 @@ typedef struct {
     const KVHead *head;
     int n, group, window;
     int first;  // pair of the first token's own key; the token after it owns the next pair
+    const uint8_t *chosen;  // [tokens][choice_pages] of the head, NULL: all is read
+    const float *pairs;     // [tokens][n_heads][choice_pages][64] from the head's first on, or NULL
+    int choice_pages;
     const uint8_t *packed;                    // the head's pages, packed, or NULL
     int page;                                 // of the head's list: the page at hand
     const void *q_packed;                     // q by kern.pack_rows
@@ -95,6 +108,19 @@ bool scores_run(const AttendBatch *batch, int seq);
 int scoring_held(const AttendBatch *batch, int g);
 // Raises the scores of the scored pairs by the run's rows, whose log-sum-exp is known.
 void sweep(const AttendBatch *batch, const AttendRun *run);
+
+// ---- reading.c ----
+
+// Bytes of a run's choices in a layer where its longest head has so many pages; 0: it reads all.
+size_t choice_bytes(const AttendBatch *batch, KVRun run, int pages);
+// Lays the run's choices out in so much room.
+void choice_place(const AttendBatch *batch, AttendRun *run, int pages, uint8_t *room);
+// Lets the reader choose for all runs of the batch that have room for it, and counts.
+void choose_pages(AttendBatch *batch);
+// Room for the choices of one layer when seq will have n tokens more, and for digests. 0, or -1
+// with err.
+int reading_reserve(KVCache *kv, int seq, int n, char *err);
+void reading_close(KVCache *kv);
 
 // ---- attend.c ----
 

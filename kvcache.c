@@ -147,6 +147,7 @@ void kvcache_close(KVCache *kv) {
     for (int i = 0; i < kv->n_seqs; i++) seq_free(kv, &kv->seqs[i]);
     pages_close(kv);
     attend_close(kv);
+    reading_close(kv);
     tensors_close(&kv->file);
     free(kv->seqs);
     *kv = (KVCache){0};
@@ -288,7 +289,7 @@ int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
     for (int i = 0; i < n_heads_total(kv); i++) {
         if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
     }
-    return attend_reserve(kv, seq, n, err);
+    return attend_reserve(kv, seq, n, err) == 0 ? reading_reserve(kv, seq, n, err) : -1;
 }
 
 // Row c of a page's values becomes v [head_dim].
@@ -303,8 +304,8 @@ static void write_value(const KVPage *p, int c, const float *v, int head_dim) {
 static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k, const float *v,
                        int pos) {
     int d = kv->shape.head_dim, i = t - h->dropped, c = i % PAGE;
-    const KVPage *p = &kv->pages[h->page[i / PAGE]];
-    p->pos[c] = pos;
+    KVPage *p = &kv->pages[h->page[i / PAGE]];
+    p->pos[c] = pos, p->digest = 0;
     if (p->biased) p->bias[c] = 0;
     if (kv->type == KV_F32) {
         float *keys = (float *)p->k.data;
@@ -358,7 +359,7 @@ static void drop_window(KVCache *kv, KVHead *h, int window) {
 }
 
 void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
-    kv->packed_wanted = 0;
+    kv->packed_wanted = kv->reading.wanted = 0;
     for (int r = 0; r < n_runs; r++) {
         kv->seqs[runs[r].seq].next_pos += runs[r].n;
         for (int l = 0; l < kv->shape.n_layers; l++) {
@@ -566,6 +567,7 @@ void kvcache_refit(KVCache *kv, KVHeadAt at, const KVFitted *fit) {
     for (int i = 0; i < fit->n; i++) {
         KVPage *p = &kv->pages[h->page[fit->kept[i] / PAGE]];
         int c = fit->kept[i] % PAGE;
+        p->digest = 0;
         write_value(p, c, fit->v + (size_t)i * d, d);
         if (!fit->bias) continue;
         if (!p->biased) memset(p->bias, 0, PAGE * sizeof *p->bias);

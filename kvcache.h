@@ -84,6 +84,7 @@ typedef struct {
     bool biased;
     int refs;  // heads that list it; a page of a mapped file has one more and is never written
     PageClass class;
+    uint64_t digest;  // number of the reader's digest of its keys (reading.h); 0: there is none
 } KVPage;
 
 // Memory of one class's pages.
@@ -111,6 +112,25 @@ typedef struct {
 } KVSeq;
 
 typedef struct KVScoring KVScoring;
+typedef struct KVReader KVReader;
+
+enum { KV_READER_PARAMS = 4 };
+
+// Reading less than all pages: who chooses, and what has been read (reading.h).
+typedef struct {
+    const KVReader *reader;  // NULL: every token reads all that it sees
+    double param[KV_READER_PARAMS];
+    float *fixed;      // numbers that the reader draws once, or NULL
+    uint8_t **digest;  // [n_slabs] what the reader knows of pages, by their ids
+    int n_slabs;
+    size_t digest_bytes;  // of a page
+    uint64_t n_digests;   // made so far
+    uint8_t *room;        // choices of the runs of a batch
+    size_t room_bytes, wanted;
+    // Pages that tokens saw so far in the layers without a window, and those of them they read: one
+    // for each token and kv head, in the runs that the reader is for.
+    double seen, read;
+} KVReading;
 
 // All sequences of one model. The only state that outlives a forward call.
 typedef struct {
@@ -130,6 +150,7 @@ typedef struct {
     uint8_t *packed;
     size_t packed_room, packed_wanted;  // bytes; wanted by the runs reserved since the last batch
     KVScoring *scoring;                 // while switched on, else NULL
+    KVReading reading;
     float *lse;  // [scoring rows][n_heads] log-sum-exp of each query row's softmax subset
     double ops;  // multiplications and additions of attention and scoring so far
 } KVCache;
@@ -210,6 +231,15 @@ void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
 // Ends the call: positions move on, pages that fell out of a sliding window go.
 void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs);
 
+// ---- reading less ----
+
+// From now on tokens read the pages that the reader chooses by its numbers param
+// [KV_READER_PARAMS], and counting starts again; reader NULL: all pages. Nothing is deleted. 0, or
+// -1 with err and all pages are read.
+int kvcache_read_by(KVCache *kv, const KVReader *reader, const double *param, char *err);
+// Share of the pages seen that were read so far, 1 where no reader had a choice.
+double kvcache_read_share(const KVCache *kv);
+
 // ---- scoring ----
 
 // Every attend of `seq` raises score[] between begin and end. A policy is a choice of rows, softmax
@@ -232,7 +262,8 @@ struct KVScoring {
     bool local;    // the layer's output is computed over the subset too
     bool sum;      // a score is the sum of weights over rows and group, else the largest one's log
     int n_ctx;     // pairs per head in score[] and pair_log
-    const int *held;  // [scored layers][n_kv_heads] pairs of earlier documents; NULL: there are none
+    const int
+        *held;  // [scored layers][n_kv_heads] pairs of earlier documents; NULL: there are none
     // [scored layers][n_kv_heads][n_ctx], pair t at t - n_prefix; weights are in [0, 1]. The caller
     // sets it to 0 (sum) or -INFINITY (log) at the start.
     float *score;

@@ -143,7 +143,7 @@ int page_take(KVCache *kv, PageClass class, char *err) {
     KVStore *store = &kv->store[class];
     if (store->n_free == 0 && slab_new(kv, class, err) != 0) return -1;
     int id = store->free_page[--store->n_free];
-    kv->pages[id].refs = 1, kv->pages[id].biased = false;
+    kv->pages[id].refs = 1, kv->pages[id].biased = false, kv->pages[id].digest = 0;
     return id;
 }
 

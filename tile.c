@@ -63,6 +63,12 @@ void tile_load(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, i
     size_t packed = packed_page_bytes(shape) * (size_t)g * run->pages;
     t->kv = batch->kv, t->head = kvcache_head(batch->kv, run->seq, batch->layer, g);
     t->packed = run->pages ? run->packed + packed : NULL;
+    t->choice_pages = run->choice_pages, t->chosen = NULL, t->pairs = NULL;
+    if (run->chosen) t->chosen = run->chosen + ((size_t)g * run->n + token) * run->choice_pages;
+    if (run->pairs)
+        t->pairs =
+            run->pairs + ((size_t)token * shape->n_heads + g * shape->n_heads / shape->n_kv_heads) *
+                             run->choice_pages * PAGE;
     t->mixed = false;
     t->n = 0, t->group = shape->n_heads / shape->n_kv_heads,
     t->window = shape->window[batch->layer];
@@ -175,6 +181,27 @@ static void hide_unseen(Tile *t, int base, Range r) {
     }
 }
 
+// Whether some row of the tile reads the page.
+static bool tile_reads(const Tile *t, int page) {
+    bool reads = !t->chosen;
+    for (int i = 0; i < t->n / t->group && !reads; i++)
+        reads = t->chosen[(size_t)i * t->choice_pages + page];
+    return reads;
+}
+
+// The same for pairs that a row does not read; others get what their choice adds.
+static void hide_unread(Tile *t, int page) {
+    for (int i = 0; t->chosen && i < t->n; i++) {
+        float *row = t->s + i * PAGE;
+        size_t token = (size_t)(i / t->group), step = (size_t)t->choice_pages;
+        size_t head = token * t->kv->shape.n_heads + i % t->group;
+        if (!t->chosen[token * step + page])
+            for (int c = 0; c < PAGE; c++) row[c] = -INFINITY;
+        else if (t->pairs)
+            kern.add(row, t->pairs + (head * step + page) * PAGE, PAGE);
+    }
+}
+
 // Raises the rows' running maxima to those of their scores.
 static void raise_max(Tile *t) {
     int d = t->kv->shape.head_dim;
@@ -206,18 +233,27 @@ static void prefetch_scales(const KVCache *kv, const KVPart *p, Side side) {
         __builtin_prefetch((const uint8_t *)p->min + i);
 }
 
+// The first page from this one on that the tile reads; the last one where there is none.
+static int page_ahead(const Tile *t, int page) {
+    int last = pages_used(t->head) - 1;
+    while (page < last && !tile_reads(t, page)) page++;
+    return min_int(page, last);
+}
+
 // One page with the online softmax of arXiv 1805.02867.
 static void attend_page(Tile *t, int page, Range r) {
-    const int *list = t->head->page, last = pages_used(t->head) - 1;
+    const int *list = t->head->page;
+    int later = page_ahead(t, page + PAGES_AHEAD);
     const KVPage *p = &t->kv->pages[list[page]];
-    const KVPage *ahead = &t->kv->pages[list[min_int(page + PAGES_AHEAD, last)]];
-    const KVPage *next = &t->kv->pages[list[min_int(page + PAGES_AHEAD + 1, last)]];
+    const KVPage *ahead = &t->kv->pages[list[later]];
+    const KVPage *next = &t->kv->pages[list[page_ahead(t, later + 1)]];
     __builtin_prefetch(&next->k), __builtin_prefetch(&next->v);
     prefetch_scales(t->kv, &ahead->k, KEYS), prefetch_scales(t->kv, &ahead->v, VALUES);
     int base = t->head->dropped + page * PAGE;
     t->page = page;
     tile_scores(t, p, ahead);
     hide_unseen(t, base, r);
+    hide_unread(t, page);
     raise_max(t);
     const void *weights = exp_scores(t, packs_rows(t, &p->v));
     tile_product(t, t->o, weights, &p->v, &ahead->v, VALUES);
@@ -229,5 +265,5 @@ void tile_attend(Tile *t, Range r) {
     r.hi = min_int(r.hi, last + 1);
     if (r.lo >= r.hi) return;
     for (int p = (r.lo - t->head->dropped) / PAGE; p * PAGE + t->head->dropped < r.hi; p++)
-        attend_page(t, p, r);
+        if (tile_reads(t, p)) attend_page(t, p, r);
 }
