@@ -37,7 +37,8 @@ typedef struct {
     int *ids;      // [max_depth or longest prompt] the synthetic context
     float *score;  // [scored layers][n_kv_heads][depth]
     uint8_t *keep;
-    size_t weights;  // bytes a decode step reads
+    size_t weights;      // bytes a decode step reads
+    const Reads *reads;  // at work, NULL: all is read
 } Run;
 
 static double median(double *v, int n) {
@@ -178,13 +179,26 @@ static void emit(const Run *r, BenchRow row, const Work *w) {
     double memory = row.gb_per_s / p->gb_per_s, compute = 1e-9 * at_peak / row.seconds;
     row.gflop_per_s = 1e-9 * ops / row.seconds;
     row.share = fmax(memory, compute);
+    if (r->reads) row.reader = r->reads->row->name;
+    row.pages_read = kvcache_read_share(&r->kv);
     row.bound = ops == 0.0 ? NULL : memory > compute ? "memory" : "compute";
     r->b->row(r->b->arg, &row);
 }
 
+// ---- readers ----
+
+static int n_readers(const Run *r) { return max_int(r->b->n_reads, 1); }
+
+// From now on reader i is at work; i -1: none.
+static int read_by(Run *r, int i, char *err) {
+    const Reads all = {NULL, {0}}, *reads = i >= 0 && i < r->b->n_reads ? &r->b->reads[i] : &all;
+    r->reads = reads->row ? reads : NULL;
+    return reader_begin(reads, &r->kv, err);
+}
+
 // ---- prefill ----
 
-static int bench_prefill(Run *r, int n, char *err) {
+static int prefill_row(Run *r, int n, char *err) {
     double t[REPEATS], begin = now();
     int done = 0;
     Work work = {.attention = 0};
@@ -204,6 +218,16 @@ static int bench_prefill(Run *r, int n, char *err) {
         .work = "prefill", .n = n, .ratio = 1, .batch = 1, .tokens_per_s = n / s, .seconds = s};
     emit(r, row, &work);
     return 0;
+}
+
+// Readers of steps alone change nothing here.
+static int bench_prefill(Run *r, int n, char *err) {
+    for (int i = 0; i < n_readers(r); i++) {
+        if (read_by(r, i, err) != 0) return -1;
+        if (r->reads && r->reads->row->how->runs == READS_STEPS) continue;
+        if (prefill_row(r, n, err) != 0) return -1;
+    }
+    return read_by(r, -1, err);
 }
 
 // ---- scoring ----
@@ -279,7 +303,7 @@ static int decode_once(Run *r, int seq, int batch, int n, double *seconds, char 
     return rc;
 }
 
-static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
+static int decode_rows(Run *r, int seq, int depth, double ratio, char *err) {
     size_t cache = kvcache_bytes(&r->kv, seq);
     for (int i = 0; i < r->b->batches.n; i++) {
         int batch = (int)r->b->batches.v[i], n = r->b->n, done = 0;
@@ -290,7 +314,7 @@ static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
             if (decode_once(r, seq, batch, n, &t[done++], err) != 0) return -1;
             work = work_between(before, work_so_far(r));
         }
-        double s = median(t, done);
+        double s = median(t, done), share = kvcache_read_share(&r->kv);
         BenchRow row = {.work = "decode",
                         .n = n,
                         .depth = depth,
@@ -299,10 +323,20 @@ static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
                         .tokens_per_s = n * batch / s,
                         .seconds = s,
                         .cache_bytes = cache,
-                        .gb_per_s = 1e-9 * (double)(r->weights + cache) * n / s};
+                        .gb_per_s = 1e-9 * ((double)r->weights + share * (double)cache) * n / s};
         emit(r, row, &work);
     }
     return 0;
+}
+
+// Readers of prompts alone change nothing here.
+static int bench_decode(Run *r, int seq, int depth, double ratio, char *err) {
+    for (int i = 0; i < n_readers(r); i++) {
+        if (read_by(r, i, err) != 0) return -1;
+        if (r->reads && r->reads->row->how->runs == READS_PROMPTS) continue;
+        if (decode_rows(r, seq, depth, ratio, err) != 0) return -1;
+    }
+    return read_by(r, -1, err);
 }
 
 // ---- loading ----

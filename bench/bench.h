@@ -3,6 +3,7 @@
 #ifndef BENCH_H
 #define BENCH_H
 #include "policies.h"
+#include "readers.h"
 
 enum { BENCH_LIST = 16 };
 
@@ -38,6 +39,8 @@ typedef struct {
     const char *bound;   // "memory" or "compute", whichever asks for more; NULL for load
     double to_prefill;   // score: seconds / seconds of the prefill it stands on; else 0
     size_t cache_bytes;  // of one sequence when the work starts
+    const char *reader;  // who chose the pages that were read, NULL: all were
+    double pages_read;   // share of those that tokens saw
 } BenchRow;
 
 // What is to be measured.
@@ -48,6 +51,9 @@ typedef struct {
     Context method;  // policy, level, chunk (0: the defaults); the rest is filled in
     int n;           // tokens of a decode run
     BenchList prompts, depths, ratios, batches;
+    // [n_reads] prefill and decode are measured with each that has a choice there; 0: all is read.
+    const Reads *reads;
+    int n_reads;
     void (*peaks)(void *arg, const BenchPeaks *peaks);  // called once, first
     void (*row)(void *arg, const BenchRow *row);        // called as rows are done
     void *arg;

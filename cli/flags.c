@@ -84,8 +84,14 @@ const Flag flags[] = {
          "expected, else pair):"},
     {"--demote", "TYPE", CHOICE, AT(demote), .takes = COMPRESS, .also = SCORE | MAP,
      .choices = "q2", .help = "keep what would be evicted at 2 bits"},
-    {"--set", "K=V,..", TEXT, AT(set), .takes = CONTEXT | BENCH | EVAL | STREAMS,
+    {"--set", "K=V,..", TEXT, AT(set), .takes = CONTEXT,
      .help = "parameters of the policy and the level, as listed there"},
+    {"--set", "K=V,..", TEXT, AT(set), .takes = READERS,
+     .help = "parameters of the policy, the level and the reader, as listed there"},
+    {"--reader", "NAME", TEXT, AT(reader), .takes = ANSWERS,
+     .help = "which pages of the cache a token reads; nothing is deleted (default: all):"},
+    {"--reader", "NAME,..", TEXT, AT(reader), .takes = BENCH | EVAL,
+     .help = "which pages of the cache a token reads, beside all of them; nothing is deleted:"},
     {"--policy", "NAME,..", TEXT, AT(policy), .takes = EVAL,
      .help = "who scores (default: expected with a profile or --stream, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), .takes = EVAL,
@@ -457,6 +463,7 @@ static bool has_no_suite(const Options *o) { return o->suite == NULL; }
 static bool merges(const Options *o) { return o->merge; }
 static bool measures_text(const Options *o) { return o->ppl != NULL; }
 static bool keeps_all_at_once(const Options *o) { return !wants_stream(o); }
+static bool has_no_method(const Options *o) { return !wants_stream(o) && !o->reader; }
 static bool has_form(const Options *o) { return o->json_object || o->json_schema; }
 static bool has_schema(const Options *o) { return o->json_schema != NULL; }
 static bool keeps_all(const Options *o) { return o->ratio >= 1 && !wants_stream(o); }
@@ -477,15 +484,18 @@ typedef struct {
 } Rule;
 
 #define METHOD "--policy --level --set --profile "
-#define READING                                                                           \
-    METHOD                                                                                \
-    "--ratio --fit --stream --window --chunk --score-attn --system --system-file --task " \
+#define READING                                                                                    \
+    METHOD                                                                                         \
+    "--reader --ratio --fit --stream --window --chunk --score-attn --system --system-file --task " \
     "--raw --stop "
 // clang-format off: a table
 static const Rule rules[] = {
     {"--ratio ", STREAMS, has_budget, false, "--budget says already how much stays"},
-    {METHOD "--window ", GENERATE | CHAT, keeps_all_at_once, false,
+    {"--policy --level --profile --window ", GENERATE | CHAT, keeps_all_at_once, false,
      "nothing is evicted without --budget, or --ratio below 1"},
+    {"--set ", GENERATE | CHAT, has_no_method, false,
+     "nothing is evicted without --budget, or --ratio below 1, and there is no --reader"},
+    {"--set ", ASK, has_no_method, false, "there is no --reader"},
     {"--window ", COMPRESS | EVAL, keeps_all_at_once, false,
      "there is no window without --stream or --budget"},
     {METHOD "--chunk --score-attn --ref-ties --demote ", COMPRESS | MAP, keeps_all, true,

@@ -33,7 +33,8 @@ enum {
     DOCUMENTS = COMPRESS | MAP,            // reads several texts
     STREAMS = GENERATE | CHAT | COMPRESS,  // may evict while tokens come
     RUNS = ALL & ~(TOKENIZE | INFO),       // runs a model
-    READS = GENERATE | CONTEXT | LOGITS    // runs it over a given text
+    READS = GENERATE | CONTEXT | LOGITS,   // runs it over a given text
+    READERS = ANSWERS | BENCH | EVAL       // may read less than the whole cache
 };
 
 typedef struct {
@@ -59,6 +60,7 @@ typedef struct {
     long n_prefix;  // -1: not given
     // how a context is compressed
     const char *policy, *level, *set;  // names and parameters; of eval, several between commas
+    const char *reader;                // of eval and bench several between commas; NULL: none
     const char *kv, *kvs;              // --kv of one cache, and of eval's
     double ratio;                      // 0: not given
     long budget;                       // pairs per head; 0: not given

@@ -9,6 +9,7 @@
 
 #include "cli/output.h"
 #include "policies.h"
+#include "readers.h"
 
 const Command *find_command(const char *name, size_t n) {
     for (int i = 0; i < n_commands; i++)
@@ -76,6 +77,7 @@ static void help_row(const char *name, const char *help, const Param *params) {
 
 static bool names_policy(const Flag *f) { return f->at == offsetof(Options, policy); }
 static bool names_level(const Flag *f) { return f->at == offsetof(Options, level); }
+static bool names_reader(const Flag *f) { return f->at == offsetof(Options, reader); }
 
 void print_help(const Command *c) {
     out("usage: %s %s %s [flags]\n  %s\n\nflags:\n", program, c->name, c->args, c->help);
@@ -91,6 +93,8 @@ void print_help(const Command *c) {
             for (const Policy *p = policies; p->name; p++) help_row(p->name, p->help, p->params);
         if (names_level(f))
             for (const Level *l = levels; l->name; l++) help_row(l->name, l->help, l->params);
+        if (names_reader(f))
+            for (const Reader *r = readers; r->name; r++) help_row(r->name, r->help, r->params);
     }
     out("  %-22s%s\n\nexamples:\n", "-h", "this text");
     put_named(none, c->examples);
@@ -151,6 +155,8 @@ static void man_flag(const Flag *f) {
         for (const Policy *p = policies; p->name; p++) man_row(p->name, p->help, p->params);
     if (names_level(f))
         for (const Level *l = levels; l->name; l++) man_row(l->name, l->help, l->params);
+    if (names_reader(f))
+        for (const Reader *r = readers; r->name; r++) man_row(r->name, r->help, r->params);
 }
 
 static void man_command(const Command *c) {
@@ -197,9 +203,13 @@ static void put_words(const Flag *f) {
         for (const Policy *p = policies; p->name; p++) out(" %s", p->name);
     if (names_level(f))
         for (const Level *l = levels; l->name; l++) out(" %s", l->name);
+    if (names_reader(f))
+        for (const Reader *r = readers; r->name; r++) out(" %s", r->name);
 }
 
-static bool has_words(const Flag *f) { return f->choices || names_policy(f) || names_level(f); }
+static bool has_words(const Flag *f) {
+    return f->choices || names_policy(f) || names_level(f) || names_reader(f);
+}
 
 // Whether its value names a file or a folder.
 static bool takes_path(const Flag *f) {

@@ -52,8 +52,10 @@ static void print_bench(void *arg, const BenchRow *r) {
                    r->tokens_per_s, r->seconds, r->gb_per_s, r->gflop_per_s);
         json_print(stdout, "'share': %g, 'bound': %s, 'to_prefill': %g, ", r->share, r->bound,
                    r->to_prefill);
-        json_print(stdout, "'cache_bytes': %zu, 'score_attn': %s}\n", r->cache_bytes,
-                   r->score_attn);
+        json_print(stdout, "'cache_bytes': %zu, 'score_attn': %s", r->cache_bytes, r->score_attn);
+        if (s->n_reads > 0)
+            json_print(stdout, ", 'reader': %s, 'pages_read': %g", r->reader, r->pages_read);
+        out("}\n");
     } else {
         snprintf(what, sizeof what, "%s %s", r->work, r->score_attn ? r->score_attn : "");
         if (r->cache_bytes > 0) size_text(size, r->cache_bytes);
@@ -69,6 +71,7 @@ static void print_bench(void *arg, const BenchRow *r) {
             out("%22s", "");
         out("  %s", size);
         if (r->to_prefill > 0) out("  %.2f x prefill", r->to_prefill);
+        if (r->reader) out("  %s read %.3f of the pages", r->reader, r->pages_read);
         out("\n");
     }
     out_flush();
@@ -108,6 +111,7 @@ int cmd_bench(const Options *o) {
         if (o->batches.v[i] > most) most = (int)o->batches.v[i];
     char kv_name[KV_NAME];
     open_session(&s, o, NULL, most);
+    choose_readers(&s);
     Context method = chosen_method(&s);
     bench_memory(&s, most);
     Bench b = {.state = &s.state,
@@ -119,6 +123,8 @@ int cmd_bench(const Options *o) {
                .depths = o->depths,
                .ratios = o->ratios,
                .batches = o->batches,
+               .reads = s.reads,
+               .n_reads = s.n_reads,
                .peaks = print_peaks,
                .row = print_bench,
                .arg = &s};
@@ -341,6 +347,24 @@ static bool eval_fits(const Eval *e) {
     return fits;
 }
 
+// Every page type once more for each reader: "f16+quest".
+static void add_readers(const Session *s, Eval *e) {
+    int n_kvs = e->n_kvs;
+    for (int i = 1; i < s->n_reads; i++) {
+        for (int k = 0; k < n_kvs; k++) {
+            Buffer name = {0};
+            if (e->n_kvs == EVAL_LIST)
+                die_usage(s->o->command, "--reader and --kv: needs %d of them together at most",
+                          EVAL_LIST);
+            add_text(&name, e->kv[k].name, strlen(e->kv[k].name));
+            add_text(&name, "+", 1);
+            add_text(&name, reader_name(&s->reads[i]), strlen(reader_name(&s->reads[i])));
+            e->kv[e->n_kvs] = e->kv[k];
+            e->kv[e->n_kvs].name = name.s, e->kv[e->n_kvs++].reads = s->reads[i];
+        }
+    }
+}
+
 // What is compared with what, from the flags.
 static void eval_lists(const Session *s, Eval *e) {
     const Options *o = s->o;
@@ -358,6 +382,7 @@ static void eval_lists(const Session *s, Eval *e) {
         e->fit[e->n_fits++] = get_fit(o, name);
     for (; e->n_ratios < o->shares.n; e->n_ratios++)
         e->ratio[e->n_ratios] = o->shares.v[e->n_ratios];
+    add_readers(s, e);
     check_list(o, "--policy", e->n_policies, policy);
     check_list(o, "--level", e->n_levels, level);
     check_list(o, "--kv", e->n_kvs, kv);
@@ -414,6 +439,17 @@ static void show_answer(void *arg, const EvalCell *c, const EvalQuestion *q, con
     out("\n  %.2f    %s%s\n", mark->value, q->answer_prefix, mark->answer);
 }
 
+// How much of what they saw the tokens of a cache read.
+static void show_read(void *arg, const EvalKV *kv, double share) {
+    const Session *s = arg;
+    if (!kv->reads.row) return;
+    if (s->o->json)
+        json_print(stdout, "{'kv': %s, 'reader': %s, 'pages_read': %g}\n", kv->name,
+                   kv->reads.row->name, share);
+    else if (!s->o->quiet)
+        note("[%s: read %.3f of the pages]\n", kv->name, share);
+}
+
 // Runs e, of which lists and limits are there, on the session's model.
 static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *results, char *err) {
     Ids prefix = {0};
@@ -425,6 +461,7 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
     e->state = &s->state, e->prefix = &prefix, e->ask = ask_ids, e->ask_arg = &asker;
     e->progress = eval_step, e->progress_arg = &progress;
     Showing how = {s->o->json, &progress};
+    if (s->n_reads > 0) e->read = show_read, e->read_arg = s;
     if (s->o->show) e->show = show_answer, e->show_arg = &how;
     e->context = (Context){.tok = s->tok,
                            .chunk = (int)s->o->chunk,
@@ -509,6 +546,7 @@ static int eval_tasks(const Options *given) {
     catch_signals();
     open_session(&s, o, NULL, MAX_BATCH);
     open_profile(&s);
+    choose_readers(&s);
     eval_lists(&s, &e);
     eval_memory(&s, &e, &tasks);
     if (o->out && eval_results_open(&results, o->out, err) != 0) die("%s: %s", o->out, err);

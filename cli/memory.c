@@ -64,6 +64,10 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
     use.rest = PROGRAM + need->more;
     if (s->kv.type == KV_F16) use.rest += whole_pages * (double)kvcache_read_bytes(&shape);
     use.rest += heads * pairs * (streams ? STREAM_PAIR : need->scores);
+    double digests = 0;
+    for (int i = 0; i < s->n_reads; i++)
+        digests = fmax(digests, reader_bytes(&s->reads[i], &shape));
+    use.rest += copies * heads * whole_pages * digests;
     if (s->o->json_object || s->o->json_schema)
         use.rest += (double)constrain_bytes(s->model.config.vocab_size);
     return use;

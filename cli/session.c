@@ -262,6 +262,91 @@ const Level *get_level(const Options *o, const char *name) {
     die_usage(o->command, "--level %s: there are%s", name, names.s);
 }
 
+// ---- readers ----
+
+const char *reader_name(const Reads *reads) { return reads->row ? reads->row->name : "none"; }
+
+static const Reader *get_reader(const Options *o, const char *name) {
+    const Reader *reader = reader_find(name);
+    if (reader || strcmp(name, "none") == 0) return reader;
+    Buffer names = {0};
+    add_name(&names, "none");
+    for (const Reader *r = readers; r->name; r++) add_name(&names, r->name);
+    die_usage(o->command, "--reader %s: there are%s", name, names.s);
+}
+
+// Whether one of the readers has the parameter key [n].
+static bool is_readers(const Session *s, const char *key, size_t n) {
+    for (int i = 0; i < s->n_reads; i++)
+        if (s->reads[i].row && param_find(s->reads[i].row->params, key, n) >= 0) return true;
+    return false;
+}
+
+void choose_readers(Session *s) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    const char *list = o->reader ? o->reader : "";
+    bool compares = o->reader && (o->bit & (BENCH | EVAL));
+    int most = compares ? BENCH_LIST : 1;
+    if (compares) s->n_reads = 1;  // all pages, first
+    for (const char *at = list; *at; at += *at == ',') {
+        size_t n = strcspn(at, ",");
+        if (s->n_reads == most)
+            die_usage(o->command, "--reader %s: needs %s", list, most > 1 ? "fewer" : "one name");
+        char *name = copy_text(at, n);
+        const Reader *reader = get_reader(o, name);
+        free(name);
+        at += n;
+        if (!reader) continue;
+        if (reader_set(&s->reads[s->n_reads++], reader, o->set, err) != 0)
+            die_usage(o->command, "--set %s: %s", o->set, err);
+    }
+    if (!*list && o->reader) die_usage(o->command, "--reader: needs a name");
+}
+
+// No policy takes what the reader does not know.
+static void check_reader_set(const Session *s) {
+    const Options *o = s->o;
+    for (const char *at = o->set; at && *at; at += strcspn(at, ","), at += *at == ',') {
+        size_t n = strcspn(at, "=,");
+        if (!is_readers(s, at, n))
+            die_usage(o->command, "--set %s: reader %s has no parameter '%.*s'", o->set,
+                      reader_name(&s->reads[0]), (int)n, at);
+    }
+}
+
+void open_reader(Session *s) {
+    char err[ERR_LEN];
+    choose_readers(s);
+    if (!wants_stream(s->o)) check_reader_set(s);
+    if (s->n_reads > 0 && reader_begin(&s->reads[0], &s->kv, err) != 0) die("%s", err);
+}
+
+const char *reading_text(const Session *s, char text[64]) {
+    text[0] = '\0';
+    if (s->n_reads > 0 && s->reads[0].row)
+        snprintf(text, 64, "; %s read %.3f of the pages", s->reads[0].row->name,
+                 kvcache_read_share(&s->kv));
+    return text;
+}
+
+// What of --set is for policy and level: what they know, and what no reader does. To be freed.
+static char *method_set(const Session *s, const Policy *p, const Level *l) {
+    Buffer known = {0};
+    for (const char *at = s->o->set; at && *at; at += *at == ',') {
+        size_t n = strcspn(at, ","), key = strcspn(at, "=,");
+        bool theirs = param_find(p->params, at, key) >= 0 || param_find(l->params, at, key) >= 0;
+        if (theirs || !is_readers(s, at, key)) {
+            if (known.n > 0) add_text(&known, ",", 1);
+            add_text(&known, at, n);
+        }
+        at += n;
+    }
+    return known.s;
+}
+
+// ---- profiles and defaults ----
+
 void open_profile(Session *s) {
     char err[ERR_LEN];
     const char *path = s->o->profile;
@@ -290,8 +375,10 @@ Context chosen_method(Session *s) {
                  .profile = s->has_profile ? &s->profile : NULL};
     const Policy *policy = get_policy(o, chosen_policy(s));
     const Level *level = get_level(o, chosen_level(s));
-    if (context_set(&c, policy, level, o->set, err) != 0)
+    char *set = method_set(s, policy, level);
+    if (context_set(&c, policy, level, set, err) != 0)
         die_usage(o->command, "--set %s: %s", o->set, err);
+    free(set);
     if (o->profile && !uses_profile(&c))
         warn(s, "--profile has no effect: policy %s and level %s do not use it", policy->name,
              level->name);

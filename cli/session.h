@@ -8,6 +8,7 @@
 #include "policies.h"
 #include "policies/fitting.h"
 #include "policies/stream.h"
+#include "readers.h"
 #include "tokenizer.h"
 
 typedef struct {
@@ -33,6 +34,8 @@ typedef struct {
     Stream stream;
     bool streams;
     int *held;  // [scored heads] pairs of a saved cache behind its prefix, which are not evicted
+    Reads reads[BENCH_LIST];  // [n_reads] of --reader; of commands that answer one at most
+    int n_reads;
 } Session;
 
 // Each of these succeeds or ends the program.
@@ -78,6 +81,14 @@ void open_profile(Session *s);  // the one that --profile names or the model car
 // What the flags name, or the defaults where they leave it open (policies.h).
 const char *chosen_policy(const Session *s);
 const char *chosen_level(const Session *s);
+
+// What --reader names, with its parameters, in s->reads; wrong names and numbers are wrong usage.
+void choose_readers(Session *s);
+// For commands that answer: choose_readers, and the cache is read so.
+void open_reader(Session *s);
+// How many pages were read, ", quest read 0.12 of the pages"; "" where all are. Returns text.
+const char *reading_text(const Session *s, char text[64]);
+const char *reader_name(const Reads *reads);  // "none" where all pages are read
 
 // A context that knows how it will be compressed, and nothing else yet.
 Context chosen_method(Session *s);

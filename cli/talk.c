@@ -120,7 +120,9 @@ static void reply_figures(const Session *s, const Reply *r) {
     if (s->o->quiet) return;
     note("[%d tokens read in %.2f s, %.1f/s; %d written in %.2f s, %.1f/s", r->n_prompt, r->read_s,
          r->n_prompt / r->read_s, r->ids.n, r->write_s, reply_rate(r));
+    char read[64];
     if (s->sampling.temp > 0) note("; seed %ld", s->seed);
+    note("%s", reading_text(s, read));
     if (r->n_drafted > 0) note("; %d of %d drafted", r->n_accepted, r->n_drafted);
     if (r->cut) note("; cut at %d tokens: -n", r->limit);
     note("%s]\n", r->done ? "" : "; interrupted");
@@ -128,6 +130,9 @@ static void reply_figures(const Session *s, const Reply *r) {
 
 // What the JSON of generate, ask and chat ends with.
 static void reply_json(const Session *s, const Reply *r) {
+    if (s->n_reads > 0)
+        json_print(stdout, "'reader': %s, 'pages_read': %g, ", reader_name(&s->reads[0]),
+                   kvcache_read_share(&s->kv));
     json_print(stdout, "'seconds': %g, 'tokens_per_s': %g, 'finish_reason': %s, 'seed': ",
                r->read_s + r->write_s, reply_rate(r), finish_reason(r));
     if (s->sampling.temp > 0)
@@ -150,6 +155,7 @@ int cmd_generate(const Options *o) {
     if (ids.n == 0) die("nothing to continue: the prompt is empty");
     show_prompt(&s, "prompt", ids.id, ids.n);
     int limit = o->n < 0 ? 256 : (int)o->n;
+    open_reader(&s);
     memory_check(&s, &(MemoryNeed){.tokens = (double)ids.n + limit, .evicts = true});
     open_answers(&s, CHATTY);
     Reply r = new_reply(&s, new_sequence(&s), &ids, limit);
@@ -366,6 +372,7 @@ int cmd_ask(const Options *o) {
     x.apart = x.from.n_args + x.from.has_lines > 1 || (x.from.has_lines && !lines->person);
     catch_signals();
     open_session(&s, o, o->args[1], x.batch * (1 + draft_length(o)));
+    open_reader(&s);
     memory_check(&s, &(MemoryNeed){.forked = x.batch * ((double)x.limit + QUESTION),
                                    .loaded = (double)s.kv.file.map_bytes});
     open_answers(&s, 0);
@@ -394,6 +401,7 @@ int cmd_chat(const Options *o) {
     if (o->cache && o->system) die_usage(o->command, "--system: the context of -c has its own");
     catch_signals();
     open_session(&s, o, o->cache, 1 + draft_length(o));
+    open_reader(&s);
     memory_check(&s, &(MemoryNeed){.tokens = (double)x.limit + QUESTION,
                                    .loaded = (double)s.kv.file.map_bytes,
                                    .evicts = !o->cache});

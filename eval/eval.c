@@ -76,7 +76,11 @@ int eval_check_set(const Eval *e, char *err) {
             known = known || param_find(e->policy[i]->params, s, key) >= 0;
         for (int i = 0; i < e->n_levels; i++)
             known = known || param_find(e->level[i]->params, s, key) >= 0;
-        if (!known) return fail(err, "no policy or level here has a parameter '%.*s'", (int)key, s);
+        for (int i = 0; i < e->n_kvs; i++)
+            known = known ||
+                    (e->kv[i].reads.row && param_find(e->kv[i].reads.row->params, s, key) >= 0);
+        if (!known)
+            return fail(err, "no policy, level or reader here has a parameter '%.*s'", (int)key, s);
         s += strcspn(s, ",");
     }
     for (int i = 0; i < e->n_policies * e->n_levels; i++)
@@ -399,11 +403,14 @@ static int run_all(Run *r, const EvalTasks *tasks, char *err) {
     for (int k = 0; k < e->n_kvs && rc == 0; k++) {
         rc = kvcache_open(&r->kv[k], &shape, e->kv[k].types, e->state->pool, err);
         r->kv[k].settling = false;  // exact keys are scored; evicted() settles what it leaves
+        if (rc == 0) rc = reader_begin(&e->kv[k].reads, &r->kv[k], err);
     }
     for (int i = e->shard; i < tasks->n; i += e->n_shards)
         r->total += (long)n_cells * tasks->task[i].n_questions;
     for (int i = e->shard; i < tasks->n && rc == 0; i += e->n_shards)
         rc = run_context(r, &tasks->task[i], plan, err);
+    for (int k = 0; k < e->n_kvs && rc == 0 && e->read; k++)
+        e->read(e->read_arg, &e->kv[k], kvcache_read_share(&r->kv[k]));
     free(plan);
     return rc;
 }

@@ -8,14 +8,17 @@
 #include "eval/tasks.h"
 #include "policies.h"
 #include "policies/fitting.h"
+#include "readers.h"
 
 enum { EVAL_LIST = 16 };
 
-// What becomes of a compressed cache's pairs: pages settle, and evicted pairs may be demoted.
+// What becomes of a compressed cache's pairs: pages settle, and evicted pairs may be demoted; and
+// how they are read.
 typedef struct {
     KVTypes types;
     bool demote;
-    const char *name;  // in the results: "q8/q4", "f16+q2"
+    Reads reads;
+    const char *name;  // in the results: "q8/q4", "f16+q2", "f16+quest"
 } EvalKV;
 
 typedef struct {
@@ -27,7 +30,7 @@ typedef struct {
     const char *set;  // "key=value,..": each takes the parameters it knows; or NULL
     double ratio[EVAL_LIST];
     FitKind fit[EVAL_LIST];  // how what stays is fitted
-    EvalKV kv[EVAL_LIST];    // the full cache of the first one is the yardstick
+    EvalKV kv[EVAL_LIST];    // the full cache of the first one, all read, is the yardstick
     int n_policies, n_levels, n_ratios, n_fits, n_kvs;
     // Evict while a context is read: policies that score live, no level of whole heads, nothing
     // demoted or fitted.
@@ -45,13 +48,16 @@ typedef struct {
     void *ask_arg;
     int (*progress)(void *arg, long done, long total);  // questions times cells; nonzero stops
     void *progress_arg;
+    // Called at the end for each of kv, with the share of the pages that its tokens read; or NULL.
+    void (*read)(void *arg, const EvalKV *kv, double share);
+    void *read_arg;
     // Called for each answer that is marked, not for results that are there already; or NULL.
     void (*show)(void *arg, const EvalCell *c, const EvalQuestion *q, const EvalMark *mark);
     void *show_arg;
 } Eval;
 
-// Whether e->set makes sense: every key is one that a policy or a level of e knows. 0, or -1 with
-// err.
+// Whether e->set makes sense: every key is one that a policy, a level or a reader of e knows. 0, or
+// -1 with err.
 int eval_check_set(const Eval *e, char *err);
 
 // Every question of every context, for each policy, level, fit, ratio and page type that r does not

@@ -72,11 +72,20 @@ static int add_row(Judge *j, Judged *it, int token, int at, char *err) {
     return 0;
 }
 
+// Where a reader chooses pages for short runs, the answer must come in such, as if it were written,
+// and what is asked in one of its own.
+static bool ends_run(const Judge *j, int at) {
+    return j->kv->reading.reader && at % (KV_LONG_RUN - 1) == 0;
+}
+
 int judge_add(Judge *j, Judged *it, char *err) {
+    if (ends_run(j, 0) && judge_flush(j, err) != 0) return -1;
     for (int i = 0; i < it->ask.n; i++)
         if (add_row(j, it, it->ask.id[i], i == it->ask.n - 1 ? 0 : -1, err) != 0) return -1;
-    for (int i = 1; i < it->full.n; i++)
+    for (int i = 1; i < it->full.n; i++) {
+        if (ends_run(j, i - 1) && judge_flush(j, err) != 0) return -1;
         if (add_row(j, it, it->full.id[i - 1], i, err) != 0) return -1;
+    }
     return 0;
 }
 
