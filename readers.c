@@ -576,6 +576,13 @@ const Reader *reader_find(const char *name) {
 
 // ---- its numbers ----
 
+// Whether the key [n] at `at` stands in the list before it, too.
+static bool is_given(const char *list, const char *at, size_t n) {
+    for (const char *s = list; s < at; s += strcspn(s, ","), s += *s == ',')
+        if (strcspn(s, "=,") == n && memcmp(s, at, n) == 0) return true;
+    return false;
+}
+
 int reader_set(Reads *reads, const Reader *row, const char *key_values, char *err) {
     reads->row = row;
     for (int i = 0; i < KV_READER_PARAMS; i++) reads->param[i] = row->params[i].value;
@@ -583,6 +590,7 @@ int reader_set(Reads *reads, const Reader *row, const char *key_values, char *er
         size_t n = strcspn(s, "=,");
         int i = param_find(row->params, s, n);
         if (i < 0) continue;
+        if (is_given(key_values, s, n)) return fail(err, "%.*s is given twice", (int)n, s);
         const Param *p = &row->params[i];
         double x = s[n] == '=' ? number_read(s + n + 1, strcspn(s + n + 1, ",")) : NAN;
         if (!(x >= p->lo && x <= p->hi) || (!p->real && x != floor(x)))

@@ -264,6 +264,80 @@ def test_drafts(m, d):
     fails(2, "--draft", *ask, "--draft", 8)
 
 
+READERS = {"quest": ("budget=100000", "budget=64,layers=0"), "topk": ("budget=100000", "budget=9,first=3,last=10"),
+           "infinigen": ("alpha=1000,most=1", "layers=0,alpha=0.5"), "magicpig": ("every=1", "bits=4,tables=8"),
+           "minference": ("vertical=1000", "vertical=1,slash=1"), "bigbird": ("last=1000", "last=0,random=1"),
+           "strided": ("stride=1", "last=0,stride=9")}
+
+
+def test_readers(m, d):
+    """Reading all pages by a reader is reading all; less is counted, with drafts, threads, evicted and rounded pairs."""
+    text = os.path.join(FIXTURES, "real", "town.txt")
+    write(d + "/read.txt", (open(text).read() * 20)[:9000])
+    works("compress", m.path, "-f", d + "/read.txt", "-o", d + "/read.kvc", "--ratio", 0.5)
+    works("compress", m.path, "-f", d + "/read.txt", "-o", d + "/codes.kvc", "--policy", "knorm", "--demote", "q2", "--kv", "q8/q4")
+    ask = ["ask", m.path, d + "/read.kvc", "Who?", "And then?", "-n", 40, "--ignore-eos"]
+    generate = ["generate", m.path, "-f", d + "/read.txt", "-n", 20, "--temp", 0, "--ignore-eos", "--json"]
+    plain, told = works(*ask), works(*generate).rows()[0]
+    check("pages" not in plain.err and "pages_read" not in told, "without --reader nothing is said of pages")
+    for name, (whole, less) in READERS.items():
+        flags = ["--reader", name, "--set"]
+        r = works(*ask, *flags, whole)
+        check(r.out == plain.out, "--reader %s of all pages: %r instead of %r" % (name, r.out, plain.out))
+        check("%s read 1.000 of the pages" % name in r.err, "--reader %s of all pages: %s" % (name, r.err))
+        r = works(*generate, *flags, less).rows()[0]
+        check(r["reader"] == name and 0 < r["pages_read"] <= 1, "--reader %s: %s" % (name, r))
+        check(name in ("topk", "infinigen", "magicpig") or r["pages_read"] < 0.6, "--reader %s reads %s" % (name, r["pages_read"]))
+        check((r["ids"] != told["ids"]), "--reader %s changes nothing" % name)
+        check(works(*generate, *flags, less, "-j", 1).rows()[0]["ids"] == r["ids"], "--reader %s: threads" % name)
+        if name != "minference":
+            one = works(*ask, *flags, less, "--batch", 1, "--draft", 0).out
+            check(works(*ask, *flags, less, "--draft", 7).out == one != plain.out, "--reader %s: drafts and batches" % name)
+        works("ask", m.path, d + "/codes.kvc", "Who?", "-n", 20, *flags, less)
+        works(*generate, *flags, less + ",sink=6", "--budget", 300, "--policy", "streaming")
+    short = ["generate", m.path, "-p", "a", "-n", 1]
+    fails(2, "--reader x: there are none quest topk", *short, "--reader", "x")
+    fails(2, "--reader quest,topk: needs one name", *short, "--reader", "quest,topk")
+    fails(2, "--reader: needs a name", *short, "--reader", "")
+    fails(2, "there is no --reader", *short, "--set", "budget=3")
+    fails(2, "--set has no effect: there is no --reader", *ask, "--set", "budget=3")
+    fails(2, "reader quest has no parameter 'tables'", *short, "--reader", "quest", "--set", "tables=3")
+    fails(2, "have no parameter 'tables'", *short, "--reader", "quest", "--set", "tables=3", "--budget", 9)
+    fails(2, "budget is given twice", *short, "--reader", "quest", "--set", "budget=3,budget=4")
+    fails(2, "budget needs a whole number from 0", *short, "--reader", "quest", "--set", "budget=-1")
+    fails(2, "clusters needs a whole number from 0 to 16", *short, "--reader", "topk", "--set", "clusters=17")
+    check(works(*short, "--reader", "none", "-q").out, "--reader none")
+
+
+def test_readers_measured(m, d):
+    """bench and eval measure readers beside reading all."""
+    rows = works("bench", m.path, "--prompt", 300, "--depth", 400, "--ratio", 1, "--batch", 1, "-n", 2, "--json",
+                 "--reader", "quest,minference,strided", "--set", "layers=0,budget=64,vertical=1,slash=1,last=0").rows()[1:]
+    got = [(r["work"], r["reader"]) for r in rows if r["work"] in ("prefill", "decode") and r["depth"] == (400 if r["work"] == "decode" else 0)]
+    check(got == [("prefill", None), ("prefill", "minference"), ("prefill", "strided"), ("prefill", None), ("decode", None),
+                  ("decode", "quest"), ("decode", "strided")], "bench --reader: %s" % got)
+    check(all((r["pages_read"] < 1) == (r["reader"] is not None) for r in rows), "bench --reader: %s" % rows)
+    task = dict(TASKS[0], context="The code of Chen is 12, and that of Rosa is 7. " * 40)
+    args = ["eval", m.path, write(d + "/read.jsonl", json.dumps(task)), "-n", 12, "--kv", "f32,q8", "--policy", "knorm",
+            "--ratio", "1,0.5", "--json", "--reader", "quest,bigbird"]
+    for sets, all_read in (("layers=99,last=1000", True), ("layers=0,budget=64,random=0,last=0", False)):
+        rows = works(*args, "--set", sets).rows()
+        read = {r["kv"]: r["pages_read"] for r in rows if "reader" in r}
+        names = ["f32+quest", "q8+quest", "f32+bigbird", "q8+bigbird"]
+        check(list(read) == names, "eval --reader: %s" % read)
+        check(all((x == 1) == all_read for x in read.values()), "eval --reader: %s" % read)
+        kl = {(r["policy"], r["ratio"], r["kv"]): r["value"] for r in rows if r.get("metric") == "kl"}
+        check(len(kl) == 2 * 6 + 6, "eval --reader: every page type once more: %s" % kl)
+        for name in names:
+            plain, other = kl["knorm", 0.5, name.split("+")[0]], kl["knorm", 0.5, name]
+            noise = 1e-5 if name[0] == "f" else 1e-2  # answers come in short runs, which read codes as they are
+            check(abs(plain - other) < noise if all_read else abs(plain - other) > noise, "eval: KL of %s: %g, %g" % (name, plain, other))
+            check((kl["full", 1, name] < 0.01) == all_read or name[0] == "q", "eval: KL of %s: %g" % (name, kl["full", 1, name]))
+    fails(2, "--reader has no effect: --ppl", "eval", m.path, "--ppl", d + "/read.txt", "--reader", "quest")
+    fails(2, "together at most", *args[:4], "7", "--reader", "quest", "--kv", ",".join(["f16"] * 9))
+    fails(2, "no policy, level or reader here has a parameter 'tables'", *args, "--set", "tables=3")
+
+
 # ---- numbers ----
 
 def test_logits(m, d):
@@ -1186,6 +1260,8 @@ def main():
         test_budget(smol, d)
         test_page_types(smol, d)
         test_bench(smol)
+        test_readers(smol, d)
+        test_readers_measured(smol, d)
         test_perplexity(smol, d)
         test_eval(smol, d)
         test_eval_show(smol, d)

@@ -221,7 +221,7 @@ static int count_wrong(const KVCache *kv, const Token *t, const Naive *n, int g,
         masked(t, n, h, want);
         for (int j = 0; j < D; j++)
             wrong += !(fabs(out[h * D + j] - want[j]) <=
-                       allowed(kv, kv->types.k > KV_F32 ? 2e-3 : 3e-5));
+                       allowed(kv, kv->types.k > KV_F32 ? 2e-3 : 2e-4));
     }
     return wrong;
 }
@@ -279,10 +279,10 @@ static uint8_t *random_keep(int n) {
 }
 
 // Biases for some pairs of a head, as fitting gives them.
-static void give_biases(KVCache *kv, int seq) {
+static void give_biases(KVCache *kv, int seq, float most) {
     CHECK(kvcache_own(kv, seq, err) == 0);
     int kept[2] = {20, 90};
-    float v[2 * D], bias[2] = {2.5f, 0.4f};
+    float v[2 * D], bias[2] = {most, 0.4f};
     for (int i = 0; i < 2 * D; i++) v[i] = rnd();
     for (int i = 0; i < L * KV; i++)
         kvcache_refit(kv, (KVHeadAt){seq, i / KV, i % KV}, &(KVFitted){kept, 2, v, bias});
@@ -310,8 +310,10 @@ static void check_life(KVCache *kv, NaiveChoice *choose) {
         append_random(kv, seq, 80, NULL);
         check_run(kv, seq, 1, choose);
     }
-    if (!codes) give_biases(kv, seq);
-    check_run(kv, seq, 1, choose);
+    for (int i = 0; i < 2 && !codes; i++) {
+        give_biases(kv, seq, i == 0 ? 0.1f : 6.0f);
+        check_run(kv, seq, 1, choose);
+    }
     uint8_t *keep = random_keep(200);
     CHECK(kvcache_evict(kv, seq, 10, 200, keep, err) == 0);
     check_run(kv, seq, 1, choose);
