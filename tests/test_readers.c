@@ -25,6 +25,7 @@ typedef struct {
     float scale;
     const float *q;       // [HEADS][D]
     const double *param;  // of the reader
+    const float *fixed;
     const Pairs *pairs;
 } Token;
 
@@ -143,6 +144,45 @@ static void naive_strided(const Token *t, int g, Naive *n) {
         if (own - p <= t->param[0] || (own - p) % (int)t->param[1] == 0) add_page(n, g, p);
 }
 
+// In how many tables the hashes of a and b [D] are the same.
+static int same_hashes(const Token *t, const double *a, const double *b) {
+    int bits = (int)t->param[0], same = 0;
+    for (int i = 0; i < (int)t->param[1]; i++) {
+        bool differ = false;
+        for (int j = 0; j < bits; j++) {
+            const float *plane = t->fixed + ((size_t)i * bits + j) * D;
+            double x = 0, y = 0;
+            for (int c = 0; c < D; c++) x += plane[c] * a[c], y += plane[c] * b[c];
+            differ = differ || (x > 0) != (y > 0);
+        }
+        same += !differ;
+    }
+    return same;
+}
+
+// The chance that at least two tables have the same hashes of a and b.
+static double hash_chance(const Token *t, const double *a, const double *b) {
+    double ab = 0, aa = 0, bb = 0, n = t->param[1];
+    for (int c = 0; c < D; c++) ab += a[c] * b[c], aa += a[c] * a[c], bb += b[c] * b[c];
+    double u = pow(1 - acos(ab / sqrt(aa * bb)) / acos(-1), t->param[0]);
+    return 1 - pow(1 - u, n) - n * u * pow(1 - u, n - 1);
+}
+
+static void naive_magicpig(const Token *t, int g, Naive *n) {
+    double mean[D] = {0}, q[D], k[D];
+    for (int i = 0; i < PAGE * D; i++) mean[i % D] += (double)t->pairs->k[i / D][i % D] / PAGE;
+    for (int h = g * GROUP; h < (g + 1) * GROUP; h++) {
+        for (int c = 0; c < D; c++) q[c] = t->q[h * D + c];
+        for (int i = 0; i <= t->own; i++) {
+            for (int c = 0; c < D; c++) k[c] = t->pairs->k[i][c] - mean[c];
+            if (i < 4 || i > t->own - PAGE || i / PAGE == t->own / PAGE)
+                n->add[h][i] = 0;
+            else if (same_hashes(t, q, k) >= 2)
+                n->add[h][i] = -log(hash_chance(t, q, k) + 1e-4);
+        }
+    }
+}
+
 // Lloyd's steps over the keys of one page, as many and from where the reader begins.
 static void naive_centres(const Token *t, int page, int k, double centre[16][D]) {
     for (int j = 0; j < k * D; j++)
@@ -232,6 +272,7 @@ static void check_run(KVCache *kv, int seq, int n, NaiveChoice *choose) {
     float *q = randoms((size_t)n * HEADS * D), *k = randoms((size_t)n * KV * D),
           *v = randoms((size_t)n * KV * D), *out = malloc((size_t)n * HEADS * D * sizeof *out);
     double seen = kv->reading.seen, read = kv->reading.read;
+    const KVReader *reader = kv->reading.reader;
     int wrong = 0;
     KVRun run = {seq, n};
     CHECK(kvcache_reserve(kv, seq, n, err) == 0);
@@ -242,10 +283,17 @@ static void check_run(KVCache *kv, int seq, int n, NaiveChoice *choose) {
             load_pairs(kv, (KVHeadAt){seq, l, g}, &pairs);
             for (int i = 0; i < n; i++) {
                 Naive naive;
-                Token t = {kvcache_head(kv, seq, l, g)->len - n + i, kv->shape.scale,
-                           q + i * HEADS * D, kv->reading.param, &pairs};
+                Token t = {kvcache_head(kv, seq, l, g)->len - n + i,
+                           kv->shape.scale,
+                           q + i * HEADS * D,
+                           kv->reading.param,
+                           kv->reading.fixed,
+                           &pairs};
                 none(&naive);
-                choose(&t, g, &naive);
+                if (reader->skips && reader->skips(t.param, l))
+                    for (int p = 0; p <= t.own / PAGE; p++) add_page(&naive, g, p);
+                else
+                    choose(&t, g, &naive);
                 seen += t.own / PAGE + 1, read += count_naive(&t, &naive, g);
                 wrong += count_wrong(kv, &t, &naive, g, out + i * HEADS * D);
             }
@@ -420,25 +468,26 @@ static void test_threads(const char *types, const char *name, const char *set) {
 // A token reads the same alone, beside other sequences, and before the tokens of a draft that are
 // forgotten again: at every distance from the end of a page.
 static void test_company(const char *name, const char *set) {
-    enum { WIDE = HEADS * D };
+    enum { WIDE = HEADS * D, BASE = 270 };  // forks share a range of pages, and a tile
     KVCache kv = open_with("f16", no_window, NULL);
     int seq = kvcache_new(&kv, err), wrong = 0;
-    append_random(&kv, seq, 200, NULL);
+    append_random(&kv, seq, BASE, NULL);
     read_with(&kv, name, set);
     for (int i = 0; i < 60; i++) {
-        float *q = randoms(6 * WIDE), *k = randoms(6 * KV * D), *v = randoms(6 * KV * D);
+        float *q = randoms(9 * WIDE), *k = randoms(9 * KV * D), *v = randoms(9 * KV * D);
+        const float *q5 = q + 5 * WIDE, *k5 = k + 5 * KV * D, *v5 = v + 5 * KV * D;
         float alone[WIDE], out[6 * WIDE];
         int fork = kvcache_fork(&kv, seq, err), other = kvcache_fork(&kv, seq, err);
         append_random(&kv, other, 70, NULL);
-        step(&kv, &(KVRun){fork, 1}, 1, alone, q, k, v);
+        step(&kv, &(KVRun){fork, 1}, 1, alone, q5, k5, v5);
         kvcache_drop(&kv, fork);
         fork = kvcache_fork(&kv, seq, err);
-        step(&kv, (KVRun[]){{fork, 1}, {other, 5}}, 2, out, q, k, v);
-        wrong += memcmp(alone, out, sizeof alone) != 0;
+        step(&kv, (KVRun[]){{other, 5}, {fork, 1}}, 2, out, q, k, v);
+        wrong += memcmp(alone, out + 5 * WIDE, sizeof alone) != 0;
         kvcache_drop(&kv, fork), kvcache_drop(&kv, other);
-        step(&kv, &(KVRun){seq, 4}, 1, out, q, k, v);
+        step(&kv, &(KVRun){seq, 4}, 1, out, q5, k5, v5);
         wrong += memcmp(alone, out, sizeof alone) != 0;
-        wrong += !kvcache_cut(&kv, seq, 200 + i + 1);
+        wrong += !kvcache_cut(&kv, seq, BASE + i + 1);
         free(q), free(k), free(v);
     }
     CHECK(wrong == 0);
@@ -453,7 +502,7 @@ static void naive_mass(Token t, int g, int n, double *column, double *diagonal) 
     for (int p = 0; p < PAGES; p++) column[p] = diagonal[p] = 0;
     for (int i = n - 64; i < n; i++) {
         for (int h = g * GROUP; h < (g + 1) * GROUP; h++) {
-            Token row = {t.own + i, t.scale, t.q + i * HEADS * D, t.param, t.pairs};
+            Token row = {t.own + i, t.scale, t.q + i * HEADS * D, t.param, NULL, t.pairs};
             double sum = 0;
             for (int j = 0; j <= row.own; j++) sum += exp(score_of(&row, h, j));
             for (int j = 0; j <= row.own; j++) {
@@ -485,11 +534,12 @@ static void test_minference(const char *types, int before, int n) {
     for (int g = 0; g < KV; g++) {
         double column[PAGES], diagonal[PAGES];
         load_pairs(&kv, (KVHeadAt){seq, L - 1, g}, &pairs);
-        Token first = {before, kv.shape.scale, q, kv.reading.param, &pairs};
+        Token first = {before, kv.shape.scale, q, kv.reading.param, NULL, &pairs};
         naive_mass(first, g, n, column, diagonal);
         for (int i = 0; i < n; i++) {
             Naive naive;
-            Token t = {before + i, kv.shape.scale, q + i * HEADS * D, kv.reading.param, &pairs};
+            Token t = {before + i,       kv.shape.scale, q + i * HEADS * D,
+                       kv.reading.param, NULL,           &pairs};
             int own = t.own / PAGE;
             none(&naive);
             for (int p = 0; p <= own; p++)
@@ -507,6 +557,32 @@ static void test_minference(const char *types, int before, int n) {
 }
 
 // ---- MagicPIG ----
+
+// Two sequences that share pages but not the first one, whose mean is what hashes are centred by:
+// together they read what each reads alone.
+static void test_centres(void) {
+    enum { WIDE = HEADS * D };
+    KVCache kv = open_with("f16", no_window, NULL);
+    int a = kvcache_new(&kv, err);
+    append_random(&kv, a, 250, NULL);
+    int b = kvcache_fork(&kv, a, err);
+    uint8_t keep[L * KV * PAGE] = {0};
+    CHECK(kvcache_evict(&kv, b, 0, PAGE, keep, err) == 0);
+    CHECK(kvcache_head(&kv, b, 0, 0)->page[0] == kvcache_head(&kv, a, 0, 0)->page[1]);
+    read_with(&kv, "magicpig", "bits=3,tables=6");
+    float *q = randoms(2 * WIDE), *k = randoms(2 * KV * D), *v = randoms(2 * KV * D);
+    float alone[2 * WIDE], both[2 * WIDE];
+    for (int i = 0; i < 2; i++) {
+        int fork = kvcache_fork(&kv, i ? b : a, err);
+        step(&kv, &(KVRun){fork, 1}, 1, alone + i * WIDE, q + i * WIDE, k + i * KV * D,
+             v + i * KV * D);
+        kvcache_drop(&kv, fork);
+    }
+    step(&kv, (KVRun[]){{a, 1}, {b, 1}}, 2, both, q, k, v);
+    CHECK(memcmp(alone, both, sizeof both) == 0);
+    free(q), free(k), free(v);
+    kvcache_close(&kv);
+}
 
 // The weights of all pairs that are sampled, over those that are always read: values are 1 in the
 // pairs before the last 64 and behind the sinks, else 0, so that an output is S / (S + A).
@@ -549,6 +625,8 @@ int main(int argc, char **argv) {
         test_life(types[i], "topk", "clusters=3,budget=64,first=1,last=1", naive_clusters);
         test_life(types[i], "infinigen", "alpha=0.7,most=0.15,layers=0", naive_infinigen);
     }
+    test_life("f16", "magicpig", "bits=4,tables=12", naive_magicpig);
+    test_life("q8", "magicpig", "bits=4,tables=12", naive_magicpig);
     test_life("f32", "topk", "budget=20,first=5,last=30", naive_topk);
     test_files("f16"), test_files("q8/q4");
     static const struct {
@@ -571,5 +649,6 @@ int main(int argc, char **argv) {
     test_minference("f32", 100, 290);
     test_minference("f16", 37, 300);
     test_magicpig();
+    test_centres();
     return test_end("test_readers");
 }
