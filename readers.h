@@ -30,8 +30,7 @@ const Reader *reader_find(const char *name);
 // that the row knows; others are not its own. Returns 0, or -1 with err: a value out of its range.
 int reader_set(Reads *reads, const Reader *row, const char *key_values, char *err);
 
-// From now on kv is read so. Returns 0, or -1 with err: no memory, or the model's heads are not
-// what the reader can read.
+// From now on kv is read so. Returns 0, or -1 with err: no memory.
 int reader_begin(const Reads *reads, KVCache *kv, char *err);
 
 // Bytes that its digests take for each pair of a head.

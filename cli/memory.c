@@ -44,6 +44,13 @@ static double window_bytes(const KVShape *shape, KVTypes types, double tokens) {
     return pairs * shape->n_kv_heads * pair;
 }
 
+// Of a pair, what a reader knows of its page: of one reader at a time, the one that asks for most.
+static double digest_bytes(const Session *s, const KVShape *shape) {
+    double most = 0;
+    for (int i = 0; i < s->n_reads; i++) most = fmax(most, reader_bytes(&s->reads[i], shape));
+    return most;
+}
+
 MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan *plan) {
     KVShape shape = model_kv_shape(&s->model);
     KVTypes exact = kvcache_both(s->kv.type), types = need->whole ? exact : plan->types;
@@ -64,10 +71,8 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
     use.rest = PROGRAM + need->more;
     if (s->kv.type == KV_F16) use.rest += whole_pages * (double)kvcache_read_bytes(&shape);
     use.rest += heads * pairs * (streams ? STREAM_PAIR : need->scores);
-    double digests = 0;
-    for (int i = 0; i < s->n_reads; i++)
-        digests = fmax(digests, reader_bytes(&s->reads[i], &shape));
-    use.rest += copies * heads * whole_pages * digests;
+    use.rest += digest_bytes(s, &shape) *
+                (copies * heads * whole_pages + (double)s->kv.n_pages * PAGE_PAIRS);
     if (s->o->json_object || s->o->json_schema)
         use.rest += (double)constrain_bytes(s->model.config.vocab_size);
     return use;

@@ -333,6 +333,7 @@ const char *reading_text(const Session *s, char text[64]) {
 // What of --set is for policy and level: what they know, and what no reader does. To be freed.
 static char *method_set(const Session *s, const Policy *p, const Level *l) {
     Buffer known = {0};
+    if (s->n_reads == 0) return s->o->set ? copy_text(s->o->set, strlen(s->o->set)) : NULL;
     for (const char *at = s->o->set; at && *at; at += *at == ',') {
         size_t n = strcspn(at, ","), key = strcspn(at, "=,");
         bool theirs = param_find(p->params, at, key) >= 0 || param_find(l->params, at, key) >= 0;

@@ -307,6 +307,10 @@ def test_readers(m, d):
     fails(2, "budget needs a whole number from 0", *short, "--reader", "quest", "--set", "budget=-1")
     fails(2, "clusters needs a whole number from 0 to 16", *short, "--reader", "topk", "--set", "clusters=17")
     check(works(*short, "--reader", "none", "-q").out, "--reader none")
+    need = [re.search(r"cache ([\d.]+) MB, more ([\d.]+) MB", run(*short[:4], "-n", 50000, "--mem", 1, *flags).err)
+            for flags in ((), ("--reader", "quest"), ("--reader", "magicpig"))]
+    cache, more = [float(n[1]) for n in need], [float(n[2]) for n in need]
+    check(cache[0] == cache[2] and more[0] < more[1] < more[2] - cache[0], "--mem counts digests: %s" % [n[0] for n in need])
 
 
 def test_readers_measured(m, d):
