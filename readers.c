@@ -158,57 +158,78 @@ static const KVReader topk = {
     .runs = READS_STEPS, .pairs = true, .scores = true, .choose = topk_choose};
 
 // The approximation: each page has an index, the centres of N clusters of its keys. Digest: centres
-// [N][head_dim], then the largest bias.
+// as columns [head_dim][N rounded up to 8], the first one again in what is left of them, then the
+// largest bias.
 enum { MOST_CLUSTERS = 16, CLUSTER_STEPS = 4 };
 
+static int cluster_cols(const double *param) { return ((int)param[TOPK_CLUSTERS] + 7) / 8 * 8; }
+
 static size_t clusters_bytes(const KVShape *shape, const double *param) {
-    return ((size_t)param[TOPK_CLUSTERS] * shape->head_dim + 1) * sizeof(float);
+    return ((size_t)cluster_cols(param) * shape->head_dim + 1) * sizeof(float);
 }
 
-// Which of the centres [k][n] is nearest to the key.
-static int nearest(const float *key, const float *centre, int k, int n) {
+typedef struct {
+    int k, n;  // clusters; numbers of a key
+    float key[PAGE][MAX_HEAD_DIM], centre[MOST_CLUSTERS][MAX_HEAD_DIM];
+} Clusters;
+
+static int nearest(const Clusters *c, const float *key) {
     float least = INFINITY;
     int at = 0;
-    for (int j = 0; j < k; j++) {
-        float d = dot(centre + j * n, centre + j * n, n) - 2 * dot(key, centre + j * n, n);
+    for (int j = 0; j < c->k; j++) {
+        float d = dot(c->centre[j], c->centre[j], c->n) - 2 * dot(key, c->centre[j], c->n);
         if (d < least) least = d, at = j;
     }
     return at;
 }
 
-// Lloyd's steps from pairs that lie evenly; a cluster that is empty keeps its centre.
-static void clusters_digest(const KVDigest *d) {
-    int n = d->kv->shape.head_dim, k = (int)d->kv->reading.param[TOPK_CLUSTERS];
-    float x[MAX_HEAD_DIM * PAGE], key[PAGE][MAX_HEAD_DIM], sum[MOST_CLUSTERS][MAX_HEAD_DIM];
-    float *centre = (float *)d->to;
-    part_read(d->kv, &d->page->k, KEYS, x);
-    for (int i = 0; i < PAGE * n; i++) key[i % PAGE][i / PAGE] = x[i];
-    for (int j = 0; j < k; j++)
-        memcpy(centre + j * n, key[j * PAGE / k], (size_t)n * sizeof *centre);
-    for (int step = 0; step < CLUSTER_STEPS; step++) {
-        int count[MOST_CLUSTERS] = {0};
-        memset(sum, 0, sizeof sum);
-        for (int i = 0; i < PAGE; i++) {
-            int j = nearest(key[i], centre, k, n);
-            count[j]++;
-            for (int c = 0; c < n; c++) sum[j][c] += key[i][c];
-        }
-        for (int j = 0; j < k; j++)
-            for (int c = 0; count[j] > 0 && c < n; c++)
-                centre[j * n + c] = sum[j][c] / (float)count[j];
+// A step of Lloyd's; a cluster that is empty keeps its centre.
+static void move_centres(Clusters *c) {
+    float sum[MOST_CLUSTERS][MAX_HEAD_DIM] = {{0}};
+    int count[MOST_CLUSTERS] = {0};
+    for (int i = 0; i < PAGE; i++) {
+        int j = nearest(c, c->key[i]);
+        count[j]++;
+        for (int l = 0; l < c->n; l++) sum[j][l] += c->key[i][l];
     }
-    centre[k * n] = largest_bias(d->page);
+    for (int j = 0; j < c->k; j++)
+        for (int l = 0; count[j] > 0 && l < c->n; l++)
+            c->centre[j][l] = sum[j][l] / (float)count[j];
+}
+
+// From pairs that lie evenly.
+static void clusters_digest(const KVDigest *d) {
+    const double *param = d->kv->reading.param;
+    Clusters c = {.k = (int)param[TOPK_CLUSTERS], .n = d->kv->shape.head_dim};
+    int cols = cluster_cols(param);
+    float x[MAX_HEAD_DIM * PAGE], *to = (float *)d->to;
+    part_read(d->kv, &d->page->k, KEYS, x);
+    for (int i = 0; i < PAGE * c.n; i++) c.key[i % PAGE][i / PAGE] = x[i];
+    for (int j = 0; j < c.k; j++)
+        memcpy(c.centre[j], c.key[j * PAGE / c.k], (size_t)c.n * sizeof *x);
+    for (int step = 0; step < CLUSTER_STEPS; step++) move_centres(&c);
+    for (int i = 0; i < c.n * cols; i++) to[i] = c.centre[i % cols < c.k ? i % cols : 0][i / cols];
+    to[c.n * cols] = largest_bias(d->page);
 }
 
 static void clusters_choose(const KVChoice *c) {
     const double *param = c->kv->reading.param;
-    int n = c->kv->shape.head_dim, k = (int)param[TOPK_CLUSTERS];
+    int n = c->kv->shape.head_dim, cols = cluster_cols(param);
+    float product[READER_GROUP * MOST_CLUSTERS];
     for (int p = 0; p < c->page; p++) {
-        const float *centre = choice_digest(c, p);
+        const float *centres = choice_digest(c, p);
         float best = -INFINITY;
-        for (int i = 0; i < k * c->group; i++)
-            best = fmaxf(best, dot(c->q + i / k * n, centre + i % k * n, n));
-        c->scratch[p] = choice_score(c, best, centre[k * n]);
+        kern.gemm_f32(&(Gemm){.c = product,
+                              .ldc = (size_t)cols,
+                              .a = c->q,
+                              .lda = (size_t)n,
+                              .b = centres,
+                              .n = c->group,
+                              .inner = n,
+                              .cols = cols,
+                              .ahead = centres});
+        for (int i = 0; i < c->group * cols; i++) best = fmaxf(best, product[i]);
+        c->scratch[p] = choice_score(c, best, centres[n * cols]);
     }
     mark_largest(c->read, c->scratch, c->page, pages_of(param[TOPK_BUDGET]));
     mark_first(c, pages_of(param[TOPK_FIRST]));

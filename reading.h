@@ -17,6 +17,7 @@
 enum {
     READER_PROMPT = 256,  // tokens of a run at least that readers which watch choose for
     READER_WATCHED = 64,  // last ones of such a run, whose attention is watched
+    READER_GROUP = 64,    // query heads of a kv head at most, as attend_open has it
 };
 
 // Runs that a reader chooses for. STEPS are runs of fewer than KV_LONG_RUN tokens: longer ones,
