@@ -157,79 +157,92 @@ static void topk_choose(const KVChoice *c) {
 static const KVReader topk = {
     .runs = READS_STEPS, .pairs = true, .scores = true, .choose = topk_choose};
 
-// The approximation: each page has an index, the centres of N clusters of its keys. Digest: centres
-// as columns [head_dim][N rounded up to 8], the first one again in what is left of them, then the
-// largest bias.
+// The approximation: each page has an index, the centres of N clusters of its keys. Digest: the
+// largest bias, then centres as columns of halves [head_dim][N rounded up to 16], the first one
+// again in those that are left.
 enum { MOST_CLUSTERS = 16, CLUSTER_STEPS = 4 };
 
-static int cluster_cols(const double *param) { return ((int)param[TOPK_CLUSTERS] + 7) / 8 * 8; }
-
 static size_t clusters_bytes(const KVShape *shape, const double *param) {
-    return ((size_t)cluster_cols(param) * shape->head_dim + 1) * sizeof(float);
+    (void)param;
+    return sizeof(float) + (size_t)MOST_CLUSTERS * shape->head_dim * sizeof(uint16_t);
 }
 
+// Keys x [n][64] of a page and k centres among them.
 typedef struct {
-    int k, n;  // clusters; numbers of a key
-    float key[PAGE][MAX_HEAD_DIM], centre[MOST_CLUSTERS][MAX_HEAD_DIM];
+    int k, n;
+    float x[MAX_HEAD_DIM * PAGE], centre[MOST_CLUSTERS][MAX_HEAD_DIM];
 } Clusters;
 
-static int nearest(const Clusters *c, const float *key) {
-    float least = INFINITY;
-    int at = 0;
+// near [64]: the centre that is nearest to each key.
+static void find_nearest(const Clusters *c, int *near) {
+    float product[MOST_CLUSTERS * PAGE], least[PAGE];
+    kern.gemm_f32(&(Gemm){.c = product,
+                          .ldc = PAGE,
+                          .a = c->centre[0],
+                          .lda = MAX_HEAD_DIM,
+                          .b = c->x,
+                          .n = c->k,
+                          .inner = c->n,
+                          .cols = PAGE,
+                          .ahead = c->x});
+    for (int i = 0; i < PAGE; i++) least[i] = INFINITY, near[i] = 0;
     for (int j = 0; j < c->k; j++) {
-        float d = dot(c->centre[j], c->centre[j], c->n) - 2 * dot(key, c->centre[j], c->n);
-        if (d < least) least = d, at = j;
+        float square = dot(c->centre[j], c->centre[j], c->n);
+        for (int i = 0; i < PAGE; i++) {
+            float far = square - 2 * product[j * PAGE + i];
+            if (far < least[i]) least[i] = far, near[i] = j;
+        }
     }
-    return at;
 }
 
 // A step of Lloyd's; a cluster that is empty keeps its centre.
 static void move_centres(Clusters *c) {
-    float sum[MOST_CLUSTERS][MAX_HEAD_DIM] = {{0}};
-    int count[MOST_CLUSTERS] = {0};
-    for (int i = 0; i < PAGE; i++) {
-        int j = nearest(c, c->key[i]);
-        count[j]++;
-        for (int l = 0; l < c->n; l++) sum[j][l] += c->key[i][l];
+    int near[PAGE], count[MOST_CLUSTERS] = {0};
+    find_nearest(c, near);
+    for (int i = 0; i < PAGE; i++) count[near[i]]++;
+    for (int l = 0; l < c->n; l++) {
+        float sum[MOST_CLUSTERS] = {0};
+        for (int i = 0; i < PAGE; i++) sum[near[i]] += c->x[l * PAGE + i];
+        for (int j = 0; j < c->k; j++)
+            if (count[j] > 0) c->centre[j][l] = sum[j] / (float)count[j];
     }
-    for (int j = 0; j < c->k; j++)
-        for (int l = 0; count[j] > 0 && l < c->n; l++)
-            c->centre[j][l] = sum[j][l] / (float)count[j];
 }
 
 // From pairs that lie evenly.
 static void clusters_digest(const KVDigest *d) {
-    const double *param = d->kv->reading.param;
-    Clusters c = {.k = (int)param[TOPK_CLUSTERS], .n = d->kv->shape.head_dim};
-    int cols = cluster_cols(param);
-    float x[MAX_HEAD_DIM * PAGE], *to = (float *)d->to;
-    part_read(d->kv, &d->page->k, KEYS, x);
-    for (int i = 0; i < PAGE * c.n; i++) c.key[i % PAGE][i / PAGE] = x[i];
-    for (int j = 0; j < c.k; j++)
-        memcpy(c.centre[j], c.key[j * PAGE / c.k], (size_t)c.n * sizeof *x);
+    enum { COLS = MOST_CLUSTERS };
+    Clusters c = {.k = (int)d->kv->reading.param[TOPK_CLUSTERS], .n = d->kv->shape.head_dim};
+    float columns[MAX_HEAD_DIM * COLS];
+    part_read(d->kv, &d->page->k, KEYS, c.x);
+    for (int i = 0; i < c.n * c.k; i++)
+        c.centre[i % c.k][i / c.k] = c.x[i / c.k * PAGE + i % c.k * PAGE / c.k];
     for (int step = 0; step < CLUSTER_STEPS; step++) move_centres(&c);
-    for (int i = 0; i < c.n * cols; i++) to[i] = c.centre[i % cols < c.k ? i % cols : 0][i / cols];
-    to[c.n * cols] = largest_bias(d->page);
+    for (int i = 0; i < c.n * COLS; i++)
+        columns[i] = c.centre[i % COLS < c.k ? i % COLS : 0][i / COLS];
+    *(float *)d->to = largest_bias(d->page);
+    kern.f32_to_f16((uint16_t *)(d->to + sizeof(float)), columns, (size_t)c.n * COLS);
 }
 
 static void clusters_choose(const KVChoice *c) {
+    enum { COLS = MOST_CLUSTERS };
     const double *param = c->kv->reading.param;
-    int n = c->kv->shape.head_dim, cols = cluster_cols(param);
-    float product[READER_GROUP * MOST_CLUSTERS];
+    int n = c->kv->shape.head_dim;
+    float product[READER_GROUP * COLS], columns[MAX_HEAD_DIM * COLS];
     for (int p = 0; p < c->page; p++) {
-        const float *centres = choice_digest(c, p);
+        const float *bias = choice_digest(c, p);
         float best = -INFINITY;
+        kern.f16_to_f32(columns, (const uint16_t *)(bias + 1), (size_t)n * COLS);
         kern.gemm_f32(&(Gemm){.c = product,
-                              .ldc = (size_t)cols,
+                              .ldc = COLS,
                               .a = c->q,
                               .lda = (size_t)n,
-                              .b = centres,
+                              .b = columns,
                               .n = c->group,
                               .inner = n,
-                              .cols = cols,
-                              .ahead = centres});
-        for (int i = 0; i < c->group * cols; i++) best = fmaxf(best, product[i]);
-        c->scratch[p] = choice_score(c, best, centres[n * cols]);
+                              .cols = COLS,
+                              .ahead = columns});
+        for (int i = 0; i < c->group * COLS; i++) best = product[i] > best ? product[i] : best;
+        c->scratch[p] = choice_score(c, best, *bias);
     }
     mark_largest(c->read, c->scratch, c->page, pages_of(param[TOPK_BUDGET]));
     mark_first(c, pages_of(param[TOPK_FIRST]));

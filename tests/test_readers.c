@@ -204,6 +204,8 @@ static void naive_centres(const Token *t, int page, int k, double centre[16][D])
         for (int j = 0; j < k * D; j++)
             if (count[j / D] > 0) centre[j / D][j % D] = sum[j / D][j % D] / count[j / D];
     }
+    for (int j = 0; j < k * D; j++)  // the reader keeps halves
+        centre[j / D][j % D] = f16_f32(f32_f16((float)centre[j / D][j % D]));
 }
 
 static void naive_clusters(const Token *t, int g, Naive *n) {
