@@ -1,7 +1,7 @@
 // amx.c: AVX-512 with AMX: Intel's servers from Sapphire Rapids (2023) on.
 //
-// One instruction multiplies 16 tokens by 16 rows of weights over 32 columns of bf16, eight times
-// what vpdpbusd does in a clock. Weights of 16, 8 and 4 bits become bf16 a block at a time, in the
+// One instruction multiplies 16 tokens by 16 rows of weights over 32 columns of bf16, in a clock
+// four times as many as vpdpbusd. Weights of 16, 8 and 4 bits become bf16 a block at a time, in the
 // first-level cache, for all tokens of a call: their scales are in them, so that nothing but tiles
 // is left inside. Unpacking has to pay, so only the rows of long runs (Activations.tiled) are
 // multiplied like this, and their pages; all else is that of AVX-512. What must stay true: a sum
@@ -27,8 +27,8 @@ enum {
 // ---- tiles ----
 
 // Each of these is an instruction, or its definition where there are tiles e in memory. Assembly,
-// because the headers of gcc 12 do not tell it that the instructions read memory: it drops the
-// stores to a configuration before it is loaded.
+// because the headers of gcc 12 do not say how much memory the instructions read: it may drop the
+// stores to a configuration that is loaded next.
 #if defined __x86_64__ && (defined __clang__ ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define TILE_OF(n, CASE) \
     switch (n) {         \

@@ -285,6 +285,31 @@ static float *logits_by(const char *isa, const char *weights, int block, size_t 
     return out;
 }
 
+// Runs of which some are multiplied by tiles and some are not: each has the logits that it has
+// alone.
+static void test_tiled_company(const char *weights) {
+    enum { RUNS = 5 };
+    static const int length[RUNS] = {3, 20, 1, KV_LONG_RUN, 8};
+    Fixture f;
+    Row all[MAX_ROWS];
+    int n = 0;
+    if (kernels_init("amx-emulated") != 0 || !fixture_open(&f, "smol", weights, KV_F16, 2)) exit(1);
+    int vocab = f.model.config.vocab_size;
+    float *alone = malloc((size_t)RUNS * vocab * sizeof *alone);
+    for (int r = 0; r < RUNS; r++) {
+        Row *own = all + n;
+        for (int i = 0, seq = kvcache_new(&f.kv, err); i < length[r]; i++)
+            all[n++] = (Row){seq, (5 + 11 * i * (r + 1)) % vocab, i == length[r] - 1};
+        CHECK(forward(&f.state, &f.kv, own, length[r], err) == 0);
+        memcpy(alone + (size_t)r * vocab, f.state.logits, (size_t)vocab * sizeof *alone);
+        for (int i = 0, seq = kvcache_new(&f.kv, err); i < length[r]; i++) own[i].seq = seq;
+    }
+    CHECK(forward(&f.state, &f.kv, all, n, err) == 0);
+    CHECK(memcmp(alone, f.state.logits, (size_t)RUNS * vocab * sizeof *alone) == 0);
+    free(alone);
+    fixture_close(&f);
+}
+
 // By tiles of bf16 logits are near those by other products, and only runs of KV_LONG_RUN tokens or
 // more are multiplied so: shorter ones have the bits of the set without tiles.
 static void test_tiled(const char *isa) {
@@ -304,6 +329,7 @@ static void test_tiled(const char *isa) {
         nine = logits_by("amx-emulated", weights[i], KV_LONG_RUN - 1, &n);
         CHECK(memcmp(slow, nine, n * sizeof *slow) == 0);
         free(slow), free(tiled), free(nine);
+        test_tiled_company(weights[i]);
     }
     kernels_init(isa);
 }
