@@ -27,7 +27,7 @@ static void print_peaks(void *arg, const BenchPeaks *p) {
     const Session *s = arg;
     const double *g = p->gflop_per_s;
     if (s->o->json) {
-        json_print(stdout, "{'work': 'peak', 'threads': %d, 'gb_per_s': %g, ",
+        json_print(stdout, "{'work': 'peak', 'isa': %s, 'threads': %d, 'gb_per_s': %g, ", kern.name,
                    pool_threads(s->pool), p->gb_per_s);
         json_print(stdout, "'f32_gflop_per_s': %g, 'q8_gflop_per_s': %g, ", g[W_F32], g[W_Q8]);
         json_print(stdout, "'q4_gflop_per_s': %g, 'attention_gflop_per_s': %g}\n", g[W_Q4],

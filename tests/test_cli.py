@@ -817,7 +817,7 @@ def test_budget(m, d):
 BENCH_FIELDS = {"work", "n", "depth", "ratio", "batch", "threads", "tokens_per_s", "seconds",
                 "gb_per_s", "gflop_per_s", "share", "bound", "to_prefill", "cache_bytes",
                 "score_attn"}
-PEAK_FIELDS = {"work", "threads", "gb_per_s", "f32_gflop_per_s", "q8_gflop_per_s",
+PEAK_FIELDS = {"work", "isa", "threads", "gb_per_s", "f32_gflop_per_s", "q8_gflop_per_s",
                "q4_gflop_per_s", "attention_gflop_per_s"}
 
 
@@ -825,7 +825,8 @@ def test_bench(m):
     flags = ["--prompt", "16,40", "--depth", "0,100", "--ratio", "1,0.5", "--batch", "1,3", "-n", 4]
     rows = works("bench", m.path, *flags, "--json").rows()
     check(set(rows[0]) == PEAK_FIELDS and rows[0]["work"] == "peak", "bench's peaks come first")
-    check(all(rows[0][f] > 0 for f in PEAK_FIELDS - {"work"}), "bench's peaks: %s" % rows[0])
+    check(all(rows[0][f] > 0 for f in PEAK_FIELDS - {"work", "isa"}), "bench's peaks: %s" % rows[0])
+    check(works("bench", m.path, *flags, "--json", "--isa", "scalar").rows()[0]["isa"] == "scalar", "bench names the set it measured")
     rows = rows[1:]
     check(all(set(r) == BENCH_FIELDS for r in rows), "fields of bench")
     work = [(r["work"], r["depth"], r["ratio"], r["batch"]) for r in rows]
