@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""real.py: SmolLM2-135M-Instruct against what the Python reference computed from the same weights.
+"""real.py: real weights against what other programs make of them.
 
     python3 tests/real.py models/smollm2-f32.kvz      (export.py models/smollm2.gguf --type f32)
+    python3 tests/real.py models/qwen0.5b.kvz         (make models/qwen0.5b.kvz)
 
-Token ids of 200 KB of text in many scripts, three chats (logits and greedy ids), and KVzip on a real text: scores,
-keep sets at 0.3 and 0.1, and the answer of the chat command. The values and their makers are in tests/fixtures/real.
+SmolLM2-135M-Instruct beside the Python reference: token ids of 200 KB of text in many scripts, three chats (logits and
+greedy ids), and KVzip on a real text: scores, keep sets at 0.3 and 0.1, and the answer of the chat command.
+Qwen2.5-Coder-0.5B-Instruct beside llama.cpp: ids and greedy texts of ten prompts, and perplexity within 1%.
+The values and their makers are in tests/fixtures/real.
 """
 import hashlib
 import json
@@ -70,14 +73,33 @@ def check_kvzip(model, want, folder):
             check(same > 0.999, f"only {same:.4%} of the pairs kept at {percent}% are the reference's")
 
 
+def check_llamacpp(model, want, folder):
+    """q8 weights of ours, made of the file's q4 and q6 ones."""
+    for row in want["rows"]:
+        path = t.write_ids(os.path.join(folder, "ids"), row["ids"])
+        prompt = t.write(os.path.join(folder, "prompt"), row["prompt"])
+        ids = run("tokenize", model, "-f", prompt, "--special").split()
+        check(list(map(int, ids)) == row["ids"], f"ids of {row['prompt']!r}")
+        said = json.loads(run("generate", model, "--ids", path, "-n", str(want["n"]), "--temp", "0", "--json"))["text"]
+        check(said.strip() == row["text"].strip(), f"{row['prompt']!r}: {said!r} instead of {row['text']!r}")
+    ppl = want["ppl"]
+    text = os.path.join(os.path.dirname(t.HERE), ppl["text"])
+    mine = json.loads(run("eval", model, "--ppl", text, "-n", str(ppl["window"]), "--json"))["value"]
+    check(abs(mine / ppl["value"] - 1) < 0.01, f"perplexity {mine}, and {ppl['value']} in llama.cpp")
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    want = t.Tensors(os.path.join(REAL, "smollm2.safetensors"))
     with tempfile.TemporaryDirectory() as folder:
-        check_tokens(sys.argv[1])
-        check_chats(sys.argv[1], want, folder)
-        check_kvzip(sys.argv[1], want, folder)
+        if os.path.basename(sys.argv[1]).startswith("qwen0.5b"):
+            with open(os.path.join(REAL, "qwen0.5b.json"), encoding="utf-8") as f:
+                check_llamacpp(sys.argv[1], json.load(f), folder)
+        else:
+            want = t.Tensors(os.path.join(REAL, "smollm2.safetensors"))
+            check_tokens(sys.argv[1])
+            check_chats(sys.argv[1], want, folder)
+            check_kvzip(sys.argv[1], want, folder)
     sys.exit(end("real"))
 
 
