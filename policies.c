@@ -64,67 +64,6 @@ static int score_tova(Context *c, float *score, char *err) {
     return 0;
 }
 
-// ---- positions, norms and geometry ----
-
-// Keys with a small norm stay.
-static void knorm_head(const Head *h) {
-    float k[MAX_HEAD_DIM * PAGE], norm[PAGE];
-    for (int b = 0; b < head_blocks(h); b++) {
-        head_block(h, b, k, NULL);
-        dot_columns(norm, k, k, h->c->kv->shape.head_dim);
-        for (int j = 0; j < PAGE; j++) norm[j] = -sqrtf(norm[j]);
-        head_put(h, b, norm);
-    }
-}
-
-// The keys of a block over their norms; columns after the last pair are zero.
-static void unit_keys(const Head *h, int b, float *k) {
-    float norm[PAGE];
-    int d = h->c->kv->shape.head_dim, n = head_block(h, b, k, NULL);
-    dot_columns(norm, k, k, d);
-    for (int j = 0; j < PAGE; j++) norm[j] = j < n ? 1.0f / fmaxf(sqrtf(norm[j]), 1e-12f) : 0.0f;
-    for (int i = 0; i < d * PAGE; i++) k[i] *= norm[i % PAGE];
-}
-
-// Keys that point away from the mean direction stay: minus the cosine of the angle between the two.
-static void keydiff_head(const Head *h) {
-    float k[MAX_HEAD_DIM * PAGE], mean[MAX_HEAD_DIM] = {0}, cosine[PAGE], length = 0.0f;
-    int d = h->c->kv->shape.head_dim;
-    for (int b = 0; b < head_blocks(h); b++) {
-        unit_keys(h, b, k);
-        for (int i = 0; i < d * PAGE; i++) mean[i / PAGE] += k[i];
-    }
-    for (int i = 0; i < d; i++) length += mean[i] * mean[i];
-    length = fmaxf(sqrtf(length), 1e-12f);
-    for (int b = 0; b < head_blocks(h); b++) {
-        unit_keys(h, b, k);
-        memset(cosine, 0, sizeof cosine);
-        for (int i = 0; i < d * PAGE; i++) cosine[i % PAGE] -= k[i] * (mean[i / PAGE] / length);
-        head_put(h, b, cosine);
-    }
-}
-
-// The newest pairs stay, and the very first, where the model looks when nothing else fits.
-static void streaming_head(const Head *h) {
-    int sink = (int)context_param(h->c, "sink");
-    for (int i = 0; i < h->n; i++) {
-        int t = h->first + i;
-        h->score[i] = (float)(t < sink ? h->first + h->n : t);
-    }
-}
-
-// Of a counter, so that neither threads nor other heads change a head's numbers.
-static uint64_t mix(uint64_t x) { return random_next(&x); }
-
-static void random_head(const Head *h) {
-    uint64_t seed =
-        mix(mix(mix((uint64_t)context_param(h->c, "seed")) + (uint64_t)h->layer) + (uint64_t)h->g);
-    for (int i = 0; i < h->n; i++) {
-        uint64_t t = (uint64_t)(head_pos(h, i) - context_pos(h->c));
-        h->score[i] = (float)(mix(seed + t) >> 40) * 0x1p-24f;
-    }
-}
-
 // ---- what the model's profile says ----
 
 // The largest score that calibrating saw in the pair's head: KVzip's head level without a repeat
@@ -172,6 +111,10 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
      .help = "first tokens: they stay, and their queries do not count"},         \
     {.name = "epsilon", .hi = 1, .real = true,                                   \
      .help = "added to the attention before it is multiplied by |v|"}
+
+#define SKETCH_PARAM                                                             \
+    {.name = "sketch", .value = 48, .hi = MAX_HEAD_DIM,                          \
+     .help = "random directions that keys are seen in; 0: as they are"}
 
 #define SAFEGUARD                                                                \
     {.name = "safeguard", .hi = 1, .real = true,                                 \
@@ -223,6 +166,28 @@ const Policy policies[] = {
      .head = keydiff_head,
      .help = "keys that point away from their mean (arXiv 2504.15364)"},
     {.name = "knorm", .head = knorm_head, .help = "keys with a small norm (arXiv 2406.11430)"},
+    {.name = "lagkv",
+     .head = lagkv_head,
+     .help = "pairs that stand out from the range of those that follow (arXiv 2504.04704)",
+     .params = {{.name = "lag",
+                 .value = 128,
+                 .lo = 2,
+                 .hi = MAX_LOCAL,
+                 .help = "pairs that are compared with as many that follow"},
+                {.name = "sink", .value = 4, .hi = 1e6, .help = "first tokens, which stay"}}},
+    {.name = "leverage",
+     .live = &leverage_method,
+     .help = "keys that the others do not explain (Compactor, arXiv 2507.08143)",
+     .params = {SKETCH_PARAM}},
+    {.name = "curdkv",
+     .head = curdkv_head,
+     .help = "|k|^2 |v|^2 as a share of their neighbours' (arXiv 2509.15038)",
+     .params = {{.name = "local",
+                 .value = 16,
+                 .lo = 1,
+                 .hi = MAX_LOCAL,
+                 .help = "pairs that are neighbours"},
+                {.name = "sink", .value = 4, .hi = 1e6, .help = "first tokens, which stay"}}},
     {.name = "streaming",
      .head = streaming_head,
      .help = "the newest pairs and the very first (arXiv 2309.17453)",
@@ -247,6 +212,9 @@ const Level levels[] = {
      .help = "the best pairs of each layer (Ada-KV, arXiv 2407.11550)",
      .params = {SAFEGUARD}},
     {.name = "uniform", .pool = LEVEL_UNIFORM, .help = "as many pairs in every head"},
+    {.name = "token",
+     .pool = LEVEL_TOKEN,
+     .help = "the best tokens: one set for all layers and heads, by the sum of their scores"},
     {.name = "pyramid",
      .pool = LEVEL_BUDGET,
      .budget = budget_pyramid,

@@ -85,6 +85,23 @@ static int keep_heads(uint8_t *keep, const float *score, const Selection *s, siz
     return status;
 }
 
+// The best tokens stay in all heads. 0, or -1 without memory.
+static int keep_tokens(uint8_t *keep, const float *score, const Selection *s, size_t *hist) {
+    size_t n_heads = (size_t)s->n_layers * s->n_kv_heads, n_ctx = (size_t)s->n_ctx;
+    float *sum = malloc(n_ctx * sizeof *sum);
+    for (size_t t = 0; sum && t < n_ctx; t++) {
+        double x = 0;
+        for (size_t h = 0; h < n_heads && !isinf(x); h++) x += score[h * n_ctx + t];
+        sum[t] = (float)x;
+    }
+    if (sum) {
+        keep_best(keep, sum, n_ctx, (size_t)((double)n_ctx * s->ratio), hist);
+        for (size_t h = 1; h < n_heads; h++) memcpy(keep + h * n_ctx, keep, n_ctx);
+    }
+    free(sum);
+    return sum ? 0 : -1;
+}
+
 // Infinite scores compete like others; one that is not a number cannot.
 static int check_scores(const float *score, const Selection *s, char *err) {
     size_t n = (size_t)s->n_layers * s->n_kv_heads * s->n_ctx;
@@ -139,6 +156,8 @@ long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *e
     bool failed = !hist;
     if (hist && s->level == LEVEL_HEAD) {
         failed = keep_heads(keep, score, s, hist) != 0;
+    } else if (hist && s->level == LEVEL_TOKEN) {
+        failed = keep_tokens(keep, score, s, hist) != 0;
     } else if (hist) {
         if (s->safeguard > 0.0) failed = !(raised = safeguarded(score, s, keep, hist));
         if (!failed) keep_pools(keep, raised ? raised : score, s, hist);

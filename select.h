@@ -6,11 +6,20 @@
 
 // Who competes with whom. A pool is all pairs (PAIR), those of a layer (LAYER), or those of a head
 // (UNIFORM: every head as many; BUDGET: each as many as it is given). HEAD: heads compete with
-// their largest score and stay or go as a whole.
-typedef enum { LEVEL_PAIR, LEVEL_LAYER, LEVEL_UNIFORM, LEVEL_BUDGET, LEVEL_HEAD } SelectLevel;
+// their largest score and stay or go as a whole. TOKEN: tokens compete with the sum of their scores
+// and stay or go in all heads.
+typedef enum {
+    LEVEL_PAIR,
+    LEVEL_LAYER,
+    LEVEL_UNIFORM,
+    LEVEL_BUDGET,
+    LEVEL_HEAD,
+    LEVEL_TOKEN
+} SelectLevel;
 
 // For how many places. Of a pool of n pairs exactly floor(n * ratio) stay, or BUDGET's number; of
-// equal scores the first ones by layer, head, position. HEAD: floor(heads * ratio) heads stay.
+// equal scores the first ones by layer, head, position. HEAD: floor(heads * ratio) heads stay;
+// TOKEN: floor(n_ctx * ratio) tokens.
 typedef struct {
     int n_layers, n_kv_heads, n_ctx;  // scored layers, heads and pairs
     double ratio;                     // share that stays, 1 = all

@@ -11,7 +11,7 @@
 
 int live_open(Live *v, char *err) {
     const LiveMethod *m = v->c->policy->live;
-    return m ? m->open(v, err) : 0;
+    return m && m->open ? m->open(v, err) : 0;
 }
 
 int live_score(Live *v, char *err) {
@@ -23,7 +23,7 @@ int live_score(Live *v, char *err) {
 
 void live_close(Live *v) {
     const LiveMethod *m = v->c->policy->live;
-    if (m) m->close(v);
+    if (m && m->close) m->close(v);
 }
 
 int live_whole(Context *c, float *score, char *err) {
@@ -91,6 +91,21 @@ int head_block(const Head *h, int b, float *k, float *v) {
 
 int head_pos(const Head *h, int i) {
     return kvcache_pair(h->c->kv, head_at(h), h->first + i, NULL, NULL);
+}
+
+int head_pair(const Head *h, int t, float *k, float *v) {
+    return kvcache_pair(h->c->kv, head_at(h), t, k, v);
+}
+
+void head_unrotate(const Head *h, int pos, float *k) {
+    const Model *m = h->c->state->model;
+    const Config *c = &m->config;
+    float rope[MAX_HEAD_DIM];
+    if (c->rope[h->layer] < 0) return;
+    float scale = c->rope_mscale[c->rope[h->layer]], back = 1.0f / (scale * scale);
+    model_rope(m, h->layer, pos, rope);
+    for (int j = 0; j < c->rotary_dim; j++) rope[j] *= j % 2 ? -back : back;
+    model_rotate(m, k, rope);
 }
 
 void head_put(const Head *h, int b, const float *x) {

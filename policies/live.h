@@ -26,7 +26,8 @@ typedef struct {
 
 // A method that watches tokens pass. `open` switches its tap on (RunState.tap) and keeps what it
 // needs in v->own; `score` fills v->score from what is live now; `close` undoes `open`, also where
-// that has failed or never ran. Return 0, or -1 with err.
+// that has failed or never ran. Return 0, or -1 with err. Both may be NULL: nothing passes that
+// matters.
 struct LiveMethod {
     int (*open)(Live *v, char *err);
     int (*score)(Live *v, char *err);
@@ -62,6 +63,13 @@ int head_block(const Head *h, int b, float *k, float *v);
 
 // Position of the i-th of h's pairs.
 int head_pos(const Head *h, int i);
+
+// Pair t of the list, the prefix's included: key k [head_dim] and value v [head_dim], either may be
+// NULL. Returns its position.
+int head_pair(const Head *h, int t, float *k, float *v);
+
+// Turns a key [head_dim] of this position back to what it was before its rotation, in place.
+void head_unrotate(const Head *h, int pos, float *k);
 
 // The scores x [64] of block b: those of h's own pairs go to h->score.
 void head_put(const Head *h, int b, const float *x);

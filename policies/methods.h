@@ -12,6 +12,25 @@ int score_observed(Context *c, float *score, char *err);    // arXiv 2306.14048,
 extern const LiveMethod expected_method;                    // arXiv 2510.00636, expected.c
 extern const LiveMethod kvzap_method;                       // arXiv 2601.07891, kvzap.c
 
+// ---- for the tables: Policy.head, and its like (geometry.c) ----
+
+enum { MAX_LOCAL = 1024 };  // pairs that are compared with each other at most
+
+void knorm_head(const Head *h);      // arXiv 2406.11430
+void keydiff_head(const Head *h);    // arXiv 2504.15364
+void curdkv_head(const Head *h);     // arXiv 2509.15038
+void lagkv_head(const Head *h);      // arXiv 2504.04704
+void streaming_head(const Head *h);  // arXiv 2309.17453
+void random_head(const Head *h);
+extern const LiveMethod leverage_method;  // arXiv 2507.08143
+
+// The leverage of every key as scores of mean 0 and deviation 1 in each layer. Returns 0, or -1
+// with err: no memory.
+int leverage_fill(Live *v, char *err);
+
+// Scores get mean 0 and deviation 1 (n - 1) in each layer.
+void standardize_layers(Live *v);
+
 // ---- repeating (kvzip.c) ----
 
 // in = what the model is fed to repeat ids [a, b) of the context: request, turn change, and the ids

@@ -77,7 +77,8 @@ static int competing(const Stream *s, int h, int window) {
     return max_int(live_pairs(&s->live, h) - window, 0);
 }
 
-// Places: of a head on its own in pairs[h]; of a pool of several in the pairs of its first one.
+// Places: of a head on its own in pairs[h]; of a pool of several in the pairs of its first one,
+// where tokens compete as many for each of them.
 // Returns how many heads make a pool, or -1.
 static int count_places(Stream *s, char *err) {
     Context *c = s->live.c;
@@ -86,13 +87,14 @@ static int count_places(Stream *s, char *err) {
     double ratio = s->ratio;
     c->n_ctx = c->kv->seqs[c->seq].next_pos - context_pos(c);
     if (s->budget > 0) ratio = c->n_ctx > s->budget ? (double)s->budget / c->n_ctx : 1;
-    if (l->pool == LEVEL_PAIR) pool = n_heads;
+    if (l->pool == LEVEL_PAIR || l->pool == LEVEL_TOKEN) pool = n_heads;
     if (l->pool == LEVEL_LAYER) pool = c->kv->shape.n_kv_heads;
     if (l->pool == LEVEL_HEAD)
         return fail(err, "level %s keeps whole heads: it cannot evict while tokens come", l->name);
     if (l->budget && l->budget(c, ratio, s->pairs, err) != 0) return -1;
     for (int h = 0; h < n_heads && !l->budget; h += pool)
-        s->pairs[h] = (int)fmin((double)c->n_ctx * pool * ratio, 1 << 30);
+        s->pairs[h] =
+            (int)fmin((double)c->n_ctx * (l->pool == LEVEL_TOKEN ? 1 : pool) * ratio, 1 << 30);
     return pool;
 }
 
@@ -117,6 +119,17 @@ static int choose(const Contest *t, int h, uint8_t *keep, char *err) {
     int places = min_int(s->pairs[h], n);
     Selection select = {
         .n_layers = 1, .n_kv_heads = 1, .n_ctx = n, .level = LEVEL_BUDGET, .budget = &places};
+    if (s->live.c->level->pool == LEVEL_TOKEN && n > 0) {
+        int tokens = t->choice[h].n;  // half a token more, so that rounding drops none
+        select = (Selection){.n_layers = 1,
+                             .n_kv_heads = t->pool,
+                             .n_ctx = tokens,
+                             .ratio = (places + 0.5) / tokens,
+                             .level = LEVEL_TOKEN};
+        for (int i = h; i < h + t->pool; i++)
+            if (t->choice[i].n != tokens)
+                return fail(err, "level token: heads hold different tokens of the context");
+    }
     return select_pairs(keep, t->score, &select, err) < 0 ? -1 : n;
 }
 

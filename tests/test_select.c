@@ -50,6 +50,10 @@ static void test_select(void) {
                  "1110001110");
     check_select(low, &(Selection){1, 2, 5, 0.6, .level = LEVEL_BUDGET, .budget = (int[]){0, 4}},
                  "0000011110");
+    // Tokens by the sum of their scores: 1.7 .7 .8 .9 .06 in s.
+    check_keep(s, 0.4, LEVEL_TOKEN, false, "1001010010");
+    check_keep(s, 0.39, LEVEL_TOKEN, false, "1000010000");
+    check_select(s, &(Selection){2, 1, 5, 0.6, .level = LEVEL_TOKEN}, "1011010110");
     const float neg[10] = {-1, -2, -INFINITY, 0.0f, -0.0f, -3, -4, -5, -6, -7};
     check_keep(neg, 0.3, LEVEL_PAIR, false, "1001100000");
     float nan[10] = {0};

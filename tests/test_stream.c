@@ -161,7 +161,7 @@ static void test_refused(Fixture *f) {
 
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "qwen3", "gemma3"};
-    static const char *const by[] = {"pair", "layer", "uniform", "profile"};
+    static const char *const by[] = {"pair", "layer", "uniform", "profile", "token"};
     bool quick = getenv("QUICK") != NULL;
     kernels_init(argc > 1 ? argv[1] : NULL);
     for (int i = 0; i < (quick ? 1 : 3); i++) {
@@ -172,13 +172,13 @@ int main(int argc, char **argv) {
         fixture_profile(&f);
         for (const Policy *p = policies; p->name; p++) {
             if (!policy_is_live(p) || (quick && strcmp(p->name, "expected") != 0)) continue;
-            for (int l = 0; l < 4; l++) {
+            for (int l = 0; l < 5; l++) {
                 test_one_call(&f, p, NULL, by[l], 0.3);
                 test_bounds(&f, p, NULL, by[l], 40);
             }
             test_bits(&f, p);
         }
-        for (int l = 0; l < 4; l++) {
+        for (int l = 0; l < 5; l++) {
             test_one_call(&f, policy_find("kvzap"), "expected=1", by[l], 0.3);
             test_bounds(&f, policy_find("kvzap"), "expected=0.5", by[l], 40);
         }
