@@ -10,59 +10,14 @@
 #include "policies.h"
 
 #include <math.h>
+#include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "policies/fitting.h"
 #include "policies/methods.h"
 #include "util.h"
-
-// ---- the attention of the last tokens ----
-
-// out[t] = sum of x over the `kernel` places around t; what lies beyond the ends counts as 0.
-static void smooth(float *out, const float *x, int n, int kernel) {
-    for (int t = 0; t < n; t++) {
-        int lo = max_int(t - kernel / 2, 0), hi = min_int(t - kernel / 2 + kernel, n);
-        float sum = 0.0f;
-        for (int j = lo; j < hi; j++) sum += x[j];
-        out[t] = sum;
-    }
-}
-
-// Mean over the last tokens, smoothed along the context.
-static int score_snapkv(Context *c, float *score, char *err) {
-    int rows = min_int((int)context_param(c, "window"), c->n_ctx), n = c->n_ctx - rows;
-    int kernel = (int)context_param(c, "kernel");
-    float scale = 1.0f / ((float)rows * (float)context_group(c) * (float)kernel);
-    float *raw = malloc((size_t)(n + 1) * sizeof *raw);
-    if (!raw) return fail(err, "out of memory for smoothing %d scores", n);
-    int status = read_watched(c, rows, score, err);
-    for (size_t i = 0; status == 0 && i < context_scores(c); i += (size_t)c->n_ctx) {
-        memcpy(raw, score + i, (size_t)n * sizeof *raw);
-        smooth(score + i, raw, n, kernel);
-        for (int t = 0; t < n; t++) score[i + (size_t)t] *= scale;
-    }
-    free(raw);
-    if (status == 0) protect(c, score, n, c->n_ctx);
-    return status;
-}
-
-// The last token's weights, mean over all heads of the layer: one set of tokens for all of them.
-static int score_tova(Context *c, float *score, char *err) {
-    int rows = min_int(1, c->n_ctx), n_kv_heads = c->kv->shape.n_kv_heads;
-    if (read_watched(c, rows, score, err) != 0) return -1;
-    size_t n = (size_t)c->n_ctx, layer = n * (size_t)n_kv_heads;
-    for (size_t at = 0; at < context_scores(c); at += layer) {
-        for (size_t t = 0; t < n; t++) {
-            float sum = 0.0f;
-            for (int g = 0; g < n_kv_heads; g++) sum += score[at + (size_t)g * n + t];
-            sum /= (float)c->kv->shape.n_heads;
-            for (int g = 0; g < n_kv_heads; g++) score[at + (size_t)g * n + t] = sum;
-        }
-    }
-    protect(c, score, c->n_ctx - rows, c->n_ctx);
-    return 0;
-}
 
 // ---- what the model's profile says ----
 
@@ -112,6 +67,12 @@ static int budget_pyramid(const Context *c, double ratio, int *budget, char *err
     {.name = "epsilon", .hi = 1, .real = true,                                   \
      .help = "added to the attention before it is multiplied by |v|"}
 
+#define SNAPKV_PARAMS                                                            \
+    {.name = "window", .value = 64, .lo = 1, .hi = 1e6,                          \
+     .help = "last tokens: they are asked, and stay"},                           \
+    {.name = "kernel", .value = 5, .lo = 1, .hi = 1e6,                           \
+     .help = "width of the smoothing"}
+
 #define SKETCH_PARAM                                                             \
     {.name = "sketch", .value = 48, .hi = MAX_HEAD_DIM,                          \
      .help = "random directions that keys are seen in; 0: as they are"}
@@ -151,17 +112,131 @@ const Policy policies[] = {
      .params = {{.name = "window", .hi = 1e6, .help = "last tokens, which stay"}}},
     {.name = "snapkv",
      .score = score_snapkv,
-     .help = "mean attention from the last tokens, smoothed (arXiv 2404.14469)",
-     .params =
-         {{.name = "window",
-           .value = 64,
-           .lo = 1,
-           .hi = 1e6,
-           .help = "last tokens: they are asked, and stay"},
-          {.name = "kernel", .value = 5, .lo = 1, .hi = 1e6, .help = "width of the smoothing"}}},
+     .asks = ASKS_IF_GIVEN,
+     .help = "mean attention from the last tokens or the question, smoothed (arXiv 2404.14469)",
+     .params = {SNAPKV_PARAMS}},
     {.name = "tova",
-     .score = score_tova,
+     .live = &tova_method,
      .help = "attention from the last token, one set for all heads of a layer (arXiv 2401.06104)"},
+    {.name = "h2o",
+     .live = &h2o_method,
+     .help = "all attention so far, and the newest pairs (arXiv 2306.14048)",
+     .params = {{.name = "recent",
+                 .value = 0.1,
+                 .hi = 1,
+                 .real = true,
+                 .help = "share of a whole context: its newest pairs stay"}}},
+    {.name = "scissorhands",
+     .live = &scissorhands_method,
+     .help = "pairs that seldom got less than an equal share of attention (arXiv 2305.17118)",
+     .params = {{.name = "history",
+                 .value = 400,
+                 .lo = 1,
+                 .hi = 1e6,
+                 .help = "last tokens of a whole context: they are counted"},
+                {.name = "recent", .value = 10, .hi = 1e6, .help = "last tokens, which stay"}}},
+    {.name = "nacl",
+     .score = score_nacl,
+     .asks = ASKS_IF_GIVEN,
+     .help = "attention from the last tokens, a part drawn by it (arXiv 2408.03675)",
+     .params = {{.name = "window",
+                 .value = 64,
+                 .lo = 1,
+                 .hi = 1e6,
+                 .help = "last tokens: they are asked, and stay"},
+                {.name = "random",
+                 .value = 0.3,
+                 .hi = 1,
+                 .real = true,
+                 .help = "share of what stays that is drawn"},
+                {.name = "temperature",
+                 .value = 1,
+                 .lo = 1e-6,
+                 .hi = 1e6,
+                 .real = true,
+                 .help = "divides the scores that lots are drawn by"},
+                {.name = "seed", .value = 1, .hi = 1e9, .help = "of the lots"}}},
+    {.name = "finch",
+     .score = score_finch,
+     .asks = ASKS_ALWAYS,
+     .help = "attention from the question, --question TEXT (arXiv 2408.00167)"},
+    {.name = "task",
+     .score = score_finch,
+     .asks = ASKS_TASK,
+     .help = "the same of a task's description, --question or --task (arXiv 2503.04973)"},
+    {.name = "pyramidinfer",
+     .score = score_pyramidinfer,
+     .help = "attention from the newest tokens, one set for all heads of a layer; later layers "
+             "read all tokens, which the method's own do not (arXiv 2405.12532)",
+     .params = {{.name = "recent",
+                 .value = 0.2,
+                 .hi = 1,
+                 .real = true,
+                 .help = "share of the context: its last tokens are asked, and stay"},
+                {.name = "sink", .value = 4, .hi = 1e6, .help = "first tokens, which stay"}}},
+    {.name = "infinipot",
+     .score = score_infinipot,
+     .help = "attention from a request that fits any context; without the novelty of tokens "
+             "(arXiv 2410.01518)",
+     .params = {{.name = "window", .value = 64, .hi = 1e6, .help = "last tokens, which stay"}}},
+    {.name = "triattention",
+     .live = &triattention_method,
+     .help = "what queries around their centres look at, at distances to come (arXiv 2604.04921)",
+     .params = {{.name = "furthest",
+                 .value = 65536,
+                 .lo = 1,
+                 .hi = 1 << 20,
+                 .help = "distances 1, 2, 4, .. up to this one count alike"}}},
+    {.name = "duo",
+     .score = score_duo,
+     .help = "retrieving heads by the profile's largest scores; of others the ends (arXiv "
+             "2410.10819)",
+     .params = {{.name = "sink", .value = 128, .hi = 1e6, .help = "first tokens of all heads"},
+                {.name = "recent", .value = 256, .hi = 1e6, .help = "last tokens of all heads"}}},
+    {.name = "simlayerkv",
+     .score = score_simlayerkv,
+     .help = "layers whose last token looks beyond the ends; of others the ends (arXiv 2410.13846)",
+     .params = {{.name = "sink", .value = 4, .hi = 1e6, .help = "first tokens of all layers"},
+                {.name = "recent", .value = 1024, .hi = 1e6, .help = "last tokens of all layers"}}},
+    {.name = "fastgen",
+     .score = score_fastgen,
+     .help = "of each head special tokens, marks, what is looked at most, the newest, or all, as "
+             "many of these as needed (arXiv 2310.01801)",
+     .params = {{.name = "mass",
+                 .value = 0.95,
+                 .hi = 1,
+                 .real = true,
+                 .help = "share of the last tokens' attention that must be held"},
+                {.name = "frequent", .value = 0.3, .hi = 1, .real = true, .help = "share of pairs"},
+                {.name = "local", .value = 0.3, .hi = 1, .real = true, .help = "share of pairs"},
+                {.name = "window", .value = 64, .lo = 1, .hi = 1e6, .help = "last tokens"}}},
+    {.name = "dcp",
+     .score = score_dcp,
+     .help = "all attention that a token gathers in a layer: what is left of Dynamic Context "
+             "Pruning without its gates (arXiv 2305.15805)"},
+    {.name = "ltp",
+     .score = score_ltp,
+     .help = "the mean of it, the least of the layers so far: Learned Token Pruning with nothing "
+             "learned (arXiv 2107.00910)"},
+    {.name = "chunkkv",
+     .score = score_chunkkv,
+     .inner = "snapkv",
+     .asks = ASKS_IF_GIVEN,
+     .help = "neighbours stay or go as one, by snapkv; chunkkv:NAME by another (arXiv 2502.00299)",
+     .params = {SNAPKV_PARAMS,
+                {.name = "tokens", .value = 20, .lo = 1, .hi = 1e6, .help = "of a chunk"}}},
+    {.name = "criticalkv",
+     .score = score_criticalkv,
+     .inner = "snapkv",
+     .asks = ASKS_IF_GIVEN,
+     .help = "half by snapkv, half by that times |Wo v|; criticalkv:NAME by another (arXiv "
+             "2502.03805)",
+     .params = {SNAPKV_PARAMS,
+                {.name = "first",
+                 .value = 0.5,
+                 .hi = 1,
+                 .real = true,
+                 .help = "share of what stays that the other method chooses"}}},
     {.name = "keydiff",
      .head = keydiff_head,
      .help = "keys that point away from their mean (arXiv 2504.15364)"},
@@ -238,10 +313,56 @@ const Level levels[] = {
     {0},
 };
 
+static const Policy *row_find(const char *name, size_t n) {
+    for (const Policy *p = policies; p->name; p++)
+        if (strlen(p->name) == n && memcmp(p->name, name, n) == 0) return p;
+    return NULL;
+}
+
+// ---- wrapped methods: "chunkkv:kvzip" ----
+
+enum { N_WRAPPED = 4 * sizeof policies / sizeof *policies, WRAPPED_NAME = 40 };
+
+static Policy wrapped[N_WRAPPED];
+static int n_wrapped;
+static char wrapped_names[N_WRAPPED][WRAPPED_NAME];
+static pthread_once_t wrapped_once = PTHREAD_ONCE_INIT;
+
+// A row for the wrapper `by` around p: p's parameters first, where p finds them as its own.
+static void wrap(const Policy *by, const Policy *p) {
+    const Policy *usual = row_find(by->inner, strlen(by->inner));
+    Policy *w = &wrapped[n_wrapped];
+    int n = 0;
+    *w = *by;
+    snprintf(wrapped_names[n_wrapped], WRAPPED_NAME, "%s:%s", by->name, p->name);
+    w->name = wrapped_names[n_wrapped++];
+    w->inner = p->name, w->asks = p->asks, w->repeats = p->repeats;
+    memcpy(w->params, p->params, sizeof w->params);
+    while (n < MAX_PARAMS && w->params[n].name) n++;
+    for (const Param *own = by->params; own < by->params + MAX_PARAMS && own->name; own++) {
+        bool is_usual = param_find(usual->params, own->name, strlen(own->name)) >= 0;
+        if (!is_usual && n < MAX_PARAMS) w->params[n++] = *own;
+    }
+}
+
+static void wrap_all(void) {
+    for (const Policy *by = policies; by->name; by++)
+        for (const Policy *p = policies; by->inner && p->name; p++)
+            if (!p->inner && n_wrapped < N_WRAPPED) wrap(by, p);
+}
+
 const Policy *policy_find(const char *name) {
-    const Policy *p = policies;
-    while (p->name && strcmp(p->name, name) != 0) p++;
-    return p->name ? p : NULL;
+    const Policy *p = row_find(name, strlen(name));
+    if (p) return p;
+    pthread_once(&wrapped_once, wrap_all);
+    for (int i = 0; i < n_wrapped; i++)
+        if (strcmp(wrapped[i].name, name) == 0) return &wrapped[i];
+    return NULL;
+}
+
+// p, or the method that it wraps.
+static const Policy *innermost(const Policy *p) {
+    return p->inner ? row_find(p->inner, strlen(p->inner)) : p;
 }
 
 const Level *level_find(const char *name) {
@@ -261,22 +382,36 @@ const char *default_level(const char *policy, bool has_profile) {
 }
 
 bool uses_profile(const Context *c) {
-    static const char *const users[] = {"kvzap", "heads"};
+    static const char *const users[] = {"kvzap", "heads", "duo"};
     bool uses = strcmp(c->level->name, "profile") == 0;
-    for (int i = 0; i < 2; i++) uses = uses || strcmp(c->policy->name, users[i]) == 0;
+    for (int i = 0; i < 3; i++) uses = uses || strcmp(innermost(c->policy)->name, users[i]) == 0;
     return uses;
 }
 
 // ---- scoring and selecting ----
 
+static int score_by(Context *c, const Policy *p, float *score, char *err) {
+    return p->score ? p->score(c, score, err) : live_whole(c, score, err);
+}
+
+int score_inner(Context *c, float *score, char *err) {
+    const Policy *outer = c->policy;
+    c->policy = innermost(outer);
+    int status = score_by(c, c->policy, score, err);
+    c->policy = outer;
+    return status;
+}
+
 int context_score(Context *c, const Policy *p, float *score, char *err) {
     double start = now();
     c->prefill_s = 0.0;
     if (c->policy != p) context_set_policy(c, p);
+    if (p->asks >= ASKS_ALWAYS && c->n_question == 0)
+        return fail(err, "policy %s needs the question that will be asked", p->name);
     bool reading = c->fitting && !p->repeats;  // what repeats has its own queries caught
     int n = c->n_prefix + c->n_ctx;
     if (reading) fitting_watch(c->fitting, c, (FitPass){.seq = c->seq, .n_tokens = n});
-    int rc = p->score ? p->score(c, score, err) : live_whole(c, score, err);
+    int rc = score_by(c, p, score, err);
     if (reading) fitting_rest(c->fitting);
     if (rc != 0) return -1;
     c->score_s = now() - start - c->prefill_s;

@@ -7,7 +7,7 @@
 extern const Policy policies[];
 extern const Level levels[];
 
-// The row of that name, or NULL.
+// The row of that name, or "WRAPPER:NAME" of two of them, or NULL.
 const Policy *policy_find(const char *name);
 
 // The same for levels.

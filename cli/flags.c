@@ -92,6 +92,9 @@ const Flag flags[] = {
      .help = "which pages of the cache a token reads; nothing is deleted (default: all):"},
     {"--reader", "NAME,..", TEXT, AT(reader), .takes = BENCH | EVAL,
      .help = "which pages of the cache a token reads, beside all of them; nothing is deleted:"},
+    {"--question", "TEXT", TEXT, AT(question), .takes = CONTEXT | EVAL,
+     .help = "what will be asked, for policies that look at it: finch and task need it, snapkv, "
+             "nacl, chunkkv and criticalkv may"},
     {"--policy", "NAME,..", TEXT, AT(policy), .takes = EVAL,
      .help = "who scores (default: expected with a profile or --stream, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), .takes = EVAL,

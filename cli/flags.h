@@ -61,6 +61,7 @@ typedef struct {
     // how a context is compressed
     const char *policy, *level, *set;  // names and parameters; of eval, several between commas
     const char *reader;                // of eval and bench several between commas; NULL: none
+    const char *question;              // that methods which ask one look at
     const char *kv, *kvs;              // --kv of one cache, and of eval's
     double ratio;                      // 0: not given
     long budget;                       // pairs per head; 0: not given

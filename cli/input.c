@@ -65,6 +65,7 @@ void check_arguments(Options *o) {
     check_argument(o, "-p", o->prompt);
     o->system = check_argument(o, "--system", o->system);
     o->task = check_argument(o, "--task", o->task);
+    o->question = check_argument(o, "--question", o->question);
     o->answer_prefix = check_argument(o, "--answer-prefix", o->answer_prefix);
     for (int i = 2; o->bit == ASK && i < o->n_args; i++) {
         size_t n;

@@ -468,6 +468,7 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
                            .local = s->o->score_attn == 1,
                            .profile = s->has_profile ? &s->profile : NULL,
                            .postfix = repeat_postfix(s)};
+    for (int i = 0; i < e->n_policies; i++) give_question(s, &e->context, e->policy[i]);
     int rc = eval_run(e, tasks, results, err);
     progress_end(&progress);
     ids_free(&prefix);

@@ -107,6 +107,7 @@ void close_session(Session *s) {
     schema_close(s->schema);
     pieces_close(s->pieces);
     fitting_close(&s->fitting);
+    ids_free(&s->question);
     profile_close(&s->profile);
     kvcache_close(&s->kv);
     state_close(&s->state);
@@ -366,6 +367,25 @@ const char *chosen_level(const Session *s) {
     return s->o->level ? s->o->level : default_level(chosen_policy(s), s->has_profile);
 }
 
+void give_question(Session *s, Context *c, const Policy *p) {
+    char err[ERR_LEN];
+    const Options *o = s->o;
+    size_t n;
+    bool by_task = p->asks == ASKS_TASK && o->bit != EVAL;
+    const char *text = by_task && !o->question ? o->task : o->question;
+    const char *also = by_task ? " or --task" : "";
+    if (!text && p->asks >= ASKS_ALWAYS)
+        die_usage(o->command, "policy %s needs --question TEXT%s: it scores by what will be asked",
+                  p->name, also);
+    if (!text || p->asks == ASKS_NOTHING || s->question.n > 0) return;
+    Talk talk = {.tok = s->tok, .raw = o->raw, .on_context = true};
+    stripped(text, strlen(text), &n);
+    if (n == 0) die_usage(o->command, "--question%s: there is no question in it", also);
+    if (talk_ask(&talk, text, "", &s->question, err) != 0) die("%s", err);
+    show_prompt(s, "question", s->question.id, s->question.n);
+    c->question = s->question.id, c->n_question = s->question.n;
+}
+
 Context chosen_method(Session *s) {
     char err[ERR_LEN];
     const Options *o = s->o;
@@ -380,6 +400,9 @@ Context chosen_method(Session *s) {
     if (context_set(&c, policy, level, set, err) != 0)
         die_usage(o->command, "--set %s: %s", o->set, err);
     free(set);
+    give_question(s, &c, policy);
+    if (o->question && policy->asks == ASKS_NOTHING)
+        warn(s, "--question has no effect: policy %s asks none", policy->name);
     if (o->profile && !uses_profile(&c))
         warn(s, "--profile has no effect: policy %s and level %s do not use it", policy->name,
              level->name);

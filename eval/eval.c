@@ -382,6 +382,8 @@ static uint64_t settings_hash(const Eval *e) {
     h = hash_text(h, e->kv[0].name);
     h = hash_text(h, e->set ? e->set : "");
     if (e->stream) h = hash_bytes(h, &e->window, sizeof e->window);
+    if (c->n_question > 0)
+        h = hash_bytes(h, c->question, (size_t)c->n_question * sizeof *c->question);
     return c->profile ? profile_hash(c->profile, &e->state->model->config, h) : h;
 }
 

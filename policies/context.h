@@ -8,7 +8,7 @@
 #include "select.h"
 #include "tokenizer.h"
 
-enum { MAX_PARAMS = 4 };
+enum { MAX_PARAMS = 6 };  // four of a method at most, and two of one that wraps it
 
 typedef struct Context Context;
 typedef struct Fitting Fitting;        // what stays is fitted to queries that passed (fitting.h)
@@ -24,6 +24,10 @@ typedef struct {
     const char *help;
 } Param;
 
+// Whether a method looks at the question (Context.question). From ASKS_ALWAYS on it needs one;
+// ASKS_TASK: a task's description does as well.
+typedef enum { ASKS_NOTHING, ASKS_IF_GIVEN, ASKS_ALWAYS, ASKS_TASK } Asks;
+
 // How much each pair matters: higher = keep, any real number but NaN. A row has one of the three
 // functions:
 //   .head   for scores that follow from the pages alone: fills one head at a time
@@ -38,6 +42,9 @@ typedef struct {
     const LiveMethod *live;
     int (*score)(Context *c, float *score, char *err);
     bool repeats;  // it lets the model say the context again: fitting uses the queries of that
+    Asks asks;
+    const char
+        *inner;  // it wraps another method's scores (wrapped.c): the row that it usually wraps
     const char *help;
     Param params[MAX_PARAMS];
 } Policy;
@@ -73,6 +80,10 @@ struct Context {
     int chunk;            // ids per repeat pass
     bool local;           // --score-attn local
     const char *postfix;  // turn change between the repeat request and the repeated text
+    // What will be asked, as it is put behind the context, for methods that look at that. No
+    // question: 0.
+    const int *question;  // [n_question]
+    int n_question;
     // who scores, and who competes with whom, with the values of their parameters: context_set
     // fills these four in. Level NULL is level pair.
     const Policy *policy;
@@ -119,9 +130,9 @@ int context_read(Context *c, char *err);
 
 // ---- what there is ----
 
-int context_heads(const Context *c);      // scored layers (those without a window) * n_kv_heads
-int context_group(const Context *c);      // query heads that share a kv head
-size_t context_scores(const Context *c);  // floats in score: context_heads * n_ctx
+int context_heads(const Context *c);         // scored layers (those without a window) * n_kv_heads
+int context_group(const Context *c);         // query heads that share a kv head
+size_t context_scores(const Context *c);     // floats in score: context_heads * n_ctx
 int context_pos(const Context *c);           // position of its first token
 int context_first(const Context *c, int h);  // where its pairs begin in the list of scored head h
 

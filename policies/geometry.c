@@ -193,7 +193,7 @@ static void sketch_key(const Sketch *s, int t, float *x) {
 }
 
 // g [k][k] = L, in place, where g + ridge = L L^T; the upper half means nothing.
-static void cholesky(double *g, int k, double ridge) {
+static void factorize(double *g, int k, double ridge) {
     for (int i = 0; i < k; i++) {
         for (int j = 0; j <= i; j++) {
             double s = g[i * k + j] + (i == j ? ridge : 0);
@@ -241,7 +241,7 @@ static void leverage_head(const Head *h) {
             for (int j = 0; j < d; j++) s.mean[j] += (x[j] - s.mean[j]) / (float)(t + 1);
         }
         sketch_products(&s, n);
-        cholesky(s.g, s.k, 1e-2);
+        factorize(s.g, s.k, 1e-2);
         for (int t = h->first; t < n; t++) {
             sketch_key(&s, t, x);
             h->score[t - h->first] = leverage_of(s.g, x, s.k);

@@ -6,11 +6,27 @@
 
 // ---- for the tables: Policy.score and Policy.live ----
 
-int score_kvzip(Context *c, float *score, char *err);       // arXiv 2505.23416, kvzip.c
-int score_kvzip_plus(Context *c, float *score, char *err);  // arXiv 2601.07891, kvzip.c
-int score_observed(Context *c, float *score, char *err);    // arXiv 2306.14048, observed.c
-extern const LiveMethod expected_method;                    // arXiv 2510.00636, expected.c
-extern const LiveMethod kvzap_method;                       // arXiv 2601.07891, kvzap.c
+int score_kvzip(Context *c, float *score, char *err);         // arXiv 2505.23416, kvzip.c
+int score_kvzip_plus(Context *c, float *score, char *err);    // arXiv 2601.07891, kvzip.c
+int score_observed(Context *c, float *score, char *err);      // arXiv 2306.14048, observed.c
+int score_snapkv(Context *c, float *score, char *err);        // arXiv 2404.14469, observed.c
+int score_nacl(Context *c, float *score, char *err);          // arXiv 2408.03675, observed.c
+int score_dcp(Context *c, float *score, char *err);           // arXiv 2305.15805, observed.c
+int score_ltp(Context *c, float *score, char *err);           // arXiv 2107.00910, observed.c
+int score_finch(Context *c, float *score, char *err);         // arXiv 2408.00167, attended.c
+int score_pyramidinfer(Context *c, float *score, char *err);  // arXiv 2405.12532, attended.c
+int score_infinipot(Context *c, float *score, char *err);     // arXiv 2410.01518, attended.c
+int score_duo(Context *c, float *score, char *err);           // arXiv 2410.10819, classes.c
+int score_simlayerkv(Context *c, float *score, char *err);    // arXiv 2410.13846, classes.c
+int score_fastgen(Context *c, float *score, char *err);       // arXiv 2310.01801, classes.c
+int score_chunkkv(Context *c, float *score, char *err);       // arXiv 2502.00299, wrapped.c
+int score_criticalkv(Context *c, float *score, char *err);    // arXiv 2502.03805, wrapped.c
+extern const LiveMethod expected_method;                      // arXiv 2510.00636, expected.c
+extern const LiveMethod kvzap_method;                         // arXiv 2601.07891, kvzap.c
+extern const LiveMethod h2o_method;                           // arXiv 2306.14048, attended.c
+extern const LiveMethod scissorhands_method;                  // arXiv 2305.17118, attended.c
+extern const LiveMethod tova_method;                          // arXiv 2401.06104, attended.c
+extern const LiveMethod triattention_method;                  // arXiv 2604.04921, centres.c
 
 // ---- for the tables: Policy.head, and its like (geometry.c) ----
 
@@ -44,9 +60,19 @@ int kvzip_repeat_input(const Context *c, int a, int b, Ids *in);
 // group. Returns 0, or -1 with err.
 int read_watched(Context *c, int rows, float *score, char *err);
 
+// The same of the last `window` tokens of the context, or of c's question where it has one, which
+// leaves no trace: the mean over rows and group. *own: how many of the context's last pairs are
+// those that were asked.
+int read_window(Context *c, int window, int *own, float *score, char *err);
+
 // Pairs [from, to) of the context must stay: they get 1 more than the best other score of their
 // layer. (Not the best itself: with equals the earlier pair wins.)
 void protect(const Context *c, float *score, int from, int to);
+
+// ---- wrapped methods (wrapped.c) ----
+
+// Reads c's context and scores it by the method that c's policy wraps. Returns 0, or -1 with err.
+int score_inner(Context *c, float *score, char *err);
 
 // ---- expected attention (expected.c), also beside probes ----
 

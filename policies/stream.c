@@ -50,17 +50,17 @@ int stream_open(Stream *s, Context *c, double ratio, long budget, int window, ch
     s->checked = c->kv->seqs[c->seq].next_pos;
     if (!s->live.score || !s->live.noted || !s->room || !s->pairs) {
         fail(err, "out of memory for evicting from %d heads", n);
-    } else if (make_room(s, err) == 0 && live_open(&s->live, err) == 0) {
-        if (c->fitting) fitting_follow(c->fitting, c);
-        return 0;
+    } else if (make_room(s, err) == 0) {
+        if (c->fitting) fitting_follow(c->fitting, c);  // before a method that watches as well
+        if (live_open(&s->live, err) == 0) return 0;
     }
     stream_close(s);
     return -1;
 }
 
 void stream_close(Stream *s) {
-    if (s->live.c && s->live.c->fitting) fitting_rest(s->live.c->fitting);
     if (s->live.c) live_close(&s->live);
+    if (s->live.c && s->live.c->fitting) fitting_rest(s->live.c->fitting);
     for (int h = 0; s->live.score && h < s->live.n_heads; h++) free(s->live.score[h]);
     for (int h = 0; s->live.noted && h < s->live.n_heads; h++) free(s->live.noted[h]);
     free(s->live.score);

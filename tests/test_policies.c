@@ -13,9 +13,13 @@ static Context whole_context(Fixture *f, int *ids, int n_prefix) {
     return c;
 }
 
+// What methods that need a question are asked.
+static const int question[] = {11, 5, 42, 17, 8};
+
 static float *scores_of(Context *c, const char *policy, const char *set) {
     float *score = malloc((context_scores(c) + 1) * sizeof *score);
     CHECK(context_set(c, policy_find(policy), level_find("pair"), set, err) == 0);
+    if (c->policy->asks >= ASKS_ALWAYS) c->question = question, c->n_question = 5;
     if (!CHECK(context_score(c, c->policy, score, err) == 0)) printf("%s: %s\n", policy, err);
     kvcache_drop(c->kv, c->seq);
     return score;
@@ -266,8 +270,9 @@ static void test_no_level(Fixture *f) {
 
 // ---- a second document ----
 
-// Scores of the fixture's context behind an earlier document: itself, or with `other` another one of
-// that length. All of its pairs stay, or with `thin` fewer in some heads than in others: held [64].
+// Scores of the fixture's context behind an earlier document: itself, or with `other` another one
+// of that length. All of its pairs stay, or with `thin` fewer in some heads than in others: held
+// [64].
 static float *second_scores(Fixture *f, const char *policy, bool other, bool thin, int *held) {
     int ids[1024], earlier[1024];
     Context c = fixture_context(f, ids, 24);
