@@ -1,9 +1,12 @@
 // Each method against its formula, computed here a second time, in double and without any care for
 // speed, from the pairs that the cache holds; and worked examples.
 #include "fixture.h"
+#include "kernels/matmul.h"
 #include "policies.h"
 
-enum { CTX = 150, ROOM = 1024 };
+enum { CTX = 150, ROOM = 1024, SEEN = 256, ASKED = 5 };
+
+static const int question[ASKED] = {11, 5, 42, 17, 8};
 
 // A context that has been scored, and its sequence.
 typedef struct {
@@ -13,6 +16,8 @@ typedef struct {
     float *score;
 } Scored;
 
+static bool ask_all;  // methods that may are asked a question, too
+
 // Scores a context of n_ctx ids by "policy" or "wrapper:policy", its first n_prefix protected.
 static void scored_open(Scored *s, Fixture *f, const char *policy, const char *set, int n_prefix,
                         int n_ctx) {
@@ -21,6 +26,8 @@ static void scored_open(Scored *s, Fixture *f, const char *policy, const char *s
     int n_own = s->c.n_prefix + s->c.n_ctx;
     for (int i = 0; i < n_prefix + n_ctx; i++) s->ids[i] = own[i < n_own ? i : i * 7 % n_own];
     s->c.ids = s->ids, s->c.n_prefix = n_prefix, s->c.n_ctx = n_ctx;
+    if (policy_find(policy)->asks >= ASKS_ALWAYS || ask_all)
+        s->c.question = question, s->c.n_question = ASKED;
     s->n = n_prefix + n_ctx, s->heads = context_heads(&s->c);
     s->score = malloc((context_scores(&s->c) + 1) * sizeof *s->score);
     if (!CHECK(context_set(&s->c, policy_find(policy), level_find("pair"), set, err) == 0))
@@ -217,8 +224,471 @@ static void test_leverage(Fixture *f, int n_prefix) {
     free(k), free(v), free(want), scored_close(&s), scored_close(&sketched);
 }
 
+// ---- attention ----
+
+// Queries and keys as they pass, by position, and what they make of each other.
+typedef struct {
+    Fixture *f;
+    float *q, *k;  // [n_layers][SEEN][q_dim], [kv_dim]
+    double *w;     // [scored heads][SEEN][SEEN] weights of rows, mean over the group
+    int n;         // positions seen
+} Seen;
+
+static void record(void *arg, int layer, int n) {
+    Seen *s = arg;
+    const RunState *run = &s->f->state;
+    size_t q_dim = (size_t)s->f->model.config.n_heads * s->f->model.config.head_dim;
+    size_t kv_dim = (size_t)s->f->model.config.n_kv_heads * s->f->model.config.head_dim;
+    for (int i = 0; i < n; i++) {
+        size_t at = (size_t)layer * SEEN + run->pos[i];
+        memcpy(s->q + at * q_dim, run->q + i * q_dim, q_dim * sizeof(float));
+        memcpy(s->k + at * kv_dim, run->k + i * kv_dim, kv_dim * sizeof(float));
+        s->n = run->pos[i] + 1 > s->n ? run->pos[i] + 1 : s->n;
+    }
+}
+
+static double *weights_of(const Seen *s, int h, int row) {
+    return s->w + ((size_t)h * SEEN + row) * SEEN;
+}
+
+// softmax(scale q . k) of every row over all positions up to its own.
+static void attend_all(Seen *s) {
+    const KVShape *shape = &s->f->kv.shape;
+    int group = shape->n_heads / shape->n_kv_heads, d = shape->head_dim;
+    int heads = kvcache_scored_layers(shape, NULL) * shape->n_kv_heads;
+    s->w = calloc((size_t)heads * SEEN * SEEN, sizeof *s->w);
+    for (int i = 0; i < heads * group * s->n; i++) {
+        int row = i % s->n, h = i / s->n / group, g = h % shape->n_kv_heads;
+        size_t at = (size_t)kvcache_scored_layer(shape, h / shape->n_kv_heads) * SEEN;
+        double z[SEEN], sum = 0;
+        for (int t = 0; t <= row; t++) {
+            const float *q =
+                s->q + ((at + row) * shape->n_heads + g * group + i / s->n % group) * d;
+            const float *k = s->k + ((at + t) * shape->n_kv_heads + g) * d;
+            z[t] = 0;
+            for (int j = 0; j < d; j++) z[t] += (double)q[j] * k[j];
+            sum += z[t] = exp(shape->scale * z[t]);
+        }
+        for (int t = 0; t <= row; t++) weights_of(s, h, row)[t] += z[t] / sum / group;
+    }
+}
+
+// Scores as scored_open, and records what passes.
+static void seen_open(Seen *seen, Scored *s, Fixture *f, const char *policy, const char *set,
+                      int n_prefix) {
+    const Config *m = &f->model.config;
+    size_t rows = (size_t)m->n_layers * SEEN * m->head_dim;
+    *seen = (Seen){.f = f,
+                   .q = malloc(rows * m->n_heads * sizeof(float)),
+                   .k = malloc(rows * m->n_kv_heads * sizeof(float))};
+    f->state.watch = record, f->state.watch_arg = seen;
+    scored_open(s, f, policy, set, n_prefix, CTX);
+    CHECK(f->state.watch == record);  // whoever watched as well has left
+    f->state.watch = NULL;
+    attend_all(seen);
+}
+
+static void seen_close(Seen *seen, Scored *s) {
+    free(seen->q), free(seen->k), free(seen->w);
+    scored_close(s);
+}
+
+// Sum of the weights that rows [from, to) pay to pair t.
+static double paid(const Seen *s, int h, int from, int to, int t) {
+    double sum = 0;
+    for (int i = from > t ? from : t; i < to; i++) sum += weights_of(s, h, i)[t];
+    return sum;
+}
+
+// The last n pairs beat all others of their layer, and the newer the older.
+static void check_recent(const Scored *s, int n) {
+    int g = s->f->kv.shape.n_kv_heads;
+    for (int h = 0; h < s->heads; h++) {
+        for (int t = s->n - n; t < s->n; t++) {
+            if (t > s->n - n) CHECK(score_at(s, h, t) > score_at(s, h, t - 1));
+            for (int other = h / g * g; other < h / g * g + g; other++)
+                CHECK(score_at(s, h, t) > score_at(s, other, s->n - n - 1));
+        }
+    }
+}
+
+static void test_h2o(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, "h2o", NULL, n_prefix);
+    double want[ROOM];
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = 0; t < s.n; t++)
+            want[t] = t < s.n - CTX / 10 ? paid(&seen, h, 0, s.n, t) : score_at(&s, h, t);
+        check_head(&s, h, want, 1e-4);
+    }
+    check_recent(&s, CTX / 10);
+    seen_close(&seen, &s);
+}
+
+static void test_scissorhands(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, "scissorhands", "history=40,recent=7", n_prefix);
+    int off = 0;
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = n_prefix; t < s.n - 7; t++) {
+            int low = 0;
+            for (int i = s.n - 40 > t ? s.n - 40 : t; i < s.n; i++)
+                low += weights_of(&seen, h, i)[t] < 1.0 / (i + 1);
+            CHECK(fabs(score_at(&s, h, t) + low) <= 1), off += score_at(&s, h, t) != -low;
+        }
+    }
+    CHECK(off <= s.heads);  // a weight may be its share to the last digit
+    check_recent(&s, 7);
+    seen_close(&seen, &s);
+}
+
+// finch and task: rows of the question, each times the number of pairs before it.
+static void test_finch(Fixture *f, const char *policy, int n_prefix) {
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, policy, NULL, n_prefix);
+    double want[ROOM];
+    CHECK(seen.n == s.n + ASKED);
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = 0; t < s.n; t++) {
+            want[t] = 0;
+            for (int i = s.n; i < s.n + ASKED; i++)
+                want[t] += i * weights_of(&seen, h, i)[t] / ASKED;
+        }
+        check_head(&s, h, want, 1e-4);
+    }
+    CHECK(s.c.kv->seqs[s.c.seq].next_pos == s.n);  // the question has left no trace
+    seen_close(&seen, &s);
+}
+
+// snapkv with a question: its rows in the place of the last ones, and no pair is protected.
+static void test_asked_snapkv(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    ask_all = true;
+    seen_open(&seen, &s, f, "snapkv", "kernel=3", n_prefix);
+    ask_all = false;
+    double want[ROOM];
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = n_prefix; t < s.n; t++) {
+            want[t] = 0;
+            for (int i = t > n_prefix ? t - 1 : t; i <= t + 1 && i < s.n; i++)
+                want[t] += paid(&seen, h, s.n, s.n + ASKED, i) / ASKED / 3;
+        }
+        check_head(&s, h, want, 1e-5);
+    }
+    seen_close(&seen, &s);
+}
+
+static void test_pyramidinfer(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, "pyramidinfer", NULL, n_prefix);
+    int rows = CTX / 5, from = s.n - rows, g = f->kv.shape.n_kv_heads;
+    for (int h = 0; h < s.heads; h++) {
+        double want[ROOM] = {0};
+        for (int t = 0; t < s.n; t++) {
+            for (int i = from; i < s.n && t < from; i++) {
+                for (int k = h / g * g; k < h / g * g + g; k++)
+                    want[t] +=
+                        (1 + 0.2 * (i - from) / (rows - 1)) * weights_of(&seen, k, i)[t] / g / rows;
+            }
+            if (t < 4 || t >= from) want[t] = t < s.c.n_prefix ? 0 : score_at(&s, h, t);
+            for (int o = 4 > n_prefix ? 4 : n_prefix;
+                 o < from && (t < 4 || t >= from) && t >= n_prefix; o++)
+                CHECK(want[t] > score_at(&s, h, o));
+        }
+        check_head(&s, h, want, 1e-5);
+    }
+    seen_close(&seen, &s);
+}
+
+static void test_infinipot(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, "infinipot", "window=9", n_prefix);
+    double want[ROOM];
+    CHECK(seen.n > s.n + 5);
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = 0; t < s.n; t++)
+            want[t] =
+                t < s.n - 9 ? paid(&seen, h, s.n, seen.n, t) / (seen.n - s.n) : score_at(&s, h, t);
+        check_head(&s, h, want, 1e-5);
+        CHECK(score_at(&s, h, s.n - 9) > score_at(&s, h, s.n - 10));
+    }
+    seen_close(&seen, &s);
+}
+
+// dcp: all weights, mean over all heads of the layer. ltp: over the rows that see the pair, the
+// least of the layers so far.
+static void test_layers(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s, ltp;
+    seen_open(&seen, &s, f, "dcp", NULL, n_prefix);
+    scored_open(&ltp, f, "ltp", NULL, n_prefix, CTX);
+    int g = f->kv.shape.n_kv_heads;
+    double want[ROOM], least[ROOM];
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = 0; t < s.n; t++) {
+            want[t] = 0;
+            for (int k = h / g * g; k < h / g * g + g; k++)
+                want[t] += paid(&seen, k, 0, s.n, t) / g;
+            double mean = want[t] / (s.n - t);
+            if (h % g == 0) least[t] = h == 0 || mean < least[t] ? mean : least[t];
+        }
+        check_head(&s, h, want, 1e-4), check_head(&ltp, h, least, 1e-5);
+    }
+    scored_close(&ltp);
+    seen_close(&seen, &s);
+}
+
+// ---- classes ----
+
+static void test_duo(Fixture *f, int n_prefix) {
+    Scored s;
+    scored_open(&s, f, "duo", "sink=9,recent=12", n_prefix, CTX);
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = n_prefix; t < s.n; t++) {
+            bool ends = t < 9 || t >= s.n - 12;
+            CHECK(ends ? score_at(&s, h, t) >= 2 : score_at(&s, h, t) == f->profile.head_max[h]);
+        }
+    }
+    scored_close(&s);
+}
+
+// A layer that looks elsewhere more comes first; --threshold 0.15 keeps layers that pay 0.85 or
+// less to the ends.
+static void test_simlayerkv(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, "simlayerkv", "sink=4,recent=30", n_prefix);
+    int g = f->kv.shape.n_kv_heads, row = s.n - 1;
+    for (int h = 0; h < s.heads; h++) {
+        double mass = 0;
+        for (int k = h / g * g; k < h / g * g + g; k++)
+            for (int t = 0; t < row; t++)
+                if (t < 4 || t >= row - 30) mass += weights_of(&seen, k, row)[t] / g;
+        for (int t = n_prefix; t < s.n; t++) {
+            if (t < 4 || t >= s.n - 30)
+                CHECK(score_at(&s, h, t) >= 2);
+            else
+                CHECK_NEAR(score_at(&s, h, t), 1 - mass, 1e-5);
+        }
+    }
+    seen_close(&seen, &s);
+}
+
+// Of each head the smallest set that holds the mass; with these numbers sets of several kinds
+// occur.
+static void test_fastgen(Fixture *f, const char *set, double mass, int n_prefix) {
+    enum { WINDOW = 20, FEW = CTX / 10, NEW = CTX / 5 };
+    Seen seen;
+    Scored s;
+    seen_open(&seen, &s, f, "fastgen", set, n_prefix);
+    for (int h = 0; h < s.heads; h++) {
+        int class[ROOM], chosen = 0, best = 0;
+        double a[ROOM], lost;
+        for (int t = n_prefix; t < s.n; t++) {
+            int n;
+            const char *text = tokenizer_piece(f->tok, s.ids[t], &n);
+            bool mark = false, other = false;
+            for (int b = 0; b < n; b++) {
+                mark = mark ||
+                       (text[b] > ' ' && strchr("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", text[b]));
+                other = other || (text[b] & 128) || (text[b] >= '0' && text[b] <= '9') ||
+                        ((text[b] | 32) >= 'a' && (text[b] | 32) <= 'z' && text[b] != '@' &&
+                         text[b] != '[');
+            }
+            mark = mark && !other;
+            class[t] = tokenizer_is_special(f->tok, s.ids[t]) ? 0 : mark ? 1 : 4;
+            a[t] = paid(&seen, h, s.n - WINDOW, s.n, t) / WINDOW;
+        }
+        for (int i = 0; i < FEW; i++) {
+            best = -1;
+            for (int t = n_prefix; t < s.n; t++)
+                if (class[t] == 4 && (best < 0 || a[t] > a[best])) best = t;
+            class[best] = 2;
+        }
+        for (int t = s.n - NEW; t < s.n; t++) class[t] = class[t] == 4 ? 3 : class[t];
+        for (chosen = 0; chosen < 4; chosen++) {
+            lost = 0;
+            for (int t = n_prefix; t < s.n; t++) lost += class[t] > chosen ? a[t] : 0;
+            if (1 - lost >= mass) break;
+        }
+        for (int t = n_prefix; t < s.n; t++)
+            CHECK_NEAR(score_at(&s, h, t), a[t] + (class[t] <= chosen), 1e-5);
+    }
+    seen_close(&seen, &s);
+}
+
+// ---- wrapped ----
+
+static void test_chunkkv(Fixture *f, int n_prefix) {
+    Scored s, inner;
+    scored_open(&s, f, "chunkkv:knorm", "tokens=7", n_prefix, CTX);
+    scored_open(&inner, f, "knorm", NULL, n_prefix, CTX);
+    int g = f->kv.shape.n_kv_heads;
+    for (int h = 0; h < s.heads; h++) {
+        for (int t = 0; t < CTX; t++) {
+            double sum = 0;
+            int from = t / 7 * 7, m = CTX - from < 7 ? CTX - from : 7;
+            for (int k = h / g * g; k < h / g * g + g; k++)
+                for (int i = from; i < from + m; i++) sum += inner.score[(size_t)k * CTX + i] / m;
+            CHECK_NEAR(s.score[(size_t)h * CTX + t], sum, 1e-4);
+        }
+    }
+    scored_close(&s), scored_close(&inner);
+}
+
+// The k largest of score [n].
+static void best_of(const double *score, int n, int k, bool *in) {
+    for (int t = 0; t < n; t++) {
+        int above = 0;
+        for (int i = 0; i < n; i++) above += score[i] > score[t] || (score[i] == score[t] && i < t);
+        in[t] = above < k;
+    }
+}
+
+// mean over the group of |Wo_h v|_1
+static double value_norm(const Fixture *f, int layer, int g, const double *v) {
+    const Config *m = &f->model.config;
+    int group = m->n_heads / m->n_kv_heads, d = m->head_dim;
+    double sum = 0;
+    for (int h = g * group; h < (g + 1) * group; h++) {
+        for (int r = 0; r < m->dim; r++) {
+            double y = 0;
+            for (int j = 0; j < d; j++)
+                y += matrix_at(&f->model.layers[layer].wo, r, h * d + j) * v[j];
+            sum += fabs(y) / group;
+        }
+    }
+    return sum;
+}
+
+// For any number k that stays: floor(k / 2), at least one, by the inner scores, the others by those
+// times the norms; as kvpress has it for one k.
+static void test_criticalkv(Fixture *f, int n_prefix) {
+    Scored s, inner;
+    scored_open(&s, f, "criticalkv:expected", NULL, n_prefix, CTX);
+    scored_open(&inner, f, "expected", NULL, n_prefix, CTX);
+    int d = f->model.config.head_dim, g = f->kv.shape.n_kv_heads, off = 0;
+    double *k = malloc(sizeof *k * s.n * d), *v = malloc(sizeof *v * s.n * d);
+    for (int h = 0; h < s.heads; h++) {
+        double first[CTX], second[CTX], have[CTX];
+        bool a[CTX], b[CTX], got[CTX];
+        pairs_of(&s, h, false, k, v);
+        for (int t = 0; t < CTX; t++) {
+            first[t] = inner.score[(size_t)h * CTX + t], have[t] = s.score[(size_t)h * CTX + t];
+            second[t] = (first[t] + 1e-4) *
+                        value_norm(f, at_head(&s, h).layer, h % g, v + (n_prefix + t) * d);
+        }
+        for (int stay = 1; stay <= CTX; stay += stay < 9 ? 1 : 20) {
+            double rest[CTX];
+            best_of(first, CTX, stay / 2 > 1 ? stay / 2 : 1, a);
+            for (int t = 0; t < CTX; t++) rest[t] = a[t] ? INFINITY : second[t];
+            best_of(rest, CTX, stay, b), best_of(have, CTX, stay, got);
+            for (int t = 0; t < CTX; t++) off += b[t] != got[t];
+        }
+    }
+    CHECK(off <= 2);  // two that are equal but for a last digit
+    free(k), free(v), scored_close(&s), scored_close(&inner);
+}
+
+// NACL: without lots the order is that of the scores; lots at a low temperature are the scores
+// themselves; at a high one anything is drawn, and the best still stay.
+static void test_nacl(Fixture *f) {
+    Scored s[3];
+    static const char *const set[] = {"random=0", "random=1,temperature=0.000001",
+                                      "temperature=1000"};
+    int moved = 0, lost = 0;
+    for (int i = 0; i < 3; i++) scored_open(&s[i], f, "nacl", set[i], 0, CTX);
+    for (int h = 0; h < s[0].heads; h++) {
+        double x[3][CTX];
+        bool in[3][CTX], best[CTX];
+        for (int t = 0; t < 3 * CTX; t++)
+            x[t / CTX][t % CTX] = s[t / CTX].score[(size_t)h * CTX + t % CTX];
+        for (int i = 0; i < 3; i++) best_of(x[i], CTX, 100, in[i]);
+        best_of(x[0], CTX, 70, best);
+        for (int t = 0; t < CTX; t++) {
+            moved += in[0][t] != in[2][t], lost += best[t] && !in[2][t];
+            CHECK(in[0][t] == in[1][t]);
+        }
+    }
+    CHECK(lost == 0 && moved > s[0].heads);
+    for (int i = 0; i < 3; i++) scored_close(&s[i]);
+}
+
+// ---- centres ----
+
+// Re(conj(E[q]) k e^(i w t)), pair of channels by pair, from queries and keys before their
+// rotation.
+static void test_triattention(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    const Config *m = &f->model.config;
+    int d = m->head_dim, group = m->n_heads / m->n_kv_heads, half = m->rotary_dim / 2;
+    seen_open(&seen, &s, f, "triattention", "furthest=16", n_prefix);
+    double *k = malloc(sizeof *k * s.n * d), *v = malloc(sizeof *v * s.n * d);
+    for (int h = 0; h < s.heads && half * 2 == d; h++) {
+        double want[ROOM];
+        int layer = at_head(&s, h).layer;
+        pairs_of(&s, h, true, k, v);
+        for (int t = 0; t < s.n; t++) want[t] = -INFINITY;
+        for (int i = 0; i < group; i++) {
+            double x[ROOM] = {0}, mean = 0, squared = 0;
+            int q_head = h % m->n_kv_heads * group + i;
+            for (int j = 0; j < half; j++) {
+                double re = 0, im = 0, length = 0;
+                for (int p = 0; p < s.n; p++) {
+                    const float *q =
+                        seen.q + (((size_t)layer * SEEN + p) * m->n_heads + q_head) * d;
+                    float rope[MAX_HEAD_DIM];
+                    model_rope(&f->model, layer, p, rope);
+                    double c = rope[2 * j], n = rope[2 * j + 1];
+                    re += (q[j] * c + q[j + half] * n) / s.n,
+                        im += (q[j + half] * c - q[j] * n) / s.n;
+                    length += sqrt(q[j] * q[j] + q[j + half] * q[j + half]) / s.n;
+                }
+                for (int t = n_prefix; t < s.n; t++) {
+                    double a = k[t * d + j], b = k[t * d + j + half];
+                    for (int far_off = 1; far_off <= 16; far_off *= 2) {
+                        float rope[MAX_HEAD_DIM];
+                        model_rope(&f->model, layer, s.n - 1 - t + far_off, rope);
+                        double c = rope[2 * j], n = rope[2 * j + 1];  // of the distance
+                        x[t] += ((re * a + im * b) * c + (re * b - im * a) * n) / 5;
+                    }
+                    x[t] += (length - hypot(re, im)) * hypot(a, b);
+                }
+            }
+            for (int t = n_prefix; t < s.n; t++) mean += x[t] / CTX;
+            for (int t = n_prefix; t < s.n; t++) squared += (x[t] - mean) * (x[t] - mean) / CTX;
+            for (int t = n_prefix; t < s.n; t++)
+                want[t] = fmax(want[t], (x[t] - mean) / sqrt(squared));
+        }
+        check_head(&s, h, want, 2e-3);
+    }
+    free(k), free(v), seen_close(&seen, &s);
+}
+
+// Names of wrapped methods.
+static void test_names(void) {
+    const Policy *p = policy_find("chunkkv:kvzap");
+    CHECK(p && strcmp(p->name, "chunkkv:kvzap") == 0 && strcmp(p->inner, "kvzap") == 0);
+    CHECK(p == policy_find("chunkkv:kvzap") && p->score == policy_find("chunkkv")->score);
+    CHECK(param_find(p->params, "expected", 8) == 0 && param_find(p->params, "tokens", 6) > 0);
+    CHECK(param_find(p->params, "kernel", 6) == -1);
+    CHECK(policy_find("criticalkv:kvzip")->repeats &&
+          policy_find("chunkkv:task")->asks == ASKS_TASK);
+    CHECK(!policy_find("chunkkv:chunkkv") && !policy_find("chunkkv:") &&
+          !policy_find("snapkv:knorm"));
+    CHECK(!policy_find("chunkkv:nothing") && !policy_find(":knorm") && !policy_find(""));
+}
+
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "qwen3"};
+    test_names();
     if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) {
         printf("test_methods: no %s on this machine\n", argv[1]);
         return 0;
@@ -233,7 +703,18 @@ int main(int argc, char **argv) {
             test_curdkv(&f, n_prefix);
             test_lagkv(&f, n_prefix);
             test_leverage(&f, n_prefix);
+            test_h2o(&f, n_prefix), test_scissorhands(&f, n_prefix);
+            test_finch(&f, "finch", n_prefix), test_finch(&f, "task", n_prefix);
+            test_asked_snapkv(&f, n_prefix);
+            test_pyramidinfer(&f, n_prefix), test_infinipot(&f, n_prefix);
+            test_layers(&f, n_prefix);
+            test_duo(&f, n_prefix), test_simlayerkv(&f, n_prefix);
+            test_fastgen(&f, "window=20,frequent=0.1,local=0.2,mass=0.5", 0.5, n_prefix);
+            test_fastgen(&f, "window=20,frequent=0.1,local=0.2,mass=0.3", 0.3, n_prefix);
+            test_chunkkv(&f, n_prefix), test_criticalkv(&f, n_prefix);
+            test_triattention(&f, n_prefix);
         }
+        test_nacl(&f);
         fixture_close(&f);
     }
     return test_end("test_methods");
