@@ -305,6 +305,16 @@ const Level levels[] = {
                  .hi = 1e6,
                  .help = "pairs that every head needs at least"}}},
     {.name = "head", .pool = LEVEL_HEAD, .help = "whole heads, those with the best pairs"},
+    {.name = "threshold",
+     .pool = LEVEL_THRESHOLD,
+     .help = "each pair by its own score, --threshold T: how many stay follows from the text "
+             "(arXiv 2601.07891)",
+     .params = {{.name = "least",
+                 .lo = -1e30,
+                 .hi = 1e30,
+                 .real = true,
+                 .help = "score of pairs that stay"},
+                {.name = "newest", .value = 128, .hi = 1e6, .help = "last pairs, which stay"}}},
     {.name = "profile",
      .pool = LEVEL_BUDGET,
      .budget = budget_profile,
@@ -433,6 +443,10 @@ long context_select(const Context *c, const float *score, double ratio, uint8_t 
                    .ref_ties = c->ref_ties,
                    .safeguard = safeguard >= 0 ? c->level_param[safeguard] : 0,
                    .budget = budget};
+    if (l->pool == LEVEL_THRESHOLD) {
+        s.least = context_level_param(c, "least");
+        s.newest = (int)context_level_param(c, "newest");
+    }
     long kept = status == 0 ? select_pairs(keep, score, &s, err) : -1;
     free(budget);
     return kept;

@@ -102,6 +102,13 @@ static int keep_tokens(uint8_t *keep, const float *score, const Selection *s, si
     return sum ? 0 : -1;
 }
 
+// Whatever scores enough stays, and the newest pairs (DMS, arXiv 2506.05345).
+static void keep_enough(uint8_t *keep, const float *score, const Selection *s) {
+    size_t n_ctx = (size_t)s->n_ctx, n = (size_t)s->n_layers * s->n_kv_heads * n_ctx;
+    for (size_t i = 0; i < n; i++)
+        keep[i] = score[i] >= s->least || (long)(i % n_ctx) >= (long)s->n_ctx - s->newest;
+}
+
 // Infinite scores compete like others; one that is not a number cannot.
 static int check_scores(const float *score, const Selection *s, char *err) {
     size_t n = (size_t)s->n_layers * s->n_kv_heads * s->n_ctx;
@@ -158,6 +165,8 @@ long select_pairs(uint8_t *keep, const float *score, const Selection *s, char *e
         failed = keep_heads(keep, score, s, hist) != 0;
     } else if (hist && s->level == LEVEL_TOKEN) {
         failed = keep_tokens(keep, score, s, hist) != 0;
+    } else if (hist && s->level == LEVEL_THRESHOLD) {
+        keep_enough(keep, score, s);
     } else if (hist) {
         if (s->safeguard > 0.0) failed = !(raised = safeguarded(score, s, keep, hist));
         if (!failed) keep_pools(keep, raised ? raised : score, s, hist);

@@ -7,14 +7,15 @@
 // Who competes with whom. A pool is all pairs (PAIR), those of a layer (LAYER), or those of a head
 // (UNIFORM: every head as many; BUDGET: each as many as it is given). HEAD: heads compete with
 // their largest score and stay or go as a whole. TOKEN: tokens compete with the sum of their scores
-// and stay or go in all heads.
+// and stay or go in all heads. THRESHOLD: no pair competes, each is judged by its own score.
 typedef enum {
     LEVEL_PAIR,
     LEVEL_LAYER,
     LEVEL_UNIFORM,
     LEVEL_BUDGET,
     LEVEL_HEAD,
-    LEVEL_TOKEN
+    LEVEL_TOKEN,
+    LEVEL_THRESHOLD
 } SelectLevel;
 
 // For how many places. Of a pool of n pairs exactly floor(n * ratio) stay, or BUDGET's number; of
@@ -30,6 +31,8 @@ typedef struct {
     // 2407.11550).
     double safeguard;
     const int *budget;  // BUDGET: [n_layers][n_kv_heads] pairs that stay, each 0 to n_ctx
+    double least;       // THRESHOLD: of a score that stays
+    int newest;         // THRESHOLD: the last pairs of each head, which stay
 } Selection;
 
 // keep[i] = 1 for the pairs that stay, 0 for those that go; keep and score

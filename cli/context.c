@@ -61,8 +61,9 @@ static MemoryNeed part_need(const Reading *r, int i) {
     int n_prefix = r->part[i].first - from;
     double n = n_prefix + r->part[i].n, chunk = fmin((double)o->chunk, n);
     bool scored = !wants_stream(o) && (o->ratio < 1 || o->bit == SCORE);
-    int stay = n_prefix + (int)(o->ratio * n), threads = pool_threads(r->s.pool);
-    double before = o->budget > 0 ? (double)(o->budget * i) : o->ratio * (from - r->n_saved);
+    double ratio = wants_threshold(o) ? 1 : o->ratio;
+    int stay = n_prefix + (int)(ratio * n), threads = pool_threads(r->s.pool);
+    double before = o->budget > 0 ? (double)(o->budget * i) : ratio * (from - r->n_saved);
     return (MemoryNeed){
         .tokens = n,
         .loaded = (double)r->s.kv.file.map_bytes +
@@ -356,7 +357,7 @@ static void save_context(Reading *r, double kept) {
     Buffer documents = {0};
     snprintf(budget, sizeof budget, "%ld", o->budget);
     if (o->budget > 0) info.budget = budget;
-    info.ratio = o->budget > 0 ? kept : o->ratio;
+    info.ratio = o->budget > 0 || wants_threshold(o) ? kept : o->ratio;
     if (old->documents)
         add_text(&documents, old->documents, strlen(old->documents));
     else if (o->append)
@@ -399,8 +400,11 @@ static void compress_notes(const Reading *in, const Shrunk *r, const Part *p) {
     if (how.profile) note(", profile %s", how.profile);
     if (how.set) note(", %s", how.set);
     if (how.fit) note(", fitted %s", how.fit);
-    note(o->budget > 0 ? ", budget %.0f]\n" : ", ratio %g]\n",
-         o->budget > 0 ? (double)o->budget : o->ratio);
+    if (wants_threshold(o))
+        note("]\n");
+    else
+        note(o->budget > 0 ? ", budget %.0f]\n" : ", ratio %g]\n",
+             o->budget > 0 ? (double)o->budget : o->ratio);
     note("[kept %ld of %ld pairs, %.4f; cache %s -> %s", r->n_kept, r->n_pairs, r->ratio,
          size_text(a, r->full), size_text(b, r->bytes));
     if (r->peak < r->full) note(", %s at most", size_text(a, r->peak));

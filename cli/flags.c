@@ -5,6 +5,7 @@
 #include "cli/flags.h"
 
 #include <limits.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,7 @@ static const Options defaults = {.n = -1,
                                  .repeat_penalty = 1,
                                  .window = 128,
                                  .lambda = 1e-3,
+                                 .threshold = NAN,
                                  .demote = -1,
                                  .weights = -1,
                                  .draft = -1,
@@ -69,6 +71,9 @@ const Flag flags[] = {
      .help = "share of the context's pairs that stays (default 0.3; 1: no scoring)"},
     {"--ratio", "R", REAL, AT(ratio), RANGE(RATIO_MIN, 1), .takes = GENERATE | CHAT,
      .help = "evict as tokens come: share of the pairs that stays (default: all)"},
+    {"--threshold", "T", REAL, AT(threshold), RANGE(-1e30, 1e30), .takes = COMPRESS | MAP | EVAL,
+     .help = "instead of a share: pairs with a score under T go, the newest 128 stay; the share "
+             "follows from the text"},
     {"--budget", "N", COUNT, AT(budget), RANGE(1, INT_MAX), .takes = STREAMS,
      .help = "evict as tokens come: pairs that stay, per head on average, however many tokens "
              "there are"},
@@ -456,6 +461,8 @@ bool wants_stream(const Options *o) {
     return o->budget > 0 || o->stream || (!(o->bit & (CONTEXT | SERVE)) && share);
 }
 
+bool wants_threshold(const Options *o) { return !isnan(o->threshold); }
+
 static bool has_budget(const Options *o) { return o->budget > 0; }
 static bool appends(const Options *o) { return o->append != NULL; }
 static bool is_raw(const Options *o) { return o->raw; }
@@ -493,6 +500,8 @@ typedef struct {
     "--raw --stop "
 // clang-format off: a table
 static const Rule rules[] = {
+    {"--ratio --budget --level --ref-ties ", COMPRESS | MAP | EVAL, wants_threshold, false,
+     "--threshold says already what stays"},
     {"--ratio ", STREAMS, has_budget, false, "--budget says already how much stays"},
     {"--policy --level --profile --window ", GENERATE | CHAT, keeps_all_at_once, false,
      "nothing is evicted without --budget, or --ratio below 1"},
@@ -542,6 +551,17 @@ static void check_rules(const Options *o, const bool *given) {
     }
 }
 
+// --threshold is short for a level and its parameter. Of eval's ratios one is left, below 1, which
+// is not looked at.
+static void set_threshold(Options *o) {
+    static char text[1024];
+    int n = snprintf(text, sizeof text, "%s%sleast=%.9g", o->set ? o->set : "", o->set ? "," : "",
+                     o->threshold);
+    if (n >= (int)sizeof text) die_usage(o->command, "--set: too many parameters");
+    o->level = "threshold", o->set = text;
+    o->shares = (BenchList){{0.5}, 1};
+}
+
 void parse_options(Options *o, const Command *c, int argc, char **argv) {
     *o = defaults;
     o->command = c->name;
@@ -559,6 +579,7 @@ void parse_options(Options *o, const Command *c, int argc, char **argv) {
     if (o->files[0]) o->file = o->files[0];
     check_rules(o, given);
     if (o->ratio == 0 && (c->bit & (CONTEXT | SERVE))) o->ratio = 0.3;
+    if (wants_threshold(o)) set_threshold(o);
     if (o->chunk == 0 && c->bit != BENCH) o->chunk = default_chunk(o->score_attn == 1);
     if (o->n_args < c->min_args) die_usage(c->name, "needs %s", c->args);
     if (o->n_args > c->max_args)

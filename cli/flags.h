@@ -64,6 +64,7 @@ typedef struct {
     const char *question;              // that methods which ask one look at
     const char *kv, *kvs;              // --kv of one cache, and of eval's
     double ratio;                      // 0: not given
+    double threshold;                  // NaN: not given
     long budget;                       // pairs per head; 0: not given
     long window, chunk;                // chunk 0: not given
     int fit;                           // FitKind
@@ -144,7 +145,8 @@ extern const int n_flags;
 // front of argv and becomes o->args. Wrong usage is the end.
 void parse_options(Options *o, const Command *c, int argc, char **argv);
 
-bool wants_stream(const Options *o);  // whether pairs are evicted before all tokens are there
+bool wants_threshold(const Options *o);  // whether scores decide, not a share or a budget
+bool wants_stream(const Options *o);     // whether pairs are evicted before all tokens are there
 
 bool asks_for_help(const char *arg);  // "-h" or "--help"
 // Whether -h is anywhere in argv [argc], unless it is the value of a flag or comes after --.

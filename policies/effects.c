@@ -196,7 +196,11 @@ typedef struct {
 static int evict_group(const Evicting *v, int g, double ratio, char *err) {
     const KVShape *shape = &v->c->kv->shape;
     int n_kv_heads = shape->n_kv_heads, n_ctx = v->c->n_ctx, first = v->e->first[g];
-    Selection s = {layers_of(v->e, g), n_kv_heads, n_ctx, ratio, LEVEL_PAIR, false, 0, NULL};
+    Selection s = {.n_layers = layers_of(v->e, g),
+                   .n_kv_heads = n_kv_heads,
+                   .n_ctx = n_ctx,
+                   .ratio = ratio,
+                   .level = LEVEL_PAIR};
     if (select_pairs(v->keep, v->score + (size_t)first * n_kv_heads * n_ctx, &s, err) < 0)
         return -1;
     int seq = kvcache_fork(v->c->kv, v->c->seq, err);

@@ -130,6 +130,11 @@ static int choose(const Contest *t, int h, uint8_t *keep, char *err) {
             if (t->choice[i].n != tokens)
                 return fail(err, "level token: heads hold different tokens of the context");
     }
+    if (s->live.c->level->pool == LEVEL_THRESHOLD) {
+        int newest = (int)context_level_param(s->live.c, "newest") - t->window;
+        select.level = LEVEL_THRESHOLD, select.newest = max_int(newest, 0);
+        select.least = context_level_param(s->live.c, "least");
+    }
     return select_pairs(keep, t->score, &select, err) < 0 ? -1 : n;
 }
 

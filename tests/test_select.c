@@ -18,7 +18,7 @@ static void check_select(const float *score, const Selection *how, const char *w
 // One layer of two heads, five pairs each.
 static void check_keep(const float *score, double ratio, SelectLevel level, bool ref_ties,
                        const char *want) {
-    check_select(score, &(Selection){1, 2, 5, ratio, level, ref_ties, 0.0, NULL}, want);
+    check_select(score, &(Selection){1, 2, 5, ratio, level, .ref_ties = ref_ties}, want);
 }
 
 static void test_select(void) {
@@ -54,16 +54,25 @@ static void test_select(void) {
     check_keep(s, 0.4, LEVEL_TOKEN, false, "1001010010");
     check_keep(s, 0.39, LEVEL_TOKEN, false, "1000010000");
     check_select(s, &(Selection){2, 1, 5, 0.6, .level = LEVEL_TOKEN}, "1011010110");
+    // Whatever scores enough, and the last pair of each head.
+    check_select(s,
+                 &(Selection){1, 2, 5, 0.1, .level = LEVEL_THRESHOLD, .least = s[2], .newest = 1},
+                 "1011111001");
+    check_select(s, &(Selection){1, 2, 5, 0.9, .level = LEVEL_THRESHOLD, .least = 1}, "0000000000");
+    check_select(s, &(Selection){1, 2, 5, 0.9, .level = LEVEL_THRESHOLD, .least = 1, .newest = 9},
+                 "1111111111");
     const float neg[10] = {-1, -2, -INFINITY, 0.0f, -0.0f, -3, -4, -5, -6, -7};
     check_keep(neg, 0.3, LEVEL_PAIR, false, "1001100000");
     float nan[10] = {0};
     uint8_t keep[10];
     nan[7] = NAN;
-    Selection how = {1, 2, 5, 0.5, LEVEL_PAIR, false, 0.0, NULL};
+    Selection how = {1, 2, 5, 0.5, .level = LEVEL_PAIR};
     CHECK(select_pairs(keep, nan, &how, err) == -1);
     // With a safeguard the authors' threshold would fall among pairs that cannot lose: none stayed.
-    CHECK(select_pairs(keep, low, &(Selection){1, 2, 5, 0.4, LEVEL_PAIR, true, 1.0, NULL}, err) ==
-          -1);
+    CHECK(select_pairs(
+              keep, low,
+              &(Selection){1, 2, 5, 0.4, .level = LEVEL_PAIR, .ref_ties = true, .safeguard = 1.0},
+              err) == -1);
     CHECK(strstr(err, "safeguard") != NULL);
     how.n_ctx = 0;
     CHECK(select_pairs(keep, nan, &how, err) == 0);

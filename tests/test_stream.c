@@ -139,6 +139,36 @@ static void test_bits(Fixture *f, const Policy *p) {
     free(a), free(b);
 }
 
+// A long text, token by token: after the first pages neither lists nor memory grow, so that a step
+// reads as many pages at its end as at its beginning.
+static void test_decoding(Fixture *f, const char *policy) {
+    enum { TOKENS = 2000, BUDGET = 64, WINDOW = 32, WARM = 300 };
+    int ids[1024], longest = 0;
+    Context c = long_context(f, ids, 32, policy, "uniform", NULL);
+    Stream s;
+    size_t bytes = 0, room = 0;
+    c.n_prefix = 4, c.n_ctx = 0;
+    CHECK(stream_open(&s, &c, 0, BUDGET, WINDOW, err) == 0);
+    for (int i = 0; i < TOKENS; i++) {
+        Row row = {c.seq, ids[i * i % 31], false};
+        CHECK(forward(&f->state, &f->kv, &row, 1, err) == 0 && stream_step(&s, err) == 0);
+        size_t all = 0, now_bytes = kvcache_bytes(&f->kv, c.seq);
+        for (int h = 0; h < n_heads(f); h++) {
+            int len = head_at(f, c.seq, h)->len;
+            all += (size_t)s.room[h];
+            longest = len > longest ? len : longest;
+        }
+        if (i < WARM) bytes = now_bytes > bytes ? now_bytes : bytes, room = all;
+        CHECK(now_bytes <= bytes && (i < WARM || all == room));
+    }
+    CHECK(longest <= 4 + BUDGET + WINDOW + PAGE);
+    CHECK(f->kv.seqs[c.seq].next_pos == TOKENS);
+    long left = stream_finish(&s, err);  // shares are rounded down
+    CHECK(left <= n_heads(f) * BUDGET && left >= n_heads(f) * (BUDGET - 1));
+    stream_close(&s);
+    kvcache_drop(&f->kv, c.seq);
+}
+
 static void test_refused(Fixture *f) {
     int ids[1024];
     Stream s;
@@ -176,6 +206,7 @@ int main(int argc, char **argv) {
                 test_one_call(&f, p, NULL, by[l], 0.3);
                 test_bounds(&f, p, NULL, by[l], 40);
             }
+            test_one_call(&f, p, "newest=10,least=0.01", "threshold", 0.3);
             test_bits(&f, p);
         }
         for (int l = 0; l < 5; l++) {
@@ -183,6 +214,11 @@ int main(int argc, char **argv) {
             test_bounds(&f, policy_find("kvzap"), "expected=0.5", by[l], 40);
         }
         test_bounds(&f, policy_find("expected"), "sink=5000", "layer", 40);  // more than there are
+        if (i == 0) {
+            static const char *const decode[] = {"h2o",     "tova",         "scissorhands",
+                                                 "keydiff", "triattention", "expected"};
+            for (int d = 0; d < 6; d++) test_decoding(&f, decode[d]);
+        }
         test_refused(&f);
         fixture_close(&f);
     }
