@@ -42,6 +42,7 @@ typedef struct {
     const LiveMethod *live;
     int (*score)(Context *c, float *score, char *err);
     bool repeats;  // it lets the model say the context again: fitting uses the queries of that
+    bool whole;    // with .live: nothing may be evicted before all of the context is there
     Asks asks;
     const char
         *inner;  // it wraps another method's scores (wrapped.c): the row that it usually wraps
@@ -50,7 +51,7 @@ typedef struct {
 } Policy;
 
 // Whether p can score before all of a context is there.
-static inline bool policy_is_live(const Policy *p) { return p->head || p->live; }
+static inline bool policy_is_live(const Policy *p) { return (p->head || p->live) && !p->whole; }
 
 // How scores and a ratio become a keep set.
 typedef struct {

@@ -154,7 +154,8 @@ void lagkv_head(const Head *h) {
 // ---- leverage (Compactor, arXiv 2507.08143): keys that others do not explain ----
 
 typedef struct {
-    bool failed;  // no memory
+    int sink, recent;  // pairs at both ends of the list that are left out
+    bool failed;       // no memory
 } Leverage;
 
 // What a head is worked on with: its sketch, the products of sketched keys, and the mean key.
@@ -193,7 +194,7 @@ static void sketch_key(const Sketch *s, int t, float *x) {
 }
 
 // g [k][k] = L, in place, where g + ridge = L L^T; the upper half means nothing.
-static void factorize(double *g, int k, double ridge) {
+void factorize(double *g, int k, double ridge) {
     for (int i = 0; i < k; i++) {
         for (int j = 0; j <= i; j++) {
             double s = g[i * k + j] + (i == j ? ridge : 0);
@@ -204,7 +205,7 @@ static void factorize(double *g, int k, double ridge) {
 }
 
 // x^T (L L^T)^-1 x: the squares of what L y = x gives.
-static float leverage_of(const double *l, const float *x, int k) {
+float leverage_of(const double *l, const float *x, int k) {
     double y[MAX_HEAD_DIM], sum = 0;
     for (int i = 0; i < k; i++) {
         double s = x[i];
@@ -215,9 +216,9 @@ static float leverage_of(const double *l, const float *x, int k) {
     return (float)sum;
 }
 
-static void sketch_products(Sketch *s, int n) {
+static void sketch_products(Sketch *s, int from, int to) {
     float x[MAX_HEAD_DIM];
-    for (int t = 0; t < n; t++) {
+    for (int t = from; t < to; t++) {
         sketch_key(s, t, x);
         for (int i = 0; i < s->k; i++)
             for (int j = 0; j <= i; j++) s->g[i * s->k + j] += (double)x[i] * x[j];
@@ -227,7 +228,8 @@ static void sketch_products(Sketch *s, int n) {
 // diag(X (X^T X + 0.01)^-1 X^T) of the centred keys X, sketched.
 static void leverage_head(const Head *h) {
     Leverage *a = h->arg;
-    int d = h->c->kv->shape.head_dim, n = h->first + h->n, k = (int)context_param(h->c, "sketch");
+    int d = h->c->kv->shape.head_dim, n = h->first + h->n, to = n - a->recent,
+        k = (int)context_param(h->c, "sketch");
     float x[MAX_HEAD_DIM];
     Sketch s = {.h = h, .k = k > 0 ? k : d};
     s.phi = malloc((size_t)d * s.k * sizeof *s.phi);
@@ -236,13 +238,14 @@ static void leverage_head(const Head *h) {
         a->failed = true;
     } else {
         sketch_of(s.phi, d, s.k, k == 0, mix((uint64_t)(h->layer * 4096 + h->g)));
-        for (int t = 0; t < n; t++) {
+        for (int t = a->sink; t < to; t++) {
             plain_key(h, t, x);
-            for (int j = 0; j < d; j++) s.mean[j] += (x[j] - s.mean[j]) / (float)(t + 1);
+            for (int j = 0; j < d; j++) s.mean[j] += (x[j] - s.mean[j]) / (float)(t - a->sink + 1);
         }
-        sketch_products(&s, n);
+        sketch_products(&s, a->sink, to);
         factorize(s.g, s.k, 1e-2);
-        for (int t = h->first; t < n; t++) {
+        for (int t = h->first; t < n; t++) h->score[t - h->first] = 0;
+        for (int t = max_int(h->first, a->sink); t < to; t++) {
             sketch_key(&s, t, x);
             h->score[t - h->first] = leverage_of(s.g, x, s.k);
         }
@@ -251,36 +254,44 @@ static void leverage_head(const Head *h) {
     free(s.g);
 }
 
-void standardize_layers(Live *v) {
-    int n_kv_heads = v->c->kv->shape.n_kv_heads;
+// Pairs of head h's context that lie at least `sink` and `recent` from the ends of its list.
+static void inner_pairs(const Live *v, int h, int sink, int recent, int *from, int *to) {
+    *from = max_int(sink - context_first(v->c, h), 0);
+    *to = live_pairs(v, h) - recent;
+}
+
+void standardize_layers(Live *v, float **x, int sink, int recent) {
+    int n_kv_heads = v->c->kv->shape.n_kv_heads, from, to;
     for (int h = 0; h < v->n_heads; h += n_kv_heads) {
         double n = 0, sum = 0, squares = 0;
         for (int g = h; g < h + n_kv_heads; g++) {
-            for (int t = 0; t < live_pairs(v, g); t++) n++, sum += v->score[g][t];
+            inner_pairs(v, g, sink, recent, &from, &to);
+            for (int t = from; t < to; t++) n++, sum += x[g][t];
         }
         double mean = sum / fmax(n, 1);
         for (int g = h; g < h + n_kv_heads; g++) {
-            for (int t = 0; t < live_pairs(v, g); t++) {
-                double x = v->score[g][t] - mean;
-                squares += x * x;
-            }
+            inner_pairs(v, g, sink, recent, &from, &to);
+            for (int t = from; t < to; t++) squares += (x[g][t] - mean) * (x[g][t] - mean);
         }
         double deviation = fmax(sqrt(squares / fmax(n - 1, 1)), 1e-6);
-        for (int g = h; g < h + n_kv_heads; g++)
-            for (int t = 0; t < live_pairs(v, g); t++)
-                v->score[g][t] = (float)((v->score[g][t] - mean) / deviation);
+        for (int g = h; g < h + n_kv_heads; g++) {
+            inner_pairs(v, g, sink, recent, &from, &to);
+            for (int t = from; t < to; t++) x[g][t] = (float)((x[g][t] - mean) / deviation);
+        }
     }
 }
 
-int leverage_fill(Live *v, char *err) {
-    Leverage a = {false};
+int leverage_fill(Live *v, int sink, int recent, char *err) {
+    Leverage a = {sink, recent, false};
     live_each_head(v, leverage_head, &a);
     if (a.failed) return fail(err, "out of memory for the leverage of keys");
-    standardize_layers(v);
+    standardize_layers(v, v->score, sink, recent);
     return 0;
 }
 
-const LiveMethod leverage_method = {.score = leverage_fill};
+static int leverage_score(Live *v, char *err) { return leverage_fill(v, 0, 0, err); }
+
+const LiveMethod leverage_method = {.score = leverage_score};
 
 // ---- positions ----
 

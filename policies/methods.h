@@ -27,6 +27,8 @@ extern const LiveMethod h2o_method;                           // arXiv 2306.1404
 extern const LiveMethod scissorhands_method;                  // arXiv 2305.17118, attended.c
 extern const LiveMethod tova_method;                          // arXiv 2401.06104, attended.c
 extern const LiveMethod triattention_method;                  // arXiv 2604.04921, centres.c
+extern const LiveMethod capkv_method;                         // arXiv 2604.25975, centres.c
+extern const LiveMethod compactor_method;                     // arXiv 2507.08143, compactor.c
 
 // ---- for the tables: Policy.head, and its like (geometry.c) ----
 
@@ -40,12 +42,19 @@ void streaming_head(const Head *h);  // arXiv 2309.17453
 void random_head(const Head *h);
 extern const LiveMethod leverage_method;  // arXiv 2507.08143
 
-// The leverage of every key as scores of mean 0 and deviation 1 in each layer. Returns 0, or -1
-// with err: no memory.
-int leverage_fill(Live *v, char *err);
+// The leverage of every key as scores of mean 0 and deviation 1 in each layer, but for `sink` and
+// `recent` pairs at the ends of each head's list. Returns 0, or -1 with err: no memory.
+int leverage_fill(Live *v, int sink, int recent, char *err);
 
-// Scores get mean 0 and deviation 1 (n - 1) in each layer.
-void standardize_layers(Live *v);
+// x [n_heads][its pairs] gets mean 0 and deviation 1 (n - 1) in each layer, but for those at the
+// ends.
+void standardize_layers(Live *v, float **x, int sink, int recent);
+
+// g [k][k] = L, in place, where g + ridge = L L^T; the upper half means nothing.
+void factorize(double *g, int k, double ridge);
+
+// x^T (L L^T)^-1 x, x [k], k <= MAX_HEAD_DIM.
+float leverage_of(const double *l, const float *x, int k);
 
 // ---- repeating (kvzip.c) ----
 

@@ -19,8 +19,8 @@ typedef struct {
 } Stream;
 
 // From here on c->seq may grow by forward calls, each of them followed by stream_step. c->n_prefix
-// first pairs are protected, and those of earlier documents; c->n_ctx is kept up to date; c->policy must be one that scores without
-// the whole context. Returns 0, or -1 with err.
+// first pairs are protected, and those of earlier documents; c->n_ctx is kept up to date; c->policy
+// must be one that scores without the whole context. Returns 0, or -1 with err.
 int stream_open(Stream *s, Context *c, double ratio, long budget, int window, char *err);
 void stream_close(Stream *s);  // safe on a zeroed struct, and twice
 

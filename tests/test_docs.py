@@ -19,6 +19,7 @@ from checks import Tensors, check, end
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "eval/README.md", "docs/adding.md", "docs/answers.md",
         "docs/figures.md", "docs/files.md", "docs/install.md", "docs/kvzip.md", "docs/python.md", "docs/readers.md", "docs/serve.md", "docs/speed.md", "docs/trust.md",
+        "docs/figures.md", "docs/files.md", "docs/install.md", "docs/kvzip.md", "docs/methods.md", "docs/python.md", "docs/serve.md", "docs/speed.md", "docs/trust.md",
         "docs/tutorial/README.md"]
 MODEL = "tests/fixtures/smol.kvz"
 TABLES = "// ---- the tables ----\n"       # the policy's function goes before this line of policies.c
@@ -77,6 +78,20 @@ def check_readme(text):
     for path, lines in rows:
         have = len(read(path).splitlines())
         check(abs(have - int(lines.replace(",", ""))) <= 0.1 * have, f"{path} has {have} lines, README.md says {lines}")
+
+
+# ---- methods ----
+
+def check_methods():
+    """docs/methods.md has a row for each policy and names each level, and the README counts them."""
+    rows = lambda table: re.findall(r'{\.name = "([a-z0-9+]+)",\s+\.(?:head|live|score|pool) =', re.search(r"(?s)const %s\[\] = {\n(.*?)\n};" % table, read("policies.c"))[1])
+    doc, policies, levels = read("docs/methods.md"), rows("Policy policies"), rows("Level levels")
+    told = re.findall(r"(?m)^\| `([a-z0-9+]+)` \| (?:\[?2\d{3}|\| nothing)", doc)
+    check(len(policies) > 30 and sorted(told) == sorted(policies), f"docs/methods.md: not one row for each of {set(told) ^ set(policies)}")
+    part = doc[doc.index("## Levels"):]
+    check(all(f"`{level}`" in part for level in levels), f"docs/methods.md names not all levels of {levels}")
+    said = re.search(r"(\d+) \[other methods\]\(docs/methods.md\)", read("README.md"))
+    check(said and int(said[1]) == len(policies) - 1, f"README.md counts {said and said[1]} other methods, {len(policies) - 1} are there")
 
 
 # ---- the README's policy ----
@@ -163,6 +178,7 @@ def main():
         check_names(doc, text)
         check_quotes(doc, text)
     check_readme(read("README.md"))
+    check_methods()
     check_policy(read("README.md"))
     return end("test_docs")
 

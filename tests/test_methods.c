@@ -672,6 +672,75 @@ static void test_triattention(Fixture *f, int n_prefix) {
     free(k), free(v), seen_close(&seen, &s);
 }
 
+// ---- kvpress ----
+
+// How far scores are from kvpress' (tests/fixtures/make_methods.py), relative to 1 or more; of the
+// tokens [from, to) of each head.
+static double from_kvpress(const Scored *s, const TensorFile *t, const char *name, int from,
+                           int to) {
+    const Tensor *x = tensors_find(t, name);
+    double worst = x ? 0 : INFINITY;
+    for (int i = 0; x && i < s->heads * s->n; i++) {
+        double want = ((const float *)x->data)[i], off = fabs(s->score[i] - want);
+        if (i % s->n >= from && i % s->n < to) worst = fmax(worst, off / fmax(1, fabs(want)));
+    }
+    if (getenv("VERBOSE")) printf("%s %s: %.1e from kvpress\n", s->f->name, name, worst);
+    return worst;
+}
+
+// Pairs whose fate at 0.5, as many in every head, is another than kvpress'; per_head 0: it has one
+// set of tokens for all heads of a layer.
+static int fates_apart(const Scored *s, const TensorFile *t, const char *name, bool per_head) {
+    const uint8_t *want = tensors_find(t, name)->data;
+    uint8_t *keep = malloc(context_scores(&s->c));
+    Context c = s->c;
+    int apart = 0, g = s->f->kv.shape.n_kv_heads;
+    c.level = level_find("uniform");
+    CHECK(context_select(&c, s->score, 0.5, keep, err) == (long)s->heads * s->n / 2);
+    for (int h = 0; h < s->heads; h++)
+        for (int i = 0; i < s->n; i++)
+            apart += keep[h * s->n + i] != want[(per_head ? h : h / g) * s->n + i];
+    free(keep);
+    return apart;
+}
+
+static void test_kvpress(const char *family) {
+    enum { N = 160 };
+    static const struct {
+        const char *name, *policy, *set;
+        int from, to;
+        double within;
+    } all[] = {{"curdkv", "curdkv", NULL, 0, N, 1e-5},
+               {"leverage", "leverage", "sketch=0", 0, N, 2e-3},
+               {"compactor", "compactor", "sketch=0,block=74", 8, N - 4, 2e-3},
+               {"capkv", "capkv", NULL, 4, N, 1e-4},
+               {"finch", "finch", NULL, 0, N, 1e-4},
+               {"lagkv", "lagkv", "lag=16", 0, N, 1.01 / 16}};
+    char path[128];
+    Fixture f;
+    Scored s;
+    TensorFile t;
+    snprintf(path, sizeof path, "%s.kvz", family);
+    if (!fixture_open(&f, family, path, KV_F32, 2)) return;
+    snprintf(path, sizeof path, "tests/fixtures/%s/methods.safetensors", family);
+    if (!CHECK(tensors_open(&t, path, err) == 0)) return;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        scored_open(&s, &f, all[i].policy, all[i].set, 0, N);
+        double off = from_kvpress(&s, &t, all[i].name, all[i].from, all[i].to);
+        if (!CHECK(off <= all[i].within)) printf("%s %s: %g off\n", family, all[i].name, off);
+        scored_close(&s);
+    }
+    scored_open(&s, &f, "chunkkv:knorm", NULL, 0, N);
+    CHECK(fates_apart(&s, &t, "chunkkv", false) == 0);
+    scored_close(&s), scored_open(&s, &f, "criticalkv:expected", NULL, 0, N);
+    CHECK(fates_apart(&s, &t, "criticalkv", true) <= 2);
+    scored_close(&s), scored_open(&s, &f, "simlayerkv", "recent=30", 0, N);
+    const float *mass = tensors_find(&t, "simlayerkv")->data;
+    for (int h = 0; h < s.heads; h++)
+        CHECK_NEAR(1 - score_at(&s, h, 60), mass[h / f.kv.shape.n_kv_heads], 1e-5);
+    scored_close(&s), tensors_close(&t), fixture_close(&f);
+}
+
 // Names of wrapped methods.
 static void test_names(void) {
     const Policy *p = policy_find("chunkkv:kvzap");
@@ -717,5 +786,6 @@ int main(int argc, char **argv) {
         test_nacl(&f);
         fixture_close(&f);
     }
+    test_kvpress("llama"), test_kvpress("qwen3");
     return test_end("test_methods");
 }
