@@ -354,6 +354,20 @@ static const Policy *row_find(const char *name, size_t n) {
     return NULL;
 }
 
+const char *policy_why_not(const char *name) {
+    static const char *const left_out[][2] = {
+        {"think", "drops channels of keys, not pairs: a type of page, not a policy"},
+        {"qfilters", "needs directions of queries that no profile holds"},
+        {"dms", "has trained gates; its rule is --threshold"},
+        {"fastkvzip", "has trained gates"},
+        {"restorekv", "has trained embeddings; --fit makes up for what went in closed form"},
+        {"adakv", "is --level layer --set safeguard=0.2, of any policy"},
+        {"pyramidkv", "is --level pyramid, of any policy"}};
+    for (size_t i = 0; i < sizeof left_out / sizeof *left_out; i++)
+        if (strcmp(left_out[i][0], name) == 0) return left_out[i][1];
+    return NULL;
+}
+
 // ---- wrapped methods: "chunkkv:kvzip" ----
 
 enum { N_WRAPPED = 4 * sizeof policies / sizeof *policies, WRAPPED_NAME = 40 };

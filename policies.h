@@ -13,6 +13,9 @@ const Policy *policy_find(const char *name);
 // The same for levels.
 const Level *level_find(const char *name);
 
+// Why there is no policy of that name, for methods that people look for, or NULL.
+const char *policy_why_not(const char *name);
+
 // Where nothing is said about them: with a profile expected attention within the profile's shares,
 // else KVzip with its repeat passes, which need the whole context, so that streams expect, too.
 // What is said explicitly changes nothing else: any other policy competes by pairs.

@@ -250,6 +250,8 @@ static void add_name(Buffer *names, const char *name) {
 const Policy *get_policy(const Options *o, const char *name) {
     const Policy *policy = policy_find(name);
     if (policy) return policy;
+    const char *why = policy_why_not(name);
+    if (why) die_usage(o->command, "--policy %s is not one of them: it %s", name, why);
     Buffer names = {0};
     for (const Policy *p = policies; p->name; p++) add_name(&names, p->name);
     die_usage(o->command, "--policy %s: there are%s", name, names.s);

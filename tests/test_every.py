@@ -58,6 +58,9 @@ def test_policies(d, compress):
     for p in ASKS + ["chunkkv:finch"]:
         refuses("policy %s needs --question TEXT" % p, *compress, "--policy", p)
     refuses("there is no question in it", *compress, "--policy", "finch", "--question", " ")
+    for p, why in [("think", "drops channels of keys"), ("adakv", "--level layer"), ("qfilters", "no profile holds")]:
+        refuses("--policy %s is not one of them: it" % p, *compress, "--policy", p)
+        refuses(why, *compress, "--policy", p)
     for bad in ["chunkkv:", "chunkkv:chunkkv", "knorm:chunkkv", "chunkkv:no"]:
         refuses("--policy %s: there are" % bad, *compress, "--policy", bad)
 
