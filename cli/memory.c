@@ -78,11 +78,11 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
     return use;
 }
 
-// A score is a float, and whether its pair stays a byte. KVzip+ has a float for each query head as
-// well.
+// A score is a float, and whether its pair stays a byte. KVzip+, alone or wrapped, has a float for
+// each query head as well.
 double memory_scores(const Session *s, const Policy *policy) {
     const Config *m = &s->model.config;
-    return 5 + (strcmp(policy->name, "kvzip+") == 0 ? 4.0 * m->n_heads / m->n_kv_heads : 0);
+    return 5 + (strstr(policy->name, "kvzip+") ? 4.0 * m->n_heads / m->n_kv_heads : 0);
 }
 
 double memory_total(const MemoryUse *use) {
