@@ -70,8 +70,8 @@ int kvzip_repeat_input(const Context *c, int a, int b, Ids *in);
 int read_watched(Context *c, int rows, float *score, char *err);
 
 // The same of the last `window` tokens of the context, or of c's question where it has one, which
-// leaves no trace: the mean over rows and group. *own: how many of the context's last pairs are
-// those that were asked.
+// leaves no trace. *own: how many of the context's last pairs are those that were asked. Returns
+// how many rows were watched, or -1 with err.
 int read_window(Context *c, int window, int *own, float *score, char *err);
 
 // Pairs [from, to) of the context must stay: they get 1 more than the best other score of their

@@ -60,9 +60,7 @@ int read_window(Context *c, int window, int *own, float *score, char *err) {
     *own = c->n_question > 0 ? 0 : min_int(window, c->n_ctx);
     int rows = c->n_question > 0 ? c->n_question : *own;
     int status = c->n_question > 0 ? read_asked(c, score, err) : read_watched(c, rows, score, err);
-    float scale = 1.0f / ((float)max_int(rows, 1) * (float)context_group(c));
-    for (size_t i = 0; status == 0 && i < context_scores(c); i++) score[i] *= scale;
-    return status;
+    return status == 0 ? rows : -1;
 }
 
 void protect(const Context *c, float *score, int from, int to) {
@@ -81,26 +79,29 @@ void protect(const Context *c, float *score, int from, int to) {
 
 // ---- from the last tokens, or from the question ----
 
-// out[t] = mean of x over the `kernel` places around t; what lies beyond the ends counts as 0.
+// out[t] = sum of x over the `kernel` places around t; what lies beyond the ends counts as 0.
 static void smooth(float *out, const float *x, int n, int kernel) {
     for (int t = 0; t < n; t++) {
         int lo = max_int(t - kernel / 2, 0), hi = min_int(t - kernel / 2 + kernel, n);
         float sum = 0.0f;
         for (int j = lo; j < hi; j++) sum += x[j];
-        out[t] = sum / (float)kernel;
+        out[t] = sum;
     }
 }
 
 // SnapKV: the mean over the last tokens, smoothed along the context.
 int score_snapkv(Context *c, float *score, char *err) {
     int kernel = (int)context_param(c, "kernel"), own;
-    if (read_window(c, (int)context_param(c, "window"), &own, score, err) != 0) return -1;
+    int rows = read_window(c, (int)context_param(c, "window"), &own, score, err);
+    if (rows < 0) return -1;
+    float scale = 1.0f / ((float)rows * (float)context_group(c) * (float)kernel);
     int n = c->n_ctx - own;
     float *raw = malloc((size_t)(n + 1) * sizeof *raw);
     if (!raw) return fail(err, "out of memory for smoothing %d scores", n);
     for (size_t i = 0; i < context_scores(c); i += (size_t)c->n_ctx) {
         memcpy(raw, score + i, (size_t)n * sizeof *raw);
         smooth(score + i, raw, n, kernel);
+        for (int t = 0; t < n; t++) score[i + (size_t)t] *= scale;
     }
     free(raw);
     protect(c, score, n, c->n_ctx);
@@ -114,7 +115,9 @@ int score_nacl(Context *c, float *score, char *err) {
     double drawn = context_param(c, "random"), temperature = context_param(c, "temperature");
     int own, n = c->n_ctx;
     uint64_t seed = (uint64_t)context_param(c, "seed") << 32;
-    if (read_window(c, (int)context_param(c, "window"), &own, score, err) != 0) return -1;
+    int rows = read_window(c, (int)context_param(c, "window"), &own, score, err);
+    if (rows < 0) return -1;
+    for (size_t i = 0; i < context_scores(c); i++) score[i] /= (float)(rows * context_group(c));
     protect(c, score, n - own, n);
     float *lots = malloc(((size_t)n + 1) * sizeof *lots);
     bool ok = lots != NULL;
