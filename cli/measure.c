@@ -242,10 +242,9 @@ static void print_rows(const Options *o, const EvalResults *results) {
     EvalRow *rows;
     int n;
     if (eval_rows(results, &rows, &n, err) != 0) die("%s", err);
-    int n_columns = eval_row_ratios(rows, n, column, COLUMNS);
     for (int i = 0; i < n; i++)  // the share that a threshold left stands for one that was asked
         if (strcmp(rows[i].level, "threshold") == 0) rows[i].ratio = rint(rows[i].kept * 1e3) / 1e3;
-    int n_columns = table_columns(rows, n, column, COLUMNS);
+    int n_columns = eval_row_ratios(rows, n, column, COLUMNS);
     for (int i = 0; i < n; i++) {
         const EvalRow *r = &rows[i];
         if (o->json) {

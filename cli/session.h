@@ -90,6 +90,7 @@ void open_reader(Session *s);
 // How many pages were read, ", quest read 0.12 of the pages"; "" where all are. Returns text.
 const char *reading_text(const Session *s, char text[64]);
 const char *reader_name(const Reads *reads);  // "none" where all pages are read
+
 // What p will be asked, --question or for some --task, becomes c's question; where p needs one and
 // there is none that is wrong usage. c is of this session.
 void give_question(Session *s, Context *c, const Policy *p);

@@ -36,8 +36,7 @@ for t in "$@"; do run "$t" ${WRAP:-} "$BUILD/$t" ${ISA:-}; done
 done
 
 if [ -z "${C_ONLY:-}" ]; then
-    for t in test_cli test_install test_answers test_documents test_terminal test_fitted test_serve test_machines test_tools test_memory test_files test_foreign test_tasks test_suite test_tutorial; do run $t "$PYTHON" tests/$t.py; done
-    for t in test_cli test_install test_answers test_documents test_terminal test_fitted test_serve test_machines test_tools test_memory test_files test_foreign test_every test_tasks test_tutorial; do run $t "$PYTHON" tests/$t.py; done
+    for t in test_cli test_install test_answers test_documents test_terminal test_fitted test_serve test_machines test_tools test_memory test_files test_foreign test_every test_tasks test_suite test_tutorial; do run $t "$PYTHON" tests/$t.py; done
     if make venv PYTHON="$PYTHON" >"$BUILD/venv.out" 2>&1; then
         run test_export .venv/bin/python tests/test_export.py
         run test_python .venv/bin/python tests/test_python.py

@@ -18,8 +18,7 @@ from checks import Tensors, check, end
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "eval/README.md", "docs/adding.md", "docs/answers.md",
-        "docs/figures.md", "docs/files.md", "docs/install.md", "docs/kvzip.md", "docs/python.md", "docs/readers.md", "docs/serve.md", "docs/speed.md", "docs/trust.md",
-        "docs/figures.md", "docs/files.md", "docs/install.md", "docs/kvzip.md", "docs/methods.md", "docs/python.md", "docs/serve.md", "docs/speed.md", "docs/trust.md",
+        "docs/figures.md", "docs/files.md", "docs/install.md", "docs/kvzip.md", "docs/methods.md", "docs/python.md", "docs/readers.md", "docs/serve.md", "docs/speed.md", "docs/trust.md",
         "docs/tutorial/README.md"]
 MODEL = "tests/fixtures/smol.kvz"
 TABLES = "// ---- the tables ----\n"       # the policy's function goes before this line of policies.c

@@ -89,7 +89,12 @@ static void check_mask(const Fixture *f, const float *score, const char *level, 
     const Tensor *t = want(f, name);
     int n_layers = (int)t->shape[0], n_kv_heads = (int)t->shape[1], n_ctx = (int)t->shape[2];
     uint8_t *keep = malloc(t->bytes);
-    Selection how = {n_layers, n_kv_heads, n_ctx, percent / 100.0, kv_level, ref_ties, 0.0, NULL};
+    Selection how = {.n_layers = n_layers,
+                     .n_kv_heads = n_kv_heads,
+                     .n_ctx = n_ctx,
+                     .ratio = percent / 100.0,
+                     .level = kv_level,
+                     .ref_ties = ref_ties};
     CHECK(select_pairs(keep, score, &how, err) >= 0);
     if (!CHECK(memcmp(keep, t->data, t->bytes) == 0)) printf("%s: %s differs\n", f->name, name);
     free(keep);
@@ -213,7 +218,11 @@ static float *compress_bits(const char *weights, KVType type, int threads, doubl
     uint8_t *keep = malloc(n_score);
     CHECK(context_score(&c, policy_find("kvzip"), out, err) == 0);
     int n_layers = kvcache_scored_layers(&f.kv.shape, NULL);
-    Selection how = {n_layers, f.kv.shape.n_kv_heads, c.n_ctx, ratio, LEVEL_PAIR, false, 0.0, NULL};
+    Selection how = {.n_layers = n_layers,
+                     .n_kv_heads = f.kv.shape.n_kv_heads,
+                     .n_ctx = c.n_ctx,
+                     .ratio = ratio,
+                     .level = LEVEL_PAIR};
     CHECK(select_pairs(keep, out, &how, err) >= 0);
     if (ratio > 0) CHECK(kvcache_evict(&f.kv, c.seq, c.n_prefix, c.n_ctx, keep, err) == 0);
     feed(&f, c.seq, query->data, (int)query->shape[0], 20, out + n_score);
