@@ -17,6 +17,9 @@ metadata                 value
   rotary_dim             leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
   norm_eps attn_scale embed_scale attn_softcap final_softcap (0: no cap)
   act                    "silu" or "gelu_tanh"
+  n_experts n_used expert_dim shared_dim norm_topk   where layers have experts: how many, how many a
+                         token uses, their width, that of the one all tokens use (0: none), whether
+                         the weights of those used sum to 1
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
@@ -59,6 +62,10 @@ tensor                   dtype and shape
   layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
   tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
   layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
+  layers.N.router        matrix [n_experts] x [dim]; such a layer has no w1, w2, w3, but
+  layers.N.experts.w1 .w2 .w3   stacks: the experts' matrices one after the other, each in panels of
+                         its own, so that rows are n_experts times those of one, rounded up to 16
+  layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim]
   tok.bytes              U8 [total], what each id prints; tok.offsets I32 [n+1] cuts it
   tok.kind               U8 [n]: 0 normal, 1 special, 2 found in any text, 3 a single byte, 4 unused
   tok.flags              U8 [n], or absent: bits of added tokens, 1 found in the normalized text, 2
@@ -113,6 +120,7 @@ PANEL, GROUP, ALIGN = 16, 32, 64
 SLICE = 1 << 22  # weights held in memory at a time
 MAX_HEADER = 100_000_000
 MOST = 1 << 24  # the largest size in a file that C reads
+MAX_EXPERTS = 1024
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -244,6 +252,11 @@ class Tensor:
         t.n_rows = len(t.order)
         t.shape = (t.n_rows, t.n_cols)
         return t
+
+    def reshaped(self, shape):
+        """The same numbers in another shape, as many a row."""
+        n_bytes = self.row_bytes * self.n_rows
+        return Tensor(self.file, self.name, self.kind, shape, self.offset, n_bytes)
 
     def raw(self, a, b):
         """Rows [a, b) as uint8 [b - a][row_bytes]. A permutation is local, so the span is short."""
@@ -595,6 +608,25 @@ W2 = [("w2", "mlp.down_proj.weight", "ffn_down.weight")]
 FUSED_QKV = [(ours, "self_attn.qkv_proj.weight", "attn_qkv.weight") for ours in ("wq", "wk", "wv")]
 FUSED_GATE_UP = [(ours, "mlp.gate_up_proj.weight", "ffn_up.weight") for ours in ("w1", "w3")]
 MATRICES = QKV + WO + GATE_UP + W2
+# A star is the number of an expert. A GGUF has them in one tensor, transformers 5 in memory too.
+EXPERTS = [
+    ("router", "mlp.gate.weight", "ffn_gate_inp.weight"),
+    ("experts.w1", "mlp.experts.*.gate_proj.weight", "ffn_gate_exps.weight"),
+    ("experts.w3", "mlp.experts.*.up_proj.weight", "ffn_up_exps.weight"),
+    ("experts.w2", "mlp.experts.*.down_proj.weight", "ffn_down_exps.weight"),
+]
+# Our name -> a stack of transformers, which of its equal parts ours is, and how many those are.
+STACKS = {
+    "experts.w1": ("mlp.experts.gate_up_proj", 0, 2),
+    "experts.w3": ("mlp.experts.gate_up_proj", 1, 2),
+    "experts.w2": ("mlp.experts.down_proj", 0, 1),
+}
+SHARED_EXPERT = [
+    ("shared.w1", "mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight"),
+    ("shared.w3", "mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight"),
+    ("shared.w2", "mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight"),
+    ("shared_scale", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
+]
 FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
 
 SHAPES = {  # rows and columns, or length, in fields of the model
@@ -605,7 +637,13 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "wq": ("q_dim", "dim"), "wk": ("kv_dim", "dim"), "wv": ("kv_dim", "dim"),
     "wo": ("dim", "q_dim"),
     "w1": ("hidden_dim", "dim"), "w2": ("dim", "hidden_dim"), "w3": ("hidden_dim", "dim"),
+    "router": ("n_experts", "dim"), "experts.w1": ("expert_dim", "dim"),
+    "experts.w2": ("dim", "expert_dim"), "experts.w3": ("expert_dim", "dim"),
+    "shared.w1": ("shared_dim", "dim"), "shared.w2": ("dim", "shared_dim"),
+    "shared.w3": ("shared_dim", "dim"), "shared_scale": ("dim",),
 }
+# Small matrices that decide much: in f32, whatever the others are.
+EXACT = ("router",)
 
 
 def no_slide(c, l):
@@ -613,11 +651,12 @@ def no_slide(c, l):
 
 
 class Family(NamedTuple):
-    parts: list  # of one layer
+    parts: list  # of one layer, or a function of config and layer
     config: dict  # keys of config.json that this family reads, with what absence means
     slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
     gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
+    fields: Callable = lambda c: {}  # metadata of its own
 
 
 MISSING = ()  # a key without a default: it must be there
@@ -667,6 +706,35 @@ def unrotated_slide(c, l):
     return window_of(c) is not None and not rotates(c, l)
 
 
+# Mixtures of experts.
+
+MOE = dict(num_experts=None, num_local_experts=None, num_experts_per_tok=8, norm_topk_prob=False,
+           moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=None)
+
+
+def moe_fields(c, experts=128):
+    said = {c[key] for key in ("num_experts", "num_local_experts") if c.get(key) is not None}
+    if len(said) > 1:
+        raise Refusal(f"num_experts and num_local_experts differ: {sorted(said)}")
+    n = said.pop() if said else experts
+    if not 1 <= c["num_experts_per_tok"] <= n <= MAX_EXPERTS:
+        raise Refusal(f"{n} experts, of which a token uses {c['num_experts_per_tok']}, are not "
+                      f"supported; up to {MAX_EXPERTS} are")
+    return dict(n_experts=n, n_used=c["num_experts_per_tok"], expert_dim=c["moe_intermediate_size"],
+                shared_dim=c.get("shared_expert_intermediate_size", 0),
+                norm_topk=int(c["norm_topk_prob"]))
+
+
+def has_experts(c, l):
+    listed = c["mlp_only_layers"] or ()
+    return l not in listed and (l + 1) % c["decoder_sparse_step"] == 0
+
+
+def moe_parts(attention, experts=EXPERTS):
+    """Of a family some of whose layers have experts, the others a dense MLP."""
+    return lambda c, l: NORMS + attention + (experts if has_experts(c, l) else GATE_UP + W2)
+
+
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
@@ -680,6 +748,14 @@ FAMILIES = {
         slides=unrotated_slide, permuted=True),
     "qwen2": Family(NORMS + MATRICES + BIASES, WINDOWED, slides=late_slide),
     "qwen3": Family(NORMS + MATRICES + QK_NORMS, dict(WINDOWED, head_dim=128), slides=late_slide),
+    "qwen3_moe": Family(
+        moe_parts(QKV + WO + QK_NORMS),
+        dict(WINDOWED, **MOE, num_key_value_heads=4), slides=all_slide, fields=moe_fields),
+    "qwen2_moe": Family(
+        moe_parts(QKV + WO + BIASES, EXPERTS + SHARED_EXPERT),
+        dict(WINDOWED, **dict(MOE, num_experts_per_tok=4, moe_intermediate_size=1408),
+             num_key_value_heads=16, qkv_bias=True, shared_expert_intermediate_size=5632),
+        slides=late_slide, fields=lambda c: moe_fields(c, 60)),
     "gemma2": Family(
         GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True),
     "gemma3_text": Family(
@@ -690,7 +766,8 @@ FAMILIES = {
 }
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
-    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4", "mixtures of experts are not supported"),
+    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4",
+     "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
     ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|gemma4|omni|vision",
      "multimodal models other than Gemma 3 are not supported"),
@@ -711,9 +788,10 @@ HARMLESS = set("""
     gradient_checkpointing hidden_dropout id2label initializer_range
     is_decoder is_causal label2id length_penalty max_length max_window_layers min_length
     model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores
+    output_attentions output_hidden_states output_router_logits output_scores
     pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
+    sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version
     transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
@@ -742,6 +820,7 @@ KINDS = {
     "true or false": lambda v: type(v) is bool,
     "a text": lambda v: type(v) is str,
     "an object": lambda v: type(v) is dict,
+    "a list of layers": lambda v: type(v) is list and all(type(x) is int and x >= 0 for x in v),
     "a list of 0 and 1": lambda v: type(v) is list and all(x in (0, 1) for x in v),
     "a list of texts": lambda v: type(v) is list and all(type(x) is str for x in v),
 }
@@ -749,7 +828,9 @@ KEYS = {key: kind for kind, keys in {
     "a whole number": """
         hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
         max_position_embeddings original_max_position_embeddings sliding_window
-        sliding_window_pattern no_rope_layer_interval""",
+        sliding_window_pattern no_rope_layer_interval num_experts num_local_experts
+        num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
+        decoder_sparse_step""",
     "a whole number or 0": "max_window_layers",
     "a whole number up to 9999": "num_hidden_layers",
     "a number above 1": "rope_theta rope_local_base_freq",
@@ -757,9 +838,10 @@ KEYS = {key: kind for kind, keys in {
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
-    "true or false": "tie_word_embeddings use_sliding_window truncate",
+    "true or false": "tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias",
     "a text": "model_type hidden_act hidden_activation rope_type type",
     "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
+    "a list of layers": "mlp_only_layers",
     "a list of 0 and 1": "no_rope_layers",
     "a list of texts": "layer_types",
 }.items() for key in keys.split()}
@@ -847,6 +929,7 @@ class Model(NamedTuple):
     ropes: list  # parameters of the different rotations
     layer_rope: list  # [n_layers], which of them, -1: none
     tied: bool
+    parts: list  # [n_layers] of each layer
 
 
 def head_fields(c):
@@ -894,7 +977,7 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         embed_scale=math.sqrt(c["hidden_size"]) if family.gemma else 1.0,
         attn_softcap=c.get("attn_logit_softcapping") or 0.0,
         final_softcap=c.get("final_logit_softcapping") or 0.0,
-        act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
+        act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes), **family.fields(c))
     for key in ("norm_eps", "attn_softcap", "final_softcap"):
         if fields[key] > 1e6:
             raise Refusal(f"{where}: {key} {fields[key]:g} is not supported, at most 1e6 is")
@@ -902,12 +985,14 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
     return Model(
         family, fields, [window if sliding else 0 for sliding in slides], ropes,
         [ropes.index(p) if rotates(c, l) else -1 for l, p in enumerate(params)],
-        bool(c["tie_word_embeddings"]))
+        bool(c["tie_word_embeddings"]),
+        [family.parts(c, l) if callable(family.parts) else family.parts
+         for l in range(c["num_hidden_layers"])])
 
 
 GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
-    "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
+    "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -924,6 +1009,8 @@ GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes 
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow",
     "attention.causal": "use_sliding_window", "rope.scaling.finetuned": "", "vocab_size": "",
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
                "context_length", "attention.layer_norm_rms_epsilon")
@@ -938,8 +1025,10 @@ def gguf_values(meta, arch):
     """ARCH.key without ARCH -> value, each of the right kind. Layers may have a list: of one value.
     What is 0 is absent."""
     values = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
+    reads = FAMILIES[GGUF_FAMILIES[arch]].config
     for key, value in values.items():
-        if key not in GGUF_KEYS and value:
+        known = key in GGUF_KEYS and (GGUF_KEYS[key] in reads or not key.startswith("expert_"))
+        if not known and value:
             raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
         if isinstance(value, list) and key != "attention.sliding_window_pattern":
             if len(set(map(str, value))) != 1 or len(value) != values.get("block_count"):
@@ -971,7 +1060,8 @@ def gguf_config(meta, tensors):
         raise Refusal("keys and values of different lengths are not supported")
     read = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count",
             "context_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
-            "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa")
+            "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa",
+            "expert_count", "expert_used_count", "expert_feed_forward_length")
     c = {GGUF_KEYS[key]: own[key] for key in read if key in own}
     c.update(model_type="mistral" if arch == "llama" and "sliding_window" in c else family,
              num_key_value_heads=own.get("attention.head_count_kv", heads), head_dim=head_dim,
@@ -982,6 +1072,8 @@ def gguf_config(meta, tensors):
     turning = own.get("rope.dimension_count", head_dim)
     if turning != head_dim:
         c["partial_rotary_factor"] = turning / head_dim
+    if arch == "qwen3moe":  # llama.cpp knows no other
+        c["norm_topk_prob"] = True
     if arch in GEMMA_27B:
         c["query_pre_attn_scalar"] = width if layers == GEMMA_27B[arch] else head_dim
     said = "phi3.attention.sliding_window" in meta  # 0 says that there is none
@@ -1068,6 +1160,8 @@ class Weights:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
         if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
+        if len(shape) == 1 and t.shape == (1, *shape):  # a matrix of one row
+            t = t.reshaped(shape)
         begin = self.taken.get(name, 0)
         end = begin + (shape[0] if len(shape) == 2 else 1)
         if t.shape[1:] != shape[1:] or end > t.n_rows or (len(shape) == 1 and t.shape != shape):
@@ -1079,6 +1173,25 @@ class Weights:
             n = self.sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
         return t.pick(np.arange(begin, end))
+
+    def stack(self, part, layer):
+        """The tensors of all experts, one for each: from one tensor each, or out of one for all."""
+        shape = tuple(self.sizes[f] for f in SHAPES[part[0]])
+        n = self.sizes["n_experts"]
+        whole, piece, pieces = STACKS[part[0]]
+        whole = self.source_name((part[0], whole, part[2]), layer)
+        if whole not in self.tensors:
+            names = [(part[0], part[1].replace("*", str(e)), part[2]) for e in range(n)]
+            return [self.get(name, layer) for name in names]
+        piece, pieces = (0, 1) if self.gguf else (piece, pieces)
+        t, wanted = self.tensors[whole], (n, pieces * shape[0], shape[1])
+        if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
+            raise Refusal(f"tensor {whole}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
+        if t.shape != wanted:
+            raise Refusal(f"tensor {whole}: expected {list(wanted)}, found {list(t.shape)}")
+        self.taken[whole] = t.n_rows
+        rows = t.reshaped((n * wanted[1], wanted[2]))
+        return [rows.pick((e * pieces + piece) * shape[0] + np.arange(shape[0])) for e in range(n)]
 
     def check_all_used(self):
         for name, t in self.tensors.items():
@@ -1169,7 +1282,7 @@ def checked_rope(p, c, yarn, where):
     if "rope_theta" not in p:
         raise Refusal(f"{where}: rope_theta is null")
     if yarn:
-        if c["model_type"] not in ("qwen2", "qwen3") or kind != "default":
+        if c["model_type"] not in ("qwen2", "qwen3", "qwen3_moe") or kind != "default":
             raise Refusal("--yarn is for Qwen models without a scaling of their own")
         original = min(32768, c["max_position_embeddings"])
         return dict(p, rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
@@ -1461,6 +1574,17 @@ class Matrix:
         pile.append(np.ascontiguousarray(to_panels(padded(x, rows, x.shape[1]), 1)[..., 0]))
 
 
+def stack_outputs(name, tensors, kind):
+    """The matrices of all experts one after the other, each in panels of its own."""
+    parts = [Matrix(name, t, kind).outputs() for t in tensors]
+    outs = []
+    for like, *_ in zip(parts[0], *parts[1:]):
+        i = len(outs)
+        outs.append(Output(like.name, like.dtype, (len(parts) * like.shape[0], *like.shape[1:]),
+                           lambda i=i: (x for part in parts for x in part[i].chunks())))
+    return outs
+
+
 def matrix_type(target, tensor, is_vocab):
     """Which type a matrix gets when --type is target (None: keep what the source has)."""
     if target is None:
@@ -1479,12 +1603,20 @@ def model_outputs(model, weights, target):
     outs.append(array("layer.rope", np.int32(model.layer_rope)))
     outs.append(array("layer.window", np.int32(model.windows)))
 
+    def kind_of(part, t):
+        kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
+        if t.kind not in PLAIN and kind in HELD and t.kind not in HELD[kind]:
+            lossy.add(f"{t.kind} to {kind}")
+        return kind
+
     def add(name, part, layer=None):
+        if part[0] in STACKS:
+            tensors = weights.stack(part, layer)
+            outs.extend(stack_outputs(name, tensors, kind_of(part, tensors[0])))
+            return
         t = weights.get(part, layer)
         if len(SHAPES[part[0]]) == 2:
-            kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
-            if t.kind not in PLAIN and kind in HELD and t.kind not in HELD[kind]:
-                lossy.add(f"{t.kind} to {kind}")
+            kind = "f32" if part[0] in EXACT else kind_of(part, t)
             outs.extend(Matrix(name, t, kind).outputs())
             return
         plus_one = model.family.gemma and not weights.gguf and "norm" in part[1]
@@ -1494,7 +1626,7 @@ def model_outputs(model, weights, target):
     for part in weights.TOP[:2] if tied else weights.TOP:
         add(part[0], part)
     for l in range(f["n_layers"]):
-        for part in model.family.parts:
+        for part in model.parts[l]:
             add(f"layers.{l}.{part[0]}", part, l)
     weights.check_all_used()
     return outs, lossy
@@ -2020,7 +2152,8 @@ def vocab_from_model(path, model_type):
         data = f.read()
     if not is_rank_file(data):
         return vocab_from_sentencepiece(data)
-    split = {"llama": "llama3", "smollm3": "llama3", "qwen2": "qwen2", "qwen3": "qwen2"}
+    split = {"llama": "llama3", "smollm3": "llama3", "qwen2": "qwen2", "qwen3": "qwen2",
+             "qwen2_moe": "qwen2", "qwen3_moe": "qwen2"}
     if model_type not in split:
         raise Refusal(f"a rank file does not say how {model_type!r} splits text")
     v = vocab_from_ranks(data, split[model_type])

@@ -16,9 +16,24 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "layers.h"
 #include "weights.h"
 
 // ---- opening the file ----
+
+// Experts, which most models do not have.
+static int open_experts(Config *c, const TensorFile *f, char *err) {
+    int norm = 0;
+    if (!tensors_meta(f, "n_experts")) return 0;
+    if (tensors_meta_int(f, "n_experts", 1, MAX_EXPERTS, &c->n_experts, err) != 0 ||
+        tensors_meta_int(f, "n_used", 1, c->n_experts, &c->n_used, err) != 0 ||
+        tensors_meta_int(f, "expert_dim", 1, 1 << 24, &c->expert_dim, err) != 0 ||
+        tensors_meta_int(f, "shared_dim", 0, 1 << 24, &c->shared_dim, err) != 0 ||
+        tensors_meta_int(f, "norm_topk", 0, 1, &norm, err) != 0)
+        return -1;
+    c->norm_topk = norm == 1;
+    return 0;
+}
 
 static int open_config(Config *c, const TensorFile *f, char *err) {
     const struct {
@@ -60,7 +75,7 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
         return fail(err, "%d heads of %d", c->n_heads, c->head_dim);
     c->q_dim = c->n_heads * c->head_dim;
     c->kv_dim = c->n_kv_heads * c->head_dim;
-    return 0;
+    return open_experts(c, f, err);
 }
 
 static int open_rope(Config *c, const TensorFile *f, char *err) {
@@ -92,9 +107,7 @@ static WType weight_type(DType t) {
                          : W_TYPES;
 }
 
-// A matrix of rows x cols in panels, see kernels.h.
-static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols,
-                       char *err) {
+int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols, char *err) {
     char scale_name[160], offset_name[160];
     const Tensor *t = tensors_find(f, name);
     if (!t) return fail(err, "tensor %s is missing", name);
@@ -121,8 +134,8 @@ static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int row
     return 0;
 }
 
-static int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
-                       char *err) {
+int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
+                char *err) {
     *v = NULL;
     if (optional && !tensors_find(f, name)) return 0;
     const Tensor *t = tensors_get(f, err, name, T_F32, 1, n);
@@ -155,6 +168,8 @@ static int open_layer(Model *m, int l, char *err) {
         if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0)
             return -1;
     }
+    snprintf(name, sizeof name, "layers.%d.router", l);
+    bool mixture = c->n_experts > 0 && tensors_find(f, name);
     const struct {
         const char *name;
         Matrix *m;
@@ -163,13 +178,14 @@ static int open_layer(Model *m, int l, char *err) {
                     {"wv", &w->wv, c->kv_dim, c->dim},     {"wo", &w->wo, c->dim, c->q_dim},
                     {"w1", &w->w1, c->hidden_dim, c->dim}, {"w2", &w->w2, c->dim, c->hidden_dim},
                     {"w3", &w->w3, c->hidden_dim, c->dim}};
-    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
+    size_t n = sizeof matrices / sizeof *matrices - (mixture ? 3 : 0);  // no w1, w2, w3
+    for (size_t i = 0; i < n; i++) {
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
         if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0)
             return -1;
         m->has[matrices[i].m->type] = true;
     }
-    return 0;
+    return mixture ? experts_open(m, l, err) : 0;
 }
 
 static int open_weights(Model *m, char *err) {
@@ -217,6 +233,17 @@ void model_close(Model *m) {
     *m = (Model){0};
 }
 
+int layer_matrices(const Layer *w, const Matrix *all[LAYER_MATRICES]) {
+    const Experts *e = &w->experts;
+    const Matrix *may[] = {&w->wq,     &w->wk,        &w->wv,        &w->wo,       &w->w1,
+                           &w->w2,     &w->w3,        &e->w1,        &e->w2,       &e->w3,
+                           &e->router, &e->shared[0], &e->shared[1], &e->shared[2]};
+    int n = 0;
+    for (size_t i = 0; i < sizeof may / sizeof *may; i++)
+        if (may[i]->data) all[n++] = may[i];
+    return n;
+}
+
 KVShape model_kv_shape(const Model *m) {
     const Config *c = &m->config;
     return (KVShape){c->n_layers,   c->n_heads,      c->n_kv_heads, c->head_dim,
@@ -225,14 +252,13 @@ KVShape model_kv_shape(const Model *m) {
 
 // ---- scratch ----
 
-// Hands out 64-byte aligned pieces of one block; with no block yet it only counts.
-static void *take(RunState *s, size_t n, size_t size) {
+void *take(RunState *s, size_t n, size_t size) {
     void *p = s->block ? (uint8_t *)s->block + s->bytes : NULL;
     s->bytes += (n * size + 63) / 64 * 64;
     return p;
 }
 
-static Activations take_activations(RunState *s, int max_rows, int cols) {
+Activations take_activations(RunState *s, int max_rows, int cols) {
     Activations a = {.cols = cols,
                      .stride = (cols + QGROUP - 1) / QGROUP * QGROUP,
                      .for_q8 = s->model->has[W_Q8],
@@ -261,6 +287,7 @@ static void take_all(RunState *s) {
     s->xb = take_activations(s, s->max_rows, c->dim);
     s->att_out = take_activations(s, s->max_rows, c->q_dim);
     s->hb = take_activations(s, s->max_rows, c->hidden_dim);
+    experts_take(s);
     s->rest = take_activations(s, s->max_logits, c->dim);
     s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
     s->x_norm = take(s, n, sizeof *s->x_norm);
@@ -292,8 +319,7 @@ void state_close(RunState *s) {
 
 static void multiply_job(RunState *s, Products j) { matmul(s->pool, s->ops, &j); }
 
-// Several matrices that read the same input, of n rows.
-static void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products) {
+void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products) {
     multiply_job(s, (Products){.x = x, .n = n, .p = p, .n_products = n_products});
 }
 
@@ -307,12 +333,10 @@ typedef struct {
     int l;
 } Step;
 
-// fn for each of n rows; fewer than four take less time than a word to the threads.
-static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
+// Fewer than four rows take less time than a word to the threads.
+void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
-
-static bool is_rounded(const Activations *x) { return x->for_q8 || x->for_q4; }
 
 // Whether none of x [n] is infinite or no number, which have all bits of the exponent set. One that
 // is makes all that follows wrong, as a rule without a sign of it.
@@ -327,9 +351,7 @@ static bool all_finite(const float *x, int n) {
     return !broken;
 }
 
-// Notes that layer l gave row i what is no number, unless an earlier one had. Asked before anything
-// is rounded to whole numbers, which hides it.
-static void check_row(RunState *s, int i, int l, const float *x, int n) {
+void check_row(RunState *s, int i, int l, const float *x, int n) {
     if (s->broken[i] == NOT_BROKEN && !all_finite(x, n)) s->broken[i] = l;
 }
 
@@ -345,8 +367,7 @@ static void quantize_row(void *ctx, int i) {
     kern.quantize(r->x, i, i + 1);
 }
 
-// An input of products of layer l, before the first of them.
-static void quantize(RunState *s, Activations *x, int n, int l) {
+void quantize(RunState *s, Activations *x, int n, int l) {
     if (is_rounded(x)) each_row(s, n, quantize_row, &(Rounding){s, x, l});
 }
 
@@ -491,10 +512,14 @@ static void project_att(RunState *s, int l, int n) {
     multiply(s, &s->att_out, n, &p, 1);
 }
 
-// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
+// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202; or a sum of such experts
 static void ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
+    if (w->experts.router.data) {
+        experts_ffn(s, l, n);
+        return;
+    }
     const Product gate = {&w->w1, s->hb.x, s->hb.stride}, down = {&w->w2, s->add, c->dim};
     multiply_job(s, (Products){.x = &s->xb,
                                .p = &gate,
@@ -502,7 +527,7 @@ static void ffn(RunState *s, int l, int n) {
                                .n = n,
                                .up = &w->w3,
                                .up_x = &s->xb,
-                               .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
+                               .act = gated_act(c)});
     quantize(s, &s->hb, n, l);
     multiply(s, &s->hb, n, &down, 1);
 }

@@ -146,6 +146,9 @@ static int part_of(const char *name) {
     if (strncmp(name, "tok.", 4) == 0) return TOKENIZER;
     if (strncmp(name, "layers.", 7) != 0) return OTHER;
     name += 7 + strspn(name + 7, "0123456789");
+    if (strncmp(name, ".experts", 8) == 0 || strncmp(name, ".shared", 7) == 0 ||
+        strncmp(name, ".router", 7) == 0)
+        return FFN;
     if (strncmp(name, ".w", 2) != 0) return OTHER;
     return isdigit((unsigned char)name[2]) ? FFN : ATTENTION;
 }
@@ -157,9 +160,9 @@ static void types_text(const Model *m, char *text, size_t room) {
     count[m->tok_embed.type]++;
     if (m->wcls.data != m->tok_embed.data) count[m->wcls.type]++;
     for (int l = 0; l < m->config.n_layers; l++) {
-        const Layer *w = &m->layers[l];
-        const Matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
-        for (int i = 0; i < 7; i++) count[all[i]->type]++;
+        const Matrix *all[LAYER_MATRICES];
+        int n = layer_matrices(&m->layers[l], all);
+        for (int i = 0; i < n; i++) count[all[i]->type]++;
     }
     text[0] = '\0';
     for (int t = 0; t < W_TYPES; t++) {
@@ -285,6 +288,8 @@ static void info_model(const Options *o) {
         {"head_dim", NULL, c->head_dim, false},
         {"dim", NULL, c->dim, false},
         {"hidden_dim", NULL, c->hidden_dim, false},
+        {"experts", NULL, c->n_experts, false},
+        {"experts_used", NULL, c->n_used, false},
         {"vocab_size", NULL, c->vocab_size, false},
         {"seq_len", NULL, c->seq_len, false},
         {"rope_theta", theta ? theta : "", 0, false},

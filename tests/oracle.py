@@ -78,7 +78,7 @@ def common(rng, i, family):
     while kv_heads * group * head_dim > 2048:
         kv_heads, group = max(kv_heads // 2, 1), max(group - 1, 1)
     heads = kv_heads * group
-    apart = family.startswith(("qwen3", "gemma")) or (family != "phi3" and rng.random() < 0.6)
+    apart = family.startswith(("qwen3", "gemma", "qwen2_moe")) or (family != "phi3" and rng.random() < 0.6)
     return {
         "model_type": family,
         "hidden_size": int(rng.integers(30, 220)) if apart else heads * head_dim,
@@ -112,7 +112,7 @@ def yarn(rng):
     return p
 
 
-SCALED = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+SCALED = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "qwen3_moe")
 SCALINGS = (
     lambda rng: None, llama3, yarn, lambda rng: {"rope_type": "linear", "factor": 4.0},
     lambda rng: {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
@@ -240,8 +240,39 @@ def phi3(rng, i, c, marks):
         to_gguf(c, marks)
 
 
+def moe(rng, i, c, marks):
+    c.update(head_dim=c["head_dim"], num_experts=any_of(rng, 1, 3, 8, 17, 64), norm_topk_prob=i % 3 != 1,
+             moe_intermediate_size=int(rng.integers(8, 100)))
+    c["num_experts_per_tok"] = int(rng.integers(1, min(c["num_experts"], 8) + 1))
+
+
+def qwen3_moe(rng, i, c, marks):
+    moe(rng, i, c, marks)
+    if i % 4 == 1:
+        c.update(use_sliding_window=True, sliding_window=any_of(rng, *WINDOWS))
+    if i % 4 == 2:
+        c["norm_topk_prob"] = True
+        to_gguf(c, marks)
+    elif i % 4 == 3:
+        c.update(decoder_sparse_step=2, mlp_only_layers=[1] if rng.random() < 0.5 else [])
+    else:
+        c["mlp_only_layers"] = [0] if rng.random() < 0.5 else []
+    if i % 3 == 0:
+        marks.append("stacked")
+
+
+def qwen2_moe(rng, i, c, marks):
+    moe(rng, i, c, marks)
+    c.pop("head_dim")
+    c.update(hidden_size=c["num_attention_heads"] * 32, use_sliding_window=False,
+             shared_expert_intermediate_size=int(rng.integers(8, 100)))
+    if i % 2:
+        marks.append("stacked")
+
+
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
-            "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3}
+            "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3, "qwen3_moe": qwen3_moe,
+            "qwen2_moe": qwen2_moe}
 
 
 # ---- 3. models ----
@@ -266,18 +297,18 @@ def make_model(case):
     """A model of transformers with random weights, exact in the type they are stored in."""
     config, rng, dim = oracle_config(case), case.rng, case.text["hidden_size"]
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32).eval()
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
     stored = getattr(torch, case.text.get("dtype") or case.text["torch_dtype"])
     gemma = case.text["model_type"].startswith("gemma")
     q_and_k = (config.num_attention_heads + config.num_key_value_heads) * (
         getattr(config, "head_dim", None) or dim // config.num_attention_heads)
     for name, p in model.named_parameters():
         x = rng.standard_normal(p.shape).astype(np.float32)
-        if p.ndim == 2:
+        if p.ndim >= 2:
             gain = 1.6 if re.search("[qk]_proj", name) else 1.0
             if re.search("embed_tokens|lm_head", name):
                 gain = 1.5 if gemma and config.tie_word_embeddings else 3.0
-            x *= gain / math.sqrt(p.shape[1])
+            x *= gain / math.sqrt(p.shape[-1])
             if "qkv_proj" in name:
                 x[:q_and_k] *= 1.6
             if "embed_tokens" in name and not config.tie_word_embeddings and not gemma:
@@ -298,6 +329,8 @@ def make_directory(case, model, stored, path):
     with open(os.path.join(path, "config.json"), "w") as f:
         json.dump(case.config, f, indent=1)
     tensors = {n: p.detach().to(stored).contiguous() for n, p in model.named_parameters()}
+    if "stacked" not in case.marks:
+        tensors = one_by_one(tensors)
     if "multimodal" in case.marks:
         head = tensors.pop("lm_head.weight", None)
         old = case.rng.random() < 0.5
@@ -315,6 +348,19 @@ def make_directory(case, model, stored, path):
         save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
 
 
+def one_by_one(tensors):
+    """Experts as published files have them, not as transformers 5 has them in memory."""
+    out = {}
+    for name, t in tensors.items():
+        at, kind = name.rsplit(".", 1)
+        for e in range(len(t) if "mlp.experts." in name else 0):
+            parts = zip(("gate_proj", "up_proj"), t[e].chunk(2)) if kind == "gate_up_proj" else [("down_proj", t[e])]
+            out.update({f"{at}.{e}.{part}.weight": x.contiguous() for part, x in parts})
+        if "mlp.experts." not in name:
+            out[name] = t
+    return out
+
+
 def save_shards(tensors, path):
     where = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(tensors)}
     for shard in set(where.values()):
@@ -326,7 +372,7 @@ def save_shards(tensors, path):
 
 # ---- 4. GGUF ----
 
-ARCHS = {"gemma3_text": "gemma3"}
+ARCHS = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
 PERMUTED = ("llama", "smollm3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
 
 
@@ -357,6 +403,10 @@ def make_gguf(case, model, path):
     if family == "gemma3_text":
         w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
         w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
+    if arch == "qwen3moe":
+        w.add_expert_count(case.text["num_experts"])
+        w.add_expert_used_count(c.num_experts_per_tok)
+        w.add_expert_feed_forward_length(c.moe_intermediate_size)
     add_scaling(w, p, head_dim)
     add_vocabulary(w)
     names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
@@ -367,11 +417,22 @@ def make_gguf(case, model, path):
         if family in PERMUTED and re.search(r"[qk]_proj\.weight", name):
             n = heads if "q_proj" in name else kv_heads
             x = x.reshape(n, 2, len(x) // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
-        w.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(x))
+        for name, x in gguf_parts(name, x):
+            name = names.get_name(name, (".weight", ".bias"))
+            w.add_tensor(name, np.ascontiguousarray(x))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def gguf_parts(name, x):
+    """Stacks of experts under the names that convert_hf_to_gguf.py gives them."""
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = np.split(x, 2, axis=1)
+        at = name.replace("gate_up_proj", "%s.weight")
+        return [(at % "gate_proj", gate), (at % "up_proj", up)]
+    return [(name + ".weight" if name.endswith("experts.down_proj") else name, x)]
 
 
 def gguf_arch(name):

@@ -178,7 +178,7 @@ class TestFixtures(Case):
             with open(os.path.join(self.dir, name), "rb") as a:
                 with open(os.path.join(FIXTURES, name), "rb") as b:
                     self.assertEqual(a.read(), b.read(), name)
-        self.assertEqual(len(os.listdir(self.dir)), 10)
+        self.assertEqual(len(os.listdir(self.dir)), 11)
 
     def test_layout(self):
         for name in NAMES + ["smol-q8", "smol-q4"]:
@@ -758,10 +758,75 @@ class TestDescribe(unittest.TestCase):
         self.refuses("hidden_size is missing", "llama", hidden_size=export.MISSING)
 
 
+class TestExperts(Case):
+    """Mixtures of experts: saved one by one, stacked as transformers 5 has them, or in a GGUF."""
+
+    def stacked(self, path):
+        """The experts of a copy as transformers 5 has them in memory."""
+        source, out = read_source(path), {}
+        for name, x in source.items():
+            if ".mlp.experts." not in name:
+                out[name] = x
+        for l in (0, 2):
+            at = f"model.layers.{l}.mlp.experts."
+            part = lambda e, kind: source[f"{at}{e}.{kind}_proj.weight"]
+            out[at + "gate_up_proj"] = np.stack(
+                [np.concatenate([part(e, "gate"), part(e, "up")]) for e in range(6)])
+            out[at + "down_proj"] = np.stack([part(e, "down") for e in range(6)])
+        write_source(path, out)
+        return path
+
+    def test_stacks(self):
+        """Each expert stands in panels of its own; the router is exact whatever the others are."""
+        source = read_source(os.path.join(FIXTURES, "qwen3moe"))
+        for kind, share in (("f32", 0), ("bf16", 0), ("q8", 0.5 / 127 * 1.01), ("q4", 0.12)):
+            c = self.convert(os.path.join(FIXTURES, "qwen3moe"), "--type", kind)
+            for ours, theirs, rows in (("w1", "gate", 24), ("w3", "up", 24), ("w2", "down", 48)):
+                x = c.matrix(f"layers.2.experts.{ours}").reshape(6, -1, 64 if ours != "w2" and
+                                                                 kind in ("q8", "q4") else
+                                                                 48 if ours != "w2" else
+                                                                 32 if kind in ("q8", "q4") else 24)
+                self.assertEqual(x.shape[1], -(-rows // 16) * 16)
+                for e in range(6):
+                    y = source[f"model.layers.2.mlp.experts.{e}.{theirs}_proj.weight"]
+                    far = np.abs(x[e, :rows, : y.shape[1]] - y).max()
+                    self.assertLessEqual(far, share * np.abs(y).max())
+            router = c.matrix("layers.2.router")
+            np.testing.assert_array_equal(router[:6], source["model.layers.2.mlp.gate.weight"])
+            self.assertNotIn("layers.2.w1", c.t)
+            self.assertNotIn("layers.1.router", c.t)  # mlp_only_layers
+            self.assertIn("layers.1.w1", c.t)
+
+    def test_layouts(self):
+        want = Converted(os.path.join(FIXTURES, "qwen3moe.kvz"))
+        path = self.stacked(self.copy("qwen3moe"))
+        self.same_tensors(self.convert(path, "--type", "f32"), want)
+        q8 = self.convert(path, "--type", "q8")
+        self.same_tensors(self.convert(os.path.join(FIXTURES, "qwen3moe"), "--type", "q8"), q8)
+        c = self.convert(self.copy("qwen3moe", num_experts=DROP, num_local_experts=6))
+        self.assertEqual(c.meta["n_experts"], "6")
+
+    def test_refusals(self):
+        for change, *words in (
+            (dict(num_experts=5), "tensor model.layers.0.mlp", "experts.5.", "is not known"),
+            (dict(num_experts=7), "expected [7, 48]"),
+            (dict(num_local_experts=8), "num_local_experts differ: [6, 8]"),
+            (dict(num_experts_per_tok=9), "a token uses 9"),
+            (dict(num_experts=2000), "up to 1024"),
+            (dict(moe_intermediate_size=32), "experts.0.gate_proj.weight", "expected [32, 48]"),
+            (dict(mlp_only_layers=[]), "model.layers.1.mlp.gate.weight is missing"),
+            (dict(mlp_only_layers="all"), "mlp_only_layers", "a list of layers"),
+            (dict(decoder_sparse_step=3), "model.layers.0.mlp.gate_proj.weight is missing"),
+        ):
+            self.refuse(self.copy("qwen3moe", **change), *words)
+        path = self.stacked(self.copy("qwen3moe", moe_intermediate_size=32))
+        self.refuse(path, "experts.gate_up_proj: expected [6, 64, 48], found [6, 48, 48]")
+
+
 class TestRefusals(Case):
     def test_architectures(self):
         for kind, word in (
-            ("mixtral", "mixtures of experts"), ("qwen3_moe", "mixtures of experts"),
+            ("mixtral", "mixtures of experts"), ("deepseek_v3", "mixtures of experts"),
             ("mamba", "state-space"), ("qwen2_vl", "multimodal"), ("bert", "encoders"),
             ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
         ):
