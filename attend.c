@@ -196,7 +196,7 @@ static Range split_range(const KVHead *h, int split) {
 
 int kvcache_slack(const KVCache *kv, int seq) {
     int slack = min_int(SPLIT_TOKENS, tokens_per_tile(kv)) - 1;
-    if (is_codes(kv->types.k) || is_codes(kv->types.v)) return 0;
+    if (is_codes(kv->types.k) || is_codes(kv->types.v) || kv->seqs[seq].state) return 0;
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         int window = kv->shape.window[i / kv->shape.n_kv_heads];

@@ -1,7 +1,8 @@
 // layers.h: what the blocks of a layer share. Private to model.c, which calls them in order, and to
 // the blocks that have files of their own.
 //
-//   experts.c  a feed-forward block of many experts, of which a token uses few
+//   deltanet.c  a layer that keeps a state of fixed size
+//   experts.c   a feed-forward block of many experts, of which a token uses few
 #ifndef LAYERS_H
 #define LAYERS_H
 #include "model.h"
@@ -37,6 +38,16 @@ void quantize(RunState *s, Activations *x, int n, int l);
 static inline void (*gated_act(const Config *c))(float *x, const float *y, int n) {
     return c->act_gelu ? kern.gelu_mul : kern.silu_mul;
 }
+
+// ---- deltanet.c ----
+
+// The shape of the layers that keep a state, where the file has such. 0, or -1 with err.
+int deltanet_config(Config *c, const TensorFile *f, char *err);
+// The weights of layer l, which is one. 0, or -1 with err.
+int deltanet_open(Model *m, int l, char *err);
+void deltanet_take(RunState *s);
+// delta.out of layer l from xb of n rows, whose runs' states go on.
+void deltanet(RunState *s, KVCache *kv, int l, int n_runs, int n);
 
 // ---- experts.c ----
 

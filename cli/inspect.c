@@ -153,6 +153,13 @@ static int part_of(const char *name) {
     return isdigit((unsigned char)name[2]) ? FFN : ATTENTION;
 }
 
+// Layers whose window is from lo to hi.
+static int count_layers(const Config *c, int lo, int hi) {
+    int n = 0;
+    for (int l = 0; l < c->n_layers; l++) n += c->window[l] >= lo && c->window[l] <= hi;
+    return n;
+}
+
 // "q8 x 210, f32 x 1": the types of the matrices.
 static void types_text(const Model *m, char *text, size_t room) {
     static const char *const names[W_TYPES] = {"f32", "f16", "bf16", "q8", "q4"};
@@ -282,7 +289,8 @@ static void info_model(const Options *o) {
         {"model", s.model.name, 0, false},
         {"fingerprint", s.model.fingerprint, 0, false},
         {"layers", NULL, c->n_layers, false},
-        {"sliding_layers", NULL, c->n_layers - kvcache_scored_layers(&k, NULL), false},
+        {"sliding_layers", NULL, count_layers(c, 1, MAX_PAIRS), false},
+        {"state_layers", NULL, count_layers(c, NO_PAIRS, NO_PAIRS), false},
         {"heads", NULL, c->n_heads, false},
         {"kv_heads", NULL, c->n_kv_heads, false},
         {"head_dim", NULL, c->head_dim, false},
@@ -309,6 +317,7 @@ static void info_model(const Options *o) {
         {"cache_token_read", NULL, kvcache_read_bytes(&k), true},
         {"cache_windows_f16", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F16)), true},
         {"cache_windows_f32", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F32)), true},
+        {"cache_states", NULL, kvcache_state_bytes(&k), true},
         {"scratch", NULL, state.bytes, true},
         {"layer_shares", layer_shares(&s.model.file), 0, false},
         {"tools", tools_of(tokenizer_chat(s.tok)), 0, false},
@@ -320,7 +329,8 @@ static void info_model(const Options *o) {
     print_meta(o, file, "kvzip.");
     out(o->json ? "}\n"
                 : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
-                  "+ scratch;\nreading them takes n x cache_token_read more, except into an f32 "
+                  "+ cache_states + scratch;\nreading them takes n x cache_token_read more, except "
+                  "into an f32 "
                   "cache\n");
     state_close(&state);
     close_session(&s);

@@ -3,6 +3,7 @@
 // 32 registers of 16 floats. q8 and q4 products add four products of bytes with one instruction
 // (vpdpbusd); attention multiplies pairs of bf16 where the machine can (vdpbf16ps). What gains
 // nothing from wider registers is AVX2's, and so are shapes that these do not fit.
+#define DELTA_BYTES 64
 #include "kernels/x86.h"
 
 #ifdef __x86_64__
@@ -38,6 +39,8 @@ INLINE __m512 gate(__m512 x, __m512 u, __m512 y) {
     __m512 e = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), u));
     return _mm512_mul_ps(_mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), y);
 }
+
+TARGET static void delta_rule(const DeltaRule *d) { delta_rule_lanes(d); }
 
 TARGET static void silu_mul(float *x, const float *y, int n) {
     int i = 0;
@@ -772,6 +775,7 @@ void adapt_avx512(Kernels *k, const Features *f) {
     k->peak[W_F32] = k->peak[W_F16] = k->peak[W_BF16] = k->peak_packed = &f32_peak;
     k->peak[W_Q8] = k->peak[W_Q4] = &int_peak;
     k->gemm_codes = gemm_codes;
+    k->delta_rule = delta_rule;
     k->silu_mul = silu_mul;
     k->gelu_mul = gelu_mul;
     k->max_rows = max_rows;
