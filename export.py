@@ -20,6 +20,9 @@ metadata                 value
   n_experts n_used expert_dim shared_dim norm_topk   where layers have experts: how many, how many a
                          token uses, their width, that of the one all tokens use (0: none), whether
                          the weights of those used sum to 1
+  delta_k_heads delta_v_heads delta_k_dim delta_v_dim delta_conv   where layers keep a state: heads
+                         and their lengths, tokens that the convolution sees
+  att_gate               1: what attention gives is gated (layers.N.wg)
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
@@ -54,7 +57,8 @@ tensor                   dtype and shape
   rope.inv_freq          F32 [n_ropes][rotary_dim/2], after any scaling
   rope.scale             F32 [n_ropes], multiplies cos and sin (yarn)
   layer.rope             I32 [n_layers], which of them; -1: the layer does not rotate
-  layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all
+  layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all, -1: none, the
+                         layer keeps a state
   rms_final              F32 [dim]
   layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
   layers.N.rms_att_post, .rms_ffn_post   F32 [dim], norms of what they add (Gemma), or absent
@@ -62,6 +66,10 @@ tensor                   dtype and shape
   layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
   tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
   layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
+  layers.N.wg            matrix [rows of wq] x [dim], or absent
+  layers.N.delta.qkv .z .a .b .out   matrices of a layer that keeps a state, which has no wq, wk, wv,
+                         wo; .conv F32 [delta_conv][rows of qkv], .decay .dt F32 [delta_v_heads],
+                         .norm F32 [delta_v_dim]
   layers.N.router        matrix [n_experts] x [dim]; such a layer has no w1, w2, w3, but
   layers.N.experts.w1 .w2 .w3   stacks: the experts' matrices one after the other, each in panels of
                          its own, so that rows are n_experts times those of one, rounded up to 16
@@ -629,6 +637,20 @@ SHARED_EXPERT = [
 ]
 FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
 
+# Qwen 3.5: the rows of q_proj are each head's query, then its gate.
+GATED_QKV = [*QKV, ("wg", "self_attn.q_proj.weight", "attn_q.weight")]
+DELTA = [
+    ("delta.qkv", "linear_attn.in_proj_qkv.weight", "attn_qkv.weight"),
+    ("delta.z", "linear_attn.in_proj_z.weight", "attn_gate.weight"),
+    ("delta.a", "linear_attn.in_proj_a.weight", "ssm_alpha.weight"),
+    ("delta.b", "linear_attn.in_proj_b.weight", "ssm_beta.weight"),
+    ("delta.out", "linear_attn.out_proj.weight", "ssm_out.weight"),
+    ("delta.conv", "linear_attn.conv1d.weight", "ssm_conv1d.weight"),
+    ("delta.decay", "linear_attn.A_log", "ssm_a"),
+    ("delta.dt", "linear_attn.dt_bias", "ssm_dt.bias"),
+    ("delta.norm", "linear_attn.norm.weight", "ssm_norm.weight"),
+]
+
 SHAPES = {  # rows and columns, or length, in fields of the model
     "tok_embed": ("vocab_size", "dim"), "wcls": ("vocab_size", "dim"), "rms_final": ("dim",),
     "rms_att": ("dim",), "rms_ffn": ("dim",), "rms_att_post": ("dim",), "rms_ffn_post": ("dim",),
@@ -641,9 +663,14 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "experts.w2": ("dim", "expert_dim"), "experts.w3": ("expert_dim", "dim"),
     "shared.w1": ("shared_dim", "dim"), "shared.w2": ("dim", "shared_dim"),
     "shared.w3": ("shared_dim", "dim"), "shared_scale": ("dim",),
+    "wg": ("q_dim", "dim"), "delta.qkv": ("delta_channels", "dim"), "delta.z": ("delta_v", "dim"),
+    "delta.a": ("delta_v_heads", "dim"), "delta.b": ("delta_v_heads", "dim"),
+    "delta.out": ("dim", "delta_v"), "delta.conv": ("delta_channels", "delta_conv"),
+    "delta.decay": ("delta_v_heads",), "delta.dt": ("delta_v_heads",),
+    "delta.norm": ("delta_v_dim",),
 }
 # Small matrices that decide much: in f32, whatever the others are.
-EXACT = ("router",)
+EXACT = ("router", "delta.a", "delta.b")
 
 
 def no_slide(c, l):
@@ -656,6 +683,8 @@ class Family(NamedTuple):
     slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
     gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
+    plus_one: bool = False  # norms are 1 + w
+    keeps: Callable = no_slide  # does layer l keep a state instead of pairs
     fields: Callable = lambda c: {}  # metadata of its own
 
 
@@ -735,6 +764,53 @@ def moe_parts(attention, experts=EXPERTS):
     return lambda c, l: NORMS + attention + (experts if has_experts(c, l) else GATE_UP + W2)
 
 
+# Qwen 3.5: gated delta nets, and full attention in every fourth layer.
+
+QWEN35 = dict(
+    COMMON, num_key_value_heads=4, head_dim=256, partial_rotary_factor=0.25,
+    full_attention_interval=4, attn_output_gate=True, linear_conv_kernel_dim=4,
+    linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
+    linear_num_value_heads=32)
+QWEN35_MOE = dict(
+    QWEN35, **dict(MOE, norm_topk_prob=True, moe_intermediate_size=512), num_key_value_heads=2,
+    intermediate_size=512, shared_expert_intermediate_size=512)
+QWEN35_MOE.pop("mlp_only_layers")  # not read by transformers
+QWEN35_MOE.pop("decoder_sparse_step")
+LINEAR_KINDS = {"full_attention", "linear_attention"}
+
+
+def keeps_state(c, l):
+    if c["layer_types"] is not None:
+        return c["layer_types"][l] == "linear_attention"
+    return (l + 1) % c["full_attention_interval"] != 0
+
+
+def delta_fields(c):
+    k_heads, v_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    k_dim, v_dim, conv = (c[f"linear_{what}"] for what in
+                          ("key_head_dim", "value_head_dim", "conv_kernel_dim"))
+    if v_heads % k_heads or k_dim % 4 or max(k_heads, v_heads, k_dim, v_dim) > 1024:
+        raise Refusal(f"delta nets of {k_heads} key heads of {k_dim} and {v_heads} value heads of "
+                      f"{v_dim} are not supported")
+    if not 2 <= conv <= 8:
+        raise Refusal(f"linear_conv_kernel_dim {conv} is not supported, 2 to 8 are")
+    if not c["attn_output_gate"]:
+        raise Refusal("attn_output_gate is false, and only gated attention is supported here")
+    return dict(delta_k_heads=k_heads, delta_v_heads=v_heads, delta_k_dim=k_dim, delta_v_dim=v_dim,
+                delta_conv=conv, att_gate=1)
+
+
+def delta_moe_fields(c):
+    if not c["norm_topk_prob"]:
+        raise Refusal("norm_topk_prob is false, which a qwen3_5_moe model does not read")
+    return {**delta_fields(c), **moe_fields(c, 256)}
+
+
+def delta_parts(feed_forward):
+    attention = GATED_QKV + WO + QK_NORMS
+    return lambda c, l: NORMS + (DELTA if keeps_state(c, l) else attention) + feed_forward
+
+
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
@@ -756,6 +832,11 @@ FAMILIES = {
         dict(WINDOWED, **dict(MOE, num_experts_per_tok=4, moe_intermediate_size=1408),
              num_key_value_heads=16, qkv_bias=True, shared_expert_intermediate_size=5632),
         slides=late_slide, fields=lambda c: moe_fields(c, 60)),
+    "qwen3_5_text": Family(
+        delta_parts(GATE_UP + W2), QWEN35, plus_one=True, keeps=keeps_state, fields=delta_fields),
+    "qwen3_5_moe_text": Family(
+        delta_parts(EXPERTS + SHARED_EXPERT), QWEN35_MOE, plus_one=True, keeps=keeps_state,
+        fields=delta_moe_fields),
     "gemma2": Family(
         GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True),
     "gemma3_text": Family(
@@ -786,7 +867,8 @@ HARMLESS = set("""
     decoder_start_token_id do_sample dtype early_stopping embd_pdrop eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     gradient_checkpointing hidden_dropout id2label initializer_range
-    is_decoder is_causal label2id length_penalty max_length max_window_layers min_length
+    is_decoder is_causal label2id length_penalty mamba_ssm_dtype max_length max_window_layers
+    min_length mtp_num_hidden_layers mtp_use_dedicated_embeddings
     model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     output_attentions output_hidden_states output_router_logits output_scores
     pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
@@ -829,6 +911,8 @@ KEYS = {key: kind for kind, keys in {
         hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
         max_position_embeddings original_max_position_embeddings sliding_window
         sliding_window_pattern no_rope_layer_interval num_experts num_local_experts
+        full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
+        linear_num_key_heads linear_num_value_heads
         num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
         decoder_sparse_step""",
     "a whole number or 0": "max_window_layers",
@@ -838,7 +922,8 @@ KEYS = {key: kind for kind, keys in {
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
-    "true or false": "tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias",
+    "true or false": """tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
+        attn_output_gate""",
     "a text": "model_type hidden_act hidden_activation rope_type type",
     "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
     "a list of layers": "mlp_only_layers",
@@ -855,18 +940,24 @@ def check_value(where, key, value, kind):
         raise Refusal(f"{where}: {key} is {repr(value)[:60]}, expected {kind}")
 
 
+# Configs that wrap a language model's: its model_type, and whether embeddings are tied by default.
+WRAPPED = {"gemma3": ("gemma3_text", True), "qwen3_5": ("qwen3_5_text", False),
+           "qwen3_5_moe": ("qwen3_5_moe_text", False)}
+
+
 def text_config(c):
-    """The language model's part of a multimodal Gemma 3 config, or the config itself."""
-    if c.get("model_type") != "gemma3":
+    """The language model's part of a multimodal config, or the config itself."""
+    if c.get("model_type") not in WRAPPED:
         return c
+    kind, default = WRAPPED[c["model_type"]]
     inner = c.get("text_config", {})
     check_value("config.json", "text_config", inner, "an object")
     tied = "tie_word_embeddings"
-    if inner.get(tied, True) != c.get(tied, True):
-        raise Refusal(f"config.json: {tied} is {c.get(tied, True)}, and {inner.get(tied, True)} in "
-                      "text_config")
+    if inner.get(tied, default) != c.get(tied, default):
+        raise Refusal(f"config.json: {tied} is {c.get(tied, default)}, and "
+                      f"{inner.get(tied, default)} in text_config")
     outer = ("eos_token_id", "bos_token_id", *QUANTIZED)
-    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": "gemma3_text"}
+    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": kind}
 
 
 QUANTIZED = ("quantization_config", "quantization", "compression_config")
@@ -909,6 +1000,12 @@ def layer_slides(c, family, where):
     if c.get("no_rope_layers") is not None and len(c["no_rope_layers"]) < n:
         raise Refusal(f"{where}: no_rope_layers names {len(c['no_rope_layers'])} of {n} layers")
     slides = [family.slides(c, l) for l in range(n)]
+    if family.keeps is not no_slide:
+        if kinds is not None and (len(kinds) != n or set(kinds) - LINEAR_KINDS):
+            raise Refusal(f"{where}: layer_types {sorted(set(kinds))} for {n} layers")
+        if all(family.keeps(c, l) for l in range(n)):
+            raise Refusal(f"{where}: no layer attends, which is not supported")
+        return slides
     if kinds is not None:
         if len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
             raise Refusal(f"{where}: layer_types {sorted(set(kinds))} for {n} layers")
@@ -925,7 +1022,7 @@ def layer_slides(c, family, where):
 class Model(NamedTuple):
     family: Family
     fields: dict  # metadata of the new file
-    windows: list  # [n_layers], 0: all
+    windows: list  # [n_layers], 0: all, -1: the layer keeps a state
     ropes: list  # parameters of the different rotations
     layer_rope: list  # [n_layers], which of them, -1: none
     tied: bool
@@ -943,11 +1040,15 @@ def head_fields(c):
     return dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim)
 
 
+PARTIAL = ("phi3", "qwen3_5_text", "qwen3_5_moe_text")
+
+
 def rotary_dim(c, params, head_dim, where):
     """How many leading dimensions of a head rotate: the same in all layers."""
     shares = {p.pop("partial_rotary_factor") or 1.0 for p in params}
-    if shares != {1.0} and (c["model_type"] != "phi3" or len(shares) > 1):
-        raise Refusal(f"{where}: partial_rotary_factor {shares} is supported for phi3 only")
+    if shares != {1.0} and (c["model_type"] not in PARTIAL or len(shares) > 1):
+        raise Refusal(f"{where}: partial_rotary_factor {shares} is supported for "
+                      f"{', '.join(PARTIAL)} only")
     n = int(head_dim * shares.pop() + 1e-6)
     if n % 2 or not 2 <= n <= head_dim:
         raise Refusal(f"{n} rotating dimensions in heads of {head_dim}; an even number is needed")
@@ -967,7 +1068,8 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
     by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
     rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
     params = [by_kind[kind] for kind in slides]
-    used = [p for l, p in enumerate(params) if rotates(c, l)]
+    keeps = [family.keeps(c, l) for l in range(len(slides))]
+    used = [p for l, p in enumerate(params) if rotates(c, l) and not keeps[l]]
     ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
     scalar = c["query_pre_attn_scalar"] if family.gemma else heads["head_dim"]
     fields = dict(
@@ -977,14 +1079,16 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         embed_scale=math.sqrt(c["hidden_size"]) if family.gemma else 1.0,
         attn_softcap=c.get("attn_logit_softcapping") or 0.0,
         final_softcap=c.get("final_logit_softcapping") or 0.0,
-        act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes), **family.fields(c))
+        act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
+    fields.update(family.fields(c))
     for key in ("norm_eps", "attn_softcap", "final_softcap"):
         if fields[key] > 1e6:
             raise Refusal(f"{where}: {key} {fields[key]:g} is not supported, at most 1e6 is")
     window = window_of(c) or 0
     return Model(
-        family, fields, [window if sliding else 0 for sliding in slides], ropes,
-        [ropes.index(p) if rotates(c, l) else -1 for l, p in enumerate(params)],
+        family, fields,
+        [-1 if kept else window if sliding else 0 for kept, sliding in zip(keeps, slides)], ropes,
+        [ropes.index(p) if rotates(c, l) and not keeps[l] else -1 for l, p in enumerate(params)],
         bool(c["tie_word_embeddings"]),
         [family.parts(c, l) if callable(family.parts) else family.parts
          for l in range(c["num_hidden_layers"])])
@@ -1130,13 +1234,17 @@ class Weights:
         ("rms_final", "norm.weight", "output_norm.weight"),
         ("wcls", "lm_head.weight", "output.weight"),
     ]
-    IGNORED = r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.|^rope_freqs\."
+    IGNORED = (r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector|visual)\."
+               r"|^rope_freqs\.|^mtp\.")
 
     def __init__(self, tensors, gguf, model):
         self.tensors, self.gguf, self.model = tensors, gguf, model
         f = model.fields
         q_dim, kv_dim = (f[n] * f["head_dim"] for n in ("n_heads", "n_kv_heads"))
         self.sizes = dict(f, q_dim=q_dim, kv_dim=kv_dim)
+        if "delta_conv" in f:
+            k, v = (f[f"delta_{x}_heads"] * f[f"delta_{x}_dim"] for x in "kv")
+            self.sizes.update(delta_channels=2 * k + v, delta_v=v)
         self.taken = {}  # name in the source -> rows used
         embed = [n for n in tensors if n.endswith("embed_tokens.weight")]
         head = [n for n in tensors if n.endswith("lm_head.weight")]
@@ -1160,8 +1268,10 @@ class Weights:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
         if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
-        if len(shape) == 1 and t.shape == (1, *shape):  # a matrix of one row
+        if t.shape in ((1, *shape), (shape[0], 1, *shape[1:])):  # one row, or one input channel
             t = t.reshaped(shape)
+        if "att_gate" in self.sizes and part[0] in ("wq", "wg"):
+            return self.gated(t, part[0])
         begin = self.taken.get(name, 0)
         end = begin + (shape[0] if len(shape) == 2 else 1)
         if t.shape[1:] != shape[1:] or end > t.n_rows or (len(shape) == 1 and t.shape != shape):
@@ -1173,6 +1283,16 @@ class Weights:
             n = self.sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
         return t.pick(np.arange(begin, end))
+
+    def gated(self, t, ours):
+        """Queries or gates of q_proj, whose rows are each head's query and then its gate."""
+        heads, rows = self.sizes["n_heads"], self.sizes["head_dim"]
+        if t.shape != (2 * heads * rows, self.sizes["dim"]):
+            raise Refusal(f"tensor {t.name}: expected {[2 * heads * rows, self.sizes['dim']]}, found "
+                          f"{list(t.shape)}")
+        self.taken[t.name] = t.n_rows
+        order = np.arange(t.n_rows).reshape(heads, 2, rows)[:, int(ours == "wg")]
+        return t.pick(order.reshape(-1))
 
     def stack(self, part, layer):
         """The tensors of all experts, one for each: from one tensor each, or out of one for all."""
@@ -1267,6 +1387,8 @@ def checked_values(p, where, what):
 def checked_rope(p, c, yarn, where):
     """One set of parameters: those of its type, all of them, and no others."""
     p = checked_values(p, where, "rope_scaling")
+    if c["model_type"] in ("qwen3_5_text", "qwen3_5_moe_text"):  # of pictures; text counts one way
+        p = {k: v for k, v in p.items() if k not in ("mrope_section", "mrope_interleaved")}
     kind = p.get("rope_type") or p.pop("type", None) or "default"
     if p.pop("type", kind) not in (kind, None):
         raise Refusal(f"{where}: rope_type and type of the rope scaling differ")
@@ -1594,6 +1716,11 @@ def matrix_type(target, tensor, is_vocab):
     return target
 
 
+def decays(t):
+    """-exp(A_log), rounded once."""
+    return -np.exp(t.vector().astype(np.float64)).astype(np.float32)
+
+
 def model_outputs(model, weights, target):
     """Every tensor of the file but the tokenizer's, and the kinds that had to be requantized."""
     f, outs, lossy = model.fields, [], set()
@@ -1615,11 +1742,19 @@ def model_outputs(model, weights, target):
             outs.extend(stack_outputs(name, tensors, kind_of(part, tensors[0])))
             return
         t = weights.get(part, layer)
+        if part[0] == "delta.conv":
+            outs.append(Output(name, "F32", (t.n_cols, t.n_rows),
+                               lambda: [np.ascontiguousarray(t.f32().T)]))
+            return
+        if part[0] == "delta.decay" and not weights.gguf:
+            outs.append(Output(name, "F32", t.shape, lambda: [decays(t)]))
+            return
         if len(SHAPES[part[0]]) == 2:
             kind = "f32" if part[0] in EXACT else kind_of(part, t)
             outs.extend(Matrix(name, t, kind).outputs())
             return
-        plus_one = model.family.gemma and not weights.gguf and "norm" in part[1]
+        plus_one = ((model.family.gemma or model.family.plus_one) and not weights.gguf
+                    and "norm" in part[1] and part[0] != "delta.norm")
         outs.append(Output(name, "F32", t.shape, lambda: [t.vector() + np.float32(plus_one)]))
 
     tied = weights.head_is_tied()

@@ -378,6 +378,7 @@ static void info_cache(const Options *o, const TensorFile *f) {
         {"demoted_bytes", NULL, bytes[PAGE_DEMOTED], true},
         {"bytes", NULL, bytes[PAGE_EXACT] + bytes[PAGE_SETTLED] + bytes[PAGE_DEMOTED], true},
         {"full_bytes", NULL, c.full_bytes, true},
+        {"state_bytes", NULL, c.state_bytes, true},
         {"file", NULL, f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);

@@ -127,6 +127,10 @@ def draw(family, i, seed):
     if rng.random() < 0.5:
         modernize(c)
         marks.append("v5")
+    if "wrapped" in marks:
+        c = {"model_type": family[: -len("_text")], "text_config": c, "image_token_id": 5, "video_token_id": 6,
+             "vision_start_token_id": 7, "vision_end_token_id": 8, "vision_config": {"hidden_size": 8},
+             "tie_word_embeddings": c["tie_word_embeddings"]}
     if "multimodal" in marks:
         outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
                  "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
@@ -270,9 +274,39 @@ def qwen2_moe(rng, i, c, marks):
         marks.append("stacked")
 
 
+def qwen35(rng, i, c, marks):
+    n = c["num_hidden_layers"] = int(rng.integers(2, 7))
+    k_heads = any_of(rng, 1, 2, 4)
+    c.update(linear_num_key_heads=k_heads, linear_num_value_heads=k_heads * any_of(rng, 1, 2, 3),
+             linear_key_head_dim=any_of(rng, 8, 20, 32, 64, 128), linear_value_head_dim=any_of(rng, 8, 21, 64, 128),
+             linear_conv_kernel_dim=4 if i % 3 else any_of(rng, 2, 3), layer_types=None)
+    while (c["head_dim"] * 0.25) % 2:
+        c["head_dim"] += 8
+    if i % 2:
+        c["layer_types"] = ["linear_attention" if rng.random() < 0.6 else "full_attention" for _ in range(n)]
+        c["layer_types"][rng.integers(n)] = "full_attention"
+    else:
+        c["full_attention_interval"] = int(rng.integers(2, n + 1))
+    if i % 4 == 1:
+        c["partial_rotary_factor"] = 0.5
+    c["tie_word_embeddings"] = bool(i % 2)
+    if i % 3 == 1:
+        marks.append("wrapped")
+
+
+def qwen35_moe(rng, i, c, marks):
+    qwen35(rng, i, c, marks)
+    moe(rng, i, c, marks)
+    for key in ("norm_topk_prob", "intermediate_size"):
+        c.pop(key)
+    c["shared_expert_intermediate_size"] = int(rng.integers(8, 100))
+    if i % 2:
+        marks.append("stacked")
+
+
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
             "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3, "qwen3_moe": qwen3_moe,
-            "qwen2_moe": qwen2_moe}
+            "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35_moe}
 
 
 # ---- 3. models ----
@@ -299,7 +333,7 @@ def make_model(case):
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
     stored = getattr(torch, case.text.get("dtype") or case.text["torch_dtype"])
-    gemma = case.text["model_type"].startswith("gemma")
+    gemma = case.text["model_type"].startswith(("gemma", "qwen3_5"))  # norms are 1 + w
     q_and_k = (config.num_attention_heads + config.num_key_value_heads) * (
         getattr(config, "head_dim", None) or dim // config.num_attention_heads)
     for name, p in model.named_parameters():
@@ -315,8 +349,12 @@ def make_model(case):
                 x *= math.sqrt(dim) / 3
         elif name.endswith("bias"):
             x *= 0.5
+        elif name.endswith("A_log"):
+            x = np.log(rng.uniform(0.01, 16, p.shape)).astype(np.float32)
+        elif name.endswith("dt_bias"):
+            x = x - 2
         else:
-            x = 0.3 * x + (not gemma) + 0.6 * bool(re.search("[qk]_norm", name))
+            x = 0.3 * x + (not gemma or "linear_attn.norm" in name) + 0.6 * bool(re.search("[qk]_norm", name))
         p.copy_(torch.from_numpy(x).to(stored).float())
     return model, stored
 
@@ -331,6 +369,9 @@ def make_directory(case, model, stored, path):
     tensors = {n: p.detach().to(stored).contiguous() for n, p in model.named_parameters()}
     if "stacked" not in case.marks:
         tensors = one_by_one(tensors)
+    if "wrapped" in case.marks:
+        tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+        tensors.update({"model.visual.x.weight": torch.zeros(4, 4), "mtp.fc.weight": torch.zeros(4, 4)})
     if "multimodal" in case.marks:
         head = tensors.pop("lm_head.weight", None)
         old = case.rng.random() < 0.5
@@ -517,7 +558,7 @@ def describe(case):
     width = c.get("head_dim") or c["hidden_size"] // heads
     windowed = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     return (f"{case.name:15} {c['num_hidden_layers']} layers {heads:2}/{c['num_key_value_heads']} heads of {width:3}, "
-            f"dim {c['hidden_size']:4} mlp {c['intermediate_size']:3}, window {windowed or '-':>3}, "
+            f"dim {c['hidden_size']:4} mlp {c.get('intermediate_size', 0):3}, window {windowed or '-':>3}, "
             f"{'tied' if c['tie_word_embeddings'] else 'free'}, {case.n:3} tokens  {' '.join(case.marks):28}")
 
 
