@@ -602,7 +602,8 @@ static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
     size_t exact_page = kvcache_page_bytes(&shape, c->types[PAGE_EXACT]) + pos;
     c->pairs += live, c->full_pairs += full;
     c->full_bytes += (double)pages_for(full) * (double)exact_page;
-    c->kept_pairs[head] = s->len[head] - demoted - s->info.n_prefix;
+    bool has_pairs = s->window[head / c->n_kv_heads] != NO_PAIRS;
+    c->kept_pairs[head] = has_pairs ? s->len[head] - demoted - s->info.n_prefix : 0;
     if (!slides)
         c->n_scored += s->info.n_ctx, c->kept += c->kept_pairs[head], c->demoted += demoted;
     return end;

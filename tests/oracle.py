@@ -382,7 +382,8 @@ def make_directory(case, model, stored, path):
         if head is not None:
             tensors["language_model.lm_head.weight" if old else "lm_head.weight"] = head
     elif model.config.tie_word_embeddings and case.rng.random() < 0.3:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        embed = next(n for n in tensors if n.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = tensors[embed].clone()
     if case.rng.random() < 0.3:
         save_shards(tensors, path)
     else:
