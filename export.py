@@ -26,7 +26,7 @@ metadata                 value
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
-                         "words" (at spaces) or "none" (spm)
+                         "qwen35", "words" (at spaces) or "none" (spm)
   tokenizer.nfc          1: text is brought into NFC first
   tokenizer.ignore_merges  1: a whole piece that is a token needs no merges
   tokenizer.add_bos, tokenizer.bos_id (-1: none), tokenizer.unk_id (-1: none)
@@ -847,6 +847,8 @@ FAMILIES = {
 }
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
+    ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
+    ("qwen35", "of Qwen 3.5 the Hugging Face folder is read, not the GGUF"),
     ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4",
      "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
@@ -1777,16 +1779,19 @@ GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN35_SPLIT = (GPT4 % r"\p{N}").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r" ?[^\s\p{L}\p{N}]", r" ?[^\s\p{L}\p{M}\p{N}]")
 SPLITS = {  # steps of a byte-level pre-tokenizer -> tokenizer.split
     ("gpt2",): "gpt2",
     ("digits", "gpt2"): "digits+gpt2",
     (GPT4 % r"\p{N}{1,3}", "bytes"): "llama3",
     (GPT4 % r"\p{N}", "bytes"): "qwen2",
+    (QWEN35_SPLIT, "bytes"): "qwen35",
 }
 GGUF_PRE = {  # tokenizer.ggml.pre -> split, nfc, ignore_merges
     "gpt-2": ("gpt2", 0, 0), "smollm": ("digits+gpt2", 0, 0), "llama-bpe": ("llama3", 0, 1),
     "llama3": ("llama3", 0, 1), "llama-v3": ("llama3", 0, 1), "qwen2": ("qwen2", 1, 0),
-    "deepseek-r1-qwen": ("qwen2", 1, 0),
+    "deepseek-r1-qwen": ("qwen2", 1, 0), "qwen35": ("qwen35", 1, 0),
 }
 GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
 # Tokens that end a turn, for files that name only one of them.
