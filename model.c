@@ -224,10 +224,11 @@ static int check_format(Model *m, char *err) {
 int model_open(Model *m, const char *path, char *err) {
     *m = (Model){0};
     if (tensors_open(&m->file, path, err) != 0) return -1;
-    weights_advise(&m->file);
-    if (check_format(m, err) == 0 && open_config(&m->config, &m->file, err) == 0 &&
-        open_rope(&m->config, &m->file, err) == 0 && open_weights(m, err) == 0)
-        return 0;
+    if (check_format(m, err) == 0 && open_config(&m->config, &m->file, err) == 0) {
+        // Large pages of experts would bring their neighbours' weights along.
+        if (m->config.n_experts == 0) weights_advise(&m->file);
+        if (open_rope(&m->config, &m->file, err) == 0 && open_weights(m, err) == 0) return 0;
+    }
     model_close(m);
     return -1;
 }
