@@ -36,6 +36,7 @@ int deltanet_config(Config *c, const TensorFile *f, char *err) {
         tensors_meta_int(f, "delta_v_dim", 1, 1 << 10, &d->v_dim, err) != 0 ||
         tensors_meta_int(f, "delta_conv", 2, MAX_CONV, &d->conv, err) != 0)
         return -1;
+    d->tiled = tensors_meta(f, "delta_tiled") != NULL;
     if (d->v_heads % d->k_heads || d->k_dim % 4)
         return fail(err, "delta nets of %d key heads of %d and %d value heads do not fit together",
                     d->k_heads, d->k_dim, d->v_heads);
@@ -184,7 +185,8 @@ static void head_unit(void *ctx, int unit) {
     int h = unit % d->v_heads, channels = delta_channels(d);
     Stretch r = stretch_of(st, unit / d->v_heads);
     float *qkv = rows->qkv + (size_t)r.row * channels;
-    float *q = qkv + h / (d->v_heads / d->k_heads) * d->k_dim;
+    int k_head = d->tiled ? h % d->k_heads : h / (d->v_heads / d->k_heads);
+    float *q = qkv + k_head * d->k_dim;
     size_t gate = (size_t)r.row * d->v_heads + h, stride = (size_t)rows->out.stride;
     kern.delta_rule(&(DeltaRule){.s = r.state + conv_floats(d) + h * head_floats(d),
                                  .n = r.n,

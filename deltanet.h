@@ -9,6 +9,7 @@ enum { MAX_CONV = 8 };
 typedef struct {
     int k_heads, v_heads, k_dim, v_dim;  // v_heads a multiple of k_heads; no k_heads: no such layer
     int conv;                            // tokens that the convolution sees
+    bool tiled;  // value head h reads key head h % k_heads, not h / (v_heads / k_heads)
 } DeltaShape;
 
 static inline int delta_k_total(const DeltaShape *d) { return d->k_heads * d->k_dim; }

@@ -22,6 +22,7 @@ metadata                 value
                          the weights of those used sum to 1
   delta_k_heads delta_v_heads delta_k_dim delta_v_dim delta_conv   where layers keep a state: heads
                          and their lengths, tokens that the convolution sees
+  delta_tiled            1: value head h reads key head h % delta_k_heads, not one of a row of them
   att_gate               1: what attention gives is gated (layers.N.wg)
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
@@ -768,7 +769,7 @@ def moe_parts(attention, experts=EXPERTS):
 
 QWEN35 = dict(
     COMMON, num_key_value_heads=4, head_dim=256, partial_rotary_factor=0.25,
-    full_attention_interval=4, attn_output_gate=True, linear_conv_kernel_dim=4,
+    full_attention_interval=4, attn_output_gate=True, gguf_tiled=False, linear_conv_kernel_dim=4,
     linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
     linear_num_value_heads=32)
 QWEN35_MOE = dict(
@@ -797,7 +798,7 @@ def delta_fields(c):
     if not c["attn_output_gate"]:
         raise Refusal("attn_output_gate is false, and only gated attention is supported here")
     return dict(delta_k_heads=k_heads, delta_v_heads=v_heads, delta_k_dim=k_dim, delta_v_dim=v_dim,
-                delta_conv=conv, att_gate=1)
+                delta_conv=conv, att_gate=1, **({"delta_tiled": 1} if c["gguf_tiled"] else {}))
 
 
 def delta_moe_fields(c):
@@ -808,7 +809,8 @@ def delta_moe_fields(c):
 
 def delta_parts(feed_forward):
     attention = GATED_QKV + WO + QK_NORMS
-    return lambda c, l: NORMS + (DELTA if keeps_state(c, l) else attention) + feed_forward
+    norms = [NORMS[0], (*NORMS[1][:2], "post_attention_norm.weight")]
+    return lambda c, l: norms + (DELTA if keeps_state(c, l) else attention) + feed_forward
 
 
 FAMILIES = {
@@ -848,7 +850,6 @@ FAMILIES = {
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
-    ("qwen35", "of Qwen 3.5 the Hugging Face folder is read, not the GGUF"),
     ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4",
      "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
@@ -925,7 +926,7 @@ KEYS = {key: kind for kind, keys in {
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
     "true or false": """tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
-        attn_output_gate""",
+        attn_output_gate gguf_tiled""",
     "a text": "model_type hidden_act hidden_activation rope_type type",
     "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
     "a list of layers": "mlp_only_layers",
@@ -1099,6 +1100,7 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
 GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
+    "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -1117,7 +1119,13 @@ GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes 
     "attention.causal": "use_sliding_window", "rope.scaling.finetuned": "", "vocab_size": "",
     "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
+    "ssm.inner_size": "linear_value_head_dim", "full_attention_interval": "full_attention_interval",
+    "rope.dimension_sections": "",
 }
+GGUF_LISTS = ("attention.sliding_window_pattern", "rope.dimension_sections")
 GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
                "context_length", "attention.layer_norm_rms_epsilon")
 # Gemma models that scale attention by the width per head, not by head_dim: the 27B ones. A GGUF
@@ -1133,15 +1141,17 @@ def gguf_values(meta, arch):
     values = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
     reads = FAMILIES[GGUF_FAMILIES[arch]].config
     for key, value in values.items():
-        known = key in GGUF_KEYS and (GGUF_KEYS[key] in reads or not key.startswith("expert_"))
+        known = key in GGUF_KEYS and (GGUF_KEYS[key] in reads or not key.startswith(("expert_", "ssm.", "full_")))
         if not known and value:
             raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
-        if isinstance(value, list) and key != "attention.sliding_window_pattern":
+        if isinstance(value, list) and key not in GGUF_LISTS:
             if len(set(map(str, value))) != 1 or len(value) != values.get("block_count"):
                 raise Refusal(f"{arch}.{key}: layers that differ from each other are not supported")
             values[key] = value[0]
     values = {k: v for k, v in values.items() if v != 0 or v is False}
     for key in GGUF_NEEDED:
+        if key == "feed_forward_length" and reads.get(GGUF_KEYS[key]):
+            continue  # all layers have experts
         if key not in values:
             raise Refusal(f"{arch}.{key} is missing or 0")
     for key, value in values.items():
@@ -1167,7 +1177,9 @@ def gguf_config(meta, tensors):
     read = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count",
             "context_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
             "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa",
-            "expert_count", "expert_used_count", "expert_feed_forward_length")
+            "expert_count", "expert_used_count", "expert_feed_forward_length",
+            "expert_shared_feed_forward_length", "ssm.conv_kernel", "ssm.state_size",
+            "ssm.group_count", "ssm.time_step_rank", "full_attention_interval")
     c = {GGUF_KEYS[key]: own[key] for key in read if key in own}
     c.update(model_type="mistral" if arch == "llama" and "sliding_window" in c else family,
              num_key_value_heads=own.get("attention.head_count_kv", heads), head_dim=head_dim,
@@ -1178,6 +1190,9 @@ def gguf_config(meta, tensors):
     turning = own.get("rope.dimension_count", head_dim)
     if turning != head_dim:
         c["partial_rotary_factor"] = turning / head_dim
+    if "ssm.inner_size" in own:
+        c["linear_value_head_dim"] = own["ssm.inner_size"] // own.get("ssm.time_step_rank", 1)
+        c["gguf_tiled"] = c["linear_num_value_heads"] != c["linear_num_key_heads"]
     if arch == "qwen3moe":  # llama.cpp knows no other
         c["norm_topk_prob"] = True
     if arch in GEMMA_27B:

@@ -292,6 +292,8 @@ def qwen35(rng, i, c, marks):
     c["tie_word_embeddings"] = bool(i % 2)
     if i % 3 == 1:
         marks.append("wrapped")
+    elif i % 4 == 2 or i == 8:
+        to_gguf(c, marks)
 
 
 def qwen35_moe(rng, i, c, marks):
@@ -414,7 +416,7 @@ def save_shards(tensors, path):
 
 # ---- 4. GGUF ----
 
-ARCHS = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+ARCHS = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 PERMUTED = ("llama", "smollm3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
 
 
@@ -428,7 +430,8 @@ def make_gguf(case, model, path):
     p = p.get("full_attention", p)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(dim)
-    w.add_feed_forward_length(c.intermediate_size)
+    if hasattr(c, "intermediate_size"):
+        w.add_feed_forward_length(c.intermediate_size)
     w.add_block_count(c.num_hidden_layers)
     w.add_head_count(heads)
     w.add_head_count_kv(kv_heads)
@@ -445,7 +448,9 @@ def make_gguf(case, model, path):
     if family == "gemma3_text":
         w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
         w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
-    if arch == "qwen3moe":
+    if arch.startswith("qwen35"):
+        add_delta(w, c, case.text)
+    if arch in ("qwen3moe", "qwen35moe"):
         w.add_expert_count(case.text["num_experts"])
         w.add_expert_used_count(c.num_experts_per_tok)
         w.add_expert_feed_forward_length(c.moe_intermediate_size)
@@ -454,8 +459,10 @@ def make_gguf(case, model, path):
     names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
     for name, tensor in model.named_parameters():
         x = tensor.detach().numpy()
-        if "gemma" in family and name.endswith("norm.weight"):
+        if family.startswith(("gemma", "qwen3_5")) and name.endswith("norm.weight") and "linear_attn" not in name:
             x = x + np.float32(1)
+        if "linear_attn" in name:
+            name, x = tiled(c, name, x)
         if family in PERMUTED and re.search(r"[qk]_proj\.weight", name):
             n = heads if "q_proj" in name else kv_heads
             x = x.reshape(n, 2, len(x) // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
@@ -466,6 +473,41 @@ def make_gguf(case, model, path):
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def add_delta(w, c, text):
+    w.add_ssm_conv_kernel(c.linear_conv_kernel_dim)
+    w.add_ssm_state_size(c.linear_key_head_dim)
+    w.add_ssm_group_count(c.linear_num_key_heads)
+    w.add_ssm_time_step_rank(c.linear_num_value_heads)
+    w.add_ssm_inner_size(c.linear_value_head_dim * c.linear_num_value_heads)
+    w.add_full_attention_interval(text["full_attention_interval"])
+    w.add_rope_dimension_sections([11, 11, 10, 0])
+    if "shared_expert_intermediate_size" in text:
+        w.add_expert_shared_feed_forward_length(c.shared_expert_intermediate_size)
+
+
+def tiled(c, name, x):
+    """A delta net's tensor as convert_hf_to_gguf.py writes it: value heads of one key head stand apart."""
+    keys, d = c.linear_num_key_heads, c.linear_value_head_dim
+    each, qk = c.linear_num_value_heads // keys, 2 * keys * c.linear_key_head_dim
+
+    def heads(rows, size):
+        return rows.reshape(keys, each, size, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    if name.endswith("A_log"):
+        x = -np.exp(x)
+    if "conv1d" in name:
+        x = x[:, 0]
+    if re.search("in_proj_qkv|conv1d", name):
+        x = np.concatenate([x[:qk], heads(x[qk:], d)])
+    elif "in_proj_z" in name:
+        x = heads(x, d)
+    elif "out_proj" in name:
+        x = heads(np.ascontiguousarray(x.T), d).T
+    elif re.search("in_proj_[ab]|A_log|dt_bias", name):
+        x = heads(x, 1)
+    return name.replace("dt_bias", "dt_proj.bias"), x
 
 
 def gguf_parts(name, x):
