@@ -196,6 +196,7 @@ static Range split_range(const KVHead *h, int split) {
 
 int kvcache_slack(const KVCache *kv, int seq) {
     int slack = min_int(SPLIT_TOKENS, tokens_per_tile(kv)) - 1;
+    if (kv->seqs[seq].state) return 0;
     if (is_codes(kv->types.k) || is_codes(kv->types.v))
         slack = min_int(slack, KV_SETTLE_STEP - 1 - kv->seqs[seq].next_pos % KV_SETTLE_STEP);
     for (int i = 0; i < n_heads_total(kv); i++) {

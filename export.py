@@ -17,10 +17,17 @@ metadata                 value
   rotary_dim             leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
   norm_eps attn_scale embed_scale attn_softcap final_softcap (0: no cap)
   act                    "silu" or "gelu_tanh"
+  n_experts n_used expert_dim shared_dim norm_topk   where layers have experts: how many, how many a
+                         token uses, their width, that of the one all tokens use (0: none), whether
+                         the weights of those used sum to 1
+  delta_k_heads delta_v_heads delta_k_dim delta_v_dim delta_conv   where layers keep a state: heads
+                         and their lengths, tokens that the convolution sees
+  delta_tiled            1: value head h reads key head h % delta_k_heads, not one of a row of them
+  att_gate               1: what attention gives is gated (layers.N.wg)
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
-                         "words" (at spaces) or "none" (spm)
+                         "qwen35", "words" (at spaces) or "none" (spm)
   tokenizer.nfc          1: text is brought into NFC first
   tokenizer.ignore_merges  1: a whole piece that is a token needs no merges
   tokenizer.add_bos, tokenizer.bos_id (-1: none), tokenizer.unk_id (-1: none)
@@ -51,7 +58,8 @@ tensor                   dtype and shape
   rope.inv_freq          F32 [n_ropes][rotary_dim/2], after any scaling
   rope.scale             F32 [n_ropes], multiplies cos and sin (yarn)
   layer.rope             I32 [n_layers], which of them; -1: the layer does not rotate
-  layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all
+  layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all, -1: none, the
+                         layer keeps a state
   rms_final              F32 [dim]
   layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
   layers.N.rms_att_post, .rms_ffn_post   F32 [dim], norms of what they add (Gemma), or absent
@@ -59,6 +67,14 @@ tensor                   dtype and shape
   layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
   tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
   layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
+  layers.N.wg            matrix [rows of wq] x [dim], or absent
+  layers.N.delta.qkv .z .a .b .out   matrices of a layer that keeps a state, which has no wq, wk, wv,
+                         wo; .conv F32 [delta_conv][rows of qkv], .decay .dt F32 [delta_v_heads],
+                         .norm F32 [delta_v_dim]
+  layers.N.router        matrix [n_experts] x [dim]; such a layer has no w1, w2, w3, but
+  layers.N.experts.w1 .w2 .w3   stacks: the experts' matrices one after the other, each in panels of
+                         its own, so that rows are n_experts times those of one, rounded up to 16
+  layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim]
   tok.bytes              U8 [total], what each id prints; tok.offsets I32 [n+1] cuts it
   tok.kind               U8 [n]: 0 normal, 1 special, 2 found in any text, 3 a single byte, 4 unused
   tok.flags              U8 [n], or absent: bits of added tokens, 1 found in the normalized text, 2
@@ -113,6 +129,7 @@ PANEL, GROUP, ALIGN = 16, 32, 64
 SLICE = 1 << 22  # weights held in memory at a time
 MAX_HEADER = 100_000_000
 MOST = 1 << 24  # the largest size in a file that C reads
+MAX_EXPERTS = 1024
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -244,6 +261,11 @@ class Tensor:
         t.n_rows = len(t.order)
         t.shape = (t.n_rows, t.n_cols)
         return t
+
+    def reshaped(self, shape):
+        """The same numbers in another shape, as many a row."""
+        n_bytes = self.row_bytes * self.n_rows
+        return Tensor(self.file, self.name, self.kind, shape, self.offset, n_bytes)
 
     def raw(self, a, b):
         """Rows [a, b) as uint8 [b - a][row_bytes]. A permutation is local, so the span is short."""
@@ -595,7 +617,40 @@ W2 = [("w2", "mlp.down_proj.weight", "ffn_down.weight")]
 FUSED_QKV = [(ours, "self_attn.qkv_proj.weight", "attn_qkv.weight") for ours in ("wq", "wk", "wv")]
 FUSED_GATE_UP = [(ours, "mlp.gate_up_proj.weight", "ffn_up.weight") for ours in ("w1", "w3")]
 MATRICES = QKV + WO + GATE_UP + W2
+# A star is the number of an expert. A GGUF has them in one tensor, transformers 5 in memory too.
+EXPERTS = [
+    ("router", "mlp.gate.weight", "ffn_gate_inp.weight"),
+    ("experts.w1", "mlp.experts.*.gate_proj.weight", "ffn_gate_exps.weight"),
+    ("experts.w3", "mlp.experts.*.up_proj.weight", "ffn_up_exps.weight"),
+    ("experts.w2", "mlp.experts.*.down_proj.weight", "ffn_down_exps.weight"),
+]
+# Our name -> a stack of transformers, which of its equal parts ours is, and how many those are.
+STACKS = {
+    "experts.w1": ("mlp.experts.gate_up_proj", 0, 2),
+    "experts.w3": ("mlp.experts.gate_up_proj", 1, 2),
+    "experts.w2": ("mlp.experts.down_proj", 0, 1),
+}
+SHARED_EXPERT = [
+    ("shared.w1", "mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight"),
+    ("shared.w3", "mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight"),
+    ("shared.w2", "mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight"),
+    ("shared_scale", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
+]
 FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
+
+# Qwen 3.5: the rows of q_proj are each head's query, then its gate.
+GATED_QKV = [*QKV, ("wg", "self_attn.q_proj.weight", "attn_q.weight")]
+DELTA = [
+    ("delta.qkv", "linear_attn.in_proj_qkv.weight", "attn_qkv.weight"),
+    ("delta.z", "linear_attn.in_proj_z.weight", "attn_gate.weight"),
+    ("delta.a", "linear_attn.in_proj_a.weight", "ssm_alpha.weight"),
+    ("delta.b", "linear_attn.in_proj_b.weight", "ssm_beta.weight"),
+    ("delta.out", "linear_attn.out_proj.weight", "ssm_out.weight"),
+    ("delta.conv", "linear_attn.conv1d.weight", "ssm_conv1d.weight"),
+    ("delta.decay", "linear_attn.A_log", "ssm_a"),
+    ("delta.dt", "linear_attn.dt_bias", "ssm_dt.bias"),
+    ("delta.norm", "linear_attn.norm.weight", "ssm_norm.weight"),
+]
 
 SHAPES = {  # rows and columns, or length, in fields of the model
     "tok_embed": ("vocab_size", "dim"), "wcls": ("vocab_size", "dim"), "rms_final": ("dim",),
@@ -605,7 +660,18 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "wq": ("q_dim", "dim"), "wk": ("kv_dim", "dim"), "wv": ("kv_dim", "dim"),
     "wo": ("dim", "q_dim"),
     "w1": ("hidden_dim", "dim"), "w2": ("dim", "hidden_dim"), "w3": ("hidden_dim", "dim"),
+    "router": ("n_experts", "dim"), "experts.w1": ("expert_dim", "dim"),
+    "experts.w2": ("dim", "expert_dim"), "experts.w3": ("expert_dim", "dim"),
+    "shared.w1": ("shared_dim", "dim"), "shared.w2": ("dim", "shared_dim"),
+    "shared.w3": ("shared_dim", "dim"), "shared_scale": ("dim",),
+    "wg": ("q_dim", "dim"), "delta.qkv": ("delta_channels", "dim"), "delta.z": ("delta_v", "dim"),
+    "delta.a": ("delta_v_heads", "dim"), "delta.b": ("delta_v_heads", "dim"),
+    "delta.out": ("dim", "delta_v"), "delta.conv": ("delta_channels", "delta_conv"),
+    "delta.decay": ("delta_v_heads",), "delta.dt": ("delta_v_heads",),
+    "delta.norm": ("delta_v_dim",),
 }
+# Small matrices that decide much: in f32, whatever the others are.
+EXACT = ("router", "delta.a", "delta.b")
 
 
 def no_slide(c, l):
@@ -613,11 +679,14 @@ def no_slide(c, l):
 
 
 class Family(NamedTuple):
-    parts: list  # of one layer
+    parts: list  # of one layer, or a function of config and layer
     config: dict  # keys of config.json that this family reads, with what absence means
     slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
     gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
+    plus_one: bool = False  # norms are 1 + w
+    keeps: Callable = no_slide  # does layer l keep a state instead of pairs
+    fields: Callable = lambda c: {}  # metadata of its own
 
 
 MISSING = ()  # a key without a default: it must be there
@@ -667,6 +736,83 @@ def unrotated_slide(c, l):
     return window_of(c) is not None and not rotates(c, l)
 
 
+# Mixtures of experts.
+
+MOE = dict(num_experts=None, num_local_experts=None, num_experts_per_tok=8, norm_topk_prob=False,
+           moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=None)
+
+
+def moe_fields(c, experts=128):
+    said = {c[key] for key in ("num_experts", "num_local_experts") if c.get(key) is not None}
+    if len(said) > 1:
+        raise Refusal(f"num_experts and num_local_experts differ: {sorted(said)}")
+    n = said.pop() if said else experts
+    if not 1 <= c["num_experts_per_tok"] <= n <= MAX_EXPERTS:
+        raise Refusal(f"{n} experts, of which a token uses {c['num_experts_per_tok']}, are not "
+                      f"supported; up to {MAX_EXPERTS} are")
+    return dict(n_experts=n, n_used=c["num_experts_per_tok"], expert_dim=c["moe_intermediate_size"],
+                shared_dim=c.get("shared_expert_intermediate_size", 0),
+                norm_topk=int(c["norm_topk_prob"]))
+
+
+def has_experts(c, l):
+    listed = c["mlp_only_layers"] or ()
+    return l not in listed and (l + 1) % c["decoder_sparse_step"] == 0
+
+
+def moe_parts(attention, experts=EXPERTS):
+    """Of a family some of whose layers have experts, the others a dense MLP."""
+    return lambda c, l: NORMS + attention + (experts if has_experts(c, l) else GATE_UP + W2)
+
+
+# Qwen 3.5: gated delta nets, and full attention in every fourth layer.
+
+QWEN35 = dict(
+    COMMON, num_key_value_heads=4, head_dim=256, partial_rotary_factor=0.25,
+    full_attention_interval=4, attn_output_gate=True, gguf_tiled=False, linear_conv_kernel_dim=4,
+    linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
+    linear_num_value_heads=32)
+QWEN35_MOE = dict(
+    QWEN35, **dict(MOE, norm_topk_prob=True, moe_intermediate_size=512), num_key_value_heads=2,
+    intermediate_size=512, shared_expert_intermediate_size=512)
+QWEN35_MOE.pop("mlp_only_layers")  # not read by transformers
+QWEN35_MOE.pop("decoder_sparse_step")
+LINEAR_KINDS = {"full_attention", "linear_attention"}
+
+
+def keeps_state(c, l):
+    if c["layer_types"] is not None:
+        return c["layer_types"][l] == "linear_attention"
+    return (l + 1) % c["full_attention_interval"] != 0
+
+
+def delta_fields(c):
+    k_heads, v_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    k_dim, v_dim, conv = (c[f"linear_{what}"] for what in
+                          ("key_head_dim", "value_head_dim", "conv_kernel_dim"))
+    if v_heads % k_heads or k_dim % 4 or max(k_heads, v_heads, k_dim, v_dim) > 1024:
+        raise Refusal(f"delta nets of {k_heads} key heads of {k_dim} and {v_heads} value heads of "
+                      f"{v_dim} are not supported")
+    if not 2 <= conv <= 8:
+        raise Refusal(f"linear_conv_kernel_dim {conv} is not supported, 2 to 8 are")
+    if not c["attn_output_gate"]:
+        raise Refusal("attn_output_gate is false, and only gated attention is supported here")
+    return dict(delta_k_heads=k_heads, delta_v_heads=v_heads, delta_k_dim=k_dim, delta_v_dim=v_dim,
+                delta_conv=conv, att_gate=1, **({"delta_tiled": 1} if c["gguf_tiled"] else {}))
+
+
+def delta_moe_fields(c):
+    if not c["norm_topk_prob"]:
+        raise Refusal("norm_topk_prob is false, which a qwen3_5_moe model does not read")
+    return {**delta_fields(c), **moe_fields(c, 256)}
+
+
+def delta_parts(feed_forward):
+    attention = GATED_QKV + WO + QK_NORMS
+    norms = [NORMS[0], (*NORMS[1][:2], "post_attention_norm.weight")]
+    return lambda c, l: norms + (DELTA if keeps_state(c, l) else attention) + feed_forward
+
+
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
@@ -680,6 +826,19 @@ FAMILIES = {
         slides=unrotated_slide, permuted=True),
     "qwen2": Family(NORMS + MATRICES + BIASES, WINDOWED, slides=late_slide),
     "qwen3": Family(NORMS + MATRICES + QK_NORMS, dict(WINDOWED, head_dim=128), slides=late_slide),
+    "qwen3_moe": Family(
+        moe_parts(QKV + WO + QK_NORMS),
+        dict(WINDOWED, **MOE, num_key_value_heads=4), slides=all_slide, fields=moe_fields),
+    "qwen2_moe": Family(
+        moe_parts(QKV + WO + BIASES, EXPERTS + SHARED_EXPERT),
+        dict(WINDOWED, **dict(MOE, num_experts_per_tok=4, moe_intermediate_size=1408),
+             num_key_value_heads=16, qkv_bias=True, shared_expert_intermediate_size=5632),
+        slides=late_slide, fields=lambda c: moe_fields(c, 60)),
+    "qwen3_5_text": Family(
+        delta_parts(GATE_UP + W2), QWEN35, plus_one=True, keeps=keeps_state, fields=delta_fields),
+    "qwen3_5_moe_text": Family(
+        delta_parts(EXPERTS + SHARED_EXPERT), QWEN35_MOE, plus_one=True, keeps=keeps_state,
+        fields=delta_moe_fields),
     "gemma2": Family(
         GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True),
     "gemma3_text": Family(
@@ -690,7 +849,9 @@ FAMILIES = {
 }
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
-    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4", "mixtures of experts are not supported"),
+    ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
+    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4",
+     "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
     ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|gemma4|omni|vision",
      "multimodal models other than Gemma 3 are not supported"),
@@ -709,11 +870,13 @@ HARMLESS = set("""
     decoder_start_token_id do_sample dtype early_stopping embd_pdrop eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     gradient_checkpointing hidden_dropout id2label initializer_range
-    is_decoder is_causal label2id length_penalty max_length max_window_layers min_length
+    is_decoder is_causal label2id length_penalty mamba_ssm_dtype max_length max_window_layers
+    min_length mtp_num_hidden_layers mtp_use_dedicated_embeddings
     model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores
+    output_attentions output_hidden_states output_router_logits output_scores
     pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
+    sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version
     transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
@@ -742,6 +905,7 @@ KINDS = {
     "true or false": lambda v: type(v) is bool,
     "a text": lambda v: type(v) is str,
     "an object": lambda v: type(v) is dict,
+    "a list of layers": lambda v: type(v) is list and all(type(x) is int and x >= 0 for x in v),
     "a list of 0 and 1": lambda v: type(v) is list and all(x in (0, 1) for x in v),
     "a list of texts": lambda v: type(v) is list and all(type(x) is str for x in v),
 }
@@ -749,7 +913,11 @@ KEYS = {key: kind for kind, keys in {
     "a whole number": """
         hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
         max_position_embeddings original_max_position_embeddings sliding_window
-        sliding_window_pattern no_rope_layer_interval""",
+        sliding_window_pattern no_rope_layer_interval num_experts num_local_experts
+        full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
+        linear_num_key_heads linear_num_value_heads
+        num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
+        decoder_sparse_step""",
     "a whole number or 0": "max_window_layers",
     "a whole number up to 9999": "num_hidden_layers",
     "a number above 1": "rope_theta rope_local_base_freq",
@@ -757,9 +925,11 @@ KEYS = {key: kind for kind, keys in {
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
-    "true or false": "tie_word_embeddings use_sliding_window truncate",
+    "true or false": """tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
+        attn_output_gate gguf_tiled""",
     "a text": "model_type hidden_act hidden_activation rope_type type",
     "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
+    "a list of layers": "mlp_only_layers",
     "a list of 0 and 1": "no_rope_layers",
     "a list of texts": "layer_types",
 }.items() for key in keys.split()}
@@ -773,18 +943,24 @@ def check_value(where, key, value, kind):
         raise Refusal(f"{where}: {key} is {repr(value)[:60]}, expected {kind}")
 
 
+# Configs that wrap a language model's: its model_type, and whether embeddings are tied by default.
+WRAPPED = {"gemma3": ("gemma3_text", True), "qwen3_5": ("qwen3_5_text", False),
+           "qwen3_5_moe": ("qwen3_5_moe_text", False)}
+
+
 def text_config(c):
-    """The language model's part of a multimodal Gemma 3 config, or the config itself."""
-    if c.get("model_type") != "gemma3":
+    """The language model's part of a multimodal config, or the config itself."""
+    if c.get("model_type") not in WRAPPED:
         return c
+    kind, default = WRAPPED[c["model_type"]]
     inner = c.get("text_config", {})
     check_value("config.json", "text_config", inner, "an object")
     tied = "tie_word_embeddings"
-    if inner.get(tied, True) != c.get(tied, True):
-        raise Refusal(f"config.json: {tied} is {c.get(tied, True)}, and {inner.get(tied, True)} in "
-                      "text_config")
+    if inner.get(tied, default) != c.get(tied, default):
+        raise Refusal(f"config.json: {tied} is {c.get(tied, default)}, and "
+                      f"{inner.get(tied, default)} in text_config")
     outer = ("eos_token_id", "bos_token_id", *QUANTIZED)
-    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": "gemma3_text"}
+    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": kind}
 
 
 QUANTIZED = ("quantization_config", "quantization", "compression_config")
@@ -827,6 +1003,12 @@ def layer_slides(c, family, where):
     if c.get("no_rope_layers") is not None and len(c["no_rope_layers"]) < n:
         raise Refusal(f"{where}: no_rope_layers names {len(c['no_rope_layers'])} of {n} layers")
     slides = [family.slides(c, l) for l in range(n)]
+    if family.keeps is not no_slide:
+        if kinds is not None and (len(kinds) != n or set(kinds) - LINEAR_KINDS):
+            raise Refusal(f"{where}: layer_types {sorted(set(kinds))} for {n} layers")
+        if all(family.keeps(c, l) for l in range(n)):
+            raise Refusal(f"{where}: no layer attends, which is not supported")
+        return slides
     if kinds is not None:
         if len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
             raise Refusal(f"{where}: layer_types {sorted(set(kinds))} for {n} layers")
@@ -843,10 +1025,11 @@ def layer_slides(c, family, where):
 class Model(NamedTuple):
     family: Family
     fields: dict  # metadata of the new file
-    windows: list  # [n_layers], 0: all
+    windows: list  # [n_layers], 0: all, -1: the layer keeps a state
     ropes: list  # parameters of the different rotations
     layer_rope: list  # [n_layers], which of them, -1: none
     tied: bool
+    parts: list  # [n_layers] of each layer
 
 
 def head_fields(c):
@@ -860,11 +1043,15 @@ def head_fields(c):
     return dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim)
 
 
+PARTIAL = ("phi3", "qwen3_5_text", "qwen3_5_moe_text")
+
+
 def rotary_dim(c, params, head_dim, where):
     """How many leading dimensions of a head rotate: the same in all layers."""
     shares = {p.pop("partial_rotary_factor") or 1.0 for p in params}
-    if shares != {1.0} and (c["model_type"] != "phi3" or len(shares) > 1):
-        raise Refusal(f"{where}: partial_rotary_factor {shares} is supported for phi3 only")
+    if shares != {1.0} and (c["model_type"] not in PARTIAL or len(shares) > 1):
+        raise Refusal(f"{where}: partial_rotary_factor {shares} is supported for "
+                      f"{', '.join(PARTIAL)} only")
     n = int(head_dim * shares.pop() + 1e-6)
     if n % 2 or not 2 <= n <= head_dim:
         raise Refusal(f"{n} rotating dimensions in heads of {head_dim}; an even number is needed")
@@ -884,7 +1071,8 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
     by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
     rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
     params = [by_kind[kind] for kind in slides]
-    used = [p for l, p in enumerate(params) if rotates(c, l)]
+    keeps = [family.keeps(c, l) for l in range(len(slides))]
+    used = [p for l, p in enumerate(params) if rotates(c, l) and not keeps[l]]
     ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
     scalar = c["query_pre_attn_scalar"] if family.gemma else heads["head_dim"]
     fields = dict(
@@ -895,19 +1083,24 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         attn_softcap=c.get("attn_logit_softcapping") or 0.0,
         final_softcap=c.get("final_logit_softcapping") or 0.0,
         act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
+    fields.update(family.fields(c))
     for key in ("norm_eps", "attn_softcap", "final_softcap"):
         if fields[key] > 1e6:
             raise Refusal(f"{where}: {key} {fields[key]:g} is not supported, at most 1e6 is")
     window = window_of(c) or 0
     return Model(
-        family, fields, [window if sliding else 0 for sliding in slides], ropes,
-        [ropes.index(p) if rotates(c, l) else -1 for l, p in enumerate(params)],
-        bool(c["tie_word_embeddings"]))
+        family, fields,
+        [-1 if kept else window if sliding else 0 for kept, sliding in zip(keeps, slides)], ropes,
+        [ropes.index(p) if rotates(c, l) and not keeps[l] else -1 for l, p in enumerate(params)],
+        bool(c["tie_word_embeddings"]),
+        [family.parts(c, l) if callable(family.parts) else family.parts
+         for l in range(c["num_hidden_layers"])])
 
 
 GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
-    "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
+    "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
+    "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -924,7 +1117,15 @@ GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes 
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow",
     "attention.causal": "use_sliding_window", "rope.scaling.finetuned": "", "vocab_size": "",
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
+    "ssm.inner_size": "linear_value_head_dim", "full_attention_interval": "full_attention_interval",
+    "rope.dimension_sections": "",
 }
+GGUF_LISTS = ("attention.sliding_window_pattern", "rope.dimension_sections")
 GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
                "context_length", "attention.layer_norm_rms_epsilon")
 # Gemma models that scale attention by the width per head, not by head_dim: the 27B ones. A GGUF
@@ -938,15 +1139,19 @@ def gguf_values(meta, arch):
     """ARCH.key without ARCH -> value, each of the right kind. Layers may have a list: of one value.
     What is 0 is absent."""
     values = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
+    reads = FAMILIES[GGUF_FAMILIES[arch]].config
     for key, value in values.items():
-        if key not in GGUF_KEYS and value:
+        known = key in GGUF_KEYS and (GGUF_KEYS[key] in reads or not key.startswith(("expert_", "ssm.", "full_")))
+        if not known and value:
             raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
-        if isinstance(value, list) and key != "attention.sliding_window_pattern":
+        if isinstance(value, list) and key not in GGUF_LISTS:
             if len(set(map(str, value))) != 1 or len(value) != values.get("block_count"):
                 raise Refusal(f"{arch}.{key}: layers that differ from each other are not supported")
             values[key] = value[0]
     values = {k: v for k, v in values.items() if v != 0 or v is False}
     for key in GGUF_NEEDED:
+        if key == "feed_forward_length" and reads.get(GGUF_KEYS[key]):
+            continue  # all layers have experts
         if key not in values:
             raise Refusal(f"{arch}.{key} is missing or 0")
     for key, value in values.items():
@@ -971,7 +1176,10 @@ def gguf_config(meta, tensors):
         raise Refusal("keys and values of different lengths are not supported")
     read = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count",
             "context_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
-            "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa")
+            "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa",
+            "expert_count", "expert_used_count", "expert_feed_forward_length",
+            "expert_shared_feed_forward_length", "ssm.conv_kernel", "ssm.state_size",
+            "ssm.group_count", "ssm.time_step_rank", "full_attention_interval")
     c = {GGUF_KEYS[key]: own[key] for key in read if key in own}
     c.update(model_type="mistral" if arch == "llama" and "sliding_window" in c else family,
              num_key_value_heads=own.get("attention.head_count_kv", heads), head_dim=head_dim,
@@ -982,6 +1190,11 @@ def gguf_config(meta, tensors):
     turning = own.get("rope.dimension_count", head_dim)
     if turning != head_dim:
         c["partial_rotary_factor"] = turning / head_dim
+    if "ssm.inner_size" in own:
+        c["linear_value_head_dim"] = own["ssm.inner_size"] // own.get("ssm.time_step_rank", 1)
+        c["gguf_tiled"] = c["linear_num_value_heads"] != c["linear_num_key_heads"]
+    if arch == "qwen3moe":  # llama.cpp knows no other
+        c["norm_topk_prob"] = True
     if arch in GEMMA_27B:
         c["query_pre_attn_scalar"] = width if layers == GEMMA_27B[arch] else head_dim
     said = "phi3.attention.sliding_window" in meta  # 0 says that there is none
@@ -1038,13 +1251,17 @@ class Weights:
         ("rms_final", "norm.weight", "output_norm.weight"),
         ("wcls", "lm_head.weight", "output.weight"),
     ]
-    IGNORED = r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.|^rope_freqs\."
+    IGNORED = (r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector|visual)\."
+               r"|^rope_freqs\.|^mtp\.")
 
     def __init__(self, tensors, gguf, model):
         self.tensors, self.gguf, self.model = tensors, gguf, model
         f = model.fields
         q_dim, kv_dim = (f[n] * f["head_dim"] for n in ("n_heads", "n_kv_heads"))
         self.sizes = dict(f, q_dim=q_dim, kv_dim=kv_dim)
+        if "delta_conv" in f:
+            k, v = (f[f"delta_{x}_heads"] * f[f"delta_{x}_dim"] for x in "kv")
+            self.sizes.update(delta_channels=2 * k + v, delta_v=v)
         self.taken = {}  # name in the source -> rows used
         embed = [n for n in tensors if n.endswith("embed_tokens.weight")]
         head = [n for n in tensors if n.endswith("lm_head.weight")]
@@ -1068,6 +1285,10 @@ class Weights:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
         if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
+        if t.shape in ((1, *shape), (shape[0], 1, *shape[1:])):  # one row, or one input channel
+            t = t.reshaped(shape)
+        if "att_gate" in self.sizes and part[0] in ("wq", "wg"):
+            return self.gated(t, part[0])
         begin = self.taken.get(name, 0)
         end = begin + (shape[0] if len(shape) == 2 else 1)
         if t.shape[1:] != shape[1:] or end > t.n_rows or (len(shape) == 1 and t.shape != shape):
@@ -1079,6 +1300,35 @@ class Weights:
             n = self.sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
         return t.pick(np.arange(begin, end))
+
+    def gated(self, t, ours):
+        """Queries or gates of q_proj, whose rows are each head's query and then its gate."""
+        heads, rows = self.sizes["n_heads"], self.sizes["head_dim"]
+        if t.shape != (2 * heads * rows, self.sizes["dim"]):
+            raise Refusal(f"tensor {t.name}: expected {[2 * heads * rows, self.sizes['dim']]}, found "
+                          f"{list(t.shape)}")
+        self.taken[t.name] = t.n_rows
+        order = np.arange(t.n_rows).reshape(heads, 2, rows)[:, int(ours == "wg")]
+        return t.pick(order.reshape(-1))
+
+    def stack(self, part, layer):
+        """The tensors of all experts, one for each: from one tensor each, or out of one for all."""
+        shape = tuple(self.sizes[f] for f in SHAPES[part[0]])
+        n = self.sizes["n_experts"]
+        whole, piece, pieces = STACKS[part[0]]
+        whole = self.source_name((part[0], whole, part[2]), layer)
+        if whole not in self.tensors:
+            names = [(part[0], part[1].replace("*", str(e)), part[2]) for e in range(n)]
+            return [self.get(name, layer) for name in names]
+        piece, pieces = (0, 1) if self.gguf else (piece, pieces)
+        t, wanted = self.tensors[whole], (n, pieces * shape[0], shape[1])
+        if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
+            raise Refusal(f"tensor {whole}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
+        if t.shape != wanted:
+            raise Refusal(f"tensor {whole}: expected {list(wanted)}, found {list(t.shape)}")
+        self.taken[whole] = t.n_rows
+        rows = t.reshaped((n * wanted[1], wanted[2]))
+        return [rows.pick((e * pieces + piece) * shape[0] + np.arange(shape[0])) for e in range(n)]
 
     def check_all_used(self):
         for name, t in self.tensors.items():
@@ -1154,6 +1404,8 @@ def checked_values(p, where, what):
 def checked_rope(p, c, yarn, where):
     """One set of parameters: those of its type, all of them, and no others."""
     p = checked_values(p, where, "rope_scaling")
+    if c["model_type"] in ("qwen3_5_text", "qwen3_5_moe_text"):  # of pictures; text counts one way
+        p = {k: v for k, v in p.items() if k not in ("mrope_section", "mrope_interleaved")}
     kind = p.get("rope_type") or p.pop("type", None) or "default"
     if p.pop("type", kind) not in (kind, None):
         raise Refusal(f"{where}: rope_type and type of the rope scaling differ")
@@ -1169,7 +1421,7 @@ def checked_rope(p, c, yarn, where):
     if "rope_theta" not in p:
         raise Refusal(f"{where}: rope_theta is null")
     if yarn:
-        if c["model_type"] not in ("qwen2", "qwen3") or kind != "default":
+        if c["model_type"] not in ("qwen2", "qwen3", "qwen3_moe") or kind != "default":
             raise Refusal("--yarn is for Qwen models without a scaling of their own")
         original = min(32768, c["max_position_embeddings"])
         return dict(p, rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
@@ -1461,6 +1713,17 @@ class Matrix:
         pile.append(np.ascontiguousarray(to_panels(padded(x, rows, x.shape[1]), 1)[..., 0]))
 
 
+def stack_outputs(name, tensors, kind):
+    """The matrices of all experts one after the other, each in panels of its own."""
+    parts = [Matrix(name, t, kind).outputs() for t in tensors]
+    outs = []
+    for like, *_ in zip(parts[0], *parts[1:]):
+        i = len(outs)
+        outs.append(Output(like.name, like.dtype, (len(parts) * like.shape[0], *like.shape[1:]),
+                           lambda i=i: (x for part in parts for x in part[i].chunks())))
+    return outs
+
+
 def matrix_type(target, tensor, is_vocab):
     """Which type a matrix gets when --type is target (None: keep what the source has)."""
     if target is None:
@@ -1468,6 +1731,11 @@ def matrix_type(target, tensor, is_vocab):
     if target == "q4" and is_vocab and tensor.kind not in HELD["q4"]:
         return "q8"  # rows of the vocabulary are few bits in the sum and many in the quality
     return target
+
+
+def decays(t):
+    """-exp(A_log), rounded once."""
+    return -np.exp(t.vector().astype(np.float64)).astype(np.float32)
 
 
 def model_outputs(model, weights, target):
@@ -1479,22 +1747,38 @@ def model_outputs(model, weights, target):
     outs.append(array("layer.rope", np.int32(model.layer_rope)))
     outs.append(array("layer.window", np.int32(model.windows)))
 
+    def kind_of(part, t):
+        kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
+        if t.kind not in PLAIN and kind in HELD and t.kind not in HELD[kind]:
+            lossy.add(f"{t.kind} to {kind}")
+        return kind
+
     def add(name, part, layer=None):
+        if part[0] in STACKS:
+            tensors = weights.stack(part, layer)
+            outs.extend(stack_outputs(name, tensors, kind_of(part, tensors[0])))
+            return
         t = weights.get(part, layer)
+        if part[0] == "delta.conv":
+            outs.append(Output(name, "F32", (t.n_cols, t.n_rows),
+                               lambda: [np.ascontiguousarray(t.f32().T)]))
+            return
+        if part[0] == "delta.decay" and not weights.gguf:
+            outs.append(Output(name, "F32", t.shape, lambda: [decays(t)]))
+            return
         if len(SHAPES[part[0]]) == 2:
-            kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
-            if t.kind not in PLAIN and kind in HELD and t.kind not in HELD[kind]:
-                lossy.add(f"{t.kind} to {kind}")
+            kind = "f32" if part[0] in EXACT else kind_of(part, t)
             outs.extend(Matrix(name, t, kind).outputs())
             return
-        plus_one = model.family.gemma and not weights.gguf and "norm" in part[1]
+        plus_one = ((model.family.gemma or model.family.plus_one) and not weights.gguf
+                    and "norm" in part[1] and part[0] != "delta.norm")
         outs.append(Output(name, "F32", t.shape, lambda: [t.vector() + np.float32(plus_one)]))
 
     tied = weights.head_is_tied()
     for part in weights.TOP[:2] if tied else weights.TOP:
         add(part[0], part)
     for l in range(f["n_layers"]):
-        for part in model.family.parts:
+        for part in model.parts[l]:
             add(f"layers.{l}.{part[0]}", part, l)
     weights.check_all_used()
     return outs, lossy
@@ -1510,16 +1794,19 @@ GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN35_SPLIT = (GPT4 % r"\p{N}").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r" ?[^\s\p{L}\p{N}]", r" ?[^\s\p{L}\p{M}\p{N}]")
 SPLITS = {  # steps of a byte-level pre-tokenizer -> tokenizer.split
     ("gpt2",): "gpt2",
     ("digits", "gpt2"): "digits+gpt2",
     (GPT4 % r"\p{N}{1,3}", "bytes"): "llama3",
     (GPT4 % r"\p{N}", "bytes"): "qwen2",
+    (QWEN35_SPLIT, "bytes"): "qwen35",
 }
 GGUF_PRE = {  # tokenizer.ggml.pre -> split, nfc, ignore_merges
     "gpt-2": ("gpt2", 0, 0), "smollm": ("digits+gpt2", 0, 0), "llama-bpe": ("llama3", 0, 1),
     "llama3": ("llama3", 0, 1), "llama-v3": ("llama3", 0, 1), "qwen2": ("qwen2", 1, 0),
-    "deepseek-r1-qwen": ("qwen2", 1, 0),
+    "deepseek-r1-qwen": ("qwen2", 1, 0), "qwen35": ("qwen35", 1, 0),
 }
 GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
 # Tokens that end a turn, for files that name only one of them.
@@ -2020,7 +2307,8 @@ def vocab_from_model(path, model_type):
         data = f.read()
     if not is_rank_file(data):
         return vocab_from_sentencepiece(data)
-    split = {"llama": "llama3", "smollm3": "llama3", "qwen2": "qwen2", "qwen3": "qwen2"}
+    split = {"llama": "llama3", "smollm3": "llama3", "qwen2": "qwen2", "qwen3": "qwen2",
+             "qwen2_moe": "qwen2", "qwen3_moe": "qwen2"}
     if model_type not in split:
         raise Refusal(f"a rank file does not say how {model_type!r} splits text")
     v = vocab_from_ranks(data, split[model_type])

@@ -35,13 +35,16 @@ static void head_free(KVCache *kv, KVHead *h) {
 static void seq_free(KVCache *kv, KVSeq *s) {
     for (int i = 0; s->head && i < n_heads_total(kv); i++) head_free(kv, &s->head[i]);
     free(s->head);
+    state_unref(s->state);
     *s = (KVSeq){0};
 }
 
 // to becomes another list of from's pages; to is overwritten, not freed.
 static int seq_copy(KVCache *kv, KVSeq *to, const KVSeq *from, char *err) {
-    *to = (KVSeq){calloc((size_t)n_heads_total(kv), sizeof *to->head), from->next_pos};
+    *to = (KVSeq){calloc((size_t)n_heads_total(kv), sizeof *to->head), from->next_pos, NULL};
     if (!to->head) return fail(err, "out of memory for a sequence");
+    to->state = from->state;
+    if (to->state) to->state->refs++;
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *src = &from->head[i];
         KVHead *dst = &to->head[i];
@@ -286,7 +289,9 @@ int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
         return fail(err, "a sequence of more than %d tokens", MAX_PAIRS);
     bool due = n >= KV_LONG_RUN || kv->seqs[seq].next_pos % KV_SETTLE_STEP == 0;
     if (kv->settling && due && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
+    if (state_own(kv, &kv->seqs[seq], NULL, err) != 0) return -1;
     for (int i = 0; i < n_heads_total(kv); i++) {
+        if (kv->shape.window[i / kv->shape.n_kv_heads] == NO_PAIRS) continue;
         if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
     }
     return attend_reserve(kv, seq, n, err) == 0 ? reading_reserve(kv, seq, n, err) : -1;
@@ -363,7 +368,7 @@ void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
     for (int r = 0; r < n_runs; r++) {
         kv->seqs[runs[r].seq].next_pos += runs[r].n;
         for (int l = 0; l < kv->shape.n_layers; l++) {
-            for (int g = 0; kv->shape.window[l] && g < kv->shape.n_kv_heads; g++) {
+            for (int g = 0; kv->shape.window[l] > 0 && g < kv->shape.n_kv_heads; g++) {
                 drop_window(kv, kvcache_head(kv, runs[r].seq, l, g), kv->shape.window[l]);
             }
         }
@@ -630,7 +635,7 @@ static size_t listed_bytes(const KVCache *kv, PageClass class) {
 static size_t bias_bytes(const KVPage *p) { return p->biased ? PAGE * sizeof *p->bias : 0; }
 
 size_t kvcache_bytes(const KVCache *kv, int seq) {
-    size_t bytes = 0;
+    size_t bytes = kvcache_state_bytes(&kv->shape);
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         bytes += sizeof *h;
@@ -642,7 +647,7 @@ size_t kvcache_bytes(const KVCache *kv, int seq) {
 }
 
 size_t kvcache_full_bytes(const KVCache *kv, int seq) {
-    size_t bytes = 0;
+    size_t bytes = kvcache_state_bytes(&kv->shape);
     for (int i = 0; i < n_heads_total(kv); i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         bytes += sizeof *h + pages_used(h) * listed_bytes(kv, PAGE_EXACT);
@@ -679,8 +684,8 @@ size_t kvcache_first_bytes(const KVShape *shape, KVTypes types) {
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types) {
     size_t pairs = 0;
     for (int l = 0; l < shape->n_layers; l++) {
-        size_t window = (size_t)shape->window[l];
-        if (window > 0) pairs += (size_t)shape->n_kv_heads * (window + PAGE);
+        if (shape->window[l] > 0)
+            pairs += (size_t)shape->n_kv_heads * ((size_t)shape->window[l] + PAGE);
     }
     return pairs * pair_bytes(shape, types);
 }

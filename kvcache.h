@@ -17,6 +17,7 @@
 //   kvpages.c  pages and what they hold                    tile.c    one tile over one head's pages
 //   kvfile.c   saved caches (kvfile.h)                     sweep.c   scoring
 //   kvtake.c   sequences of other caches, shorter sequences
+//   kvstate.c  states of layers without pairs
 #ifndef KVCACHE_H
 #define KVCACHE_H
 #include "kernels/kernels.h"
@@ -53,10 +54,15 @@ enum { MAX_PAIRS = 1 << 28 };
 // What the cache must know of a model.
 typedef struct {
     int n_layers, n_heads, n_kv_heads, head_dim;
-    float scale;        // multiplies q . k
-    float softcap;      // c tanh(x / c) on the scaled products, 0 = none (Gemma 2)
-    const int *window;  // [n_layers] pairs a token sees in this layer, itself included; 0 = all
+    float scale;    // multiplies q . k
+    float softcap;  // c tanh(x / c) on the scaled products, 0 = none (Gemma 2)
+    // [n_layers] pairs a token sees in this layer, itself included; 0 = all; NO_PAIRS: none, the
+    // layer keeps a state.
+    const int *window;
+    int state;  // floats of such a layer's state
 } KVShape;
+
+enum { NO_PAIRS = -1 };
 
 // Keys or values of a page: [head_dim][64] or [64][head_dim] numbers, or codes (kvpages.h).
 typedef struct {
@@ -106,9 +112,16 @@ typedef struct {
     int settled;  // pages at the start that have settled, or were never to
 } KVHead;
 
+// The states of a sequence, in the order of the layers that keep one.
 typedef struct {
-    KVHead *head;  // [n_layers][n_kv_heads]; NULL: this slot is free
-    int next_pos;  // position of the next token
+    int refs;  // sequences that share it; one that shares it does not write
+    _Alignas(64) float x[];
+} KVState;
+
+typedef struct {
+    KVHead *head;    // [n_layers][n_kv_heads]; NULL: this slot is free
+    int next_pos;    // position of the next token
+    KVState *state;  // NULL: nothing has been read, or no layer keeps a state
 } KVSeq;
 
 typedef struct KVScoring KVScoring;
@@ -176,13 +189,18 @@ int kvcache_rewind(KVCache *kv, int seq, int mark, char *err);
 int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err);
 
 // The sequence forgets its pairs at position pos and behind, if it can: not where pairs that a
-// sliding window has left behind would be seen again, nor within a page that has settled. Positions
+// sliding window has left behind would be seen again, nor within a page that has settled, nor where
+// layers keep states, which only a mark brings back. Positions
 // of what was read since the last eviction only. false: it is as it was.
 bool kvcache_cut(KVCache *kv, int seq, int pos);
 
 // How many tokens beyond the next one the sequence can read in the same short run, each with the
-// bits that it would have read alone, and forget again by kvcache_cut.
+// bits that it would have read alone, and forget again by kvcache_cut. 0 where layers keep states.
 int kvcache_slack(const KVCache *kv, int seq);
+
+// The state of a layer that keeps one: [shape.state] floats, all 0 before the first token. Valid
+// and the sequence's own from kvcache_reserve to the next fork.
+float *kvcache_state(const KVCache *kv, int seq, int layer);
 
 // One head's list. The pointer is valid until a sequence is made.
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g);
@@ -276,8 +294,8 @@ struct KVScoring {
 int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err);
 void kvcache_score_end(KVCache *kv);
 
-// Layers that are scored and evicted: those without a window. layers [n_layers] may be NULL;
-// returns how many.
+// Layers that are scored and evicted: those with pairs and without a window. layers [n_layers] may
+// be NULL; returns how many.
 int kvcache_scored_layers(const KVShape *shape, int *layers);
 int kvcache_scored_index(const KVShape *shape, int layer);       // how many of them come before it
 int kvcache_scored_layer(const KVShape *shape, int s);           // the s-th of them
@@ -361,6 +379,8 @@ size_t kvcache_token_bytes(const KVShape *shape, KVTypes types);
 // ones.
 size_t kvcache_first_bytes(const KVShape *shape, KVTypes types);
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types);
+// The states of a sequence, whatever its length.
+size_t kvcache_state_bytes(const KVShape *shape);
 // Beside that, for each token while a long run reads it: its pairs of one layer, packed. Not for
 // f32.
 size_t kvcache_read_bytes(const KVShape *shape);

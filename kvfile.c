@@ -14,10 +14,10 @@
 
 static const char format_start[] = "kvzip.c cache ";
 // The first version knows exact pages alone, the second pages of fewer bits, the third biases, the
-// fourth mixed keys. A file is of the first that it can be.
-typedef enum { PLAIN, CODES, BIASES, MIXED, FORMATS } Format;
-static const char *const formats[FORMATS] = {"kvzip.c cache 1", "kvzip.c cache 2",
-                                             "kvzip.c cache 3", "kvzip.c cache 4"};
+// fourth mixed keys, the fifth states. A file is of the first that it can be.
+typedef enum { PLAIN, CODES, BIASES, MIXED, STATES, FORMATS } Format;
+static const char *const formats[FORMATS] = {
+    "kvzip.c cache 1", "kvzip.c cache 2", "kvzip.c cache 3", "kvzip.c cache 4", "kvzip.c cache 5"};
 
 // ---- the tensors ----
 
@@ -74,8 +74,8 @@ static size_t page_part_bytes(const Group *g, GroupPart part, int head_dim) {
 }
 
 // The other tensors are lists, with sizes that they share.
-typedef enum { N_PAGES, N_PAIRS, N_LAYERS, N_KV_HEADS, N_IDS, SIZES } Size;
-typedef enum { POS, LEN, DROPPED, WINDOW, IDS, CLASSES, BIAS, LISTS } List;
+typedef enum { N_PAGES, N_PAIRS, N_LAYERS, N_KV_HEADS, N_IDS, N_STATES, N_FLOATS, SIZES } Size;
+typedef enum { POS, LEN, DROPPED, WINDOW, IDS, CLASSES, BIAS, STATE, LISTS } List;
 
 static TensorSpec list_spec(List list, const int sizes[SIZES]) {
     static const struct {
@@ -91,6 +91,7 @@ static TensorSpec list_spec(List list, const int sizes[SIZES]) {
         [IDS] = {"ids", T_I32, 1, {N_IDS}},
         [CLASSES] = {"page_class", T_U8, 1, {N_PAGES}},
         [BIAS] = {"bias", T_F32, 2, {N_PAGES, N_PAIRS}},
+        [STATE] = {"state", T_F32, 2, {N_STATES, N_FLOATS}},
     };
     TensorSpec s = {.type = lists[list].type, .n_dims = lists[list].n_dims};
     snprintf(s.name, sizeof s.name, "%s", lists[list].name);
@@ -168,6 +169,18 @@ static int put_head_list(Save *save, List list) {
     return 0;
 }
 
+static int put_state(Save *save) {
+    const KVState *state = save->kv->seqs[save->seq].state;
+    static const float none[PAGE];
+    size_t bytes = kvcache_state_bytes(&save->kv->shape);
+    if (state) return tensors_write_put(save->w, state->x, bytes, save->err);
+    for (size_t n; bytes > 0; bytes -= n) {  // nothing has been read
+        n = bytes < sizeof none ? bytes : sizeof none;
+        if (tensors_write_put(save->w, none, n, save->err) != 0) return -1;
+    }
+    return 0;
+}
+
 static int put_list(Save *save, List list) {
     const KVInfo *info = save->info;
     const KVShape *shape = &save->kv->shape;
@@ -175,6 +188,7 @@ static int put_list(Save *save, List list) {
     if (list == POS) return each_page(save, put_pos);
     if (list == CLASSES) return each_page(save, put_class);
     if (list == BIAS) return each_page(save, put_bias);
+    if (list == STATE) return put_state(save);
     if (list == LEN || list == DROPPED) return put_head_list(save, list);
     return list == WINDOW
                ? tensors_write_put(save->w, shape->window, n_layers * sizeof(int32_t), save->err)
@@ -182,6 +196,7 @@ static int put_list(Save *save, List list) {
 }
 
 static Format format_of(const Save *save) {
+    if (kvcache_state_bytes(&save->kv->shape) > 0) return STATES;
     if (save->mixed) return MIXED;
     return save->biased ? BIASES : save->plain ? PLAIN : CODES;
 }
@@ -228,16 +243,16 @@ static bool group_in_file(const Save *save, const Group *g) {
 }
 
 static bool list_in_file(const Save *save, List list) {
+    if (list == STATE) return kvcache_state_bytes(&save->kv->shape) > 0;
     return list == CLASSES ? !save->plain : list == BIAS ? save->biased : true;
 }
 
 static int declare_all(Save *save) {
     const KVShape *shape = &save->kv->shape;
-    const int sizes[SIZES] = {[N_PAGES] = save->n_pages,
-                              [N_PAIRS] = PAGE,
-                              [N_LAYERS] = shape->n_layers,
-                              [N_KV_HEADS] = shape->n_kv_heads,
-                              [N_IDS] = save->info->n_ids};
+    const int sizes[SIZES] = {[N_PAGES] = save->n_pages,    [N_PAIRS] = PAGE,
+                              [N_LAYERS] = shape->n_layers, [N_KV_HEADS] = shape->n_kv_heads,
+                              [N_IDS] = save->info->n_ids,  [N_STATES] = n_states(shape),
+                              [N_FLOATS] = shape->state};
     for (const Group *g = save->groups; g < save->groups + GROUPS; g++) {
         for (GroupPart part = DATA; group_in_file(save, g) && part < GROUP_PARTS; part++) {
             if (!has_part(g, part)) continue;
@@ -297,6 +312,7 @@ typedef struct {
     const int32_t *pos, *len, *dropped, *window;
     const uint8_t *class;                   // [pages], NULL: all exact
     const float *bias;                      // [pages][64], NULL: none
+    const float *state;                     // [N_STATES][N_FLOATS], NULL: none
     Group groups[GROUPS];                   // n: how many pages there are of each
     const void *data[GROUPS][GROUP_PARTS];  // NULL where a group has no pages
 } Saved;
@@ -435,6 +451,26 @@ static int read_pages(Saved *s, char *err) {
     return 0;
 }
 
+// The states of the layers that keep one: as many as there are such layers.
+static int read_states(Saved *s, char *err) {
+    int n = 0;
+    for (int l = 0; l < s->sizes[N_LAYERS]; l++) {
+        n += s->window[l] == NO_PAIRS;
+        for (int g = 0; s->window[l] == NO_PAIRS && g < s->sizes[N_KV_HEADS]; g++)
+            if (s->len[l * s->sizes[N_KV_HEADS] + g] != 0)
+                return fail(err, "layer %d keeps a state, but has pairs", l);
+    }
+    if (n == 0) return 0;
+    s->sizes[N_STATES] = n;
+    const Tensor *t = get_list(s, STATE, err);
+    if (!t) return -1;
+    s->state = t->data;
+    s->sizes[N_FLOATS] = (int)t->shape[1];
+    for (size_t i = 0; i < t->bytes / sizeof(float); i++)
+        if (!isfinite(s->state[i])) return fail(err, "a state holds what is no number");
+    return 0;
+}
+
 // The last page of a head may be part full, and then it is a new one.
 static int check_last_pages(const Saved *s, char *err) {
     for (int i = 0, page = 0; i < n_saved_heads(s); i++) {
@@ -471,11 +507,14 @@ static int read_cache(Saved *s, const TensorFile *f, const KVModel *model, char 
                            [N_PAIRS] = PAGE,
                            [N_LAYERS] = model ? model->shape.n_layers : -1,
                            [N_KV_HEADS] = model ? model->shape.n_kv_heads : -1,
-                           [N_IDS] = -1},
+                           [N_IDS] = -1,
+                           [N_FLOATS] = model ? model->shape.state : -1},
                  .head_dim = model ? model->shape.head_dim : -1};
     if (read_origin(s, model, err) != 0 || read_info(s, err) != 0 || read_keys(s, err) != 0)
         return -1;
-    if (read_heads(s, err) != 0 || read_pages(s, err) != 0 || read_groups(s, err) != 0) return -1;
+    if (read_heads(s, err) != 0 || read_states(s, err) != 0 || read_pages(s, err) != 0 ||
+        read_groups(s, err) != 0)
+        return -1;
     return check_last_pages(s, err);
 }
 
@@ -530,7 +569,8 @@ int kvfile_load(KVCache *kv, const char *path, const KVModel *model, ThreadPool 
         return -1;
     }
     kv->file = f;
-    if (kvcache_new(kv, err) != 0 || load_pages(kv, &s, err) != 0) {
+    if (kvcache_new(kv, err) != 0 || load_pages(kv, &s, err) != 0 ||
+        (s.state && state_own(kv, &kv->seqs[0], s.state, err) != 0)) {
         kvcache_close(kv);
         return -1;
     }
@@ -549,7 +589,7 @@ bool kvfile_is(const TensorFile *f) {
 // Adds up one head, whose first page is number `page` of the file; returns the page after its last.
 static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
     KVShape shape = {.head_dim = s->head_dim};
-    bool slides = s->window[head / c->n_kv_heads] > 0;  // nothing is evicted there
+    bool slides = s->window[head / c->n_kv_heads] != 0;  // nothing is evicted there
     int live = s->len[head] - s->dropped[head], demoted = 0, end = page + head_pages(s, head);
     int full = slides ? live : s->info.n_ids;
     size_t pos = PAGE * sizeof(int32_t);
@@ -562,7 +602,8 @@ static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
     size_t exact_page = kvcache_page_bytes(&shape, c->types[PAGE_EXACT]) + pos;
     c->pairs += live, c->full_pairs += full;
     c->full_bytes += (double)pages_for(full) * (double)exact_page;
-    c->kept_pairs[head] = s->len[head] - demoted - s->info.n_prefix;
+    bool has_pairs = s->window[head / c->n_kv_heads] != NO_PAIRS;
+    c->kept_pairs[head] = has_pairs ? s->len[head] - demoted - s->info.n_prefix : 0;
     if (!slides)
         c->n_scored += s->info.n_ctx, c->kept += c->kept_pairs[head], c->demoted += demoted;
     return end;
@@ -573,6 +614,7 @@ int kvfile_facts(CacheFacts *facts, const TensorFile *f, char *err) {
     *facts = (CacheFacts){0};
     if (read_cache(&s, f, NULL, err) != 0) return -1;
     facts->info = s.info, facts->next_pos = s.next_pos;
+    if (s.state) facts->state_bytes = sizeof(float) * (double)s.sizes[N_STATES] * s.sizes[N_FLOATS];
     for (int i = 0; i < PAGE_CLASSES; i++) facts->types[i] = class_types(s.types, (PageClass)i);
     facts->n_layers = s.sizes[N_LAYERS], facts->n_kv_heads = s.sizes[N_KV_HEADS];
     facts->kept_pairs = malloc(((size_t)n_saved_heads(&s) + 1) * sizeof *facts->kept_pairs);

@@ -16,12 +16,16 @@
 //   pos         i32 [pages][64]              absolute positions, -1: no pair
 //   len         i32 [layers][kv heads]       pairs of each head, as KVHead.len
 //   dropped     i32 [layers][kv heads]       of them left behind by a sliding window
-//   window      i32 [layers]                 0: all pairs are seen, and evicted from
+//   window      i32 [layers]                 0: all pairs are seen, and evicted from; -1: no pairs
 //   ids         i32 [n_prefix + n_ctx]       the tokens that were read
 //   page_class  u8  [pages]                  PageClass of each page; absent: all are exact
 //   bias        f32 [pages][64]              of each pair, added to scale q . k; absent: none
+//   state       f32 [state layers][floats]   of the layers whose window is -1, as the model has
+//   them
+//                                            (deltanet.h); absent: there are no such layers
 //
-// Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias, 4 with mixed keys),
+// Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias, 4 with mixed keys, 5 with
+// states),
 // fingerprint and model (keys mean nothing to another model), policy, ratio, n_prefix, n_ctx,
 // next_pos, and kv, the types that pages settle to; where they are known level, profile, set,
 // budget, fit and documents, as in KVInfo.
@@ -68,6 +72,7 @@ typedef struct {
     int next_pos;
     KVTypes types[PAGE_CLASSES];
     double bytes[PAGE_CLASSES];     // of the pages of each class; all that settled are one
+    double state_bytes;             // of layers that keep states
     double pairs;                   // in all heads
     double full_pairs, full_bytes;  // had nothing been evicted, settled or demoted
     // Pairs of the context in layers without a window: all; kept as they were; demoted.

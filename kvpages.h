@@ -1,5 +1,5 @@
 // kvpages.h: what a page of the cache is made of. Private to the cache's own files: kvpages.c,
-// tile.c, attend.c, sweep.c, kvcache.c and kvfile.c.
+// kvstate.c, tile.c, attend.c, sweep.c, kvcache.c, kvtake.c and kvfile.c.
 //
 // A page has two sides, keys and values. A side holds plain numbers, f16 or f32, or codes of 8, 4
 // or 2 bits. Codes are matrices whose rows have a scale and, but for q8 values, a minimum each:
@@ -37,6 +37,16 @@ static inline int pages_used(const KVHead *h) { return pages_for(h->len - h->dro
 
 // Room in a head's list for n_pages in all. 0, or -1 with err.
 int head_room(KVHead *h, int n_pages, char *err);
+
+// ---- states (kvstate.c) ----
+
+// Layers that keep one.
+int n_states(const KVShape *shape);
+// One sequence less that has it; NULL is allowed.
+void state_unref(KVState *state);
+// The sequence's states become its own, so that they can be written: a copy of those it shares, of
+// `from` (NULL: none), or all 0. Nothing where no layer keeps one. 0, or -1 with err.
+int state_own(const KVCache *kv, KVSeq *s, const float *from, char *err);
 
 // ---- bytes of a side ----
 

@@ -48,6 +48,11 @@ int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err) {
         kvcache_drop(kv, taken);
         return -1;
     }
+    const KVState *state = from->seqs[seq].state;
+    if (state && state_own(kv, &kv->seqs[taken], state->x, err) != 0) {
+        kvcache_drop(kv, taken);
+        return -1;
+    }
     kv->seqs[taken].next_pos = from->seqs[seq].next_pos;
     return taken;
 }
@@ -69,6 +74,7 @@ static int pairs_before(const KVCache *kv, const KVHead *h, int window, int pos)
 bool kvcache_cut(KVCache *kv, int seq, int pos) {
     KVSeq *s = &kv->seqs[seq];
     int n_heads = kv->shape.n_kv_heads;
+    if (s->state && pos < s->next_pos) return false;
     for (int i = 0; i < n_heads_total(kv); i++)
         if (pairs_before(kv, &s->head[i], kv->shape.window[i / n_heads], pos) < 0) return false;
     for (int i = 0; i < n_heads_total(kv); i++) {

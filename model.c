@@ -16,9 +16,24 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "layers.h"
 #include "weights.h"
 
 // ---- opening the file ----
+
+// Experts, which most models do not have.
+static int open_experts(Config *c, const TensorFile *f, char *err) {
+    int norm = 0;
+    if (!tensors_meta(f, "n_experts")) return 0;
+    if (tensors_meta_int(f, "n_experts", 1, MAX_EXPERTS, &c->n_experts, err) != 0 ||
+        tensors_meta_int(f, "n_used", 1, c->n_experts, &c->n_used, err) != 0 ||
+        tensors_meta_int(f, "expert_dim", 1, 1 << 24, &c->expert_dim, err) != 0 ||
+        tensors_meta_int(f, "shared_dim", 0, 1 << 24, &c->shared_dim, err) != 0 ||
+        tensors_meta_int(f, "norm_topk", 0, 1, &norm, err) != 0)
+        return -1;
+    c->norm_topk = norm == 1;
+    return 0;
+}
 
 static int open_config(Config *c, const TensorFile *f, char *err) {
     const struct {
@@ -60,7 +75,8 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
         return fail(err, "%d heads of %d", c->n_heads, c->head_dim);
     c->q_dim = c->n_heads * c->head_dim;
     c->kv_dim = c->n_kv_heads * c->head_dim;
-    return 0;
+    c->att_gate = tensors_meta(f, "att_gate") != NULL;
+    return open_experts(c, f, err) != 0 ? -1 : deltanet_config(c, f, err);
 }
 
 static int open_rope(Config *c, const TensorFile *f, char *err) {
@@ -78,7 +94,7 @@ static int open_rope(Config *c, const TensorFile *f, char *err) {
     for (int l = 0; l < c->n_layers; l++) {
         if (c->rope[l] < -1 || c->rope[l] >= c->n_ropes)
             return fail(err, "layer %d: no rope table %d", l, c->rope[l]);
-        if (c->window[l] < 0) return fail(err, "layer %d: a window of %d", l, c->window[l]);
+        if (c->window[l] < NO_PAIRS) return fail(err, "layer %d: a window of %d", l, c->window[l]);
     }
     return 0;
 }
@@ -92,9 +108,7 @@ static WType weight_type(DType t) {
                          : W_TYPES;
 }
 
-// A matrix of rows x cols in panels, see kernels.h.
-static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols,
-                       char *err) {
+int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols, char *err) {
     char scale_name[160], offset_name[160];
     const Tensor *t = tensors_find(f, name);
     if (!t) return fail(err, "tensor %s is missing", name);
@@ -121,8 +135,8 @@ static int open_matrix(Matrix *m, const TensorFile *f, const char *name, int row
     return 0;
 }
 
-static int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
-                       char *err) {
+int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
+                char *err) {
     *v = NULL;
     if (optional && !tensors_find(f, name)) return 0;
     const Tensor *t = tensors_get(f, err, name, T_F32, 1, n);
@@ -155,21 +169,28 @@ static int open_layer(Model *m, int l, char *err) {
         if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0)
             return -1;
     }
+    snprintf(name, sizeof name, "layers.%d.router", l);
+    bool mixture = c->n_experts > 0 && tensors_find(f, name), attends = c->window[l] != NO_PAIRS;
     const struct {
         const char *name;
         Matrix *m;
         int rows, cols;
-    } matrices[] = {{"wq", &w->wq, c->q_dim, c->dim},      {"wk", &w->wk, c->kv_dim, c->dim},
-                    {"wv", &w->wv, c->kv_dim, c->dim},     {"wo", &w->wo, c->dim, c->q_dim},
-                    {"w1", &w->w1, c->hidden_dim, c->dim}, {"w2", &w->w2, c->dim, c->hidden_dim},
-                    {"w3", &w->w3, c->hidden_dim, c->dim}};
+        bool of_attention;
+    } matrices[] = {
+        {"wq", &w->wq, c->q_dim, c->dim, true},       {"wk", &w->wk, c->kv_dim, c->dim, true},
+        {"wv", &w->wv, c->kv_dim, c->dim, true},      {"wo", &w->wo, c->dim, c->q_dim, true},
+        {"w1", &w->w1, c->hidden_dim, c->dim, false}, {"w2", &w->w2, c->dim, c->hidden_dim, false},
+        {"w3", &w->w3, c->hidden_dim, c->dim, false}, {"wg", &w->wg, c->q_dim, c->dim, true}};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
+        if (matrices[i].of_attention ? !attends : mixture) continue;
+        if (matrices[i].m == &w->wg && !c->att_gate) continue;
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
         if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0)
             return -1;
         m->has[matrices[i].m->type] = true;
     }
-    return 0;
+    if (!attends && deltanet_open(m, l, err) != 0) return -1;
+    return mixture ? experts_open(m, l, err) : 0;
 }
 
 static int open_weights(Model *m, char *err) {
@@ -203,10 +224,11 @@ static int check_format(Model *m, char *err) {
 int model_open(Model *m, const char *path, char *err) {
     *m = (Model){0};
     if (tensors_open(&m->file, path, err) != 0) return -1;
-    weights_advise(&m->file);
-    if (check_format(m, err) == 0 && open_config(&m->config, &m->file, err) == 0 &&
-        open_rope(&m->config, &m->file, err) == 0 && open_weights(m, err) == 0)
-        return 0;
+    if (check_format(m, err) == 0 && open_config(&m->config, &m->file, err) == 0) {
+        // Large pages of experts would bring their neighbours' weights along.
+        if (m->config.n_experts == 0) weights_advise(&m->file);
+        if (open_rope(&m->config, &m->file, err) == 0 && open_weights(m, err) == 0) return 0;
+    }
     model_close(m);
     return -1;
 }
@@ -217,22 +239,40 @@ void model_close(Model *m) {
     *m = (Model){0};
 }
 
+int layer_matrices(const Layer *w, const Matrix *all[LAYER_MATRICES]) {
+    const Experts *e = &w->experts;
+    const Delta *d = &w->delta;
+    const Matrix *may[] = {&d->qkv, &d->z,      &d->a,         &d->b,         &d->out,
+                           &w->wq,  &w->wk,     &w->wv,        &w->wo,        &w->wg,
+                           &w->w1,  &w->w2,     &w->w3,        &e->w1,        &e->w2,
+                           &e->w3,  &e->router, &e->shared[0], &e->shared[1], &e->shared[2]};
+    int n = 0;
+    for (size_t i = 0; i < sizeof may / sizeof *may; i++)
+        if (may[i]->data) all[n++] = may[i];
+    return n;
+}
+
 KVShape model_kv_shape(const Model *m) {
     const Config *c = &m->config;
-    return (KVShape){c->n_layers,   c->n_heads,      c->n_kv_heads, c->head_dim,
-                     c->attn_scale, c->attn_softcap, c->window};
+    return (KVShape){.n_layers = c->n_layers,
+                     .n_heads = c->n_heads,
+                     .n_kv_heads = c->n_kv_heads,
+                     .head_dim = c->head_dim,
+                     .scale = c->attn_scale,
+                     .softcap = c->attn_softcap,
+                     .window = c->window,
+                     .state = c->delta.k_heads > 0 ? delta_state(&c->delta) : 0};
 }
 
 // ---- scratch ----
 
-// Hands out 64-byte aligned pieces of one block; with no block yet it only counts.
-static void *take(RunState *s, size_t n, size_t size) {
+void *take(RunState *s, size_t n, size_t size) {
     void *p = s->block ? (uint8_t *)s->block + s->bytes : NULL;
     s->bytes += (n * size + 63) / 64 * 64;
     return p;
 }
 
-static Activations take_activations(RunState *s, int max_rows, int cols) {
+Activations take_activations(RunState *s, int max_rows, int cols) {
     Activations a = {.cols = cols,
                      .stride = (cols + QGROUP - 1) / QGROUP * QGROUP,
                      .for_q8 = s->model->has[W_Q8],
@@ -264,6 +304,9 @@ static void take_all(RunState *s) {
     s->xb = take_activations(s, s->max_rows, c->dim);
     s->att_out = take_activations(s, s->max_rows, c->q_dim);
     s->hb = take_activations(s, s->max_rows, c->hidden_dim);
+    if (c->att_gate) s->gate = take(s, n * c->q_dim, sizeof *s->gate);
+    deltanet_take(s);
+    experts_take(s);
     s->rest = take_activations(s, s->max_logits, c->dim);
     s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
     s->x_norm = take(s, n, sizeof *s->x_norm);
@@ -295,8 +338,7 @@ void state_close(RunState *s) {
 
 static void multiply_job(RunState *s, Products j) { matmul(s->pool, s->ops, &j); }
 
-// Several matrices that read the same input, of n rows.
-static void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products) {
+void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products) {
     multiply_job(s, (Products){.x = x, .n = n, .p = p, .n_products = n_products});
 }
 
@@ -310,8 +352,8 @@ typedef struct {
     int l;
 } Step;
 
-// fn for each of n rows; fewer than four take less time than a word to the threads.
-static void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
+// Fewer than four rows take less time than a word to the threads.
+void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx) {
     parallel_for(n >= 4 ? s->pool : NULL, n, fn, ctx);
 }
 
@@ -328,9 +370,7 @@ static bool all_finite(const float *x, int n) {
     return !broken;
 }
 
-// Notes that layer l gave row i what is no number, unless an earlier one had. Asked before anything
-// is rounded to whole numbers, which hides it.
-static void check_row(RunState *s, int i, int l, const float *x, int n) {
+void check_row(RunState *s, int i, int l, const float *x, int n) {
     if (s->broken[i] == NOT_BROKEN && !all_finite(x, n)) s->broken[i] = l;
 }
 
@@ -346,8 +386,7 @@ static void quantize_row(void *ctx, int i) {
     activations_round(r->x, i);
 }
 
-// An input of products of layer l, before the first of them.
-static void quantize(RunState *s, Activations *x, int n, int l) {
+void quantize(RunState *s, Activations *x, int n, int l) {
     if (activations_rounded(x)) each_row(s, n, quantize_row, &(Rounding){s, x, l});
 }
 
@@ -426,9 +465,11 @@ static void qkv_row(void *ctx, int i) {
 static void project_qkv(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    const Product qkv[] = {
-        {&w->wq, s->q, c->q_dim}, {&w->wk, s->k, c->kv_dim}, {&w->wv, s->v, c->kv_dim}};
-    multiply(s, &s->xb, n, qkv, 3);
+    const Product qkv[] = {{&w->wq, s->q, c->q_dim},
+                           {&w->wk, s->k, c->kv_dim},
+                           {&w->wv, s->v, c->kv_dim},
+                           {&w->wg, s->gate, c->q_dim}};
+    multiply(s, &s->xb, n, qkv, w->wg.data ? 4 : 3);
     each_row(s, n, qkv_row, &(Step){s, NULL, l});
 }
 
@@ -476,6 +517,14 @@ static void x_norm_row(void *ctx, int i) {
     s->x_norm[i] = (float)sqrt(sum);
 }
 
+static void gate_row(void *ctx, int i) {
+    RunState *s = ctx;
+    int q_dim = s->model->config.q_dim;
+    float *out = s->att_out.x + (size_t)i * s->att_out.stride;
+    const float *gate = s->gate + (size_t)i * q_dim;
+    for (int j = 0; j < q_dim; j++) out[j] /= 1.0f + expf(-gate[j]);
+}
+
 // att_out = softmax(scale q . k) v over what each row may see; with want_out false only the scores
 // that are switched on are raised.
 static void attention(RunState *s, KVCache *kv, int l, int n_runs, int n, bool want_out) {
@@ -483,19 +532,30 @@ static void attention(RunState *s, KVCache *kv, int l, int n_runs, int n, bool w
     if (kv->scoring && kv->scoring->pair_log) each_row(s, n, x_norm_row, s);
     KVQuery query = {s->q, want_out ? s->att_out.x : NULL, s->att_out.stride, s->x_norm};
     kvcache_attend(kv, l, s->runs, n_runs, &query);
+    if (want_out && s->model->layers[l].wg.data) each_row(s, n, gate_row, s);
+}
+
+// What the block of layer l that looks at the past gives: attention, or a delta net.
+static Activations *looked_up(RunState *s, int l) {
+    return s->model->layers[l].delta.qkv.data ? &s->delta.out : &s->att_out;
 }
 
 // add = wo att_out
 static void project_att(RunState *s, int l, int n) {
-    const Product p = {&s->model->layers[l].wo, s->add, s->model->config.dim};
-    quantize(s, &s->att_out, n, l);
-    multiply(s, &s->att_out, n, &p, 1);
+    const Layer *w = &s->model->layers[l];
+    const Product p = {w->delta.qkv.data ? &w->delta.out : &w->wo, s->add, s->model->config.dim};
+    quantize(s, looked_up(s, l), n, l);
+    multiply(s, looked_up(s, l), n, &p, 1);
 }
 
-// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
+// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202; or a sum of such experts
 static void ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
+    if (w->experts.router.data) {
+        experts_ffn(s, l, n);
+        return;
+    }
     const Product gate = {&w->w1, s->hb.x, s->hb.stride}, down = {&w->w2, s->add, c->dim};
     multiply_job(s, (Products){.x = &s->xb,
                                .p = &gate,
@@ -503,7 +563,7 @@ static void ffn(RunState *s, int l, int n) {
                                .n = n,
                                .up = &w->w3,
                                .up_x = &s->xb,
-                               .act = c->act_gelu ? kern.gelu_mul : kern.silu_mul});
+                               .act = gated_act(c)});
     quantize(s, &s->hb, n, l);
     multiply(s, &s->hb, n, &down, 1);
 }
@@ -544,15 +604,16 @@ static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int
 }
 
 // After the last layer's attention only rows that want logits matter: they move to the front of x
-// and of att_out. Returns how many they are.
+// and of what it gave. Returns how many they are.
 static int keep_logit_rows(RunState *s, const Row *rows, int n) {
-    size_t dim = (size_t)s->model->config.dim, stride = (size_t)s->att_out.stride;
+    Activations *out = looked_up(s, s->model->config.n_layers - 1);
+    size_t dim = (size_t)s->model->config.dim, stride = (size_t)out->stride;
     int m = 0;
     for (size_t i = 0; i < (size_t)n; i++) {
         if (!rows[i].logits) continue;
         s->tiled[m] = s->tiled[i];
         memmove(s->x + m * dim, s->x + i * dim, dim * sizeof *s->x);
-        memmove(s->att_out.x + m * stride, s->att_out.x + i * stride, stride * sizeof *s->x);
+        memmove(out->x + m * stride, out->x + i * stride, stride * sizeof *s->x);
         m++;
     }
     return m;
@@ -635,11 +696,15 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
     for (int l = 0; l <= last; l++) {
         const Layer *w = &m->layers[l];
         bool scores_only = l == last && n_logits == 0;  // nothing reads what the layer gives
-        project_qkv(s, l, n);                           // q, k, v = wq xb, wk xb, wv xb, rotated
-        if (s->tap) s->tap(s->tap_arg, l, n);
-        kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
-        if (s->watch) s->watch(s->watch_arg, l, n);
-        attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
+        if (w->delta.qkv.data) {
+            deltanet(s, kv, l, n_runs, n);  // delta.out, arXiv 2412.06464
+        } else {
+            project_qkv(s, l, n);  // q, k, v = wq xb, wk xb, wv xb, rotated
+            if (s->tap) s->tap(s->tap_arg, l, n);
+            kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
+            if (s->watch) s->watch(s->watch_arg, l, n);
+            attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
+        }
         if (l == last) n = keep_logit_rows(s, rows, n);
         if (n == 0) break;
         project_att(s, l, n);                               // add = wo att_out

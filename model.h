@@ -3,6 +3,8 @@
 // Families differ by Config fields and by which optional weights are there, never by name.
 #ifndef MODEL_H
 #define MODEL_H
+#include "deltanet.h"
+#include "experts.h"
 #include "kernels/kernels.h"
 #include "kvcache.h"
 #include "tensors.h"
@@ -19,10 +21,18 @@ typedef struct {
     float attn_softcap;   // c tanh(x / c) on attention scores, 0 = none (Gemma 2)
     float final_softcap;  // the same on logits
     bool act_gelu;        // GELU (tanh form) instead of SiLU
-    const int *window;    // [n_layers] sliding window in tokens, 0 = whole past
-    const int *rope;      // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
+    // Of layers whose feed-forward block is a mixture: experts, how many a token uses, how wide
+    // they and the one that all tokens use are (0: none is); whether the weights of those used sum
+    // to 1.
+    int n_experts, n_used, expert_dim, shared_dim;
+    bool norm_topk;
+    DeltaShape delta;  // of the layers that keep a state
+    // [n_layers] sliding window in tokens, 0 = whole past, NO_PAIRS = the layer keeps a state
+    const int *window;
+    const int *rope;  // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
     int n_ropes;
     const float *inv_freq;     // [n_ropes][rotary_dim / 2] after any scaling (llama3, linear, yarn)
+    bool att_gate;             // what attention gives is gated (Layer.wg)
     const float *rope_mscale;  // [n_ropes] factor of cos and sin (yarn), 1 otherwise
 } Config;
 
@@ -35,8 +45,11 @@ typedef struct {
     const float *bq, *bk, *bv;     // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
     Matrix wq, wk, wv;             // [q_dim], [kv_dim], [kv_dim] x [dim]
     Matrix wo;                     // [dim] x [q_dim]
+    Matrix wg;                     // [q_dim] x [dim] gate of what attention gives, or without data
+    Delta delta;                   // instead of all of these, or without data
     Matrix w1, w3;                 // gate and up, [hidden_dim] x [dim]
     Matrix w2;                     // down, [dim] x [hidden_dim]
+    Experts experts;               // instead of w1, w2 and w3, or without data
 } Layer;
 
 // An open file: read-only, shared by any number of RunStates.
@@ -65,8 +78,11 @@ typedef struct {
     float *x;             // [max_rows][dim] the residual stream
     Activations xb;       // [max_rows] x [dim] its norm, input of wq, wk, wv, w1, w3 and wcls
     float *q, *k, *v;     // [max_rows][q_dim], [max_rows][kv_dim]
+    float *gate;          // [max_rows][q_dim], where a model has gates
+    DeltaRows delta;      // of layers that keep a state
     Activations att_out;  // [max_rows] x [q_dim] what attention gives, input of wo
     Activations hb;       // [max_rows] x [hidden_dim] act(gate) * up, input of w2
+    ExpertRows experts;   // rows sorted by expert
     float *add;           // [max_rows][dim] what a block adds to x
     Activations rest;     // [max_logits] x [dim] what the rounding of xb has lost, for the logits
     float *rope;          // [n_ropes][max_rows][rotary_dim / 2][2] cos, sin
@@ -96,6 +112,10 @@ enum { MAX_ROWS = 512 };  // of one call: blocks of prefill
 // Maps the file and checks every tensor against the config. Returns 0, or -1 with err.
 int model_open(Model *m, const char *path, char *err);
 void model_close(Model *m);  // safe on a zeroed struct, and twice
+
+// The matrices of a layer, those that it has: returns how many.
+enum { LAYER_MATRICES = 20 };
+int layer_matrices(const Layer *w, const Matrix *all[LAYER_MATRICES]);
 
 // What a cache for this model has to hold.
 KVShape model_kv_shape(const Model *m);

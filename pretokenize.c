@@ -18,6 +18,7 @@ int classes_open(Tokenizer *t) {
     set_class(t, unicode_numbers, LENGTH(unicode_numbers), NUMBER | DIGIT);
     set_class(t, unicode_later_numbers, LENGTH(unicode_later_numbers), DIGIT);
     set_class(t, unicode_spaces, LENGTH(unicode_spaces), SPACE);
+    if (t->split && t->split->marks) set_class(t, unicode_marks, LENGTH(unicode_marks), LETTER);
     return 0;
 }
 
@@ -299,9 +300,10 @@ static const uint8_t *whole_piece(const Tokenizer *t, const uint8_t *p, const ui
 }
 
 static const Splitter splitters[] = {
-    {"words", word_piece, false},    {"none", whole_piece, false},       // SentencePiece
-    {"gpt2", gpt2_piece, false},     {"digits+gpt2", gpt2_piece, true},  // SmolLM2
-    {"llama3", llama3_piece, false}, {"qwen2", qwen2_piece, false},      // and Qwen3
+    {"words", word_piece, false, false},    {"none", whole_piece, false, false},  // SentencePiece
+    {"gpt2", gpt2_piece, false, false},     {"digits+gpt2", gpt2_piece, true, false},  // SmolLM2
+    {"llama3", llama3_piece, false, false}, {"qwen2", qwen2_piece, false, false},      // and Qwen3
+    {"qwen35", qwen2_piece, false, true},  // [\p{L}\p{M}] for \p{L}, but in what may precede one
 };
 
 const Splitter *splitter_find(const char *name) {

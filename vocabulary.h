@@ -34,6 +34,7 @@ typedef struct {
     const char *name;  // as tokenizer.split spells it
     const uint8_t *(*next)(const Tokenizer *t, const uint8_t *p, const uint8_t *end);
     bool digits_apart;  // every number character is a piece, before `next` sees the text
+    bool marks;         // marks count as letters
 } Splitter;
 
 // Both hash tables use open addressing: a key lies in the slot that the upper bits of its hash

@@ -57,13 +57,22 @@ static size_t matrix_bytes(const Matrix *w) {
     return numbers * 4 / wtype_k(w->type) + (w->scale ? groups : 0) + (w->offset ? groups : 0);
 }
 
+// Of a stack of experts a token reads those it uses.
+static bool is_stack(const Layer *w, const Matrix *m) {
+    return m == &w->experts.w1 || m == &w->experts.w2 || m == &w->experts.w3;
+}
+
 size_t bench_weight_bytes(const Model *m) {
-    enum { MATRICES = 7 };
     size_t sum = matrix_bytes(&m->wcls);
     for (int l = 0; l < m->config.n_layers; l++) {
         const Layer *w = &m->layers[l];
-        const Matrix *all[MATRICES] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
-        for (int i = 0; i < MATRICES; i++) sum += matrix_bytes(all[i]);
+        const Matrix *all[LAYER_MATRICES];
+        int n = layer_matrices(w, all);
+        for (int i = 0; i < n; i++) {
+            size_t bytes = matrix_bytes(all[i]);
+            if (is_stack(w, all[i])) bytes = bytes / m->config.n_experts * m->config.n_used;
+            sum += bytes;
+        }
     }
     return sum;
 }

@@ -146,8 +146,18 @@ static int part_of(const char *name) {
     if (strncmp(name, "tok.", 4) == 0) return TOKENIZER;
     if (strncmp(name, "layers.", 7) != 0) return OTHER;
     name += 7 + strspn(name + 7, "0123456789");
+    if (strncmp(name, ".experts", 8) == 0 || strncmp(name, ".shared", 7) == 0 ||
+        strncmp(name, ".router", 7) == 0)
+        return FFN;
     if (strncmp(name, ".w", 2) != 0) return OTHER;
     return isdigit((unsigned char)name[2]) ? FFN : ATTENTION;
+}
+
+// Layers whose window is from lo to hi.
+static int count_layers(const Config *c, int lo, int hi) {
+    int n = 0;
+    for (int l = 0; l < c->n_layers; l++) n += c->window[l] >= lo && c->window[l] <= hi;
+    return n;
 }
 
 // "q8 x 210, f32 x 1": the types of the matrices.
@@ -157,9 +167,9 @@ static void types_text(const Model *m, char *text, size_t room) {
     count[m->tok_embed.type]++;
     if (m->wcls.data != m->tok_embed.data) count[m->wcls.type]++;
     for (int l = 0; l < m->config.n_layers; l++) {
-        const Layer *w = &m->layers[l];
-        const Matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w1, &w->w2, &w->w3};
-        for (int i = 0; i < 7; i++) count[all[i]->type]++;
+        const Matrix *all[LAYER_MATRICES];
+        int n = layer_matrices(&m->layers[l], all);
+        for (int i = 0; i < n; i++) count[all[i]->type]++;
     }
     text[0] = '\0';
     for (int t = 0; t < W_TYPES; t++) {
@@ -279,12 +289,15 @@ static void info_model(const Options *o) {
         {"model", s.model.name, 0, false},
         {"fingerprint", s.model.fingerprint, 0, false},
         {"layers", NULL, c->n_layers, false},
-        {"sliding_layers", NULL, c->n_layers - kvcache_scored_layers(&k, NULL), false},
+        {"sliding_layers", NULL, count_layers(c, 1, MAX_PAIRS), false},
+        {"state_layers", NULL, count_layers(c, NO_PAIRS, NO_PAIRS), false},
         {"heads", NULL, c->n_heads, false},
         {"kv_heads", NULL, c->n_kv_heads, false},
         {"head_dim", NULL, c->head_dim, false},
         {"dim", NULL, c->dim, false},
         {"hidden_dim", NULL, c->hidden_dim, false},
+        {"experts", NULL, c->n_experts, false},
+        {"experts_used", NULL, c->n_used, false},
         {"vocab_size", NULL, c->vocab_size, false},
         {"seq_len", NULL, c->seq_len, false},
         {"rope_theta", theta ? theta : "", 0, false},
@@ -304,6 +317,7 @@ static void info_model(const Options *o) {
         {"cache_token_read", NULL, kvcache_read_bytes(&k), true},
         {"cache_windows_f16", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F16)), true},
         {"cache_windows_f32", NULL, kvcache_window_bytes(&k, kvcache_both(KV_F32)), true},
+        {"cache_states", NULL, kvcache_state_bytes(&k), true},
         {"scratch", NULL, state.bytes, true},
         {"layer_shares", layer_shares(&s.model.file), 0, false},
         {"tools", tools_of(tokenizer_chat(s.tok)), 0, false},
@@ -315,7 +329,8 @@ static void info_model(const Options *o) {
     print_meta(o, file, "kvzip.");
     out(o->json ? "}\n"
                 : "memory for n tokens: file (mapped, shared) + n x cache_token + cache_windows "
-                  "+ scratch;\nreading them takes n x cache_token_read more, except into an f32 "
+                  "+ cache_states + scratch;\nreading them takes n x cache_token_read more, except "
+                  "into an f32 "
                   "cache\n");
     state_close(&state);
     close_session(&s);
@@ -363,6 +378,7 @@ static void info_cache(const Options *o, const TensorFile *f) {
         {"demoted_bytes", NULL, bytes[PAGE_DEMOTED], true},
         {"bytes", NULL, bytes[PAGE_EXACT] + bytes[PAGE_SETTLED] + bytes[PAGE_DEMOTED], true},
         {"full_bytes", NULL, c.full_bytes, true},
+        {"state_bytes", NULL, c.state_bytes, true},
         {"file", NULL, f->map_bytes, true},
     };
     print_facts(o, facts, sizeof facts / sizeof *facts);

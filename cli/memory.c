@@ -67,6 +67,7 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
                               (types.k != exact.k || types.v != exact.v));
     use.cache += need->forked * (double)kvcache_token_bytes(&shape, exact);
     use.cache += copies * window_bytes(&shape, exact, need->tokens);
+    use.cache += (copies + 1) * (double)kvcache_state_bytes(&shape);  // and what a mark keeps
     use.cache += need->loaded;
     use.rest = PROGRAM + need->more;
     if (s->kv.type == KV_F16) use.rest += whole_pages * (double)kvcache_read_bytes(&shape);

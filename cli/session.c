@@ -76,7 +76,8 @@ static void place_weights(Session *s) {
     int how = s->o->weights;
     TensorFile *file = &s->model.file;
     if (how < 0) how = s->o->bit & (CHAT | SERVE | EVAL | CALIBRATE | BENCH) ? AUTO : MAPPED;
-    if (how == MAPPED || (how == AUTO && !weights_should_copy(file))) return;
+    bool sparse = s->model.config.n_experts > 0;  // what no token uses is to stay on the disk
+    if (how == MAPPED || (how == AUTO && (sparse || !weights_should_copy(file)))) return;
     double start = now();
     if (weights_copy(file, how == COPIED ? INFINITY : 3, err) != 0) die("%s: %s", file->path, err);
     if (!s->o->quiet)

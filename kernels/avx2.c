@@ -3,6 +3,7 @@
 // 16 registers of 8 floats. Products keep a tile of results in registers while the inner dimension
 // passes; q8 and q4 weights meet their inputs in products of 16-bit integers or of bytes. Shapes
 // that no vector fits end in scalar.c.
+#define DELTA_BYTES 32
 #include "kernels/x86.h"
 
 #ifdef __x86_64__
@@ -85,6 +86,8 @@ INLINE __m256 gate(__m256 x, __m256 u, __m256 y) {
     __m256 e = exp_lanes(_mm256_sub_ps(_mm256_setzero_ps(), u));
     return _mm256_mul_ps(_mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e)), y);
 }
+
+TARGET static void delta_rule(const DeltaRule *d) { delta_rule_lanes(d); }
 
 TARGET static void silu_mul(float *x, const float *y, int n) {
     int i = 0;
@@ -592,6 +595,7 @@ const Kernels kernels_avx2 = {
     .rmsnorm = rmsnorm,
     .add = add,
     .scale = scale,
+    .delta_rule = delta_rule,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
     .max_rows = max_rows,

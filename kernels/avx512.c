@@ -5,6 +5,7 @@
 // as in f32 where the instruction is as fast as one of f32, half as fast where it takes four times
 // as long. What gains nothing from wider registers is AVX2's, and so are shapes that these do not
 // fit.
+#define DELTA_BYTES 64
 #include "kernels/x86.h"
 
 #ifdef __x86_64__
@@ -40,6 +41,8 @@ INLINE __m512 gate(__m512 x, __m512 u, __m512 y) {
     __m512 e = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), u));
     return _mm512_mul_ps(_mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), y);
 }
+
+TARGET static void delta_rule(const DeltaRule *d) { delta_rule_lanes(d); }
 
 TARGET static void silu_mul(float *x, const float *y, int n) {
     int i = 0;
@@ -754,6 +757,7 @@ void adapt_avx512(Kernels *k, const Features *f) {
     k->peak[W_F32] = k->peak[W_F16] = k->peak[W_BF16] = k->peak_packed = &f32_peak;
     k->peak[W_Q8] = k->peak[W_Q4] = &int_peak;
     k->gemm_codes = gemm_codes;
+    k->delta_rule = delta_rule;
     k->silu_mul = silu_mul;
     k->gelu_mul = gelu_mul;
     k->max_rows = max_rows;

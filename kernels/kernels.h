@@ -165,6 +165,26 @@ typedef struct {
     bool add;
 } CodeGemm;
 
+// ---- recurrence ----
+
+// The gated delta rule (arXiv 2412.06464) over n tokens of one head. For each of them, in order:
+//
+//   S = decay S,  d = beta (v - S^T k),  S = S + k d^T,  out = S^T q
+//
+// S [k_dim][v_dim] lies in blocks of DELTA_COLS columns, [blocks][k_dim][DELTA_COLS], whose columns
+// after v_dim are zero: a column of S depends on no other, and a block stays in the first-level
+// cache for all tokens.
+typedef struct {
+    float *s;
+    int n, k_dim, v_dim;        // k_dim a multiple of 4
+    const float *q, *k, *v;     // rows ld apart
+    const float *decay, *beta;  // numbers ld_gate apart
+    float *out;                 // rows ld_out apart
+    size_t ld, ld_gate, ld_out;
+} DeltaRule;
+
+enum { DELTA_COLS = 16 };
+
 // ---- the table ----
 
 // The instructions of a product alone, in registers: how fast this machine could multiply. run
@@ -235,6 +255,9 @@ typedef struct {
     void (*scale)(float *x, float a, int n);            // x *= a
     void (*silu_mul)(float *x, const float *y, int n);  // x = silu(x) * y
     void (*gelu_mul)(float *x, const float *y, int n);  // x = gelu_tanh(x) * y
+
+    // The same bits from every instruction set, and however the tokens are cut into calls.
+    void (*delta_rule)(const DeltaRule *d);
 
     // Rows of 64 scores: the maximum of each of n; s = exp(s - m) of one, which is 0 where s is
     // -inf, and its sum.

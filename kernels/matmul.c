@@ -26,6 +26,7 @@ typedef struct {
     const Products *j;
     int unit, n_units;  // panels that are multiplied at once, and how many such units there are
     int block;          // tokens of a unit
+    int first;          // of its units, counted over all jobs and blocks of tokens
     bool blas;          // by OpenBLAS
 } Job;
 
@@ -106,8 +107,7 @@ static void multiply_panels(const Job *job, PanelProduct p) {
     }
 }
 
-static void multiply_unit(void *ctx, int i) {
-    const Job *job = ctx;
+static void multiply_unit(const Job *job, int i) {
     const Products *j = job->j;
     const Product *p = j->p;
     int first = i / job->n_units * job->block, u = i % job->n_units;
@@ -153,19 +153,45 @@ static void count_ops(double *ops, const Matrix *w, int n) {
     ops[w->type] += 2.0 * n * w->rows * w->cols;
 }
 
-void matmul(ThreadPool *pool, double *ops, const Products *j) {
+// Returns how many units the job has.
+static int plan_job(Job *job, const ThreadPool *pool, double *ops, const Products *j) {
     bool blas = asks_blas(j);
-    Job job = {.j = j,
-               .unit = unit_of(pool, j, blas),
-               .block = kern.round_tiles ? TILED_BLOCK : TOKEN_BLOCK,
-               .blas = blas};
+    *job = (Job){.j = j,
+                 .unit = unit_of(pool, j, blas),
+                 .block = kern.round_tiles ? TILED_BLOCK : TOKEN_BLOCK,
+                 .blas = blas};
     for (int i = 0; i < j->n_products; i++) {
-        job.n_units += units_of(j->p[i].w, job.unit);
+        job->n_units += units_of(j->p[i].w, job->unit);
         count_ops(ops, j->p[i].w, j->n);
     }
     if (j->up) count_ops(ops, j->up, j->n);
-    int blocks = (j->n + job.block - 1) / job.block;
-    parallel_for(pool, blocks * job.n_units, multiply_unit, &job);
+    return (j->n + job->block - 1) / job->block * job->n_units;
+}
+
+static void one_unit(void *ctx, int i) { multiply_unit(ctx, i); }
+
+void matmul(ThreadPool *pool, double *ops, const Products *j) {
+    Job job;
+    int n = plan_job(&job, pool, ops, j);
+    parallel_for(pool, n, one_unit, &job);
+}
+
+// Jobs one after the other; the last is followed by one that begins where all units end.
+static void unit_of_all(void *ctx, int i) {
+    const Job *job = ctx;
+    while (i >= job[1].first) job++;
+    multiply_unit(job, i - job->first);
+}
+
+void matmul_all(ThreadPool *pool, double *ops, const Products *jobs, int n_jobs) {
+    Job job[MAX_JOBS + 1];
+    int n = 0;
+    for (int k = 0; k < n_jobs; k++) {
+        int units = plan_job(&job[k], pool, ops, &jobs[k]);
+        job[k].first = n, n += units;
+    }
+    job[n_jobs].first = n;
+    parallel_for(pool, n, unit_of_all, job);
 }
 
 // ---- one entry ----

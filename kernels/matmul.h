@@ -29,6 +29,10 @@ typedef struct {
 // bits depend neither on n nor on the number of threads, except where OpenBLAS multiplies.
 void matmul(ThreadPool *pool, double *ops, const Products *j);
 
+// Many jobs at once, so that the threads meet once for all of them: n_jobs up to MAX_JOBS.
+enum { MAX_JOBS = 1025 };
+void matmul_all(ThreadPool *pool, double *ops, const Products *jobs, int n_jobs);
+
 // The same input without the rows before `first`.
 Activations activations_from(const Activations *a, int first);
 

@@ -76,6 +76,8 @@ INLINE float32x4_t gate(float32x4_t x, float32x4_t u, float32x4_t y) {
     return vmulq_f32(vdivq_f32(x, vaddq_f32(vdupq_n_f32(1.0f), e)), y);
 }
 
+static void delta_rule(const DeltaRule *d) { delta_rule_lanes(d); }
+
 static void silu_mul(float *x, const float *y, int n) {
     int i = 0;
     for (; i + 4 <= n; i += 4) {
@@ -530,6 +532,7 @@ const Kernels kernels_neon = {
     .rmsnorm = rmsnorm,
     .add = add,
     .scale = scale,
+    .delta_rule = delta_rule,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
     .max_rows = max_rows,

@@ -45,6 +45,32 @@ static void gelu_mul(float *x, const float *y, int n) {
     }
 }
 
+// ---- recurrence ----
+
+// Sums over the rows of S run in four parts, of every fourth row.
+static void delta_token(const DeltaRule *d, float *s, int t, int first) {
+    const float *q = d->q + t * d->ld, *k = d->k + t * d->ld, *v = d->v + t * d->ld + first;
+    float at_k[4][DELTA_COLS] = {{0}}, at_q[4][DELTA_COLS] = {{0}}, change[DELTA_COLS] = {0};
+    float decay = d->decay[t * d->ld_gate], beta = d->beta[t * d->ld_gate];
+    int cols = min_int(DELTA_COLS, d->v_dim - first);
+    for (int i = 0; i < d->k_dim; i++)
+        for (int j = 0; j < DELTA_COLS; j++)
+            at_k[i % 4][j] += k[i] * (s[i * DELTA_COLS + j] *= decay);
+    for (int j = 0; j < cols; j++)
+        change[j] = beta * (v[j] - ((at_k[0][j] + at_k[1][j]) + (at_k[2][j] + at_k[3][j])));
+    for (int i = 0; i < d->k_dim; i++)
+        for (int j = 0; j < DELTA_COLS; j++)
+            at_q[i % 4][j] += q[i] * (s[i * DELTA_COLS + j] += k[i] * change[j]);
+    for (int j = 0; j < cols; j++)
+        d->out[t * d->ld_out + first + j] = (at_q[0][j] + at_q[1][j]) + (at_q[2][j] + at_q[3][j]);
+}
+
+static void delta_rule(const DeltaRule *d) {
+    float *s = d->s;
+    for (int j = 0; j < d->v_dim; j += DELTA_COLS, s += (size_t)d->k_dim * DELTA_COLS)
+        for (int t = 0; t < d->n; t++) delta_token(d, s, t, j);
+}
+
 // ---- scores ----
 
 static void max_rows(float *max, const float *s, int n) {
@@ -309,6 +335,7 @@ const Kernels kernels_scalar = {
     .rmsnorm = rmsnorm,
     .add = add,
     .scale = scale,
+    .delta_rule = delta_rule,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
     .max_rows = max_rows,

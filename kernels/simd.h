@@ -100,6 +100,49 @@ static inline void pack_f32(void *packed, const float *b, int inner, int cols) {
 }
 
 void gemm_packed_bf16(const Gemm *g);  // that of avx512bf16, for shapes that fit no tile
+// ---- recurrence ----
+
+// Columns of S that one register holds, DELTA_BYTES wide as the file of the set says.
+#ifndef DELTA_BYTES
+#define DELTA_BYTES 16
+#endif
+typedef float DeltaLane __attribute__((vector_size(DELTA_BYTES), aligned(4), may_alias));
+enum { DELTA_LANE = DELTA_BYTES / sizeof(float), DELTA_PARTS = DELTA_COLS / DELTA_LANE };
+
+// One token and the columns from `first` on, whose rows s [k_dim] stand DELTA_PARTS apart.
+static inline __attribute__((always_inline)) void delta_lane(const DeltaRule *d, DeltaLane *s,
+                                                             int t, int first) {
+    enum { P = DELTA_PARTS };
+    const float *q = d->q + t * d->ld, *k = d->k + t * d->ld;
+    size_t bytes = (size_t)min_int(DELTA_LANE, d->v_dim - first) * sizeof(float);
+    float decay = d->decay[t * d->ld_gate], beta = d->beta[t * d->ld_gate];
+    DeltaLane v = {0}, a = {0}, b = {0}, c = {0}, e = {0}, *r = s;
+    memcpy(&v, d->v + t * d->ld + first, bytes);
+    for (int i = 0; i < d->k_dim; i += 4, r += 4 * P) {
+        r[0] *= decay, r[P] *= decay, r[2 * P] *= decay, r[3 * P] *= decay;
+        a += k[i] * r[0], b += k[i + 1] * r[P];
+        c += k[i + 2] * r[2 * P], e += k[i + 3] * r[3 * P];
+    }
+    DeltaLane change = beta * (v - ((a + b) + (c + e)));
+    a = b = c = e = (DeltaLane){0}, r = s;
+    for (int i = 0; i < d->k_dim; i += 4, r += 4 * P) {
+        r[0] += k[i] * change, r[P] += k[i + 1] * change;
+        r[2 * P] += k[i + 2] * change, r[3 * P] += k[i + 3] * change;
+        a += q[i] * r[0], b += q[i + 1] * r[P];
+        c += q[i + 2] * r[2 * P], e += q[i + 3] * r[3 * P];
+    }
+    DeltaLane out = (a + b) + (c + e);
+    memcpy(d->out + t * d->ld_out + first, &out, bytes);
+}
+
+// As in scalar.c, of many columns at once.
+static inline __attribute__((always_inline)) void delta_rule_lanes(const DeltaRule *d) {
+    for (int j = 0; j < d->v_dim; j += DELTA_LANE) {
+        size_t block = (size_t)(j / DELTA_COLS) * d->k_dim * DELTA_COLS;
+        DeltaLane *s = (DeltaLane *)(d->s + block + j % DELTA_COLS);
+        for (int t = 0; t < d->n; t++) delta_lane(d, s, t, j);
+    }
+}
 
 // ---- codes ----
 

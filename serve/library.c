@@ -327,8 +327,9 @@ static void ask_map(Door *d, Http *h, Outlet *o) {
                      .head = query_count(&f, h, "head", 0, shape->n_kv_heads - 1, -1),
                      .from = query_count(&f, h, "from", 0, MAX_PAIRS, 0),
                      .n = query_count(&f, h, "tokens", 1, MAP_TOKENS, MAP_TOKENS)};
-    if (m.layer >= 0 && shape->window[m.layer] > 0)
-        fields_refuse(&f, 400, "layer", "layer %d has a window: nothing is evicted there", m.layer);
+    if (m.layer >= 0 && shape->window[m.layer] != 0)
+        fields_refuse(&f, 400, "layer", "layer %d has a %s: nothing is evicted there", m.layer,
+                      shape->window[m.layer] > 0 ? "window" : "state");
     if (fields_answer(&f, o)) return;
     Job *job = errand(d, o, show_map);
     if (!job) return;

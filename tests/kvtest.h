@@ -32,7 +32,7 @@ static inline int n_free(const KVCache *kv) {
 }
 
 static inline KVShape shape_with(const int *window) {
-    return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window};
+    return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window, 0};
 }
 
 // One forward call's worth for every layer: append and attend n random rows of each run.

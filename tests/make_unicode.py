@@ -99,6 +99,7 @@ typedef struct {{
     plain = lambda test: [row[:2] for row in ranges([test(c) for c in range(N)])]
     table("unicode_letters", "UnicodeRange", plain(lambda c: category[c][0] == "L"), r"\p{L}")
     table("unicode_numbers", "UnicodeRange", plain(lambda c: category[c][0] == "N"), r"\p{N}")
+    table("unicode_marks", "UnicodeRange", plain(lambda c: category[c][0] == "M"), r"\p{M}")
     later = set(LATER_NUMBERS)
     table("unicode_later_numbers", "UnicodeRange", plain(lambda c: c in later), "Numbers of Unicode 17.")
     spaces = set(SPACES)

@@ -78,7 +78,7 @@ def common(rng, i, family):
     while kv_heads * group * head_dim > 2048:
         kv_heads, group = max(kv_heads // 2, 1), max(group - 1, 1)
     heads = kv_heads * group
-    apart = family.startswith(("qwen3", "gemma")) or (family != "phi3" and rng.random() < 0.6)
+    apart = family.startswith(("qwen3", "gemma", "qwen2_moe")) or (family != "phi3" and rng.random() < 0.6)
     return {
         "model_type": family,
         "hidden_size": int(rng.integers(30, 220)) if apart else heads * head_dim,
@@ -112,7 +112,7 @@ def yarn(rng):
     return p
 
 
-SCALED = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+SCALED = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "qwen3_moe")
 SCALINGS = (
     lambda rng: None, llama3, yarn, lambda rng: {"rope_type": "linear", "factor": 4.0},
     lambda rng: {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
@@ -127,6 +127,10 @@ def draw(family, i, seed):
     if rng.random() < 0.5:
         modernize(c)
         marks.append("v5")
+    if "wrapped" in marks:
+        c = {"model_type": family[: -len("_text")], "text_config": c, "image_token_id": 5, "video_token_id": 6,
+             "vision_start_token_id": 7, "vision_end_token_id": 8, "vision_config": {"hidden_size": 8},
+             "tie_word_embeddings": c["tie_word_embeddings"]}
     if "multimodal" in marks:
         outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
                  "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
@@ -240,8 +244,71 @@ def phi3(rng, i, c, marks):
         to_gguf(c, marks)
 
 
+def moe(rng, i, c, marks):
+    c.update(head_dim=c["head_dim"], num_experts=any_of(rng, 1, 3, 8, 17, 64), norm_topk_prob=i % 3 != 1,
+             moe_intermediate_size=int(rng.integers(8, 100)))
+    c["num_experts_per_tok"] = int(rng.integers(1, min(c["num_experts"], 8) + 1))
+
+
+def qwen3_moe(rng, i, c, marks):
+    moe(rng, i, c, marks)
+    if i % 4 == 1:
+        c.update(use_sliding_window=True, sliding_window=any_of(rng, *WINDOWS))
+    if i % 4 == 2:
+        c["norm_topk_prob"] = True
+        to_gguf(c, marks)
+    elif i % 4 == 3:
+        c.update(decoder_sparse_step=2, mlp_only_layers=[1] if rng.random() < 0.5 else [])
+    else:
+        c["mlp_only_layers"] = [0] if rng.random() < 0.5 else []
+    if i % 3 == 0:
+        marks.append("stacked")
+
+
+def qwen2_moe(rng, i, c, marks):
+    moe(rng, i, c, marks)
+    c.pop("head_dim")
+    c.update(hidden_size=c["num_attention_heads"] * 32, use_sliding_window=False,
+             shared_expert_intermediate_size=int(rng.integers(8, 100)))
+    if i % 2:
+        marks.append("stacked")
+
+
+def qwen35(rng, i, c, marks):
+    n = c["num_hidden_layers"] = int(rng.integers(2, 7))
+    k_heads = any_of(rng, 1, 2, 4)
+    c.update(linear_num_key_heads=k_heads, linear_num_value_heads=k_heads * any_of(rng, 1, 2, 3),
+             linear_key_head_dim=any_of(rng, 8, 20, 32, 64, 128), linear_value_head_dim=any_of(rng, 8, 21, 64, 128),
+             linear_conv_kernel_dim=4 if i % 3 else any_of(rng, 2, 3), layer_types=None)
+    while (c["head_dim"] * 0.25) % 2:
+        c["head_dim"] += 8
+    if i % 2:
+        c["layer_types"] = ["linear_attention" if rng.random() < 0.6 else "full_attention" for _ in range(n)]
+        c["layer_types"][rng.integers(n)] = "full_attention"
+    else:
+        c["full_attention_interval"] = int(rng.integers(2, n + 1))
+    if i % 4 == 1:
+        c["partial_rotary_factor"] = 0.5
+    c["tie_word_embeddings"] = bool(i % 2)
+    if i % 3 == 1:
+        marks.append("wrapped")
+    elif i % 4 == 2 or i == 8:
+        to_gguf(c, marks)
+
+
+def qwen35_moe(rng, i, c, marks):
+    qwen35(rng, i, c, marks)
+    moe(rng, i, c, marks)
+    for key in ("norm_topk_prob", "intermediate_size"):
+        c.pop(key)
+    c["shared_expert_intermediate_size"] = int(rng.integers(8, 100))
+    if i % 2:
+        marks.append("stacked")
+
+
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
-            "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3}
+            "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3, "qwen3_moe": qwen3_moe,
+            "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35_moe}
 
 
 # ---- 3. models ----
@@ -266,26 +333,30 @@ def make_model(case):
     """A model of transformers with random weights, exact in the type they are stored in."""
     config, rng, dim = oracle_config(case), case.rng, case.text["hidden_size"]
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32).eval()
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
     stored = getattr(torch, case.text.get("dtype") or case.text["torch_dtype"])
-    gemma = case.text["model_type"].startswith("gemma")
+    gemma = case.text["model_type"].startswith(("gemma", "qwen3_5"))  # norms are 1 + w
     q_and_k = (config.num_attention_heads + config.num_key_value_heads) * (
         getattr(config, "head_dim", None) or dim // config.num_attention_heads)
     for name, p in model.named_parameters():
         x = rng.standard_normal(p.shape).astype(np.float32)
-        if p.ndim == 2:
+        if p.ndim >= 2:
             gain = 1.6 if re.search("[qk]_proj", name) else 1.0
             if re.search("embed_tokens|lm_head", name):
                 gain = 1.5 if gemma and config.tie_word_embeddings else 3.0
-            x *= gain / math.sqrt(p.shape[1])
+            x *= gain / math.sqrt(p.shape[-1])
             if "qkv_proj" in name:
                 x[:q_and_k] *= 1.6
             if "embed_tokens" in name and not config.tie_word_embeddings and not gemma:
                 x *= math.sqrt(dim) / 3
         elif name.endswith("bias"):
             x *= 0.5
+        elif name.endswith("A_log"):
+            x = np.log(rng.uniform(0.01, 16, p.shape)).astype(np.float32)
+        elif name.endswith("dt_bias"):
+            x = x - 2
         else:
-            x = 0.3 * x + (not gemma) + 0.6 * bool(re.search("[qk]_norm", name))
+            x = 0.3 * x + (not gemma or "linear_attn.norm" in name) + 0.6 * bool(re.search("[qk]_norm", name))
         p.copy_(torch.from_numpy(x).to(stored).float())
     return model, stored
 
@@ -298,6 +369,11 @@ def make_directory(case, model, stored, path):
     with open(os.path.join(path, "config.json"), "w") as f:
         json.dump(case.config, f, indent=1)
     tensors = {n: p.detach().to(stored).contiguous() for n, p in model.named_parameters()}
+    if "stacked" not in case.marks:
+        tensors = one_by_one(tensors)
+    if "wrapped" in case.marks:
+        tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+        tensors.update({"model.visual.x.weight": torch.zeros(4, 4), "mtp.fc.weight": torch.zeros(4, 4)})
     if "multimodal" in case.marks:
         head = tensors.pop("lm_head.weight", None)
         old = case.rng.random() < 0.5
@@ -308,11 +384,25 @@ def make_directory(case, model, stored, path):
         if head is not None:
             tensors["language_model.lm_head.weight" if old else "lm_head.weight"] = head
     elif model.config.tie_word_embeddings and case.rng.random() < 0.3:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        embed = next(n for n in tensors if n.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = tensors[embed].clone()
     if case.rng.random() < 0.3:
         save_shards(tensors, path)
     else:
         save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
+
+
+def one_by_one(tensors):
+    """Experts as published files have them, not as transformers 5 has them in memory."""
+    out = {}
+    for name, t in tensors.items():
+        at, kind = name.rsplit(".", 1)
+        for e in range(len(t) if "mlp.experts." in name else 0):
+            parts = zip(("gate_proj", "up_proj"), t[e].chunk(2)) if kind == "gate_up_proj" else [("down_proj", t[e])]
+            out.update({f"{at}.{e}.{part}.weight": x.contiguous() for part, x in parts})
+        if "mlp.experts." not in name:
+            out[name] = t
+    return out
 
 
 def save_shards(tensors, path):
@@ -326,7 +416,7 @@ def save_shards(tensors, path):
 
 # ---- 4. GGUF ----
 
-ARCHS = {"gemma3_text": "gemma3"}
+ARCHS = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 PERMUTED = ("llama", "smollm3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
 
 
@@ -340,7 +430,8 @@ def make_gguf(case, model, path):
     p = p.get("full_attention", p)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(dim)
-    w.add_feed_forward_length(c.intermediate_size)
+    if hasattr(c, "intermediate_size"):
+        w.add_feed_forward_length(c.intermediate_size)
     w.add_block_count(c.num_hidden_layers)
     w.add_head_count(heads)
     w.add_head_count_kv(kv_heads)
@@ -357,21 +448,75 @@ def make_gguf(case, model, path):
     if family == "gemma3_text":
         w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
         w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
+    if arch.startswith("qwen35"):
+        add_delta(w, c, case.text)
+    if arch in ("qwen3moe", "qwen35moe"):
+        w.add_expert_count(case.text["num_experts"])
+        w.add_expert_used_count(c.num_experts_per_tok)
+        w.add_expert_feed_forward_length(c.moe_intermediate_size)
     add_scaling(w, p, head_dim)
     add_vocabulary(w)
     names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
     for name, tensor in model.named_parameters():
         x = tensor.detach().numpy()
-        if "gemma" in family and name.endswith("norm.weight"):
+        if family.startswith(("gemma", "qwen3_5")) and name.endswith("norm.weight") and "linear_attn" not in name:
             x = x + np.float32(1)
+        if "linear_attn" in name:
+            name, x = tiled(c, name, x)
         if family in PERMUTED and re.search(r"[qk]_proj\.weight", name):
             n = heads if "q_proj" in name else kv_heads
             x = x.reshape(n, 2, len(x) // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
-        w.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(x))
+        for name, x in gguf_parts(name, x):
+            name = names.get_name(name, (".weight", ".bias"))
+            w.add_tensor(name, np.ascontiguousarray(x))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def add_delta(w, c, text):
+    w.add_ssm_conv_kernel(c.linear_conv_kernel_dim)
+    w.add_ssm_state_size(c.linear_key_head_dim)
+    w.add_ssm_group_count(c.linear_num_key_heads)
+    w.add_ssm_time_step_rank(c.linear_num_value_heads)
+    w.add_ssm_inner_size(c.linear_value_head_dim * c.linear_num_value_heads)
+    w.add_full_attention_interval(text["full_attention_interval"])
+    w.add_rope_dimension_sections([11, 11, 10, 0])
+    if "shared_expert_intermediate_size" in text:
+        w.add_expert_shared_feed_forward_length(c.shared_expert_intermediate_size)
+
+
+def tiled(c, name, x):
+    """A delta net's tensor as convert_hf_to_gguf.py writes it: value heads of one key head stand apart."""
+    keys, d = c.linear_num_key_heads, c.linear_value_head_dim
+    each, qk = c.linear_num_value_heads // keys, 2 * keys * c.linear_key_head_dim
+
+    def heads(rows, size):
+        return rows.reshape(keys, each, size, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    if name.endswith("A_log"):
+        x = -np.exp(x)
+    if "conv1d" in name:
+        x = x[:, 0]
+    if re.search("in_proj_qkv|conv1d", name):
+        x = np.concatenate([x[:qk], heads(x[qk:], d)])
+    elif "in_proj_z" in name:
+        x = heads(x, d)
+    elif "out_proj" in name:
+        x = heads(np.ascontiguousarray(x.T), d).T
+    elif re.search("in_proj_[ab]|A_log|dt_bias", name):
+        x = heads(x, 1)
+    return name.replace("dt_bias", "dt_proj.bias"), x
+
+
+def gguf_parts(name, x):
+    """Stacks of experts under the names that convert_hf_to_gguf.py gives them."""
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = np.split(x, 2, axis=1)
+        at = name.replace("gate_up_proj", "%s.weight")
+        return [(at % "gate_proj", gate), (at % "up_proj", up)]
+    return [(name + ".weight" if name.endswith("experts.down_proj") else name, x)]
 
 
 def gguf_arch(name):
@@ -456,7 +601,7 @@ def describe(case):
     width = c.get("head_dim") or c["hidden_size"] // heads
     windowed = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     return (f"{case.name:15} {c['num_hidden_layers']} layers {heads:2}/{c['num_key_value_heads']} heads of {width:3}, "
-            f"dim {c['hidden_size']:4} mlp {c['intermediate_size']:3}, window {windowed or '-':>3}, "
+            f"dim {c['hidden_size']:4} mlp {c.get('intermediate_size', 0):3}, window {windowed or '-':>3}, "
             f"{'tied' if c['tie_word_embeddings'] else 'free'}, {case.n:3} tokens  {' '.join(case.marks):28}")
 
 

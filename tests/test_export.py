@@ -180,7 +180,7 @@ class TestFixtures(Case):
             with open(os.path.join(self.dir, name), "rb") as a:
                 with open(os.path.join(FIXTURES, name), "rb") as b:
                     self.assertEqual(a.read(), b.read(), name)
-        self.assertEqual(len(os.listdir(self.dir)), 10)
+        self.assertEqual(len(os.listdir(self.dir)), 13)
 
     def test_layout(self):
         for name in NAMES + ["smol-q8", "smol-q4"]:
@@ -760,10 +760,166 @@ class TestDescribe(unittest.TestCase):
         self.refuses("hidden_size is missing", "llama", hidden_size=export.MISSING)
 
 
+class TestExperts(Case):
+    """Mixtures of experts: saved one by one, stacked as transformers 5 has them, or in a GGUF."""
+
+    def stacked(self, path):
+        """The experts of a copy as transformers 5 has them in memory."""
+        source, out = read_source(path), {}
+        for name, x in source.items():
+            if ".mlp.experts." not in name:
+                out[name] = x
+        for l in (0, 2):
+            at = f"model.layers.{l}.mlp.experts."
+            part = lambda e, kind: source[f"{at}{e}.{kind}_proj.weight"]
+            out[at + "gate_up_proj"] = np.stack(
+                [np.concatenate([part(e, "gate"), part(e, "up")]) for e in range(6)])
+            out[at + "down_proj"] = np.stack([part(e, "down") for e in range(6)])
+        write_source(path, out)
+        return path
+
+    def test_stacks(self):
+        """Each expert stands in panels of its own; the router is exact whatever the others are."""
+        source = read_source(os.path.join(FIXTURES, "qwen3moe"))
+        for kind, share in (("f32", 0), ("bf16", 0), ("q8", 0.5 / 127 * 1.01), ("q4", 0.12)):
+            c = self.convert(os.path.join(FIXTURES, "qwen3moe"), "--type", kind)
+            for ours, theirs, rows in (("w1", "gate", 24), ("w3", "up", 24), ("w2", "down", 48)):
+                x = c.matrix(f"layers.2.experts.{ours}").reshape(6, -1, 64 if ours != "w2" and
+                                                                 kind in ("q8", "q4") else
+                                                                 48 if ours != "w2" else
+                                                                 32 if kind in ("q8", "q4") else 24)
+                self.assertEqual(x.shape[1], -(-rows // 16) * 16)
+                for e in range(6):
+                    y = source[f"model.layers.2.mlp.experts.{e}.{theirs}_proj.weight"]
+                    far = np.abs(x[e, :rows, : y.shape[1]] - y).max()
+                    self.assertLessEqual(far, share * np.abs(y).max())
+            router = c.matrix("layers.2.router")
+            np.testing.assert_array_equal(router[:6], source["model.layers.2.mlp.gate.weight"])
+            self.assertNotIn("layers.2.w1", c.t)
+            self.assertNotIn("layers.1.router", c.t)  # mlp_only_layers
+            self.assertIn("layers.1.w1", c.t)
+
+    def test_layouts(self):
+        want = Converted(os.path.join(FIXTURES, "qwen3moe.kvz"))
+        path = self.stacked(self.copy("qwen3moe"))
+        self.same_tensors(self.convert(path, "--type", "f32"), want)
+        q8 = self.convert(path, "--type", "q8")
+        self.same_tensors(self.convert(os.path.join(FIXTURES, "qwen3moe"), "--type", "q8"), q8)
+        c = self.convert(self.copy("qwen3moe", num_experts=DROP, num_local_experts=6))
+        self.assertEqual(c.meta["n_experts"], "6")
+
+    def test_refusals(self):
+        for change, *words in (
+            (dict(num_experts=5), "tensor model.layers.0.mlp", "experts.5.", "is not known"),
+            (dict(num_experts=7), "expected [7, 48]"),
+            (dict(num_local_experts=8), "num_local_experts differ: [6, 8]"),
+            (dict(num_experts_per_tok=9), "a token uses 9"),
+            (dict(num_experts=2000), "up to 1024"),
+            (dict(moe_intermediate_size=32), "experts.0.gate_proj.weight", "expected [32, 48]"),
+            (dict(mlp_only_layers=[]), "model.layers.1.mlp.gate.weight is missing"),
+            (dict(mlp_only_layers="all"), "mlp_only_layers", "a list of layers"),
+            (dict(decoder_sparse_step=3), "model.layers.0.mlp.gate_proj.weight is missing"),
+        ):
+            self.refuse(self.copy("qwen3moe", **change), *words)
+        path = self.stacked(self.copy("qwen3moe", moe_intermediate_size=32))
+        self.refuse(path, "experts.gate_up_proj: expected [6, 64, 48], found [6, 48, 48]")
+
+
+class TestQwen35(Case):
+    """Qwen 3.5: layers that keep a state, gated attention."""
+
+    def test_weights(self):
+        source = read_source(os.path.join(FIXTURES, "qwen35"))
+        c = Converted(os.path.join(FIXTURES, "qwen35.kvz"))
+        self.assertEqual(c.t["layer.window"].tolist(), [-1, 0, -1, 0])
+        self.assertEqual(c.t["layer.rope"].tolist(), [-1, 0, -1, 0])
+        self.assertEqual(c.meta["rotary_dim"], "4")
+        at, ours = "model.layers.0.linear_attn.", "layers.0.delta."
+        for mine, theirs in (("qkv", "in_proj_qkv"), ("z", "in_proj_z"), ("a", "in_proj_a"),
+                             ("b", "in_proj_b"), ("out", "out_proj")):
+            y = source[at + theirs + ".weight"]
+            np.testing.assert_array_equal(c.matrix(ours + mine)[: len(y)], y)
+        np.testing.assert_array_equal(c.t[ours + "conv"], source[at + "conv1d.weight"][:, 0].T)
+        np.testing.assert_allclose(c.t[ours + "decay"], -np.exp(source[at + "A_log"]), rtol=1e-7)
+        np.testing.assert_array_equal(c.t[ours + "dt"], source[at + "dt_bias"])
+        np.testing.assert_array_equal(c.t[ours + "norm"], source[at + "norm.weight"])
+        q = source["model.layers.1.self_attn.q_proj.weight"].reshape(4, 2, 16, 48)
+        np.testing.assert_array_equal(c.matrix("layers.1.wq"), q[:, 0].reshape(64, 48))
+        np.testing.assert_array_equal(c.matrix("layers.1.wg"), q[:, 1].reshape(64, 48))
+        for mine, theirs in (("layers.1.q_norm", "model.layers.1.self_attn.q_norm.weight"),
+                             ("layers.0.rms_att", "model.layers.0.input_layernorm.weight"),
+                             ("rms_final", "model.norm.weight")):
+            np.testing.assert_array_equal(c.t[mine], source[theirs] + np.float32(1))
+        q8 = self.convert(os.path.join(FIXTURES, "qwen35"), "--type", "q8")
+        self.assertEqual(q8.header["layers.0.delta.qkv"]["dtype"], "I8")
+        self.assertEqual(q8.header["layers.0.delta.a"]["dtype"], "F32")
+
+    def test_configs(self):
+        want = Converted(os.path.join(FIXTURES, "qwen35.kvz"))
+        path = self.copy("qwen35", layer_types=DROP, full_attention_interval=2)
+        self.same_tensors(self.convert(path, "--type", "f32"), want)
+        path = self.copy("qwen35")
+        with open(os.path.join(path, "config.json")) as f:
+            inner = json.load(f)
+        inner["rope_parameters"].update(mrope_section=[1, 1, 0], mrope_interleaved=True)
+        outer = dict(model_type="qwen3_5", text_config=inner, vision_config={"depth": 1},
+                     tie_word_embeddings=True)
+        with open(os.path.join(path, "config.json"), "w") as f:
+            json.dump(outer, f)
+        source = read_source(path)
+        named = {n.replace("model.", "model.language_model.", 1): x for n, x in source.items()}
+        named["model.visual.patch.weight"] = named["mtp.fc.weight"] = np.zeros((2, 2), np.float32)
+        write_source(path, named)
+        self.same_tensors(self.convert(path, "--type", "f32"), want)
+
+    def test_refusals(self):
+        kinds = ["linear_attention", "full_attention"] * 2
+        for change, *words in (
+            (dict(layer_types=kinds[:3]), "layer_types", "for 4 layers"),
+            (dict(layer_types=["sliding_attention", *kinds[1:]]), "sliding_attention"),
+            (dict(layer_types=["linear_attention"] * 4), "no layer attends"),
+            (dict(layer_types=["full_attention"] * 4), "tensor model.layers.0.self_attn.q_proj"),
+            (dict(attn_output_gate=False), "attn_output_gate is false"),
+            (dict(attention_bias=True), "attention_bias"),
+            (dict(linear_num_value_heads=3), "delta nets of 2 key heads"),
+            (dict(linear_key_head_dim=18), "delta nets of 2 key heads of 18"),
+            (dict(linear_conv_kernel_dim=9), "linear_conv_kernel_dim 9"),
+            (dict(linear_conv_kernel_dim=3), "conv1d.weight: expected [144, 3]"),
+            (dict(linear_value_head_dim=24), "expected [160, 48]"),
+            (dict(num_attention_heads=8), "q_proj.weight: expected [256, 48], found [128, 48]"),
+        ):
+            self.refuse(self.copy("qwen35", **change), *words)
+        self.refuse(self.copy("qwen35"), "--yarn is for", args=("--yarn", "4"))
+        self.refuse(self.copy("qwen35moe", norm_topk_prob=False), "norm_topk_prob is false")
+        self.refuse(self.copy("smol", model_type="qwen3_next"), "in_proj_qkvz")
+
+    def test_split(self):
+        """Marks belong to words, where Qwen 2 cuts between them."""
+        path = self.copy("qwen3")
+        with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
+            spec = json.load(f)
+        ids, mark = spec["model"]["vocab"], "\u00cc\u0123"  # the bytes of U+0301
+        spare = [t for t in ids if len(t) > 2][:4]
+        for old, new in zip(spare, (mark, "a" + mark, "!" + mark, "\u0120" + mark)):
+            ids[new] = ids.pop(old)
+        spec["model"]["merges"] = [["\u00cc", "\u0123"], ["a", mark], ["!", mark], ["\u0120", mark]]
+        spec["normalizer"] = None
+        for split, want in ((export.QWEN35_SPLIT, ["a" + mark, "b", "!" + mark, "\u0120" + mark]),
+                            (export.GPT4 % r"\p{N}", ["a", mark, "b", "!" + mark, "\u0120" + mark])):
+            spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = split
+            with open(os.path.join(path, "tokenizer.json"), "w", encoding="utf-8") as f:
+                json.dump(spec, f)
+            self.convert(path)
+            done = subprocess.run([os.path.join(os.path.dirname(TESTS), "run"), "tokenize", self.out,
+                                   "-p", "a\u0301b!\u0301 \u0301", "-q"], capture_output=True)
+            got = [int(x) for x in done.stdout.split()]
+            self.assertEqual(got, [ids[t] for t in want])
+
+
 class TestRefusals(Case):
     def test_architectures(self):
         for kind, word in (
-            ("mixtral", "mixtures of experts"), ("qwen3_moe", "mixtures of experts"),
+            ("mixtral", "mixtures of experts"), ("deepseek_v3", "mixtures of experts"),
             ("mamba", "state-space"), ("qwen2_vl", "multimodal"), ("bert", "encoders"),
             ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
         ):

@@ -622,6 +622,72 @@ static void test_blases(void) {
 static void test_blases(void) {}
 #endif
 
+// ---- recurrence ----
+
+// Its definition in double precision, token by token: S [k_dim][v_dim].
+static void delta_exactly(const DeltaRule *d, double *s, double *out) {
+    for (int t = 0; t < d->n; t++) {
+        const float *q = d->q + t * d->ld, *k = d->k + t * d->ld, *v = d->v + t * d->ld;
+        for (int j = 0; j < d->v_dim; j++) {
+            double at_k = 0, at_q = 0;
+            for (int i = 0; i < d->k_dim; i++)
+                at_k += k[i] * (s[i * d->v_dim + j] *= d->decay[t * d->ld_gate]);
+            for (int i = 0; i < d->k_dim; i++) {
+                s[i * d->v_dim + j] += k[i] * d->beta[t * d->ld_gate] * (v[j] - at_k);
+                at_q += q[i] * s[i * d->v_dim + j];
+            }
+            out[t * d->v_dim + j] = at_q;
+        }
+    }
+}
+
+// Against that, with the bits of scalar.c, in one call and cut in two.
+static void test_delta(int k_dim, int v_dim) {
+    enum { N = 37, LD = 400, GATE = 3 };
+    static float x[N * LD], gates[2][N * GATE], out[3][N * LD];
+    static float s[3][128 * 128];
+    static double exact_s[128 * 128], exact[N * 128];
+    for (int i = 0; i < N * LD; i++) x[i] = rnd() / sqrtf((float)k_dim);
+    for (int i = 0; i < N * GATE; i++)
+        gates[0][i] = 0.9f + 0.1f * rnd(), gates[1][i] = 0.5f + 0.5f * rnd();
+    memset(s, 0, sizeof s), memset(exact_s, 0, sizeof exact_s);
+    DeltaRule d = {.s = s[0],
+                   .n = N,
+                   .k_dim = k_dim,
+                   .v_dim = v_dim,
+                   .q = x,
+                   .k = x + 128,
+                   .v = x + 256,
+                   .decay = gates[0],
+                   .beta = gates[1],
+                   .out = out[0],
+                   .ld = LD,
+                   .ld_gate = GATE,
+                   .ld_out = LD};
+    delta_exactly(&d, exact_s, exact);
+    kern.delta_rule(&d);
+    d.s = s[1], d.out = out[1];
+    kernels_scalar.delta_rule(&d);
+    CHECK(memcmp(out[0], out[1], sizeof out[0]) == 0 && memcmp(s[0], s[1], sizeof s[0]) == 0);
+    d.s = s[2], d.out = out[2], d.n = 5;
+    kern.delta_rule(&d);
+    d.q += 5 * LD, d.k += 5 * LD, d.v += 5 * LD, d.out += 5 * LD, d.decay += 5 * GATE,
+        d.beta += 5 * GATE, d.n = N - 5;
+    kern.delta_rule(&d);
+    CHECK(memcmp(out[0], out[2], sizeof out[0]) == 0 && memcmp(s[0], s[2], sizeof s[0]) == 0);
+    double worst = 0;
+    for (int t = 0; t < N; t++)
+        for (int j = 0; j < v_dim; j++)
+            worst = fmax(worst, fabs(out[0][t * LD + j] - exact[t * v_dim + j]));
+    CHECK_NEAR(worst, 0, 1e-5);
+}
+
+static void test_deltas(void) {
+    static const int dims[] = {4, 8, 16, 20, 24, 64, 128};
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+        test_delta(dims[i], 128), test_delta(dims[i], dims[6 - i] - 1), test_delta(128, dims[i]);
+}
+
 static void test_peaks(void) {
     for (int type = 0; type < W_TYPES; type++)
         CHECK(kern.peak[type]->ops > 0 && isfinite(kern.peak[type]->run(1000)));
@@ -691,6 +757,7 @@ int main(void) {
         test_pack();
         test_matmuls();
         test_all_tiles();
+        test_deltas();
         test_peaks();
         test_blases();
     }

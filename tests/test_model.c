@@ -390,7 +390,53 @@ static void test_refusals(Fixture *f) {
     CHECK(strstr(err, "not a converted model") != NULL);
 }
 
+// Of an expert that no token goes to nothing is read: garbage there changes no bit.
+static void test_untouched_experts(void) {
+    Fixture f;
+    if (!fixture_open(&f, "qwen3moe", "qwen3moe.kvz", KV_F32, 2)) exit(1);
+    const Config *c = &f.model.config;
+    const int *ids = want(&f, "prefill.ids")->data;
+    float *before = logits_of(&f, kvcache_new(&f.kv, err), ids, 1, 1);
+    int last = c->n_layers - 1, touched = 0;
+    const ExpertRows *rows = &f.state.experts;
+    Matrix *stack[] = {&f.model.layers[last].experts.w1, &f.model.layers[last].experts.w2,
+                       &f.model.layers[last].experts.w3};
+    float *copy[3];
+    for (int i = 0; i < 3; i++) {
+        size_t n = (size_t)stack[i]->panels * PANEL * stack[i]->cols_padded, one = n / c->n_experts;
+        copy[i] = malloc(n * sizeof *copy[i]);
+        memcpy(copy[i], stack[i]->data, n * sizeof *copy[i]);
+        for (int e = 0; e < c->n_experts; e++) {
+            if (e == rows->chosen[0] || e == rows->chosen[1]) {
+                touched++;
+                continue;
+            }
+            for (size_t j = 0; j < one; j++) copy[i][e * one + j] = NAN;
+        }
+        stack[i]->data = (const uint8_t *)copy[i];
+    }
+    CHECK(touched == 3 * c->n_used && rows->chosen[0] < rows->chosen[1]);
+    float *after = logits_of(&f, kvcache_new(&f.kv, err), ids, 1, 1);
+    CHECK(memcmp(before, after, (size_t)c->vocab_size * sizeof *after) == 0);
+    for (int i = 0; i < 3; i++) free(copy[i]);
+    free(before), free(after);
+    fixture_close(&f);
+}
+
+// A layer kind of its own: the reference's logits, in blocks of any size and in any batch.
+static void test_layer_kind(const char *name) {
+    Fixture f;
+    char weights[64];
+    snprintf(weights, sizeof weights, "%s.kvz", name);
+    if (!fixture_open(&f, name, weights, KV_F32, 2)) return;
+    test_prefill(&f);
+    test_blocks(&f);
+    test_mixed_batch(&f);
+    fixture_close(&f);
+}
+
 int main(int argc, char **argv) {
+    static const char *const kinds[] = {"qwen3moe", "qwen35", "qwen35moe"};
     static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
     bool quick = getenv("QUICK") !=
                  NULL;  // under valgrind: one family, and not the bits of every weight type
@@ -412,6 +458,10 @@ int main(int argc, char **argv) {
         if (i == 0) test_small_contexts(&f), test_refusals(&f);
         fixture_close(&f);
     }
-    if (!quick) test_bits(), test_logits_input(), test_tiled(argc > 1 ? argv[1] : NULL);
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) test_layer_kind(kinds[i]);
+    if (!quick) {
+        test_bits(), test_logits_input(), test_tiled(argc > 1 ? argv[1] : NULL);
+        test_untouched_experts();
+    }
     return test_end("test_model");
 }

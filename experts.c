@@ -1,0 +1,254 @@
+// experts.c: a feed-forward block of many experts, of which a token uses few.
+//
+// A router gives every row of the batch a probability for each expert; the row goes to the n_used
+// likeliest, and what they give is added up by those probabilities. Rows are sorted by expert, so
+// that each expert's weights are read once for all of its rows, and those of experts without rows
+// not at all: in a mapped file they stay on the disk. What must stay true: a row's sum runs over
+// its experts in rising order, so that its bits do not depend on the other rows.
+#include "layers.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+// ---- opening ----
+
+Matrix expert_of(const Matrix *stack, int n, int e, int rows) {
+    Matrix m = *stack;
+    m.rows = rows, m.panels = stack->panels / n;
+    size_t first = (size_t)e * m.panels, lines = first * m.cols_padded / wtype_k(m.type);
+    size_t groups = first * (m.cols_padded / QGROUP) * PANEL;
+    m.data += lines * 64;
+    if (m.scale) m.scale += groups;
+    if (m.offset) m.offset += groups;
+    return m;
+}
+
+static int open_stack(Model *m, Matrix *stack, int l, const char *name, int rows, int cols,
+                      char *err) {
+    char full[64];
+    long all = (long)m->config.n_experts * ((rows + PANEL - 1) / PANEL * PANEL);
+    snprintf(full, sizeof full, "layers.%d.experts.%s", l, name);
+    if (all > INT_MAX) return fail(err, "tensor %s: %ld rows are too many", full, all);
+    if (open_matrix(stack, &m->file, full, (int)all, cols, err) != 0) return -1;
+    m->has[stack->type] = true;
+    return 0;
+}
+
+static int open_shared(Model *m, int l, char *err) {
+    static const char *const names[] = {"w1", "w2", "w3"};
+    const Config *c = &m->config;
+    Experts *e = &m->layers[l].experts;
+    char name[64];
+    for (int i = 0; i < 3; i++) {
+        int rows = i == 1 ? c->dim : c->shared_dim, cols = i == 1 ? c->shared_dim : c->dim;
+        snprintf(name, sizeof name, "layers.%d.shared.%s", l, names[i]);
+        if (open_matrix(&e->shared[i], &m->file, name, rows, cols, err) != 0) return -1;
+        m->has[e->shared[i].type] = true;
+    }
+    snprintf(name, sizeof name, "layers.%d.shared_scale", l);
+    return open_vector(&e->shared_scale, &m->file, name, c->dim, false, err);
+}
+
+int experts_open(Model *m, int l, char *err) {
+    const Config *c = &m->config;
+    Experts *e = &m->layers[l].experts;
+    char name[64];
+    snprintf(name, sizeof name, "layers.%d.router", l);
+    if (open_matrix(&e->router, &m->file, name, c->n_experts, c->dim, err) != 0) return -1;
+    m->has[e->router.type] = true;
+    if (open_stack(m, &e->w1, l, "w1", c->expert_dim, c->dim, err) != 0 ||
+        open_stack(m, &e->w3, l, "w3", c->expert_dim, c->dim, err) != 0 ||
+        open_stack(m, &e->w2, l, "w2", c->dim, c->expert_dim, err) != 0)
+        return -1;
+    return c->shared_dim > 0 ? open_shared(m, l, err) : 0;
+}
+
+// ---- scratch ----
+
+void experts_take(RunState *s) {
+    const Config *c = &s->model->config;
+    ExpertRows *e = &s->experts;
+    size_t n = (size_t)s->max_rows, used = (size_t)c->n_used, experts = (size_t)c->n_experts;
+    if (experts == 0) return;
+    e->probs = take(s, n * experts, sizeof *e->probs);
+    e->chosen = take(s, n * used, sizeof *e->chosen);
+    e->weight = take(s, n * used, sizeof *e->weight);
+    e->slot = take(s, n * used, sizeof *e->slot);
+    e->first = take(s, experts + 1, sizeof *e->first);
+    e->row = take(s, n * used, sizeof *e->row);
+    e->in = take_activations(s, s->max_rows * c->n_used, c->dim);
+    e->hidden = take_activations(s, s->max_rows * c->n_used, c->expert_dim);
+    e->in.tiled = e->hidden.tiled = e->tiled = take(s, n * used, sizeof *e->tiled);
+    e->out = take(s, n * used * (size_t)c->dim, sizeof *e->out);
+    e->w = take(s, experts, sizeof *e->w);
+    e->rows = take(s, experts, sizeof *e->rows);
+    e->p = take(s, experts + 1, sizeof *e->p);
+    e->gates = take(s, experts + 1, sizeof *e->gates);
+    e->downs = take(s, experts + 1, sizeof *e->downs);
+    if (c->shared_dim == 0) return;
+    e->shared_hidden = take_activations(s, s->max_rows, c->shared_dim);
+    e->shared_out = take(s, n * (size_t)c->dim, sizeof *e->shared_out);
+}
+
+// ---- routing ----
+
+typedef struct {
+    RunState *s;
+    int l;
+} Step;
+
+static void softmax(float *p, int n) {
+    float max = p[0], sum = 0;
+    for (int i = 1; i < n; i++) max = p[i] > max ? p[i] : max;
+    for (int i = 0; i < n; i++) sum += p[i] = expf(p[i] - max);
+    for (int i = 0; i < n; i++) p[i] /= sum;
+}
+
+static bool is_chosen(const int *chosen, int n, int e) {
+    for (int i = 0; i < n; i++)
+        if (chosen[i] == e) return true;
+    return false;
+}
+
+// The likeliest expert that is not chosen yet; of equal ones the first.
+static int likeliest(const float *p, int n_experts, const int *chosen, int n) {
+    int best = -1;
+    for (int e = 0; e < n_experts; e++)
+        if ((best < 0 || p[e] > p[best]) && !is_chosen(chosen, n, e)) best = e;
+    return best;
+}
+
+static void route_row(void *ctx, int i) {
+    const Step *st = ctx;
+    RunState *s = st->s;
+    const Config *c = &s->model->config;
+    ExpertRows *e = &s->experts;
+    float *p = e->probs + (size_t)i * c->n_experts, *w = e->weight + (size_t)i * c->n_used, sum = 0;
+    int *chosen = e->chosen + (size_t)i * c->n_used;
+    check_row(s, i, st->l, p, c->n_experts);
+    softmax(p, c->n_experts);
+    for (int j = 0; j < c->n_used; j++) {
+        int at = j, best = likeliest(p, c->n_experts, chosen, j);
+        for (; at > 0 && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1];
+        chosen[at] = best, sum += p[best];
+    }
+    for (int j = 0; j < c->n_used; j++) w[j] = p[chosen[j]] / (c->norm_topk ? sum : 1.0f);
+}
+
+// Which experts each row goes to, and with which weight.
+static void route(RunState *s, int l, int n) {
+    const Product p = {&s->model->layers[l].experts.router, s->experts.probs,
+                       s->model->config.n_experts};
+    multiply(s, &s->xb, n, &p, 1);
+    each_row(s, n, route_row, &(Step){s, l});
+}
+
+// Gives every row a slot at each of its experts.
+static void sort_rows(RunState *s, int n) {
+    const Config *c = &s->model->config;
+    ExpertRows *e = &s->experts;
+    memset(e->first, 0, ((size_t)c->n_experts + 1) * sizeof *e->first);
+    for (int i = 0; i < n * c->n_used; i++) e->first[e->chosen[i] + 1]++;
+    for (int x = 0; x < c->n_experts; x++) e->first[x + 1] += e->first[x];
+    for (int i = 0; i < n * c->n_used; i++) {
+        e->slot[i] = e->first[e->chosen[i]]++;
+        e->row[e->slot[i]] = i / c->n_used;
+    }
+    for (int x = c->n_experts; x > 0; x--) e->first[x] = e->first[x - 1];
+    e->first[0] = 0;
+}
+
+// ---- the products ----
+
+static void gather_slot(void *ctx, int slot) {
+    RunState *s = ctx;
+    ExpertRows *e = &s->experts;
+    const float *x = s->xb.x + (size_t)e->row[slot] * s->xb.stride;
+    memcpy(e->in.x + (size_t)slot * e->in.stride, x, (size_t)e->in.cols * sizeof *x);
+    e->tiled[slot] = s->tiled[e->row[slot]];
+    activations_round(&e->in, slot);
+}
+
+static void round_slot(void *ctx, int slot) {
+    RunState *s = ctx;
+    activations_round(&s->experts.hidden, slot);
+}
+
+// The products of expert x, number `at` of those with rows.
+static void plan_expert(RunState *s, int l, int x, int at) {
+    const Config *c = &s->model->config;
+    const Experts *w = &s->model->layers[l].experts;
+    ExpertRows *e = &s->experts;
+    int first = e->first[x], n = e->first[x + 1] - first;
+    Matrix *m = e->w[at];
+    Activations *rows = e->rows[at];
+    Product *p = e->p[at];
+    m[0] = expert_of(&w->w1, c->n_experts, x, c->expert_dim);
+    m[1] = expert_of(&w->w2, c->n_experts, x, c->dim);
+    m[2] = expert_of(&w->w3, c->n_experts, x, c->expert_dim);
+    rows[0] = activations_from(&e->in, first), rows[1] = activations_from(&e->hidden, first);
+    p[0] = (Product){&m[0], rows[1].x, rows[1].stride};
+    p[1] = (Product){&m[1], e->out + (size_t)first * c->dim, c->dim};
+    e->gates[at] = (Products){&rows[0], n, &p[0], 1, &m[2], &rows[0], gated_act(c)};
+    e->downs[at] = (Products){&rows[1], n, &p[1], 1, NULL, NULL, NULL};
+}
+
+static void plan_shared(RunState *s, int l, int n, int at) {
+    const Config *c = &s->model->config;
+    const Matrix *m = s->model->layers[l].experts.shared;
+    ExpertRows *e = &s->experts;
+    Activations *hidden = &e->shared_hidden;
+    Product *p = e->p[at];
+    p[0] = (Product){&m[0], hidden->x, hidden->stride};
+    p[1] = (Product){&m[1], e->shared_out, c->dim};
+    e->gates[at] = (Products){&s->xb, n, &p[0], 1, &m[2], &s->xb, gated_act(c)};
+    e->downs[at] = (Products){hidden, n, &p[1], 1, NULL, NULL, NULL};
+}
+
+// ---- the sum ----
+
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+static float dot(const float *x, const float *y, int n) {
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+static void sum_row(void *ctx, int i) {
+    const Step *st = ctx;
+    RunState *s = st->s;
+    const Config *c = &s->model->config;
+    const ExpertRows *e = &s->experts;
+    float *add = s->add + (size_t)i * c->dim;
+    memset(add, 0, (size_t)c->dim * sizeof *add);
+    for (int j = 0; j < c->n_used; j++) {
+        size_t slot = (size_t)e->slot[(size_t)i * c->n_used + j];
+        const float *y = e->out + slot * c->dim;
+        check_row(s, i, st->l, e->hidden.x + slot * e->hidden.stride, c->expert_dim);
+        float w = e->weight[(size_t)i * c->n_used + j];
+        for (int k = 0; k < c->dim; k++) add[k] += w * y[k];
+    }
+    if (c->shared_dim == 0) return;
+    const float *x = s->xb.x + (size_t)i * s->xb.stride, *y = e->shared_out + (size_t)i * c->dim;
+    float w = sigmoid(dot(s->model->layers[st->l].experts.shared_scale, x, c->dim));
+    for (int k = 0; k < c->dim; k++) add[k] += w * y[k];
+}
+
+void experts_ffn(RunState *s, int l, int n) {
+    const Config *c = &s->model->config;
+    ExpertRows *e = &s->experts;
+    int jobs = 0, slots = n * c->n_used;
+    route(s, l, n);
+    sort_rows(s, n);
+    for (int x = 0; x < c->n_experts; x++)
+        if (e->first[x + 1] > e->first[x]) plan_expert(s, l, x, jobs++);
+    if (c->shared_dim > 0) plan_shared(s, l, n, jobs++);
+    each_row(s, slots, gather_slot, s);
+    matmul_all(s->pool, s->ops, e->gates, jobs);  // hidden = act(w1 in) * w3 in
+    if (activations_rounded(&e->hidden)) each_row(s, slots, round_slot, s);
+    if (c->shared_dim > 0) quantize(s, &e->shared_hidden, n, l);
+    matmul_all(s->pool, s->ops, e->downs, jobs);  // out = w2 hidden
+    each_row(s, n, sum_row, &(Step){s, l});
+}
