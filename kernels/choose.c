@@ -131,6 +131,7 @@ typedef struct {
     bool (*usable)(const Features *f);  // NULL: always
     const Kernels *table;
     void (*adapt)(Kernels *k, const Features *f);  // NULL: nothing
+    bool (*pays)(void);  // whether it is better here than the sets after it; NULL: yes
 } Isa;
 
 #ifdef __x86_64__
@@ -141,53 +142,46 @@ static bool has_avx512bf16(const Features *f) { return has_avx512(f) && f->avx51
 static bool has_amx(const Features *f) {  // no machine that this was written on had it: tried first
     return has_avx512bf16(f) && f->amx && tiles_allowed() && amx_multiplies();
 }
+
+// The processor's maker: "AuthenticAMD", "GenuineIntel" (CPUID, leaf 0).
+static bool made_by(const char *name) {
+    unsigned r[4] = {0};
+    char maker[13] = {0};
+    if (!__get_cpuid(0, &r[EAX], &r[EBX], &r[ECX], &r[EDX])) return false;
+    memcpy(maker, &r[EBX], 4), memcpy(maker + 4, &r[EDX], 4), memcpy(maker + 8, &r[ECX], 4);
+    return strcmp(maker, name) == 0;
+}
+
+// On AMD's processors vdpbf16ps does twice as many operations as a product of f32, on Intel's half
+// as many. A table and not a measurement: the two sets differ in last bits, and a program that is
+// started twice, once on a busy machine, must give the same ones.
+static bool bf16_pays(void) { return made_by("AuthenticAMD") || made_by("HygonGenuine"); }
 #endif
 
 static const Isa isas[] = {
 // best first
 #ifdef __x86_64__
-    {"amx", has_amx, &kernels_avx2, adapt_amx},
-    {"avx512bf16", has_avx512bf16, &kernels_avx2, adapt_avx512bf16},
-    {"avx512", has_avx512, &kernels_avx2, adapt_avx512},
-    {"avx2vnni", has_avx2vnni, &kernels_avx2, adapt_avx2vnni},
-    {"avx2", has_avx2, &kernels_avx2, NULL},
+    {"amx", has_amx, &kernels_avx2, adapt_amx, NULL},
+    {"avx512bf16", has_avx512bf16, &kernels_avx2, adapt_avx512bf16, bf16_pays},
+    {"avx512", has_avx512, &kernels_avx2, adapt_avx512, NULL},
+    {"avx2vnni", has_avx2vnni, &kernels_avx2, adapt_avx2vnni, NULL},
+    {"avx2", has_avx2, &kernels_avx2, NULL, NULL},
 #endif
 #ifdef __aarch64__
-    {"neon", NULL, &kernels_neon, adapt_neon},
+    {"neon", NULL, &kernels_neon, adapt_neon, NULL},
 #endif
-    {"scalar", NULL, &kernels_scalar, NULL},
-    {"amx-emulated", NULL, &kernels_scalar, adapt_amx_emulated},  // behind the one that always is
+    {"scalar", NULL, &kernels_scalar, NULL, NULL},
+    {"amx-emulated", NULL, &kernels_scalar, adapt_amx_emulated, NULL},  // never by itself
 };
-
-// Operations a second of a product's instructions: the best of many short stretches, since what
-// comes between only slows.
-static double rate(const Peak *p) {
-    enum { STRETCHES = 20, ROUNDS = 1000 };
-    double best = 0.0;
-    for (int i = 0; i < STRETCHES; i++) {
-        double start = now();
-        volatile float keep = p->run(ROUNDS);
-        (void)keep;
-        best = fmax(best, (double)ROUNDS * p->ops / (now() - start));
-    }
-    return best;
-}
-
-// Whether attention is worth packing: on Intel's processors vdpbf16ps does half the operations of
-// f32, on AMD's twice as many. In between packed pages win, for they are half as large and their
-// weights need fewer digits: the limit lies between one and two.
-static bool packing_pays(const Kernels *k) {
-    static const double LIMIT = 1.4;
-    return k->peak_packed == k->peak[W_F32] || rate(k->peak[W_F32]) < LIMIT * rate(k->peak_packed);
-}
 
 int kernels_init(const char *isa) {
     const Features f = find_features();
     for (const Isa *i = isas; i < isas + sizeof isas / sizeof *isas; i++) {
-        if ((isa && strcmp(isa, i->name) != 0) || (i->usable && !i->usable(&f))) continue;
+        if ((isa ? strcmp(isa, i->name) != 0 : i->pays && !i->pays()) ||
+            (i->usable && !i->usable(&f)))
+            continue;
         Kernels k = *i->table;
         if (i->adapt) i->adapt(&k, &f);
-        if (!isa && !packing_pays(&k)) continue;
         k.name = i->name;
         kern = k;
         blas_init();
