@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Convert a Hugging Face directory or a GGUF file into the one file that ./run maps.
+"""Convert a Hugging Face directory, a GGUF file or a checkpoint of llama2.c into the one file that
+./run maps.
 
-    export.py MODEL_DIR_OR_GGUF -o OUT [--type f32|bf16|f16|q8|q4]
+    export.py MODEL -o OUT [--type f32|bf16|f16|q8|q4]
 
 This is the only place that knows model families by name. What it writes is a safetensors file
 whose tensors start on 64-byte boundaries (U8 tensors "pad.N" fill the gaps), so that it can be
@@ -238,7 +239,7 @@ class Tensor:
         self.order = np.arange(self.n_rows)  # which rows of the file these are
 
     def pick(self, order):
-        t = object.__new__(Tensor)
+        t = object.__new__(type(self))
         t.__dict__.update(self.__dict__)
         t.order = self.order[order]
         t.n_rows = len(t.order)
@@ -556,6 +557,131 @@ def open_gguf(path):
         end = offset + n_bytes
         tensors[name] = Tensor(f, name, kind, shape, data + offset, n_bytes)
     return meta, {name: tensors[name] for name in infos}
+
+
+# A checkpoint of llama2.c begins with these numbers; the first layout has nothing before them and
+# says by a negative vocab_size that there is an output matrix.
+LLAMA2C = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+LLAMA2C_MAGIC = b"24ka"
+LLAMA2C_MOST = (1 << 16, 1 << 18, 1 << 10, 1 << 10, 1 << 10, 1 << 20, 1 << 20)
+# Its matrices of a layer, and their names in a GGUF, whose q and k rows lie in the same order.
+LLAMA2C_NORMS = (("attn_norm", "dim"), ("ffn_norm", "dim"))
+LLAMA2C_MATRICES = (
+    ("attn_q", "q_dim", "dim"), ("attn_k", "kv_dim", "dim"), ("attn_v", "kv_dim", "dim"),
+    ("attn_output", "dim", "q_dim"), ("ffn_gate", "hidden_dim", "dim"),
+    ("ffn_down", "dim", "hidden_dim"), ("ffn_up", "hidden_dim", "dim"))
+
+
+class CodedRows(Tensor):
+    """A matrix of version 2: int8 codes, then a float32 scale for each `group` of them in a row of
+    all."""
+
+    def __init__(self, file, name, shape, offset, group):
+        super().__init__(file, name, "llama2.c q8", shape, offset, math.prod(shape))
+        self.group, self.scales = group, offset + math.prod(shape)
+
+    def f32(self, a=0, b=None):
+        b = self.n_rows if b is None else b
+        places = self.order[a:b, None] * self.n_cols + np.arange(self.n_cols)
+        groups = places // self.group
+        lo, hi = int(groups.min()), int(groups.max()) + 1
+        scale = np.frombuffer(self.file.read(self.scales + 4 * lo, 4 * (hi - lo)), "<f4")
+        x = self.raw(a, b).view(np.int8).astype(np.float32) * scale[groups - lo]
+        check_finite(self, x)
+        return x
+
+
+class Llama2c:
+    """Hands out the tensors of a checkpoint of llama2.c, one after the other."""
+
+    def __init__(self, file, at, sizes, group):
+        self.file, self.at, self.sizes, self.group, self.tensors = file, at, sizes, group, {}
+
+    def take(self, name, *dims):
+        shape = tuple(self.sizes[d] for d in dims)
+        n, name = math.prod(shape), name + ".weight"
+        coded = self.group > 0 and len(dims) == 2
+        if coded and n % self.group:
+            raise Refusal(f"{self.file.name}: {name} of {n} codes in groups of {self.group}")
+        n_bytes = n + n // self.group * 4 if coded else n * 4
+        if self.at + n_bytes > self.file.size:
+            raise Refusal(f"{self.file.name} is cut: {self.file.size} bytes, and {name} ends at "
+                          f"byte {self.at + n_bytes}")
+        self.tensors[name] = (CodedRows(self.file, name, shape, self.at, self.group) if coded else
+                              Tensor(self.file, name, "F32", shape, self.at, n_bytes))
+        self.at += n_bytes
+
+    def layers(self, name, *dims):
+        for l in range(self.sizes["n_layers"]):
+            self.take(f"blk.{l}.{name}", *dims)
+
+
+def llama2c_numbers(head):
+    """The seven numbers, or None where these bytes are none."""
+    numbers = struct.unpack("<7i", head)
+    sizes = [abs(n) if i == 5 else n for i, n in enumerate(numbers)]
+    fit = all(1 <= n <= most for n, most in zip(sizes, LLAMA2C_MOST))
+    return numbers if fit and not sizes[0] % sizes[3] and not sizes[3] % sizes[4] else None
+
+
+def is_llama2c(path):
+    with open(path, "rb") as f:
+        head = f.read(28)
+    return head[:4] == LLAMA2C_MAGIC or (len(head) == 28 and llama2c_numbers(head) is not None)
+
+
+def open_llama2c(path):
+    """-> what config.json would say, {name of a GGUF: Tensor}."""
+    f = SourceFile(path)
+    version, at, group, numbers = 0, 28, 0, f.read(0, 28)
+    if numbers[:4] == LLAMA2C_MAGIC:
+        head = f.read(0, 256)
+        (version,), at, numbers = struct.unpack_from("<i", head, 4), 256, head[8:36]
+        if version not in (1, 2):
+            raise Refusal(f"a checkpoint of llama2.c of version {version}; 1 and 2 are supported")
+        tied, group = head[36] == 1, struct.unpack_from("<i", head, 37)[0] if version == 2 else 0
+    numbers = llama2c_numbers(numbers)
+    if numbers is None or (version == 2 and group < 1):
+        raise Refusal(f"{f.name}: the header of a checkpoint of llama2.c is damaged")
+    sizes = dict(zip(LLAMA2C, numbers))
+    if version == 0:
+        tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
+    head_dim = sizes["dim"] // sizes["n_heads"]
+    sizes.update(q_dim=sizes["dim"], kv_dim=sizes["n_kv_heads"] * head_dim)
+    tensors = llama2c_tensors(Llama2c(f, at, sizes, group), version, tied, head_dim)
+    config = dict(
+        model_type="llama", hidden_size=sizes["dim"], intermediate_size=sizes["hidden_dim"],
+        num_hidden_layers=sizes["n_layers"], num_attention_heads=sizes["n_heads"],
+        num_key_value_heads=sizes["n_kv_heads"], vocab_size=sizes["vocab_size"],
+        max_position_embeddings=sizes["seq_len"], rms_norm_eps=1e-5, tie_word_embeddings=tied)
+    return config, tensors
+
+
+def llama2c_tensors(c, version, tied, head_dim):
+    """All tensors, in the order of the version; the file ends with them."""
+    if version == 0:
+        c.take("token_embd", "vocab_size", "dim")
+        c.layers("attn_norm", "dim")
+        for name, *dims in LLAMA2C_MATRICES[:4]:
+            c.layers(name, *dims)
+        c.layers("ffn_norm", "dim")
+        for name, *dims in LLAMA2C_MATRICES[4:]:
+            c.layers(name, *dims)
+        c.take("output_norm", "dim")
+        c.at += c.sizes["seq_len"] * (head_dim // 2) * 8  # cos and sin, which follow from the sizes
+    else:
+        for name, *dims in LLAMA2C_NORMS:
+            c.layers(name, *dims)
+        c.take("output_norm", "dim")
+        c.take("token_embd", "vocab_size", "dim")
+        for name, *dims in LLAMA2C_MATRICES:
+            c.layers(name, *dims)
+    if not tied:
+        c.take("output", "vocab_size", "dim")
+    if c.at != c.file.size:
+        raise Refusal(f"{c.file.name} is cut, or no checkpoint of llama2.c: {c.file.size} bytes, "
+                      f"expected {c.at}")
+    return c.tensors
 
 
 # ---- 2. families ---------------------------------------------------------------------------------
@@ -1914,6 +2040,36 @@ def vocab_from_ranks(data, split):
     return v
 
 
+LLAMA2C_SPECIAL = 3  # <unk>, BOS, EOS, then the 256 bytes
+
+
+def vocab_from_llama2c(path, n):
+    """tokenizer.bin of llama2.c, n tokens: the length of the longest one, then of each a score and
+    its bytes. SentencePiece's, with spaces for U+2581."""
+    f = SourceFile(path)
+    data, at, texts, scores = f.read(0, f.size), 4, [], []
+    try:
+        for _ in range(n):
+            score, length = struct.unpack_from("<fi", data, at)
+            at += 8 + length
+            if length < 0 or at > len(data) or not math.isfinite(score):
+                raise ValueError(f"token {len(texts)}")
+            scores.append(score)
+            texts.append(data[at - length : at].decode().replace(" ", SPACE))
+    except (struct.error, ValueError):
+        raise Refusal(f"token {len(texts)} of {n} is cut or damaged, or this is the tokenizer of "
+                      "another model (--tokenizer names its own)", path) from None
+    if at != len(data):
+        raise Refusal(f"{len(data) - at} bytes after {n} tokens: the tokenizer of another model "
+                      "(--tokenizer names its own)", path)
+    kinds = [SPECIAL if i < LLAMA2C_SPECIAL else BYTE if re.fullmatch("<0x[0-9A-F]{2}>", t) else
+             NORMAL for i, t in enumerate(texts)]
+    v = Vocab(texts, kinds, "spm")
+    add_spm_merges(v, scores)
+    v.meta.update(unk_id=0, bos_id=1, add_bos=1, space_prefix=1)
+    return v
+
+
 def is_rank_file(data):
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data[:300]) is not None
 
@@ -3013,6 +3169,17 @@ def read_gguf(path):
     return config, tensors, v, chat, stop_ids(v, *ends)
 
 
+def read_llama2c(path, tokenizer):
+    """The same of a checkpoint of llama2.c, whose tokenizer is another file. Its stories end where
+    the next one would begin: with BOS."""
+    config, tensors = open_llama2c(path)
+    tokenizer = tokenizer or os.path.join(os.path.dirname(os.path.abspath(path)), "tokenizer.bin")
+    if not os.path.exists(tokenizer):
+        raise Refusal(f"{tokenizer} is missing; --tokenizer PATH names the model's own")
+    v = vocab_from_llama2c(tokenizer, config["vocab_size"])
+    return config, tensors, v, chat_metadata(None, v, {}), stop_ids(v, 1, 2)
+
+
 def check_special(v, stops):
     """What C holds about special ids, after the last token without an embedding has gone."""
     for name in ("bos_id", "unk_id"):
@@ -3028,11 +3195,25 @@ def tokenizer_metadata(v, stops):
     return meta
 
 
+# Where the values of a model's config stand, and what its source is called.
+SOURCES = {"config.json": "Hugging Face", "GGUF": "GGUF", "llama2.c": "llama2.c"}
+
+
+def source_kind(path):
+    if os.path.isdir(path):
+        return "config.json"
+    return "llama2.c" if os.path.isfile(path) and is_llama2c(path) else "GGUF"
+
+
 def plan(args):
     """-> metadata and tensors of the new file; everything is checked, nothing is converted yet."""
-    gguf = not os.path.isdir(args.model)
-    config, tensors, v, chat, stops = (read_gguf if gguf else read_directory)(args.model)
-    model = describe(config, args.ignore_key, args.yarn, "GGUF" if gguf else "config.json")
+    where, gguf = source_kind(args.model), not os.path.isdir(args.model)
+    if args.tokenizer and where != "llama2.c":
+        raise Refusal("--tokenizer is for checkpoints of llama2.c; others have theirs with them")
+    config, tensors, v, chat, stops = (
+        read_llama2c(args.model, args.tokenizer) if where == "llama2.c" else
+        (read_gguf if gguf else read_directory)(args.model))
+    model = describe(config, args.ignore_key, args.yarn, where)
     v.limit(model.fields["vocab_size"])
     check_special(v, stops)
     target = args.type or (None if gguf else "q8")
@@ -3044,7 +3225,7 @@ def plan(args):
     meta = {
         "format": FORMAT,
         "name": name[: -len(".gguf")] if name.endswith(".gguf") else name,
-        "source": ("GGUF, " if gguf else "Hugging Face, ") + " ".join(kinds),
+        "source": f"{SOURCES[where]}, " + " ".join(kinds),
         "type": target or "keep",
         **{k: number(x) for k, x in model.fields.items()},
         **tokenizer_metadata(v, stops),
@@ -3072,13 +3253,16 @@ def plan_tokenizer(args):
 def parse_args():
     p = argparse.ArgumentParser(
         prog="export.py",
-        description="Convert a Hugging Face directory or a GGUF file for ./run.",
+        description="Convert a Hugging Face directory, a GGUF file or a checkpoint of llama2.c for "
+        "./run.",
         epilog="""examples:
   export.py ~/models/Llama-3.2-1B-Instruct -o llama.kvz
   export.py SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.kvz    its 4-bit weights stay bit for bit
-  export.py ~/models/Qwen3-4B --type q4 --yarn 4 -o qwen3.kvz""",
+  export.py ~/models/Qwen3-4B --type q4 --yarn 4 -o qwen3.kvz
+  export.py stories260K.bin --tokenizer tok512.bin -o stories.kvz    llama2.c's own""",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", help="directory with config.json and *.safetensors, or a .gguf file")
+    p.add_argument("model", help="directory with config.json and *.safetensors, a .gguf file, or a "
+                   ".bin file of llama2.c")
     p.add_argument("-o", "--out", required=True, help="the file to write")
     p.add_argument(
         "--type", choices=list(K),
@@ -3090,6 +3274,9 @@ def parse_args():
     p.add_argument(
         "--ignore-key", action="append", default=[], metavar="KEY",
         help="convert although config.json sets KEY, which is not supported")
+    p.add_argument(
+        "--tokenizer", metavar="PATH",
+        help="llama2.c: the model's tokenizer (default: tokenizer.bin beside it)")
     tests = p.add_argument_group("for tests")
     tests.add_argument("--tokenizer-only", action="store_true", help="model is a tokenizer's file")
     tests.add_argument(
