@@ -219,8 +219,13 @@ void model_close(Model *m) {
 
 KVShape model_kv_shape(const Model *m) {
     const Config *c = &m->config;
-    return (KVShape){c->n_layers,   c->n_heads,      c->n_kv_heads, c->head_dim,
-                     c->attn_scale, c->attn_softcap, c->window};
+    return (KVShape){.n_layers = c->n_layers,
+                     .n_heads = c->n_heads,
+                     .n_kv_heads = c->n_kv_heads,
+                     .head_dim = c->head_dim,
+                     .scale = c->attn_scale,
+                     .softcap = c->attn_softcap,
+                     .window = c->window};
 }
 
 // ---- scratch ----
@@ -683,7 +688,7 @@ typedef struct {
 static void gram_head(void *ctx, int h) {
     const Gram *g = ctx;
     int d = g->head_dim;
-    float *out = g->gram + (size_t)h * d * d, row[256];
+    float *out = g->gram + (size_t)h * d * d, row[MAX_HEAD_DIM];
     memset(out, 0, (size_t)d * d * sizeof *out);
     for (int r = 0; r < g->wo->rows; r++) {
         for (int i = 0; i < d; i++) row[i] = matrix_at(g->wo, r, h * d + i);

@@ -36,12 +36,14 @@ static double pairs_at_once(const Session *s, const MemoryNeed *need, const Memo
 
 // Of the layers with a window, which hold it, a page that they leave and the block being read.
 static double window_bytes(const KVShape *shape, KVTypes types, double tokens) {
-    double pairs = 0, pair = (double)kvcache_page_bytes(shape, types) / PAGE_PAIRS + sizeof(int);
+    double bytes = 0;
     for (int l = 0; l < shape->n_layers; l++) {
-        double window = shape->window[l];
-        if (window > 0) pairs += fmin(tokens, window + MAX_ROWS + PAGE_PAIRS);
+        double window = shape->window[l], pairs = fmin(tokens, window + MAX_ROWS + PAGE_PAIRS);
+        double page = (double)kvcache_page_bytes(kvshape_dim(shape, l), types);
+        if (window > 0 && kvshape_owns(shape, l))
+            bytes += pairs * kvshape_heads(shape, l) * (page / PAGE_PAIRS + sizeof(int));
     }
-    return pairs * shape->n_kv_heads * pair;
+    return bytes;
 }
 
 MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan *plan) {
