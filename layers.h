@@ -1,0 +1,52 @@
+// layers.h: what the blocks of a layer share. Private to model.c, which calls them in order, and to
+// the blocks that have files of their own.
+//
+//   layerembed.c  per-layer embeddings: what a layer adds of its own for each token
+#ifndef LAYERS_H
+#define LAYERS_H
+#include "kernels/matmul.h"
+#include "model.h"
+
+// ---- opening ----
+
+// A matrix of rows x cols in panels, see kernels.h. 0, or -1 with err.
+int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols, char *err);
+// A vector [n]; NULL where it is optional and absent. 0, or -1 with err.
+int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
+                char *err);
+
+// ---- scratch ----
+
+// Hands out 64-byte aligned pieces of one block; with no block yet it only counts.
+void *take(RunState *s, size_t n, size_t size);
+Activations take_activations(RunState *s, int max_rows, int cols);
+
+// ---- steps ----
+
+// fn for each of n rows, on all threads where that pays.
+void each_row(RunState *s, int n, void (*fn)(void *ctx, int i), void *ctx);
+// Whether products read x rounded to whole numbers.
+static inline bool is_rounded(const Activations *x) { return x->for_q8 || x->for_q4; }
+// Notes that layer l gave row i what is no number, unless an earlier one had. Asked before anything
+// is rounded to whole numbers, which hides it.
+void check_row(RunState *s, int i, int l, const float *x, int n);
+// Several matrices that read the same input, of n rows.
+void multiply(RunState *s, const Activations *x, int n, const Product *p, int n_products);
+// Rounds the n rows of an input of layer l, before the first of its products.
+void quantize(RunState *s, Activations *x, int n, int l);
+// act(x) * y of the model's feed-forward blocks.
+static inline void (*gated_act(const Config *c))(float *x, const float *y, int n) {
+    return c->act_gelu ? kern.gelu_mul : kern.silu_mul;
+}
+
+// ---- layerembed.c ----
+
+// The table that all layers share, and what layer l has. 0, or -1 with err.
+int layer_embed_open_table(Model *m, char *err);
+int layer_embed_open(Model *m, int l, char *err);
+void layer_embed_take(RunState *s);
+// Keeps the embeddings of n rows, which stand in x.
+void layer_embed_begin(RunState *s, int n);
+// add = what layer l gives for the rows' tokens, asked by xb, which is x itself.
+void layer_embed(RunState *s, int l, int n);
+#endif
