@@ -16,6 +16,9 @@ metadata                 value
   dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size (rows of the embedding)
   seq_len                longest sequence of the training
   rotary_dim             leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
+  window_kv_heads window_head_dim   those of layers with a window, where they are others
+  embed_dim table_scale mix_scale   of embeddings that each layer has of its own, if any: their
+                         length, factors of the table and of what they take of the embedding
   norm_eps attn_scale embed_scale attn_softcap final_softcap (0: no cap)
   act                    "silu" or "gelu_tanh"
   rope_theta             for people; rope.inv_freq is what counts
@@ -50,16 +53,26 @@ metadata                 value
 
 tensor                   dtype and shape
   rope.inv_freq          F32 [n_ropes][rotary_dim/2], after any scaling
+  rope.dims              I32 [n_ropes], rotary_dim of each where they differ; the longest one's
+                         inv_freq gives the rows
   rope.scale             F32 [n_ropes], multiplies cos and sin (yarn)
   layer.rope             I32 [n_layers], which of them; -1: the layer does not rotate
   layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all
+  layer.owner            I32 [n_layers], whose keys and values a layer reads; absent: its own
+  layer.hidden           I32 [n_layers], rows of w1 and w3; absent: hidden_dim
   rms_final              F32 [dim]
   layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
   layers.N.rms_att_post, .rms_ffn_post   F32 [dim], norms of what they add (Gemma), or absent
-  layers.N.q_norm, .k_norm               F32 [head_dim], or absent
+  layers.N.q_norm, .k_norm, .v_norm      F32 [head_dim], or absent
+  layers.N.scale                         F32 [1], multiplies what the layer gives, or absent
   layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
   tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
-  layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
+  layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up; no wk and wv where another
+                         layer's keys are read; no wv where values are the keys before their norm
+  embed_table            matrix [16 vocab_size] x [n_layers * embed_dim / 16]: a panel is a token's
+                         embeddings of all layers; rms_embed F32 [embed_dim]
+  layers.N.embed.gate, .mix, .up         matrices [embed_dim] x [dim] and [dim] x [embed_dim];
+  layers.N.rms_embed                     F32 [dim]
   tok.bytes              U8 [total], what each id prints; tok.offsets I32 [n+1] cuts it
   tok.kind               U8 [n]: 0 normal, 1 special, 2 found in any text, 3 a single byte, 4 unused
   tok.flags              U8 [n], or absent: bits of added tokens, 1 found in the normalized text, 2
@@ -245,6 +258,11 @@ class Tensor:
         t.n_rows = len(t.order)
         t.shape = (t.n_rows, t.n_cols)
         return t
+
+    def reshaped(self, shape):
+        """The same numbers in another shape, as many a row."""
+        n_bytes = self.row_bytes * self.n_rows
+        return Tensor(self.file, self.name, self.kind, shape, self.offset, n_bytes)
 
     def raw(self, a, b):
         """Rows [a, b) as uint8 [b - a][row_bytes]. A permutation is local, so the span is short."""
@@ -722,6 +740,16 @@ FUSED_QKV = [(ours, "self_attn.qkv_proj.weight", "attn_qkv.weight") for ours in 
 FUSED_GATE_UP = [(ours, "mlp.gate_up_proj.weight", "ffn_up.weight") for ours in ("w1", "w3")]
 MATRICES = QKV + WO + GATE_UP + W2
 FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
+# Gemma 4. A name that begins with ^ stands beside the layers, which take its rows in order.
+LAYER_SCALE = [("scale", "layer_scalar", None)]
+LAYER_EMBED = [
+    ("embed.gate", "per_layer_input_gate.weight", None),
+    ("embed.mix", "^per_layer_model_projection.weight", None),
+    ("embed.up", "per_layer_projection.weight", None),
+    ("rms_embed", "post_per_layer_input_norm.weight", None),
+]
+EMBED_TABLE = ("embed_table", "embed_tokens_per_layer.weight", None)
+EMBED_NORM = ("rms_embed_all", "per_layer_projection_norm.weight", None)
 
 SHAPES = {  # rows and columns, or length, in fields of the model
     "tok_embed": ("vocab_size", "dim"), "wcls": ("vocab_size", "dim"), "rms_final": ("dim",),
@@ -731,6 +759,9 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "wq": ("q_dim", "dim"), "wk": ("kv_dim", "dim"), "wv": ("kv_dim", "dim"),
     "wo": ("dim", "q_dim"),
     "w1": ("hidden_dim", "dim"), "w2": ("dim", "hidden_dim"), "w3": ("hidden_dim", "dim"),
+    "scale": ("one",), "embed_table": ("vocab_size", "embed_row"), "rms_embed_all": ("embed_dim",),
+    "embed.gate": ("embed_dim", "dim"), "embed.mix": ("embed_dim", "dim"),
+    "embed.up": ("dim", "embed_dim"), "rms_embed": ("dim",),
 }
 
 
@@ -739,11 +770,13 @@ def no_slide(c, l):
 
 
 class Family(NamedTuple):
-    parts: list  # of one layer
+    parts: list  # of one layer, or a function of config and layer
     config: dict  # keys of config.json that this family reads, with what absence means
     slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
-    gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
+    gemma: bool = False  # the embedding is scaled, attention has its own scale
+    plus_one: bool = False  # norms are 1 + w
+    layered: Callable = None  # what differs from layer to layer (Layered)
 
 
 MISSING = ()  # a key without a default: it must be there
@@ -767,6 +800,133 @@ GEMMA3 = dict(
     rope_local_base_freq=1e4, sliding_window_pattern=6, attn_logit_softcapping=None,
     final_logit_softcapping=None,
 )
+
+
+# Gemma 4: layers with a window have other heads than those without, the last ones read the keys and
+# values of layers before them.
+
+GEMMA4 = dict(
+    COMMON, head_dim=256, num_attention_heads=8, num_key_value_heads=4, vocab_size=262144,
+    max_position_embeddings=131072, tie_word_embeddings=True, sliding_window=512,
+    final_logit_softcapping=None, hidden_activation="gelu_pytorch_tanh", global_head_dim=512,
+    num_global_key_value_heads=None, per_layer_config=None, attention_k_eq_v=False,
+    num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=256,
+    vocab_size_per_layer_input=262144, use_bidirectional_attention=None, enable_moe_block=False,
+)
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+}
+WRAPPED = {  # multimodal models -> the kind of their language model
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text",
+}
+
+
+class Layered(NamedTuple):
+    """What differs from layer to layer."""
+
+    fields: dict  # metadata
+    sizes: list  # [n_layers] fields of each layer alone
+    owners: list  # [n_layers] whose keys and values it reads
+    parts: list  # [n_layers]
+
+
+def gemma4_slides(c, l):
+    return (l + 1) % 6 != 0
+
+
+def gemma4_heads(c, slides, where):
+    """-> (kv heads, head_dim) of layers without a window, of those with one."""
+    listed, heads = c["per_layer_config"], ([], [])
+    for l, sliding in enumerate(slides):
+        own = {"num_key_value_heads": c["num_key_value_heads"], "head_dim": c["head_dim"]}
+        if listed is not None:
+            said = next((x for k, x in listed.items() if k.isdecimal() and int(k) == l), {})
+            check_value(where, f"per_layer_config: {l}", said, "an object")
+            if set(said) - set(own):
+                raise Refusal(f"{where}: per_layer_config: {l}: {sorted(set(said) - set(own))[0]} "
+                              "of a layer alone is not supported")
+            own.update(said)
+        elif not sliding:
+            own["head_dim"] = c["global_head_dim"]
+            if c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None:
+                own["num_key_value_heads"] = c["num_global_key_value_heads"]
+        for key, value in own.items():
+            check_value(where, key, value, "a whole number")
+        heads[sliding].append(tuple(own.values()))
+    for found in heads:
+        if len(set(found)) > 1:
+            raise Refusal(f"{where}: layers of one kind with different heads are not supported")
+    full, sliding = heads
+    return full[0], (sliding or full)[0]
+
+
+def gemma4_owners(c, slides, where):
+    """Whose keys and values each layer reads: those of the last own layer of its kind."""
+    n = len(slides)
+    first = n - c["num_kv_shared_layers"]
+    if first < 1 or set(slides[:first]) != set(slides):
+        raise Refusal(f"{where}: num_kv_shared_layers {n - first} of {n} leaves a kind of layers "
+                      "without keys of its own")
+    last = {slides[l]: l for l in range(first)}
+    return [l if l < first else last[slides[l]] for l in range(n)]
+
+
+def gemma4_parts(c, slides, owners, l):
+    own = owners[l] == l
+    norms = QK_NORMS if own else QK_NORMS[:1]
+    qkv = QKV[: 1 if not own else 2 if c["attention_k_eq_v"] and not slides[l] else 3]
+    embed = LAYER_EMBED if c["hidden_size_per_layer_input"] else []
+    return GEMMA_NORMS + norms + qkv + WO + GATE_UP + W2 + LAYER_SCALE + embed
+
+
+def gemma4_layers(c, slides, where):
+    if c["enable_moe_block"]:
+        raise Refusal(f"{where}: enable_moe_block: Gemma 4's mixture of experts is not supported, "
+                      "its dense models are")
+    if c["use_bidirectional_attention"] not in (None, "vision"):  # which is for pictures
+        raise Refusal(f"{where}: use_bidirectional_attention "
+                      f"{c['use_bidirectional_attention']!r} is not supported: only causal models "
+                      "are")
+    heads, owners = gemma4_heads(c, slides, where), gemma4_owners(c, slides, where)
+    embed, n = c["hidden_size_per_layer_input"], len(slides)
+    if embed and c["vocab_size_per_layer_input"] != c["vocab_size"]:
+        raise Refusal(f"{where}: vocab_size_per_layer_input {c['vocab_size_per_layer_input']} is "
+                      f"not vocab_size, {c['vocab_size']}")
+    if n * embed % PANEL:
+        raise Refusal(f"{where}: {n} layers with embeddings of {embed} are not supported")
+    (kv_heads, head_dim), (window_kv_heads, window_head_dim) = heads
+    fields = dict(n_kv_heads=kv_heads, head_dim=head_dim)
+    if heads[0] != heads[1]:
+        fields.update(window_kv_heads=window_kv_heads, window_head_dim=window_head_dim)
+    if embed:
+        fields.update(embed_dim=embed, table_scale=math.sqrt(embed),
+                      mix_scale=c["hidden_size"] ** -0.5)
+    wide = c["use_double_wide_mlp"]
+    sizes = [dict(zip(("n_kv_heads", "head_dim"), heads[sliding]),
+                  hidden_dim=c["intermediate_size"] * (2 if wide and owners[l] != l else 1))
+             for l, sliding in enumerate(slides)]
+    return Layered(fields, sizes, owners,
+                   [gemma4_parts(c, slides, owners, l) for l in range(n)])
+
+
+def gemma4_rope(c, slides, where):
+    """What rotates a layer of that kind; proportional: the first of all frequencies, the rest 0."""
+    kind = ("full_attention", "sliding_attention")[slides]
+    p = (c["rope_parameters"] or GEMMA4_ROPE).get(kind)
+    p = checked_values({} if p is None else p, where, kind)
+    rope = p.pop("rope_type", None) or "default"
+    share = p.pop("partial_rotary_factor", None)
+    share = 1.0 if share is None or rope == "default" else share
+    if rope not in ("default", "proportional") or not 0 < share <= 1:
+        raise Refusal(f"{where}: {kind}: rope type {rope!r} with a share of {share} is not "
+                      f"supported for {c['model_type']}")
+    theta, factor = p.pop("rope_theta", None), p.pop("factor", None) or 1.0
+    if theta is None or any(x is not None for x in p.values()):
+        raise Refusal(f"{where}: {kind}: " + ("rope_theta is missing" if theta is None else
+                                              f"rope parameters {sorted(p)} are not supported"))
+    return dict(rope_type=rope, rope_theta=theta, share=share,
+                factor=factor if rope == "proportional" else 1.0)
 
 
 def rotates(c, l):
@@ -807,10 +967,18 @@ FAMILIES = {
     "qwen2": Family(NORMS + MATRICES + BIASES, WINDOWED, slides=late_slide),
     "qwen3": Family(NORMS + MATRICES + QK_NORMS, dict(WINDOWED, head_dim=128), slides=late_slide),
     "gemma2": Family(
-        GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True),
+        GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True,
+        plus_one=True),
     "gemma3_text": Family(
         GEMMA_NORMS + MATRICES + QK_NORMS, GEMMA3,
-        slides=lambda c, l: (l + 1) % c["sliding_window_pattern"] != 0, gemma=True),
+        slides=lambda c, l: (l + 1) % c["sliding_window_pattern"] != 0, gemma=True,
+        plus_one=True),
+    "gemma4_text": Family(
+        None, GEMMA4, slides=gemma4_slides, gemma=True, layered=gemma4_layers),
+    "gemma4_unified_text": Family(
+        None, dict(GEMMA4, max_position_embeddings=262144, sliding_window=1024,
+                   hidden_size_per_layer_input=0, use_bidirectional_attention="vision"),
+        slides=gemma4_slides, gemma=True, layered=gemma4_layers),
     "phi3": Family(
         NORMS + FUSED, dict(COMMON, rms_norm_eps=1e-5, sliding_window=None), slides=all_slide),
 }
@@ -818,8 +986,9 @@ FAMILIES = {
 REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4", "mixtures of experts are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
-    ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|gemma4|omni|vision",
-     "multimodal models other than Gemma 3 are not supported"),
+    ("gemma4", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
+    ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|omni|vision",
+     "multimodal models other than Gemma 3 and 4 are not supported"),
     ("bert|t5|bart|encoder", "encoders are not supported"),
     ("gpt2|gptj|gpt_neox|opt|bloom|mpt|falcon|phi$|phi2|starcoder|codegen|stablelm",
      "only models with RMS norms, rotary positions and gated MLPs are supported"),
@@ -875,23 +1044,28 @@ KEYS = {key: kind for kind, keys in {
     "a whole number": """
         hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
         max_position_embeddings original_max_position_embeddings sliding_window
-        sliding_window_pattern no_rope_layer_interval""",
-    "a whole number or 0": "max_window_layers",
+        sliding_window_pattern no_rope_layer_interval global_head_dim num_global_key_value_heads
+        vocab_size_per_layer_input""",
+    "a whole number or 0": "max_window_layers num_kv_shared_layers hidden_size_per_layer_input",
     "a whole number up to 9999": "num_hidden_layers",
     "a number above 1": "rope_theta rope_local_base_freq",
     "a positive number": """
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
-    "true or false": "tie_word_embeddings use_sliding_window truncate",
-    "a text": "model_type hidden_act hidden_activation rope_type type",
-    "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
+    "true or false": """
+        tie_word_embeddings use_sliding_window truncate attention_k_eq_v use_double_wide_mlp
+        enable_moe_block""",
+    "a text": "model_type hidden_act hidden_activation rope_type type use_bidirectional_attention",
+    "an object": """
+        rope_scaling rope_parameters text_config full_attention sliding_attention
+        per_layer_config""",
     "a list of 0 and 1": "no_rope_layers",
     "a list of texts": "layer_types",
 }.items() for key in keys.split()}
 # Keys for which null is a value of its own ("no window"), whatever absence means.
 NULLABLE = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping",
-            "final_logit_softcapping")
+            "final_logit_softcapping", "use_bidirectional_attention")
 
 
 def check_value(where, key, value, kind):
@@ -900,8 +1074,8 @@ def check_value(where, key, value, kind):
 
 
 def text_config(c):
-    """The language model's part of a multimodal Gemma 3 config, or the config itself."""
-    if c.get("model_type") != "gemma3":
+    """The language model's part of a multimodal Gemma config, or the config itself."""
+    if c.get("model_type") not in (*WRAPPED,):
         return c
     inner = c.get("text_config", {})
     check_value("config.json", "text_config", inner, "an object")
@@ -910,7 +1084,7 @@ def text_config(c):
         raise Refusal(f"config.json: {tied} is {c.get(tied, True)}, and {inner.get(tied, True)} in "
                       "text_config")
     outer = ("eos_token_id", "bos_token_id", *QUANTIZED)
-    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": "gemma3_text"}
+    return {**inner, **{k: c[k] for k in outer if c.get(k)}, "model_type": WRAPPED[c["model_type"]]}
 
 
 QUANTIZED = ("quantization_config", "quantization", "compression_config")
@@ -961,6 +1135,8 @@ def layer_slides(c, family, where):
             raise Refusal(f"{where}: layer_types says which layers slide, and a "
                           f"{c['model_type']} model does not read it")
         slides = named
+    if family.layered:  # as transformers does
+        slides[-1] = False
     if any(slides) and window_of(c) is None:
         raise Refusal(f"{where}: layers slide, and there is no sliding_window in use")
     return slides
@@ -973,6 +1149,9 @@ class Model(NamedTuple):
     ropes: list  # parameters of the different rotations
     layer_rope: list  # [n_layers], which of them, -1: none
     tied: bool
+    parts: list  # [n_layers] of each layer
+    sizes: list = None  # [n_layers] fields of each layer, where they differ
+    owners: list = None  # [n_layers] whose keys and values each reads, where not all their own
 
 
 def head_fields(c):
@@ -1006,13 +1185,21 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
     if act not in ACTS:
         raise Refusal(f"{where}: activation {act!r} is not supported, {', '.join(ACTS)} are")
 
-    heads, slides = head_fields(c), layer_slides(c, family, where)
-    by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
-    rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
+    slides = layer_slides(c, family, where)
+    layered = family.layered(c, slides, where) if family.layered else None
+    heads = head_fields(dict(c, num_key_value_heads=layered.fields["n_kv_heads"],
+                             head_dim=layered.fields["head_dim"]) if layered else c)
+    if layered:
+        by_kind = {kind: dict(gemma4_rope(c, kind, where), dim=layered.sizes[slides.index(kind)]
+                              ["head_dim"]) for kind in sorted(set(slides))}
+        rotating = heads["head_dim"]
+    else:
+        by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
+        rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
     params = [by_kind[kind] for kind in slides]
     used = [p for l, p in enumerate(params) if rotates(c, l)]
     ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
-    scalar = c["query_pre_attn_scalar"] if family.gemma else heads["head_dim"]
+    scalar = c.get("query_pre_attn_scalar", 1) if family.gemma else heads["head_dim"]
     fields = dict(
         dim=c["hidden_size"], hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
         **heads, rotary_dim=rotating, vocab_size=c["vocab_size"], seq_len=trained_length(c, ropes),
@@ -1021,6 +1208,8 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         attn_softcap=c.get("attn_logit_softcapping") or 0.0,
         final_softcap=c.get("final_logit_softcapping") or 0.0,
         act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
+    if layered:
+        fields.update(layered.fields)
     for key in ("norm_eps", "attn_softcap", "final_softcap"):
         if fields[key] > 1e6:
             raise Refusal(f"{where}: {key} {fields[key]:g} is not supported, at most 1e6 is")
@@ -1028,7 +1217,9 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
     return Model(
         family, fields, [window if sliding else 0 for sliding in slides], ropes,
         [ropes.index(p) if rotates(c, l) else -1 for l, p in enumerate(params)],
-        bool(c["tie_word_embeddings"]))
+        bool(c["tie_word_embeddings"]),
+        layered.parts if layered else [family.parts] * c["num_hidden_layers"],
+        layered and layered.sizes, layered and layered.owners)
 
 
 GGUF_FAMILIES = {
@@ -1164,13 +1355,16 @@ class Weights:
         ("rms_final", "norm.weight", "output_norm.weight"),
         ("wcls", "lm_head.weight", "output.weight"),
     ]
-    IGNORED = r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.|^rope_freqs\."
+    IGNORED = (r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio|"
+               r"multi_modal_projector)\.|^rope_freqs\.")
 
     def __init__(self, tensors, gguf, model):
         self.tensors, self.gguf, self.model = tensors, gguf, model
-        f = model.fields
-        q_dim, kv_dim = (f[n] * f["head_dim"] for n in ("n_heads", "n_kv_heads"))
-        self.sizes = dict(f, q_dim=q_dim, kv_dim=kv_dim)
+        f = dict(model.fields, one=1)
+        f["embed_row"] = f["n_layers"] * f.get("embed_dim", 0)
+        self.sizes = [dict(f, **own) for own in model.sizes or [{}] * f["n_layers"]]
+        for s in self.sizes:
+            s.update(q_dim=s["n_heads"] * s["head_dim"], kv_dim=s["n_kv_heads"] * s["head_dim"])
         self.taken = {}  # name in the source -> rows used
         embed = [n for n in tensors if n.endswith("embed_tokens.weight")]
         head = [n for n in tensors if n.endswith("lm_head.weight")]
@@ -1183,12 +1377,14 @@ class Weights:
             return gguf if layer is None else f"blk.{layer}.{gguf}"
         if ours == "wcls":  # stands beside the model, not in it
             return self.head
+        if hf[0] == "^":
+            return self.prefix + hf[1:]
         return self.prefix + (hf if layer is None else f"layers.{layer}.{hf}")
 
     def get(self, part, layer=None):
         """The tensor of a part, checked against the config."""
-        name = self.source_name(part, layer)
-        shape = tuple(self.sizes[f] for f in SHAPES[part[0]])
+        name, sizes = self.source_name(part, layer), self.sizes[layer or 0]
+        shape = tuple(sizes[f] for f in SHAPES[part[0]])
         t = self.tensors.get(name)
         if t is None:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
@@ -1202,17 +1398,24 @@ class Weights:
         if len(shape) == 1:
             return t
         if self.gguf and self.model.family.permuted and part[0] in ("wq", "wk"):
-            n = self.sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
+            n = sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
         return t.pick(np.arange(begin, end))
 
+    def unread(self):
+        """Keys and values of layers that read those of others: files may have them all the same."""
+        owners = self.model.owners or []
+        return {self.source_name(part, l) for l, owner in enumerate(owners) if owner != l
+                for part in QKV[1:] + QK_NORMS[1:] + [("v_norm", "self_attn.v_norm.weight", None)]}
+
     def check_all_used(self):
+        unread = self.unread()
         for name, t in self.tensors.items():
             if name in self.taken and self.taken[name] != t.n_rows:
                 raise Refusal(
                     f"tensor {name}: {t.n_rows} rows, expected {self.taken[name]} from the config"
                 )
-            if name not in self.taken and not re.search(self.IGNORED, name):
+            if name not in self.taken and not re.search(self.IGNORED, name) and name not in unread:
                 raise Refusal(f"tensor {name} is not known, so the results would be wrong")
 
     def head_is_tied(self):
@@ -1364,6 +1567,9 @@ def rope_table(p, dim):
     inv, kind, factor = f32(1) / wave, p["rope_type"], p.get("factor")
     if kind == "linear":
         inv = inv / f32(factor)
+    elif kind == "proportional":
+        turning = int(p["share"] * dim // 2)
+        inv = np.where(np.arange(dim // 2) < turning, inv, f32(0)) / f32(factor)
     elif kind == "factors":
         if len(p["factors"]) != len(inv):
             raise Refusal(f"rope_freqs.weight: expected [{len(inv)}], found [{len(p['factors'])}]")
@@ -1599,29 +1805,45 @@ def matrix_type(target, tensor, is_vocab):
 def model_outputs(model, weights, target):
     """Every tensor of the file but the tokenizer's, and the kinds that had to be requantized."""
     f, outs, lossy = model.fields, [], set()
-    tables = [rope_table(p, f["rotary_dim"]) for p in model.ropes]
-    outs.append(array("rope.inv_freq", np.stack([inv for inv, _ in tables])))
+    dims = [p.get("dim", f["rotary_dim"]) for p in model.ropes]
+    tables = [rope_table(p, dim) for p, dim in zip(model.ropes, dims)]
+    rows = [padded(inv[None], 1, max(dims) // 2)[0] for inv, _ in tables]
+    outs.append(array("rope.inv_freq", np.stack(rows)))
+    if set(dims) != {f["rotary_dim"]}:
+        outs.append(array("rope.dims", np.int32(dims)))
     outs.append(array("rope.scale", np.float32([scale for _, scale in tables])))
     outs.append(array("layer.rope", np.int32(model.layer_rope)))
     outs.append(array("layer.window", np.int32(model.windows)))
+    if model.owners and model.owners != list(range(f["n_layers"])):
+        outs.append(array("layer.owner", np.int32(model.owners)))
+    hidden = [s["hidden_dim"] for s in model.sizes or ()]
+    if set(hidden) - {f["hidden_dim"]}:
+        outs.append(array("layer.hidden", np.int32(hidden)))
 
     def add(name, part, layer=None):
         t = weights.get(part, layer)
+        if part is EMBED_TABLE:
+            t = t.reshaped((t.n_rows * PANEL, t.n_cols // PANEL))
         if len(SHAPES[part[0]]) == 2:
             kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
             if t.kind not in PLAIN and kind in HELD and t.kind not in HELD[kind]:
                 lossy.add(f"{t.kind} to {kind}")
             outs.extend(Matrix(name, t, kind).outputs())
             return
-        plus_one = model.family.gemma and not weights.gguf and "norm" in part[1]
+        plus_one = model.family.plus_one and not weights.gguf and "norm" in part[1]
         outs.append(Output(name, "F32", t.shape, lambda: [t.vector() + np.float32(plus_one)]))
 
     tied = weights.head_is_tied()
     for part in weights.TOP[:2] if tied else weights.TOP:
         add(part[0], part)
+    if f.get("embed_dim"):
+        add("embed_table", EMBED_TABLE)
+        add("rms_embed", EMBED_NORM)
     for l in range(f["n_layers"]):
-        for part in model.family.parts:
+        for part in model.parts[l]:
             add(f"layers.{l}.{part[0]}", part, l)
+        if model.owners and model.owners[l] == l:  # a norm without weights
+            outs.append(array(f"layers.{l}.v_norm", np.ones(model.sizes[l]["head_dim"], np.float32)))
     weights.check_all_used()
     return outs, lossy
 

@@ -279,7 +279,7 @@ static void info_model(const Options *o) {
         {"model", s.model.name, 0, false},
         {"fingerprint", s.model.fingerprint, 0, false},
         {"layers", NULL, c->n_layers, false},
-        {"sliding_layers", NULL, c->n_layers - kvcache_scored_layers(&k, NULL), false},
+        {"sliding_layers", NULL, c->n_layers - kvcache_readers(&k, NULL), false},
         {"heads", NULL, c->n_heads, false},
         {"kv_heads", NULL, c->n_kv_heads, false},
         {"head_dim", NULL, c->head_dim, false},
