@@ -813,6 +813,10 @@ GEMMA4 = dict(
     num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=256,
     vocab_size_per_layer_input=262144, use_bidirectional_attention=None, enable_moe_block=False,
 )
+GEMMA4_UNIFIED = {
+    **{k: v for k, v in GEMMA4.items() if "per_layer_input" not in k and k != "enable_moe_block"},
+    "max_position_embeddings": 262144, "sliding_window": 1024,
+    "use_bidirectional_attention": "vision"}
 GEMMA4_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
@@ -876,12 +880,12 @@ def gemma4_parts(c, slides, owners, l):
     own = owners[l] == l
     norms = QK_NORMS if own else QK_NORMS[:1]
     qkv = QKV[: 1 if not own else 2 if c["attention_k_eq_v"] and not slides[l] else 3]
-    embed = LAYER_EMBED if c["hidden_size_per_layer_input"] else []
+    embed = LAYER_EMBED if c.get("hidden_size_per_layer_input") else []
     return GEMMA_NORMS + norms + qkv + WO + GATE_UP + W2 + LAYER_SCALE + embed
 
 
 def gemma4_layers(c, slides, where):
-    if c["enable_moe_block"]:
+    if c.get("enable_moe_block"):
         raise Refusal(f"{where}: enable_moe_block: Gemma 4's mixture of experts is not supported, "
                       "its dense models are")
     if c["use_bidirectional_attention"] not in (None, "vision"):  # which is for pictures
@@ -889,7 +893,7 @@ def gemma4_layers(c, slides, where):
                       f"{c['use_bidirectional_attention']!r} is not supported: only causal models "
                       "are")
     heads, owners = gemma4_heads(c, slides, where), gemma4_owners(c, slides, where)
-    embed, n = c["hidden_size_per_layer_input"], len(slides)
+    embed, n = c.get("hidden_size_per_layer_input", 0), len(slides)
     if embed and c["vocab_size_per_layer_input"] != c["vocab_size"]:
         raise Refusal(f"{where}: vocab_size_per_layer_input {c['vocab_size_per_layer_input']} is "
                       f"not vocab_size, {c['vocab_size']}")
@@ -976,9 +980,7 @@ FAMILIES = {
     "gemma4_text": Family(
         None, GEMMA4, slides=gemma4_slides, gemma=True, layered=gemma4_layers),
     "gemma4_unified_text": Family(
-        None, dict(GEMMA4, max_position_embeddings=262144, sliding_window=1024,
-                   hidden_size_per_layer_input=0, use_bidirectional_attention="vision"),
-        slides=gemma4_slides, gemma=True, layered=gemma4_layers),
+        None, GEMMA4_UNIFIED, slides=gemma4_slides, gemma=True, layered=gemma4_layers),
     "phi3": Family(
         NORMS + FUSED, dict(COMMON, rms_norm_eps=1e-5, sliding_window=None), slides=all_slide),
 }

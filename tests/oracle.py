@@ -256,6 +256,9 @@ def gemma4(rng, i, c, marks):
              num_kv_shared_layers=n - any_of(rng, *own) if i % 3 != 1 else 0, use_double_wide_mlp=i % 2 == 0,
              hidden_size_per_layer_input=any_of(rng, 16, 32, 48) if i % 3 != 1 else 0,
              vocab_size_per_layer_input=c["vocab_size"], enable_moe_block=False)
+    if "unified" in c["model_type"]:
+        for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "enable_moe_block"):
+            del c[key]
     if c["attention_k_eq_v"]:
         c["num_global_key_value_heads"] = any_of(rng, None, 1)
     if rng.random() < 0.7:

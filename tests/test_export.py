@@ -178,7 +178,7 @@ class TestFixtures(Case):
             with open(os.path.join(self.dir, name), "rb") as a:
                 with open(os.path.join(FIXTURES, name), "rb") as b:
                     self.assertEqual(a.read(), b.read(), name)
-        self.assertEqual(len(os.listdir(self.dir)), 10)
+        self.assertEqual(len(os.listdir(self.dir)), 11)
 
     def test_layout(self):
         for name in NAMES + ["smol-q8", "smol-q4"]:
