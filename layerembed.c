@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "layers.h"
+#include "weights.h"
 
 int layer_embed_open_table(Model *m, char *err) {
     const Config *c = &m->config;
@@ -21,6 +22,8 @@ int layer_embed_open_table(Model *m, char *err) {
     if (open_matrix(&m->embed_table, &m->file, "embed_table", c->vocab_size * PANEL,
                     (int)row / PANEL, err) != 0)
         return -1;
+    const Tensor *t = tensors_find(&m->file, "embed_table");
+    weights_cold(&m->file, t->data, t->bytes);
     return open_vector(&m->rms_embed, &m->file, "rms_embed", c->embed_dim, false, err);
 }
 

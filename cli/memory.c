@@ -55,7 +55,9 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
     double copies = need->copies > 0 ? need->copies : 1;
     double whole_pages = ceil(pairs / PAGE_PAIRS) * PAGE_PAIRS;
     double open = fmin(need->tokens, MAX_ROWS + 2 * PAGE_PAIRS);  // pages that have not settled yet
-    MemoryUse use = {.weights = (double)s->model.file.map_bytes, .scratch = (double)s->state.bytes};
+    const TensorFile *file = &s->model.file;
+    MemoryUse use = {.weights = (double)(file->map_bytes - file->cold_bytes),
+                     .scratch = (double)s->state.bytes};
     use.cache = copies * ((double)kvcache_first_bytes(&shape, types) +
                           whole_pages * (double)kvcache_token_bytes(&shape, types) +
                           open * (double)kvcache_token_bytes(&shape, exact) *
