@@ -986,10 +986,14 @@ FAMILIES = {
 }
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
-    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4", "mixtures of experts are not supported"),
+    ("gpt.?oss", "attention sinks and experts in MXFP4 with a clamped SwiGLU are not supported"),
+    ("llama.?4", "chunked attention layers and their mixture of experts are not supported"),
+    ("ministral.?3|mistral.?3", "queries scaled by their position are not supported"),
+    ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
+    ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
     ("gemma4", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
-    ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|omni|vision",
+    ("vl$|_vl|llava|mllama|idefics|paligemma|omni|vision",
      "multimodal models other than Gemma 3 and 4 are not supported"),
     ("bert|t5|bart|encoder", "encoders are not supported"),
     ("gpt2|gptj|gpt_neox|opt|bloom|mpt|falcon|phi$|phi2|starcoder|codegen|stablelm",
