@@ -992,7 +992,7 @@ REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
     ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
-    ("gemma4", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
+    ("^gemma4$", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
     ("vl$|_vl|llava|mllama|idefics|paligemma|omni|vision",
      "multimodal models other than Gemma 3 and 4 are not supported"),
     ("bert|t5|bart|encoder", "encoders are not supported"),
