@@ -25,14 +25,15 @@ enum {
 
 int attend_open(KVCache *kv, char *err) {
     const KVShape *shape = &kv->shape;
-    int group = shape->n_heads / shape->n_kv_heads;
-    if (group * shape->n_kv_heads != shape->n_heads || group > TILE_ROWS) {
+    for (int l = 0; l < shape->n_layers; l++) {
+        int heads = kvshape_heads(shape, l);
+        if (shape->n_heads % heads == 0 && shape->n_heads / heads <= TILE_ROWS) continue;
         return fail(err,
                     "%d query heads do not share %d kv heads evenly, or more than %d share one",
-                    shape->n_heads, shape->n_kv_heads, TILE_ROWS);
+                    shape->n_heads, heads, TILE_ROWS);
     }
     size_t n_partial = (size_t)SPLIT_ROWS * shape->n_heads * SPLITS;
-    kv->partial = malloc(n_partial * (shape->head_dim + 2) * sizeof(float));
+    kv->partial = malloc(n_partial * (kvshape_most_dim(shape) + 2) * sizeof(float));
     return kv->partial ? 0 : fail(err, "out of memory for attention scratch");
 }
 
@@ -52,30 +53,44 @@ static bool reads_packed(const KVCache *kv, int n_tokens) {
     return n_tokens >= KV_LONG_RUN && kv->type == KV_F16;
 }
 
-// Of all kv heads of one layer, with so many pages each.
-static size_t packed_layer_bytes(const KVShape *shape, int pages) {
-    return packed_page_bytes(shape) * (size_t)pages * shape->n_kv_heads;
+// Of all kv heads of a layer, with so many pages each.
+static size_t packed_layer_bytes(const KVShape *shape, int layer, int pages) {
+    return packed_page_bytes(kvshape_dim(shape, layer)) * (size_t)pages *
+           kvshape_heads(shape, layer);
+}
+
+// The same of the layer that takes most, of heads with a page.
+static size_t most_packed_bytes(const KVShape *shape) {
+    size_t most = 0;
+    for (int l = 0; l < shape->n_layers; l++) {
+        size_t bytes = packed_layer_bytes(shape, l, 1);
+        if (bytes > most) most = bytes;
+    }
+    return most;
 }
 
 size_t kvcache_read_bytes(const KVShape *shape) {
-    return (packed_layer_bytes(shape, 1) + PAGE - 1) / PAGE;
+    return (most_packed_bytes(shape) + PAGE - 1) / PAGE;
 }
 
 int attend_reserve(KVCache *kv, int seq, int n, char *err) {
     int pages = 0;
+    size_t run = 0;
     if (!reads_packed(kv, n)) return 0;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
-        pages = max_int(pages, pages_for(h->len - h->dropped + n));
+        pages = pages_for(h->len - h->dropped + n);
+        size_t bytes = packed_layer_bytes(&kv->shape, kv->layer[i], pages);
+        if (bytes > run) run = bytes;
     }
     // Beside this run's there is room for those of the others, as long as that costs little.
-    size_t run = packed_layer_bytes(&kv->shape, pages), most = run + PACKED_BESIDE;
+    size_t most = run + PACKED_BESIDE;
     kv->packed_wanted += run;
     size_t need = kv->packed_wanted < most ? kv->packed_wanted : most;
     if (need <= kv->packed_room) return 0;
     attend_trim(kv);
     kv->packed = memory_map(need + need / 4);
-    if (!kv->packed) return fail(err, "out of memory for %d packed pages", pages);
+    if (!kv->packed) return fail(err, "out of memory for %zu MB of packed pages", need >> 20);
     kv->packed_room = need + need / 4;
     return 0;
 }
@@ -119,24 +134,23 @@ static void pack_unit(void *ctx, int unit) {
     const AttendBatch *batch = ctx;
     const KVCache *kv = batch->kv;
     const AttendRun *run = &batch->run[unit % batch->n_runs];
-    int i = unit / batch->n_runs, g = i % kv->shape.n_kv_heads, page = i / kv->shape.n_kv_heads;
+    int i = unit / batch->n_runs, g = i % batch->n_kv_heads, page = i / batch->n_kv_heads;
     const KVHead *h = kvcache_head(kv, run->seq, batch->layer, g);
     if (page >= run->pages || page >= pages_used(h) || !reads_page(batch, run, g, page)) return;
-    size_t at = packed_page_bytes(&kv->shape) * ((size_t)g * run->pages + page);
-    page_pack(kv, &kv->pages[h->page[page]], run->packed + at);
+    size_t at = packed_page_bytes(batch->head_dim) * ((size_t)g * run->pages + page);
+    page_pack(&kv->pages[h->page[page]], run->packed + at);
 }
 
 // ---- long runs: blocks of tokens ----
 
 // out [head_dim] of a row's query head.
 static float *out_row(const AttendBatch *batch, int row, int h) {
-    return batch->query->out + (size_t)row * batch->query->out_stride +
-           h * batch->kv->shape.head_dim;
+    return batch->query->out + (size_t)row * batch->query->out_stride + h * batch->head_dim;
 }
 
 // out = o / sum. The tile's first row is token 0 of the query's rows from `row` on.
 static void store_out(const Tile *t, const AttendBatch *batch, int g, int row) {
-    int d = t->kv->shape.head_dim;
+    int d = t->head_dim;
     for (int i = 0; i < t->n; i++) {
         float *out = out_row(batch, row + i / t->group, g * t->group + i % t->group);
         float r = 1.0f / t->sum[i];
@@ -157,7 +171,8 @@ static void store_lse(const Tile *t, const AttendBatch *batch, int g, int row) {
 
 // Blocks of tokens, one tile each.
 static int run_blocks(const AttendBatch *batch, const AttendRun *run) {
-    return (run->n + tokens_per_tile(batch->kv) - 1) / tokens_per_tile(batch->kv);
+    int tokens = tokens_per_tile(batch->group);
+    return (run->n + tokens - 1) / tokens;
 }
 
 // The tokens from `token` on that fit a tile, over all the pairs they see.
@@ -195,13 +210,15 @@ static Range split_range(const KVHead *h, int split) {
 }
 
 int kvcache_slack(const KVCache *kv, int seq) {
-    int slack = min_int(SPLIT_TOKENS, tokens_per_tile(kv)) - 1;
+    int slack = SPLIT_TOKENS - 1;
     if (kv->seqs[seq].state) return 0;
     if (is_codes(kv->types.k) || is_codes(kv->types.v))
         slack = min_int(slack, KV_SETTLE_STEP - 1 - kv->seqs[seq].next_pos % KV_SETTLE_STEP);
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
-        int window = kv->shape.window[i / kv->shape.n_kv_heads];
+        int layer = kv->layer[i], window = kv->shape.window[layer];
+        slack = min_int(slack,
+                        tokens_per_tile(kv->shape.n_heads / kvshape_heads(&kv->shape, layer)) - 1);
         int behind = h->len + 1 - (window - 1) - h->dropped;  // pairs that a window has left
         int room = split_pages(h) * SPLITS * PAGE - (h->len - h->dropped);  // in these ranges
         slack = min_int(slack, room - 1);
@@ -210,12 +227,19 @@ int kvcache_slack(const KVCache *kv, int seq) {
     return max_int(slack, 0);
 }
 
+// Tokens of a run, also those whose rows were left out.
+static int run_tokens(const KVCache *kv, KVRun run) {
+    return max_int(run.n, kv->seqs[run.seq].appended);
+}
+
 // Ranges of a run: enough for its longest head; 1: it is cut into blocks of tokens instead.
 static int count_splits(const AttendBatch *batch, KVRun run) {
     const KVCache *kv = batch->kv;
     int splits = 1;
-    if (run.n > min_int(SPLIT_TOKENS, tokens_per_tile(kv)) || scores_run(batch, run.seq)) return 1;
-    for (int g = 0; g < kv->shape.n_kv_heads; g++) {
+    if (run_tokens(kv, run) > min_int(SPLIT_TOKENS, tokens_per_tile(batch->group)) ||
+        scores_run(batch, run.seq))
+        return 1;
+    for (int g = 0; g < batch->n_kv_heads; g++) {
         const KVHead *h = kvcache_head(kv, run.seq, batch->layer, g);
         splits = max_int(splits, (pages_used(h) + split_pages(h) - 1) / split_pages(h));
     }
@@ -249,13 +273,13 @@ static bool joins_tile(const AttendBatch *batch, int g, int split, int r) {
 // max, sum, out [head_dim] of one token's query head over one range.
 static float *partial_at(const AttendBatch *batch, int slot, int h, int split) {
     size_t i = ((size_t)slot * batch->kv->shape.n_heads + h) * SPLITS + split;
-    return batch->kv->partial + i * (batch->kv->shape.head_dim + 2);
+    return batch->kv->partial + i * (batch->head_dim + 2);
 }
 
 // The tile's rows from row `from` on are the run's. Returns the row after them.
 static int store_partial(const Tile *t, const AttendBatch *batch, const AttendRun *run, int g,
                          int split, int from) {
-    int d = t->kv->shape.head_dim, n = run->n * t->group;
+    int d = t->head_dim, n = run->n * t->group;
     for (int i = 0; i < n; i++) {
         int h = g * t->group + i % t->group;
         float *p = partial_at(batch, run->slot + i / t->group, h, split);
@@ -287,7 +311,7 @@ static void attend_split(const AttendBatch *batch, int r, int g, int split) {
 static void merge_unit(void *ctx, int unit) {
     const AttendBatch *batch = ctx;
     const AttendRun *run = &batch->run[unit % batch->n_runs];
-    int d = batch->kv->shape.head_dim, n_heads = batch->kv->shape.n_heads;
+    int d = batch->head_dim, n_heads = batch->kv->shape.n_heads;
     int token = unit / batch->n_runs / n_heads, h = unit / batch->n_runs % n_heads;
     if (run->splits == 1 || token >= run->n) return;
     float max = -INFINITY, sum = 0.0f, *out = out_row(batch, run->row + token, h);
@@ -309,7 +333,7 @@ static void merge_unit(void *ctx, int unit) {
 // Units of work of a run: kv heads times ranges or blocks.
 static int run_units(const AttendBatch *batch, const AttendRun *run) {
     int parts = run->splits > 1 ? run->splits : run_blocks(batch, run);
-    return batch->kv->shape.n_kv_heads * parts;
+    return batch->n_kv_heads * parts;
 }
 
 // Unit i of run r stands at i * n_runs + r: what one tile does for all runs is spread over the
@@ -318,13 +342,13 @@ static int run_units(const AttendBatch *batch, const AttendRun *run) {
 static void attend_unit(void *ctx, int unit) {
     const AttendBatch *batch = ctx;
     int r = unit % batch->n_runs, i = unit / batch->n_runs;
-    int n_kv_heads = batch->kv->shape.n_kv_heads;
+    int n_kv_heads = batch->n_kv_heads;
     const AttendRun *run = &batch->run[r];
     if (i >= run_units(batch, run)) return;
     if (run->splits > 1)
         attend_split(batch, r, i / run->splits, i % run->splits);
     else
-        attend_block(batch, run, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(batch->kv));
+        attend_block(batch, run, i % n_kv_heads, i / n_kv_heads * tokens_per_tile(batch->group));
 }
 
 // Multiplications and additions that a run asks for: q . k and p v of every pair a row sees, and
@@ -333,19 +357,19 @@ static double run_ops(const AttendBatch *batch, const AttendRun *run) {
     const KVShape *shape = &batch->kv->shape;
     const KVScoring *s = scores_run(batch, run->seq) ? batch->kv->scoring : NULL;
     Range range[MAX_RANGES];
-    int window = shape->window[batch->layer], group = shape->n_heads / shape->n_kv_heads;
+    int window = shape->window[batch->layer];
     double pairs = 0.0;
-    for (int i = 0; i < run->n * shape->n_kv_heads; i++) {
-        int g = i % shape->n_kv_heads, held = s ? scoring_held(batch, g) : 0;
+    for (int i = 0; i < run->n * batch->n_kv_heads; i++) {
+        int g = i % batch->n_kv_heads, held = s ? scoring_held(batch, g) : 0;
         int n_subset, n_ranges = attend_ranges(batch, run, g, range, &n_subset);
         const KVHead *h = kvcache_head(batch->kv, run->seq, batch->layer, g);
-        int end = h->len - run->n + i / shape->n_kv_heads + 1;  // its own pair is the last
+        int end = h->len - run->n + i / batch->n_kv_heads + 1;  // its own pair is the last
         int begin = max_int(h->dropped, window ? end - window : 0);
         for (int j = 0; j < n_ranges; j++)
             pairs += max_int(min_int(range[j].hi, end) - max_int(range[j].lo, begin), 0);
         if (s) pairs += 0.5 * max_int(min_int(s->t1 + held, end) - s->t0 - held, 0);
     }
-    return 4.0 * shape->head_dim * group * pairs;
+    return 4.0 * batch->head_dim * batch->group * pairs;
 }
 
 static void attend_batch(AttendBatch *batch) {
@@ -357,7 +381,7 @@ static void attend_batch(AttendBatch *batch) {
         n_pages = max_int(n_pages, run->pages);
         if (!run->chosen) kv->ops += run_ops(batch, run);
     }
-    parallel_for(kv->pool, n_pages * kv->shape.n_kv_heads * n_runs, pack_unit, batch);
+    parallel_for(kv->pool, n_pages * batch->n_kv_heads * n_runs, pack_unit, batch);
     choose_pages(batch);
     parallel_for(kv->pool, n_units * n_runs, attend_unit, batch);
     ThreadPool *pool = n_runs > 1 ? kv->pool : NULL;  // one run's merge is too little to share
@@ -371,14 +395,14 @@ static void attend_batch(AttendBatch *batch) {
 static int run_pages(const AttendBatch *batch, KVRun run) {
     const KVCache *kv = batch->kv;
     int pages = 0;
-    for (int g = 0; g < kv->shape.n_kv_heads; g++)
+    for (int g = 0; g < batch->n_kv_heads; g++)
         pages = max_int(pages, pages_used(kvcache_head(kv, run.seq, batch->layer, g)));
     return pages;
 }
 
 // Those that it would have packed; 0: it reads pages as they are.
 static int count_packed(const AttendBatch *batch, KVRun run) {
-    return reads_packed(batch->kv, run.n) ? run_pages(batch, run) : 0;
+    return reads_packed(batch->kv, run_tokens(batch->kv, run)) ? run_pages(batch, run) : 0;
 }
 
 // Fills the batch with as many of the runs as there is room for, at least one; their rows begin at
@@ -390,7 +414,7 @@ static int fill_batch(AttendBatch *batch, const KVRun *runs, int n_runs, int row
     for (; n < min_int(n_runs, SPLIT_ROWS); n++) {
         int splits = count_splits(batch, runs[n]), pages = count_packed(batch, runs[n]);
         int own_slots = splits > 1 ? runs[n].n : 0;
-        size_t own_packed = packed_layer_bytes(&kv->shape, pages);
+        size_t own_packed = packed_layer_bytes(&kv->shape, batch->layer, pages);
         int longest = run_pages(batch, runs[n]);
         size_t own_chosen = choice_bytes(batch, runs[n], longest);
         if (slots + own_slots > SPLIT_ROWS) break;
@@ -410,12 +434,18 @@ static int fill_batch(AttendBatch *batch, const KVRun *runs, int n_runs, int row
         most = max_int(most, own_slots);
     }
     batch->n_runs = n;
-    batch->tile_runs = tokens_per_tile(kv) / most;
+    batch->tile_runs = tokens_per_tile(batch->group) / most;
     return row;
 }
 
 void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const KVQuery *query) {
-    AttendBatch batch = {.kv = kv, .layer = layer, .query = query};
+    int n_kv_heads = kvshape_heads(&kv->shape, layer);
+    AttendBatch batch = {.kv = kv,
+                         .layer = layer,
+                         .n_kv_heads = n_kv_heads,
+                         .head_dim = kvshape_dim(&kv->shape, layer),
+                         .group = kv->shape.n_heads / n_kv_heads,
+                         .query = query};
     for (int done = 0, row = 0; done < n_runs; done += batch.n_runs) {
         row = fill_batch(&batch, runs + done, n_runs - done, row);
         attend_batch(&batch);

@@ -45,6 +45,7 @@ typedef struct {
 typedef struct {
     KVCache *kv;
     int layer;
+    int n_kv_heads, head_dim, group;  // of the layer; query heads that share a kv head
     const KVQuery *query;
     int n_runs;
     int tile_runs;  // of runs with splits: as many as fit one tile
@@ -56,7 +57,7 @@ typedef struct {
 typedef struct {
     const KVCache *kv;
     const KVHead *head;
-    int n, group, window;
+    int n, group, window, head_dim;
     int first;  // pair of the first token's own key; the token after it owns the next pair
     const uint8_t *chosen;  // [tokens][choice_pages] of the head, NULL: all is read
     const float *pairs;     // [tokens][n_heads][choice_pages][64] from the head's first on, or NULL
@@ -78,12 +79,12 @@ typedef struct {
 
 // ---- tile.c ----
 
-// Tokens whose query heads of one kv head fit a tile.
-int tokens_per_tile(const KVCache *kv);
+// Tokens whose query heads of one kv head, `group` of them, fit a tile.
+static inline int tokens_per_tile(int group) { return TILE_ROWS / group; }
 // Bytes of one page as the tiles of a long run read it: packed keys, then packed values.
-size_t packed_page_bytes(const KVShape *shape);
+size_t packed_page_bytes(int head_dim);
 // Packs a page of any kind so.
-void page_pack(const KVCache *kv, const KVPage *page, uint8_t *packed);
+void page_pack(const KVPage *page, uint8_t *packed);
 
 // A tile with as many tokens of the run as fit, from token `token` on, and kv head g.
 void tile_load(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, int token);

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Convert a Hugging Face directory or a GGUF file into the one file that ./run maps.
+"""Convert a Hugging Face directory, a GGUF file or a checkpoint of llama2.c into the one file that
+./run maps.
 
-    export.py MODEL_DIR_OR_GGUF -o OUT [--type f32|bf16|f16|q8|q4]
+    export.py MODEL -o OUT [--type f32|bf16|f16|q8|q4]
 
 This is the only place that knows model families by name. What it writes is a safetensors file
 whose tensors start on 64-byte boundaries (U8 tensors "pad.N" fill the gaps), so that it can be
@@ -15,6 +16,9 @@ metadata                 value
   dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size (rows of the embedding)
   seq_len                longest sequence of the training
   rotary_dim             leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
+  window_kv_heads window_head_dim   those of layers with a window, where they are others
+  embed_dim table_scale mix_scale   of embeddings that each layer has of its own, if any: their
+                         length, factors of the table and of what they take of the embedding
   norm_eps attn_scale embed_scale attn_softcap final_softcap (0: no cap)
   act                    "silu" or "gelu_tanh"
   n_experts n_used expert_dim shared_dim norm_topk   where layers have experts: how many, how many a
@@ -56,17 +60,23 @@ metadata                 value
 
 tensor                   dtype and shape
   rope.inv_freq          F32 [n_ropes][rotary_dim/2], after any scaling
+  rope.dims              I32 [n_ropes], rotary_dim of each where they differ; the longest one's
+                         inv_freq gives the rows
   rope.scale             F32 [n_ropes], multiplies cos and sin (yarn)
   layer.rope             I32 [n_layers], which of them; -1: the layer does not rotate
   layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all, -1: none, the
                          layer keeps a state
+  layer.owner            I32 [n_layers], whose keys and values a layer reads; absent: its own
+  layer.hidden           I32 [n_layers], rows of w1 and w3; absent: hidden_dim
   rms_final              F32 [dim]
   layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
   layers.N.rms_att_post, .rms_ffn_post   F32 [dim], norms of what they add (Gemma), or absent
-  layers.N.q_norm, .k_norm               F32 [head_dim], or absent
+  layers.N.q_norm, .k_norm, .v_norm      F32 [head_dim], or absent
+  layers.N.scale                         F32 [1], multiplies what the layer gives, or absent
   layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
   tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
-  layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up
+  layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up; no wk and wv where another
+                         layer's keys are read; no wv where values are the keys before their norm
   layers.N.wg            matrix [rows of wq] x [dim], or absent
   layers.N.delta.qkv .z .a .b .out   matrices of a layer that keeps a state, which has no wq, wk, wv,
                          wo; .conv F32 [delta_conv][rows of qkv], .decay .dt F32 [delta_v_heads],
@@ -75,6 +85,10 @@ tensor                   dtype and shape
   layers.N.experts.w1 .w2 .w3   stacks: the experts' matrices one after the other, each in panels of
                          its own, so that rows are n_experts times those of one, rounded up to 16
   layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim]
+  embed_table            matrix [16 vocab_size] x [n_layers * embed_dim / 16]: a panel is a token's
+                         embeddings of all layers; rms_embed F32 [embed_dim]
+  layers.N.embed.gate, .mix, .up         matrices [embed_dim] x [dim] and [dim] x [embed_dim];
+  layers.N.rms_embed                     F32 [dim]
   tok.bytes              U8 [total], what each id prints; tok.offsets I32 [n+1] cuts it
   tok.kind               U8 [n]: 0 normal, 1 special, 2 found in any text, 3 a single byte, 4 unused
   tok.flags              U8 [n], or absent: bits of added tokens, 1 found in the normalized text, 2
@@ -255,7 +269,7 @@ class Tensor:
         self.order = np.arange(self.n_rows)  # which rows of the file these are
 
     def pick(self, order):
-        t = object.__new__(Tensor)
+        t = object.__new__(type(self))
         t.__dict__.update(self.__dict__)
         t.order = self.order[order]
         t.n_rows = len(t.order)
@@ -580,6 +594,131 @@ def open_gguf(path):
     return meta, {name: tensors[name] for name in infos}
 
 
+# A checkpoint of llama2.c begins with these numbers; the first layout has nothing before them and
+# says by a negative vocab_size that there is an output matrix.
+LLAMA2C = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+LLAMA2C_MAGIC = b"24ka"
+LLAMA2C_MOST = (1 << 16, 1 << 18, 1 << 10, 1 << 10, 1 << 10, 1 << 20, 1 << 20)
+# Its matrices of a layer, and their names in a GGUF, whose q and k rows lie in the same order.
+LLAMA2C_NORMS = (("attn_norm", "dim"), ("ffn_norm", "dim"))
+LLAMA2C_MATRICES = (
+    ("attn_q", "q_dim", "dim"), ("attn_k", "kv_dim", "dim"), ("attn_v", "kv_dim", "dim"),
+    ("attn_output", "dim", "q_dim"), ("ffn_gate", "hidden_dim", "dim"),
+    ("ffn_down", "dim", "hidden_dim"), ("ffn_up", "hidden_dim", "dim"))
+
+
+class CodedRows(Tensor):
+    """A matrix of version 2: int8 codes, then a float32 scale for each `group` of them in a row of
+    all."""
+
+    def __init__(self, file, name, shape, offset, group):
+        super().__init__(file, name, "llama2.c q8", shape, offset, math.prod(shape))
+        self.group, self.scales = group, offset + math.prod(shape)
+
+    def f32(self, a=0, b=None):
+        b = self.n_rows if b is None else b
+        places = self.order[a:b, None] * self.n_cols + np.arange(self.n_cols)
+        groups = places // self.group
+        lo, hi = int(groups.min()), int(groups.max()) + 1
+        scale = np.frombuffer(self.file.read(self.scales + 4 * lo, 4 * (hi - lo)), "<f4")
+        x = self.raw(a, b).view(np.int8).astype(np.float32) * scale[groups - lo]
+        check_finite(self, x)
+        return x
+
+
+class Llama2c:
+    """Hands out the tensors of a checkpoint of llama2.c, one after the other."""
+
+    def __init__(self, file, at, sizes, group):
+        self.file, self.at, self.sizes, self.group, self.tensors = file, at, sizes, group, {}
+
+    def take(self, name, *dims):
+        shape = tuple(self.sizes[d] for d in dims)
+        n, name = math.prod(shape), name + ".weight"
+        coded = self.group > 0 and len(dims) == 2
+        if coded and n % self.group:
+            raise Refusal(f"{self.file.name}: {name} of {n} codes in groups of {self.group}")
+        n_bytes = n + n // self.group * 4 if coded else n * 4
+        if self.at + n_bytes > self.file.size:
+            raise Refusal(f"{self.file.name} is cut: {self.file.size} bytes, and {name} ends at "
+                          f"byte {self.at + n_bytes}")
+        self.tensors[name] = (CodedRows(self.file, name, shape, self.at, self.group) if coded else
+                              Tensor(self.file, name, "F32", shape, self.at, n_bytes))
+        self.at += n_bytes
+
+    def layers(self, name, *dims):
+        for l in range(self.sizes["n_layers"]):
+            self.take(f"blk.{l}.{name}", *dims)
+
+
+def llama2c_numbers(head):
+    """The seven numbers, or None where these bytes are none."""
+    numbers = struct.unpack("<7i", head)
+    sizes = [abs(n) if i == 5 else n for i, n in enumerate(numbers)]
+    fit = all(1 <= n <= most for n, most in zip(sizes, LLAMA2C_MOST))
+    return numbers if fit and not sizes[0] % sizes[3] and not sizes[3] % sizes[4] else None
+
+
+def is_llama2c(path):
+    with open(path, "rb") as f:
+        head = f.read(28)
+    return head[:4] == LLAMA2C_MAGIC or (len(head) == 28 and llama2c_numbers(head) is not None)
+
+
+def open_llama2c(path):
+    """-> what config.json would say, {name of a GGUF: Tensor}."""
+    f = SourceFile(path)
+    version, at, group, numbers = 0, 28, 0, f.read(0, 28)
+    if numbers[:4] == LLAMA2C_MAGIC:
+        head = f.read(0, 256)
+        (version,), at, numbers = struct.unpack_from("<i", head, 4), 256, head[8:36]
+        if version not in (1, 2):
+            raise Refusal(f"a checkpoint of llama2.c of version {version}; 1 and 2 are supported")
+        tied, group = head[36] == 1, struct.unpack_from("<i", head, 37)[0] if version == 2 else 0
+    numbers = llama2c_numbers(numbers)
+    if numbers is None or (version == 2 and group < 1):
+        raise Refusal(f"{f.name}: the header of a checkpoint of llama2.c is damaged")
+    sizes = dict(zip(LLAMA2C, numbers))
+    if version == 0:
+        tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
+    head_dim = sizes["dim"] // sizes["n_heads"]
+    sizes.update(q_dim=sizes["dim"], kv_dim=sizes["n_kv_heads"] * head_dim)
+    tensors = llama2c_tensors(Llama2c(f, at, sizes, group), version, tied, head_dim)
+    config = dict(
+        model_type="llama", hidden_size=sizes["dim"], intermediate_size=sizes["hidden_dim"],
+        num_hidden_layers=sizes["n_layers"], num_attention_heads=sizes["n_heads"],
+        num_key_value_heads=sizes["n_kv_heads"], vocab_size=sizes["vocab_size"],
+        max_position_embeddings=sizes["seq_len"], rms_norm_eps=1e-5, tie_word_embeddings=tied)
+    return config, tensors
+
+
+def llama2c_tensors(c, version, tied, head_dim):
+    """All tensors, in the order of the version; the file ends with them."""
+    if version == 0:
+        c.take("token_embd", "vocab_size", "dim")
+        c.layers("attn_norm", "dim")
+        for name, *dims in LLAMA2C_MATRICES[:4]:
+            c.layers(name, *dims)
+        c.layers("ffn_norm", "dim")
+        for name, *dims in LLAMA2C_MATRICES[4:]:
+            c.layers(name, *dims)
+        c.take("output_norm", "dim")
+        c.at += c.sizes["seq_len"] * (head_dim // 2) * 8  # cos and sin, which follow from the sizes
+    else:
+        for name, *dims in LLAMA2C_NORMS:
+            c.layers(name, *dims)
+        c.take("output_norm", "dim")
+        c.take("token_embd", "vocab_size", "dim")
+        for name, *dims in LLAMA2C_MATRICES:
+            c.layers(name, *dims)
+    if not tied:
+        c.take("output", "vocab_size", "dim")
+    if c.at != c.file.size:
+        raise Refusal(f"{c.file.name} is cut, or no checkpoint of llama2.c: {c.file.size} bytes, "
+                      f"expected {c.at}")
+    return c.tensors
+
+
 # ---- 2. families ---------------------------------------------------------------------------------
 
 # Of one layer: our name, Hugging Face's, GGUF's. Where several of ours name one source (Phi-3),
@@ -637,6 +776,16 @@ SHARED_EXPERT = [
     ("shared_scale", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
 ]
 FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
+# Gemma 4. A name that begins with ^ stands beside the layers, which take its rows in order.
+LAYER_SCALE = [("scale", "layer_scalar", None)]
+LAYER_EMBED = [
+    ("embed.gate", "per_layer_input_gate.weight", None),
+    ("embed.mix", "^per_layer_model_projection.weight", None),
+    ("embed.up", "per_layer_projection.weight", None),
+    ("rms_embed", "post_per_layer_input_norm.weight", None),
+]
+EMBED_TABLE = ("embed_table", "embed_tokens_per_layer.weight", None)
+EMBED_NORM = ("rms_embed_all", "per_layer_projection_norm.weight", None)
 
 # Qwen 3.5: the rows of q_proj are each head's query, then its gate.
 GATED_QKV = [*QKV, ("wg", "self_attn.q_proj.weight", "attn_q.weight")]
@@ -669,6 +818,9 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "delta.out": ("dim", "delta_v"), "delta.conv": ("delta_channels", "delta_conv"),
     "delta.decay": ("delta_v_heads",), "delta.dt": ("delta_v_heads",),
     "delta.norm": ("delta_v_dim",),
+    "scale": ("one",), "embed_table": ("vocab_size", "embed_row"), "rms_embed_all": ("embed_dim",),
+    "embed.gate": ("embed_dim", "dim"), "embed.mix": ("embed_dim", "dim"),
+    "embed.up": ("dim", "embed_dim"), "rms_embed": ("dim",),
 }
 # Small matrices that decide much: in f32, whatever the others are.
 EXACT = ("router", "delta.a", "delta.b")
@@ -683,10 +835,11 @@ class Family(NamedTuple):
     config: dict  # keys of config.json that this family reads, with what absence means
     slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
-    gemma: bool = False  # norms are 1 + w, the embedding is scaled, attention has its own scale
+    gemma: bool = False  # the embedding is scaled, attention has its own scale
     plus_one: bool = False  # norms are 1 + w
     keeps: Callable = no_slide  # does layer l keep a state instead of pairs
     fields: Callable = lambda c: {}  # metadata of its own
+    layered: Callable = None  # what differs from layer to layer (Layered)
 
 
 MISSING = ()  # a key without a default: it must be there
@@ -710,6 +863,132 @@ GEMMA3 = dict(
     rope_local_base_freq=1e4, sliding_window_pattern=6, attn_logit_softcapping=None,
     final_logit_softcapping=None,
 )
+
+
+# Gemma 4: layers with a window have other heads than those without, the last ones read the keys and
+# values of layers before them.
+
+GEMMA4 = dict(
+    COMMON, head_dim=256, num_attention_heads=8, num_key_value_heads=4, vocab_size=262144,
+    max_position_embeddings=131072, tie_word_embeddings=True, sliding_window=512,
+    final_logit_softcapping=None, hidden_activation="gelu_pytorch_tanh", global_head_dim=512,
+    num_global_key_value_heads=None, per_layer_config=None, attention_k_eq_v=False,
+    num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=256,
+    vocab_size_per_layer_input=262144, use_bidirectional_attention=None, enable_moe_block=False,
+)
+GEMMA4_UNIFIED = {
+    **{k: v for k, v in GEMMA4.items() if "per_layer_input" not in k and k != "enable_moe_block"},
+    "max_position_embeddings": 262144, "sliding_window": 1024,
+    "use_bidirectional_attention": "vision"}
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+}
+class Layered(NamedTuple):
+    """What differs from layer to layer."""
+
+    fields: dict  # metadata
+    sizes: list  # [n_layers] fields of each layer alone
+    owners: list  # [n_layers] whose keys and values it reads
+    parts: list  # [n_layers]
+
+
+def gemma4_slides(c, l):
+    return (l + 1) % 6 != 0
+
+
+def gemma4_heads(c, slides, where):
+    """-> (kv heads, head_dim) of layers without a window, of those with one."""
+    listed, heads = c["per_layer_config"], ([], [])
+    for l, sliding in enumerate(slides):
+        own = {"num_key_value_heads": c["num_key_value_heads"], "head_dim": c["head_dim"]}
+        if listed is not None:
+            said = next((x for k, x in listed.items() if k.isdecimal() and int(k) == l), {})
+            check_value(where, f"per_layer_config: {l}", said, "an object")
+            if set(said) - set(own):
+                raise Refusal(f"{where}: per_layer_config: {l}: {sorted(set(said) - set(own))[0]} "
+                              "of a layer alone is not supported")
+            own.update(said)
+        elif not sliding:
+            own["head_dim"] = c["global_head_dim"]
+            if c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None:
+                own["num_key_value_heads"] = c["num_global_key_value_heads"]
+        for key, value in own.items():
+            check_value(where, key, value, "a whole number")
+        heads[sliding].append(tuple(own.values()))
+    for found in heads:
+        if len(set(found)) > 1:
+            raise Refusal(f"{where}: layers of one kind with different heads are not supported")
+    full, sliding = heads
+    return full[0], (sliding or full)[0]
+
+
+def gemma4_owners(c, slides, where):
+    """Whose keys and values each layer reads: those of the last own layer of its kind."""
+    n = len(slides)
+    first = n - c["num_kv_shared_layers"]
+    if first < 1 or set(slides[:first]) != set(slides):
+        raise Refusal(f"{where}: num_kv_shared_layers {n - first} of {n} leaves a kind of layers "
+                      "without keys of its own")
+    last = {slides[l]: l for l in range(first)}
+    return [l if l < first else last[slides[l]] for l in range(n)]
+
+
+def gemma4_parts(c, slides, owners, l):
+    own = owners[l] == l
+    norms = QK_NORMS if own else QK_NORMS[:1]
+    qkv = QKV[: 1 if not own else 2 if c["attention_k_eq_v"] and not slides[l] else 3]
+    embed = LAYER_EMBED if c.get("hidden_size_per_layer_input") else []
+    return GEMMA_NORMS + norms + qkv + WO + GATE_UP + W2 + LAYER_SCALE + embed
+
+
+def gemma4_layers(c, slides, where):
+    if c.get("enable_moe_block"):
+        raise Refusal(f"{where}: enable_moe_block: Gemma 4's mixture of experts is not supported, "
+                      "its dense models are")
+    if c["use_bidirectional_attention"] not in (None, "vision"):  # which is for pictures
+        raise Refusal(f"{where}: use_bidirectional_attention "
+                      f"{c['use_bidirectional_attention']!r} is not supported: only causal models "
+                      "are")
+    heads, owners = gemma4_heads(c, slides, where), gemma4_owners(c, slides, where)
+    embed, n = c.get("hidden_size_per_layer_input", 0), len(slides)
+    if embed and c["vocab_size_per_layer_input"] != c["vocab_size"]:
+        raise Refusal(f"{where}: vocab_size_per_layer_input {c['vocab_size_per_layer_input']} is "
+                      f"not vocab_size, {c['vocab_size']}")
+    if n * embed % PANEL:
+        raise Refusal(f"{where}: {n} layers with embeddings of {embed} are not supported")
+    (kv_heads, head_dim), (window_kv_heads, window_head_dim) = heads
+    fields = dict(n_kv_heads=kv_heads, head_dim=head_dim)
+    if heads[0] != heads[1]:
+        fields.update(window_kv_heads=window_kv_heads, window_head_dim=window_head_dim)
+    if embed:
+        fields.update(embed_dim=embed, table_scale=math.sqrt(embed),
+                      mix_scale=c["hidden_size"] ** -0.5)
+    wide = c["use_double_wide_mlp"]
+    sizes = [dict(zip(("n_kv_heads", "head_dim"), heads[sliding]),
+                  hidden_dim=c["intermediate_size"] * (2 if wide and owners[l] != l else 1))
+             for l, sliding in enumerate(slides)]
+    return Layered(fields, sizes, owners,
+                   [gemma4_parts(c, slides, owners, l) for l in range(n)])
+
+
+def gemma4_rope(c, slides, where):
+    """What rotates a layer of that kind; proportional: the first of all frequencies, the rest 0."""
+    kind = ("full_attention", "sliding_attention")[slides]
+    p = (c["rope_parameters"] or GEMMA4_ROPE).get(kind)
+    p = checked_values({} if p is None else p, where, kind)
+    rope = p.pop("rope_type", None) or "default"
+    share = p.pop("partial_rotary_factor", None)
+    share = 1.0 if share is None or rope == "default" else share
+    if rope not in ("default", "proportional") or not 0 < share <= 1:
+        raise Refusal(f"{where}: {kind}: rope type {rope!r} with a share of {share} is not "
+                      f"supported for {c['model_type']}")
+    theta, factor = p.pop("rope_theta", None), p.pop("factor", None) or 1.0
+    if theta is None or any(x is not None for x in p.values()):
+        raise Refusal(f"{where}: {kind}: " + ("rope_theta is missing" if theta is None else
+                                              f"rope parameters {sorted(p)} are not supported"))
+    return dict(rope_type=rope, rope_theta=theta, share=share,
+                factor=factor if rope == "proportional" else 1.0)
 
 
 def rotates(c, l):
@@ -840,21 +1119,31 @@ FAMILIES = {
         delta_parts(EXPERTS + SHARED_EXPERT), QWEN35_MOE, plus_one=True, keeps=keeps_state,
         fields=delta_moe_fields),
     "gemma2": Family(
-        GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True),
+        GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True,
+        plus_one=True),
     "gemma3_text": Family(
         GEMMA_NORMS + MATRICES + QK_NORMS, GEMMA3,
-        slides=lambda c, l: (l + 1) % c["sliding_window_pattern"] != 0, gemma=True),
+        slides=lambda c, l: (l + 1) % c["sliding_window_pattern"] != 0, gemma=True,
+        plus_one=True),
+    "gemma4_text": Family(
+        None, GEMMA4, slides=gemma4_slides, gemma=True, layered=gemma4_layers),
+    "gemma4_unified_text": Family(
+        None, GEMMA4_UNIFIED, slides=gemma4_slides, gemma=True, layered=gemma4_layers),
     "phi3": Family(
         NORMS + FUSED, dict(COMMON, rms_norm_eps=1e-5, sliding_window=None), slides=all_slide),
 }
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
-    ("moe|mixtral|dbrx|deepseek|jamba|gpt.?oss|llama4",
-     "mixtures of experts other than Qwen's are not supported"),
+    ("gpt.?oss", "attention sinks and experts in MXFP4 with a clamped SwiGLU are not supported"),
+    ("llama.?4", "chunked attention layers and their mixture of experts are not supported"),
+    ("ministral.?3|mistral.?3", "queries scaled by their position are not supported"),
+    ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
+    ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
-    ("vl$|_vl|llava|mllama|idefics|paligemma|mistral3|gemma3n|gemma4|omni|vision",
-     "multimodal models other than Gemma 3 are not supported"),
+    ("^gemma4$", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
+    ("vl$|_vl|llava|mllama|idefics|paligemma|omni|vision",
+     "multimodal models other than Gemma 3 and 4 are not supported"),
     ("bert|t5|bart|encoder", "encoders are not supported"),
     ("gpt2|gptj|gpt_neox|opt|bloom|mpt|falcon|phi$|phi2|starcoder|codegen|stablelm",
      "only models with RMS norms, rotary positions and gated MLPs are supported"),
@@ -917,25 +1206,29 @@ KEYS = {key: kind for kind, keys in {
         full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
         linear_num_key_heads linear_num_value_heads
         num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
-        decoder_sparse_step""",
-    "a whole number or 0": "max_window_layers",
+        decoder_sparse_step global_head_dim num_global_key_value_heads
+        vocab_size_per_layer_input""",
+    "a whole number or 0": "max_window_layers num_kv_shared_layers hidden_size_per_layer_input",
     "a whole number up to 9999": "num_hidden_layers",
     "a number above 1": "rope_theta rope_local_base_freq",
     "a positive number": """
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
         mscale mscale_all_dim low_freq_factor high_freq_factor""",
-    "true or false": """tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
-        attn_output_gate gguf_tiled""",
-    "a text": "model_type hidden_act hidden_activation rope_type type",
-    "an object": "rope_scaling rope_parameters text_config full_attention sliding_attention",
+    "true or false": """
+        tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
+        attn_output_gate gguf_tiled attention_k_eq_v use_double_wide_mlp enable_moe_block""",
+    "a text": "model_type hidden_act hidden_activation rope_type type use_bidirectional_attention",
+    "an object": """
+        rope_scaling rope_parameters text_config full_attention sliding_attention
+        per_layer_config""",
     "a list of layers": "mlp_only_layers",
     "a list of 0 and 1": "no_rope_layers",
     "a list of texts": "layer_types",
 }.items() for key in keys.split()}
 # Keys for which null is a value of its own ("no window"), whatever absence means.
 NULLABLE = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping",
-            "final_logit_softcapping")
+            "final_logit_softcapping", "use_bidirectional_attention")
 
 
 def check_value(where, key, value, kind):
@@ -944,8 +1237,10 @@ def check_value(where, key, value, kind):
 
 
 # Configs that wrap a language model's: its model_type, and whether embeddings are tied by default.
-WRAPPED = {"gemma3": ("gemma3_text", True), "qwen3_5": ("qwen3_5_text", False),
-           "qwen3_5_moe": ("qwen3_5_moe_text", False)}
+WRAPPED = {
+    "gemma3": ("gemma3_text", True), "gemma4": ("gemma4_text", True),
+    "gemma4_unified": ("gemma4_unified_text", True), "qwen3_5": ("qwen3_5_text", False),
+    "qwen3_5_moe": ("qwen3_5_moe_text", False)}
 
 
 def text_config(c):
@@ -1017,6 +1312,8 @@ def layer_slides(c, family, where):
             raise Refusal(f"{where}: layer_types says which layers slide, and a "
                           f"{c['model_type']} model does not read it")
         slides = named
+    if family.layered:  # as transformers does
+        slides[-1] = False
     if any(slides) and window_of(c) is None:
         raise Refusal(f"{where}: layers slide, and there is no sliding_window in use")
     return slides
@@ -1030,6 +1327,8 @@ class Model(NamedTuple):
     layer_rope: list  # [n_layers], which of them, -1: none
     tied: bool
     parts: list  # [n_layers] of each layer
+    sizes: list = None  # [n_layers] fields of each layer, where they differ
+    owners: list = None  # [n_layers] whose keys and values each reads, where not all their own
 
 
 def head_fields(c):
@@ -1067,14 +1366,22 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
     if act not in ACTS:
         raise Refusal(f"{where}: activation {act!r} is not supported, {', '.join(ACTS)} are")
 
-    heads, slides = head_fields(c), layer_slides(c, family, where)
-    by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
-    rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
+    slides = layer_slides(c, family, where)
+    layered = family.layered(c, slides, where) if family.layered else None
+    heads = head_fields(dict(c, num_key_value_heads=layered.fields["n_kv_heads"],
+                             head_dim=layered.fields["head_dim"]) if layered else c)
+    if layered:
+        by_kind = {kind: dict(gemma4_rope(c, kind, where), dim=layered.sizes[slides.index(kind)]
+                              ["head_dim"]) for kind in sorted(set(slides))}
+        rotating = heads["head_dim"]
+    else:
+        by_kind = {kind: rope_params(c, kind, yarn, where) for kind in sorted(set(slides))}
+        rotating = rotary_dim(c, by_kind.values(), heads["head_dim"], where)
     params = [by_kind[kind] for kind in slides]
     keeps = [family.keeps(c, l) for l in range(len(slides))]
     used = [p for l, p in enumerate(params) if rotates(c, l) and not keeps[l]]
     ropes = [p for i, p in enumerate(used) if p not in used[:i]] or params[:1]
-    scalar = c["query_pre_attn_scalar"] if family.gemma else heads["head_dim"]
+    scalar = c.get("query_pre_attn_scalar", 1) if family.gemma else heads["head_dim"]
     fields = dict(
         dim=c["hidden_size"], hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
         **heads, rotary_dim=rotating, vocab_size=c["vocab_size"], seq_len=trained_length(c, ropes),
@@ -1084,6 +1391,8 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         final_softcap=c.get("final_logit_softcapping") or 0.0,
         act=ACTS[act], rope_theta=max(float(p["rope_theta"]) for p in ropes))
     fields.update(family.fields(c))
+    if layered:
+        fields.update(layered.fields)
     for key in ("norm_eps", "attn_softcap", "final_softcap"):
         if fields[key] > 1e6:
             raise Refusal(f"{where}: {key} {fields[key]:g} is not supported, at most 1e6 is")
@@ -1093,8 +1402,10 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         [-1 if kept else window if sliding else 0 for kept, sliding in zip(keeps, slides)], ropes,
         [ropes.index(p) if rotates(c, l) and not keeps[l] else -1 for l, p in enumerate(params)],
         bool(c["tie_word_embeddings"]),
-        [family.parts(c, l) if callable(family.parts) else family.parts
-         for l in range(c["num_hidden_layers"])])
+        layered.parts if layered else [
+            family.parts(c, l) if callable(family.parts) else family.parts
+            for l in range(c["num_hidden_layers"])],
+        layered and layered.sizes, layered and layered.owners)
 
 
 GGUF_FAMILIES = {
@@ -1251,17 +1562,19 @@ class Weights:
         ("rms_final", "norm.weight", "output_norm.weight"),
         ("wcls", "lm_head.weight", "output.weight"),
     ]
-    IGNORED = (r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector|visual)\."
-               r"|^rope_freqs\.|^mtp\.")
+    IGNORED = (r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio|"
+               r"multi_modal_projector|visual)\.|^rope_freqs\.|^mtp\.")
 
     def __init__(self, tensors, gguf, model):
         self.tensors, self.gguf, self.model = tensors, gguf, model
-        f = model.fields
-        q_dim, kv_dim = (f[n] * f["head_dim"] for n in ("n_heads", "n_kv_heads"))
-        self.sizes = dict(f, q_dim=q_dim, kv_dim=kv_dim)
+        f = dict(model.fields, one=1)
+        f["embed_row"] = f["n_layers"] * f.get("embed_dim", 0)
         if "delta_conv" in f:
             k, v = (f[f"delta_{x}_heads"] * f[f"delta_{x}_dim"] for x in "kv")
-            self.sizes.update(delta_channels=2 * k + v, delta_v=v)
+            f.update(delta_channels=2 * k + v, delta_v=v)
+        self.sizes = [dict(f, **own) for own in model.sizes or [{}] * f["n_layers"]]
+        for s in self.sizes:
+            s.update(q_dim=s["n_heads"] * s["head_dim"], kv_dim=s["n_kv_heads"] * s["head_dim"])
         self.taken = {}  # name in the source -> rows used
         embed = [n for n in tensors if n.endswith("embed_tokens.weight")]
         head = [n for n in tensors if n.endswith("lm_head.weight")]
@@ -1274,12 +1587,14 @@ class Weights:
             return gguf if layer is None else f"blk.{layer}.{gguf}"
         if ours == "wcls":  # stands beside the model, not in it
             return self.head
+        if hf[0] == "^":
+            return self.prefix + hf[1:]
         return self.prefix + (hf if layer is None else f"layers.{layer}.{hf}")
 
     def get(self, part, layer=None):
         """The tensor of a part, checked against the config."""
-        name = self.source_name(part, layer)
-        shape = tuple(self.sizes[f] for f in SHAPES[part[0]])
+        name, sizes = self.source_name(part, layer), self.sizes[layer or 0]
+        shape = tuple(sizes[f] for f in SHAPES[part[0]])
         t = self.tensors.get(name)
         if t is None:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
@@ -1287,8 +1602,8 @@ class Weights:
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
         if t.shape in ((1, *shape), (shape[0], 1, *shape[1:])):  # one row, or one input channel
             t = t.reshaped(shape)
-        if "att_gate" in self.sizes and part[0] in ("wq", "wg"):
-            return self.gated(t, part[0])
+        if "att_gate" in sizes and part[0] in ("wq", "wg"):
+            return self.gated(t, part[0], sizes)
         begin = self.taken.get(name, 0)
         end = begin + (shape[0] if len(shape) == 2 else 1)
         if t.shape[1:] != shape[1:] or end > t.n_rows or (len(shape) == 1 and t.shape != shape):
@@ -1297,15 +1612,15 @@ class Weights:
         if len(shape) == 1:
             return t
         if self.gguf and self.model.family.permuted and part[0] in ("wq", "wk"):
-            n = self.sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
+            n = sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
         return t.pick(np.arange(begin, end))
 
-    def gated(self, t, ours):
+    def gated(self, t, ours, sizes):
         """Queries or gates of q_proj, whose rows are each head's query and then its gate."""
-        heads, rows = self.sizes["n_heads"], self.sizes["head_dim"]
-        if t.shape != (2 * heads * rows, self.sizes["dim"]):
-            raise Refusal(f"tensor {t.name}: expected {[2 * heads * rows, self.sizes['dim']]}, found "
+        heads, rows = sizes["n_heads"], sizes["head_dim"]
+        if t.shape != (2 * heads * rows, sizes["dim"]):
+            raise Refusal(f"tensor {t.name}: expected {[2 * heads * rows, sizes['dim']]}, found "
                           f"{list(t.shape)}")
         self.taken[t.name] = t.n_rows
         order = np.arange(t.n_rows).reshape(heads, 2, rows)[:, int(ours == "wg")]
@@ -1313,8 +1628,9 @@ class Weights:
 
     def stack(self, part, layer):
         """The tensors of all experts, one for each: from one tensor each, or out of one for all."""
-        shape = tuple(self.sizes[f] for f in SHAPES[part[0]])
-        n = self.sizes["n_experts"]
+        sizes = self.sizes[layer or 0]
+        shape = tuple(sizes[f] for f in SHAPES[part[0]])
+        n = sizes["n_experts"]
         whole, piece, pieces = STACKS[part[0]]
         whole = self.source_name((part[0], whole, part[2]), layer)
         if whole not in self.tensors:
@@ -1330,13 +1646,20 @@ class Weights:
         rows = t.reshaped((n * wanted[1], wanted[2]))
         return [rows.pick((e * pieces + piece) * shape[0] + np.arange(shape[0])) for e in range(n)]
 
+    def unread(self):
+        """Keys and values of layers that read those of others: files may have them all the same."""
+        owners = self.model.owners or []
+        return {self.source_name(part, l) for l, owner in enumerate(owners) if owner != l
+                for part in QKV[1:] + QK_NORMS[1:] + [("v_norm", "self_attn.v_norm.weight", None)]}
+
     def check_all_used(self):
+        unread = self.unread()
         for name, t in self.tensors.items():
             if name in self.taken and self.taken[name] != t.n_rows:
                 raise Refusal(
                     f"tensor {name}: {t.n_rows} rows, expected {self.taken[name]} from the config"
                 )
-            if name not in self.taken and not re.search(self.IGNORED, name):
+            if name not in self.taken and not re.search(self.IGNORED, name) and name not in unread:
                 raise Refusal(f"tensor {name} is not known, so the results would be wrong")
 
     def head_is_tied(self):
@@ -1490,6 +1813,9 @@ def rope_table(p, dim):
     inv, kind, factor = f32(1) / wave, p["rope_type"], p.get("factor")
     if kind == "linear":
         inv = inv / f32(factor)
+    elif kind == "proportional":
+        turning = int(p["share"] * dim // 2)
+        inv = np.where(np.arange(dim // 2) < turning, inv, f32(0)) / f32(factor)
     elif kind == "factors":
         if len(p["factors"]) != len(inv):
             raise Refusal(f"rope_freqs.weight: expected [{len(inv)}], found [{len(p['factors'])}]")
@@ -1741,11 +2067,20 @@ def decays(t):
 def model_outputs(model, weights, target):
     """Every tensor of the file but the tokenizer's, and the kinds that had to be requantized."""
     f, outs, lossy = model.fields, [], set()
-    tables = [rope_table(p, f["rotary_dim"]) for p in model.ropes]
-    outs.append(array("rope.inv_freq", np.stack([inv for inv, _ in tables])))
+    dims = [p.get("dim", f["rotary_dim"]) for p in model.ropes]
+    tables = [rope_table(p, dim) for p, dim in zip(model.ropes, dims)]
+    rows = [padded(inv[None], 1, max(dims) // 2)[0] for inv, _ in tables]
+    outs.append(array("rope.inv_freq", np.stack(rows)))
+    if set(dims) != {f["rotary_dim"]}:
+        outs.append(array("rope.dims", np.int32(dims)))
     outs.append(array("rope.scale", np.float32([scale for _, scale in tables])))
     outs.append(array("layer.rope", np.int32(model.layer_rope)))
     outs.append(array("layer.window", np.int32(model.windows)))
+    if model.owners and model.owners != list(range(f["n_layers"])):
+        outs.append(array("layer.owner", np.int32(model.owners)))
+    hidden = [s["hidden_dim"] for s in model.sizes or ()]
+    if set(hidden) - {f["hidden_dim"]}:
+        outs.append(array("layer.hidden", np.int32(hidden)))
 
     def kind_of(part, t):
         kind = matrix_type(target, t, part[0] in ("tok_embed", "wcls"))
@@ -1766,20 +2101,27 @@ def model_outputs(model, weights, target):
         if part[0] == "delta.decay" and not weights.gguf:
             outs.append(Output(name, "F32", t.shape, lambda: [decays(t)]))
             return
+        if part is EMBED_TABLE:
+            t = t.reshaped((t.n_rows * PANEL, t.n_cols // PANEL))
         if len(SHAPES[part[0]]) == 2:
             kind = "f32" if part[0] in EXACT else kind_of(part, t)
             outs.extend(Matrix(name, t, kind).outputs())
             return
-        plus_one = ((model.family.gemma or model.family.plus_one) and not weights.gguf
-                    and "norm" in part[1] and part[0] != "delta.norm")
+        plus_one = (model.family.plus_one and not weights.gguf and "norm" in part[1]
+                    and part[0] != "delta.norm")
         outs.append(Output(name, "F32", t.shape, lambda: [t.vector() + np.float32(plus_one)]))
 
     tied = weights.head_is_tied()
     for part in weights.TOP[:2] if tied else weights.TOP:
         add(part[0], part)
+    if f.get("embed_dim"):
+        add("embed_table", EMBED_TABLE)
+        add("rms_embed", EMBED_NORM)
     for l in range(f["n_layers"]):
         for part in model.parts[l]:
             add(f"layers.{l}.{part[0]}", part, l)
+        if model.owners and model.owners[l] == l:  # a norm without weights
+            outs.append(array(f"layers.{l}.v_norm", np.ones(model.sizes[l]["head_dim"], np.float32)))
     weights.check_all_used()
     return outs, lossy
 
@@ -2198,6 +2540,36 @@ def vocab_from_ranks(data, split):
         v.texts[i], v.kinds[i] = "".join(printable[b] for b in token), NORMAL
     v.merges = merges_by_score(ranks, [-i for i in range(n)])
     v.meta.update(split=split, nfc=int(split == "qwen2"), ignore_merges=1)
+    return v
+
+
+LLAMA2C_SPECIAL = 3  # <unk>, BOS, EOS, then the 256 bytes
+
+
+def vocab_from_llama2c(path, n):
+    """tokenizer.bin of llama2.c, n tokens: the length of the longest one, then of each a score and
+    its bytes. SentencePiece's, with spaces for U+2581."""
+    f = SourceFile(path)
+    data, at, texts, scores = f.read(0, f.size), 4, [], []
+    try:
+        for _ in range(n):
+            score, length = struct.unpack_from("<fi", data, at)
+            at += 8 + length
+            if length < 0 or at > len(data) or not math.isfinite(score):
+                raise ValueError(f"token {len(texts)}")
+            scores.append(score)
+            texts.append(data[at - length : at].decode().replace(" ", SPACE))
+    except (struct.error, ValueError):
+        raise Refusal(f"token {len(texts)} of {n} is cut or damaged, or this is the tokenizer of "
+                      "another model (--tokenizer names its own)", path) from None
+    if at != len(data):
+        raise Refusal(f"{len(data) - at} bytes after {n} tokens: the tokenizer of another model "
+                      "(--tokenizer names its own)", path)
+    kinds = [SPECIAL if i < LLAMA2C_SPECIAL else BYTE if re.fullmatch("<0x[0-9A-F]{2}>", t) else
+             NORMAL for i, t in enumerate(texts)]
+    v = Vocab(texts, kinds, "spm")
+    add_spm_merges(v, scores)
+    v.meta.update(unk_id=0, bos_id=1, add_bos=1, space_prefix=1)
     return v
 
 
@@ -3301,6 +3673,17 @@ def read_gguf(path):
     return config, tensors, v, chat, stop_ids(v, *ends)
 
 
+def read_llama2c(path, tokenizer):
+    """The same of a checkpoint of llama2.c, whose tokenizer is another file. Its stories end where
+    the next one would begin: with BOS."""
+    config, tensors = open_llama2c(path)
+    tokenizer = tokenizer or os.path.join(os.path.dirname(os.path.abspath(path)), "tokenizer.bin")
+    if not os.path.exists(tokenizer):
+        raise Refusal(f"{tokenizer} is missing; --tokenizer PATH names the model's own")
+    v = vocab_from_llama2c(tokenizer, config["vocab_size"])
+    return config, tensors, v, chat_metadata(None, v, {}), stop_ids(v, 1, 2)
+
+
 def check_special(v, stops):
     """What C holds about special ids, after the last token without an embedding has gone."""
     for name in ("bos_id", "unk_id"):
@@ -3316,11 +3699,25 @@ def tokenizer_metadata(v, stops):
     return meta
 
 
+# Where the values of a model's config stand, and what its source is called.
+SOURCES = {"config.json": "Hugging Face", "GGUF": "GGUF", "llama2.c": "llama2.c"}
+
+
+def source_kind(path):
+    if os.path.isdir(path):
+        return "config.json"
+    return "llama2.c" if os.path.isfile(path) and is_llama2c(path) else "GGUF"
+
+
 def plan(args):
     """-> metadata and tensors of the new file; everything is checked, nothing is converted yet."""
-    gguf = not os.path.isdir(args.model)
-    config, tensors, v, chat, stops = (read_gguf if gguf else read_directory)(args.model)
-    model = describe(config, args.ignore_key, args.yarn, "GGUF" if gguf else "config.json")
+    where, gguf = source_kind(args.model), not os.path.isdir(args.model)
+    if args.tokenizer and where != "llama2.c":
+        raise Refusal("--tokenizer is for checkpoints of llama2.c; others have theirs with them")
+    config, tensors, v, chat, stops = (
+        read_llama2c(args.model, args.tokenizer) if where == "llama2.c" else
+        (read_gguf if gguf else read_directory)(args.model))
+    model = describe(config, args.ignore_key, args.yarn, where)
     v.limit(model.fields["vocab_size"])
     check_special(v, stops)
     target = args.type or (None if gguf else "q8")
@@ -3332,7 +3729,7 @@ def plan(args):
     meta = {
         "format": FORMAT,
         "name": name[: -len(".gguf")] if name.endswith(".gguf") else name,
-        "source": ("GGUF, " if gguf else "Hugging Face, ") + " ".join(kinds),
+        "source": f"{SOURCES[where]}, " + " ".join(kinds),
         "type": target or "keep",
         **{k: number(x) for k, x in model.fields.items()},
         **tokenizer_metadata(v, stops),
@@ -3360,13 +3757,16 @@ def plan_tokenizer(args):
 def parse_args():
     p = argparse.ArgumentParser(
         prog="export.py",
-        description="Convert a Hugging Face directory or a GGUF file for ./run.",
+        description="Convert a Hugging Face directory, a GGUF file or a checkpoint of llama2.c for "
+        "./run.",
         epilog="""examples:
   export.py ~/models/Llama-3.2-1B-Instruct -o llama.kvz
   export.py SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.kvz    its 4-bit weights stay bit for bit
-  export.py ~/models/Qwen3-4B --type q4 --yarn 4 -o qwen3.kvz""",
+  export.py ~/models/Qwen3-4B --type q4 --yarn 4 -o qwen3.kvz
+  export.py stories260K.bin --tokenizer tok512.bin -o stories.kvz    llama2.c's own""",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", help="directory with config.json and *.safetensors, or a .gguf file")
+    p.add_argument("model", help="directory with config.json and *.safetensors, a .gguf file, or a "
+                   ".bin file of llama2.c")
     p.add_argument("-o", "--out", required=True, help="the file to write")
     p.add_argument(
         "--type", choices=list(K),
@@ -3378,6 +3778,9 @@ def parse_args():
     p.add_argument(
         "--ignore-key", action="append", default=[], metavar="KEY",
         help="convert although config.json sets KEY, which is not supported")
+    p.add_argument(
+        "--tokenizer", metavar="PATH",
+        help="llama2.c: the model's tokenizer (default: tokenizer.bin beside it)")
     tests = p.add_argument_group("for tests")
     tests.add_argument("--tokenizer-only", action="store_true", help="model is a tokenizer's file")
     tests.add_argument(

@@ -29,7 +29,7 @@ static const struct {
     {AT(0, "lmgg"), {"a GGML file", "its format is given up: find a GGUF of the model", BINARY}},
     {AT(0, "tjgg"), {"a GGML file", "its format is given up: find a GGUF of the model", BINARY}},
     {AT(0, "fmgg"), {"a GGML file", "its format is given up: find a GGUF of the model", BINARY}},
-    {AT(0, "24ka"), {"a checkpoint of llama2.c", "convert the model it was made from", BINARY}},
+    {AT(0, "24ka"), {"a checkpoint of llama2.c", CONVERT, BINARY}},
     {AT(0, "\x80\x02"), {"a pickle of PyTorch", "save the model as safetensors", BINARY}},
     {AT(0, "\x80\x03"), {"a pickle of Python", "save the model as safetensors", BINARY}},
     {AT(0, "\x80\x04"), {"a pickle of Python", "save the model as safetensors", BINARY}},
@@ -145,7 +145,7 @@ static const struct {
     FileKind kind;
 } shapes[] = {
     {is_safetensors, {"a safetensors file", "run info says what it holds", BINARY}},
-    {is_llama2c, {"a checkpoint of llama2.c", "convert the model it was made from", BINARY}},
+    {is_llama2c, {"a checkpoint of llama2.c", CONVERT, BINARY}},
     {is_onnx, {"an ONNX model", "convert the model it was made from", BINARY}},
     {is_settings, {"JSON of a model's folder", "convert the folder with export.py", PLAIN}},
     {is_zeros, {"zeros, as a download leaves that did not end", "download it again", BINARY}},

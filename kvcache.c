@@ -33,7 +33,7 @@ static void head_free(KVCache *kv, KVHead *h) {
 }
 
 static void seq_free(KVCache *kv, KVSeq *s) {
-    for (int i = 0; s->head && i < n_heads_total(kv); i++) head_free(kv, &s->head[i]);
+    for (int i = 0; s->head && i < kv->n_heads; i++) head_free(kv, &s->head[i]);
     free(s->head);
     state_unref(s->state);
     *s = (KVSeq){0};
@@ -41,11 +41,12 @@ static void seq_free(KVCache *kv, KVSeq *s) {
 
 // to becomes another list of from's pages; to is overwritten, not freed.
 static int seq_copy(KVCache *kv, KVSeq *to, const KVSeq *from, char *err) {
-    *to = (KVSeq){calloc((size_t)n_heads_total(kv), sizeof *to->head), from->next_pos, NULL};
+    *to =
+        (KVSeq){.head = calloc((size_t)kv->n_heads, sizeof *to->head), .next_pos = from->next_pos};
     if (!to->head) return fail(err, "out of memory for a sequence");
     to->state = from->state;
     if (to->state) to->state->refs++;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *src = &from->head[i];
         KVHead *dst = &to->head[i];
         int n = pages_used(src);
@@ -76,7 +77,7 @@ static int seq_slot(KVCache *kv, char *err) {
 int kvcache_new(KVCache *kv, char *err) {
     int i = seq_slot(kv, err);
     if (i < 0) return -1;
-    kv->seqs[i].head = calloc((size_t)n_heads_total(kv), sizeof *kv->seqs[i].head);
+    kv->seqs[i].head = calloc((size_t)kv->n_heads, sizeof *kv->seqs[i].head);
     if (!kv->seqs[i].head) return fail(err, "out of memory for sequence %d", i);
     return i;
 }
@@ -100,13 +101,17 @@ int kvcache_rewind(KVCache *kv, int seq, int mark, char *err) {
 }
 
 KVHead *kvcache_head(const KVCache *kv, int seq, int layer, int g) {
-    return &kv->seqs[seq].head[layer * kv->shape.n_kv_heads + g];
+    return &kv->seqs[seq].head[kv->first[layer] + g];
+}
+
+static bool is_scored(const KVShape *shape, int l) {
+    return shape->window[l] == 0 && kvshape_owns(shape, l);
 }
 
 int kvcache_scored_layers(const KVShape *shape, int *layers) {
     int n = 0;
     for (int l = 0; l < shape->n_layers; l++) {
-        if (shape->window[l] != 0) continue;
+        if (!is_scored(shape, l)) continue;
         if (layers) layers[n] = l;
         n++;
     }
@@ -115,14 +120,30 @@ int kvcache_scored_layers(const KVShape *shape, int *layers) {
 
 int kvcache_scored_index(const KVShape *shape, int layer) {
     int n = 0;
-    for (int l = 0; l < layer; l++) n += shape->window[l] == 0;
+    for (int l = 0; l < kvshape_owner(shape, layer); l++) n += is_scored(shape, l);
     return n;
 }
 
 int kvcache_scored_layer(const KVShape *shape, int s) {
     int l = 0;
-    while (shape->window[l] != 0 || s-- > 0) l++;
+    while (!is_scored(shape, l) || s-- > 0) l++;
     return l;
+}
+
+int kvcache_readers(const KVShape *shape, int *readers) {
+    int n = 0;
+    for (int l = 0; l < shape->n_layers; l++) {
+        if (shape->window[l] != 0) continue;
+        if (readers) readers[n] = l;
+        n++;
+    }
+    return n;
+}
+
+int kvcache_reader_index(const KVShape *shape, int layer) {
+    int n = 0;
+    for (int l = 0; l < layer; l++) n += shape->window[l] == 0;
+    return n;
 }
 
 KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h) {
@@ -132,18 +153,35 @@ KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h) {
 
 // ---- open and close ----
 
+// Where the heads of each layer stand in the lists of a sequence.
+static int place_heads(KVCache *kv, char *err) {
+    const KVShape *s = &kv->shape;
+    int n = 0;
+    for (int l = 0; l < s->n_layers; l++) n += kvshape_owns(s, l) ? kvshape_heads(s, l) : 0;
+    kv->layer = malloc(((size_t)n + 1) * sizeof *kv->layer);
+    kv->first = malloc((size_t)s->n_layers * sizeof *kv->first);
+    if (!kv->layer || !kv->first) return fail(err, "out of memory for %d heads", n);
+    for (int l = 0; l < s->n_layers; l++) {
+        int owner = kvshape_owner(s, l), own = kvshape_owns(s, l) ? kvshape_heads(s, l) : 0;
+        kv->first[l] = owner == l ? kv->n_heads : kv->first[owner];
+        for (int g = 0; g < own; g++) kv->layer[kv->n_heads++] = l;
+    }
+    return 0;
+}
+
 int kvcache_open(KVCache *kv, const KVShape *shape, KVTypes types, ThreadPool *pool, char *err) {
     *kv = (KVCache){.shape = *shape, .types = types, .pool = pool, .settling = true};
     kv->type = class_types(types, PAGE_EXACT).k;
-    if (shape->head_dim > MAX_HEAD_DIM || shape->head_dim % 8) {
-        return fail(err, "head_dim %d: the cache takes multiples of 8 up to %d", shape->head_dim,
-                    MAX_HEAD_DIM);
+    const int dims[2] = {shape->head_dim, kvshape_other_dim(shape)};
+    for (int i = 0; i < 2 * PAGE_CLASSES; i++) {
+        int d = dims[i / PAGE_CLASSES];
+        if (d > MAX_HEAD_DIM || d % 8)
+            return fail(err, "head_dim %d: the cache takes multiples of 8 up to %d", d,
+                        MAX_HEAD_DIM);
+        KVTypes stored = class_types(types, (PageClass)(i % PAGE_CLASSES));
+        kv->store[i] = (KVStore){.types = stored, .page_bytes = kvcache_page_bytes(d, stored)};
     }
-    for (int i = 0; i < PAGE_CLASSES; i++) {
-        KVTypes stored = class_types(types, (PageClass)i);
-        kv->store[i] = (KVStore){.types = stored, .page_bytes = kvcache_page_bytes(shape, stored)};
-    }
-    return attend_open(kv, err);
+    return place_heads(kv, err) != 0 ? -1 : attend_open(kv, err);
 }
 
 void kvcache_close(KVCache *kv) {
@@ -153,6 +191,8 @@ void kvcache_close(KVCache *kv) {
     reading_close(kv);
     tensors_close(&kv->file);
     free(kv->seqs);
+    free(kv->layer);
+    free(kv->first);
     *kv = (KVCache){0};
 }
 
@@ -180,8 +220,8 @@ static void settle_page(void *ctx, int unit) {
     float x[MAX_HEAD_DIM * PAGE];
     page_copy_list(to, from);
     for (Side side = KEYS; side <= VALUES; side++) {
-        part_read(job->kv, part_of(from, side), side, x);
-        part_write(job->kv, part_of(to, side), side, x);
+        part_read(part_of(from, side), side, x);
+        part_write(part_of(to, side), side, x);
     }
 }
 
@@ -204,10 +244,11 @@ static PageClass settled_class(const KVCache *kv, const KVHead *h, int page) {
 // Gives each of n pages that are to settle a page to become. On failure there are none.
 static int settle_plan(KVCache *kv, KVSeq *s, Settle *pages, char *err) {
     int n = 0;
-    for (KVHead *h = s->head; h < s->head + n_heads_total(kv); h++) {
+    for (KVHead *h = s->head; h < s->head + kv->n_heads; h++) {
         for (int i = h->settled; i < pages_ripe(h); i++) {
             if (!settles(kv, h, i)) continue;
-            int id = page_take(kv, settled_class(kv, h, i), err);
+            int d = kv->pages[h->page[i]].k.head_dim;
+            int id = page_take(kv, d, settled_class(kv, h, i), err);
             if (id >= 0) pages[n++] = (Settle){&h->page[i], id};
             while (id < 0 && n > 0) page_unref(kv, pages[--n].id);
             if (id < 0) return -1;
@@ -220,7 +261,7 @@ static int settle_plan(KVCache *kv, KVSeq *s, Settle *pages, char *err) {
 static int seq_settle(KVCache *kv, KVSeq *s, char *err) {
     int n = 0;
     if (!is_codes(kv->types.k) && !is_codes(kv->types.v)) return 0;
-    for (const KVHead *h = s->head; h < s->head + n_heads_total(kv); h++) {
+    for (const KVHead *h = s->head; h < s->head + kv->n_heads; h++) {
         for (int i = h->settled; i < pages_ripe(h); i++) n += settles(kv, h, i);
     }
     if (n == 0) return 0;
@@ -232,7 +273,7 @@ static int seq_settle(KVCache *kv, KVSeq *s, char *err) {
         page_unref(kv, *pages[i].listed);
         *pages[i].listed = pages[i].id;
     }
-    for (KVHead *h = s->head; status == 0 && h < s->head + n_heads_total(kv); h++)
+    for (KVHead *h = s->head; status == 0 && h < s->head + kv->n_heads; h++)
         h->settled = max_int(h->settled, pages_ripe(h));
     free(pages);
     return status;
@@ -247,8 +288,8 @@ int kvcache_settle(KVCache *kv, int seq, char *err) {
 // ---- appending ----
 
 // An exact page becomes a copy of another.
-static void page_copy(const KVCache *kv, KVPage *to, const KVPage *from) {
-    size_t half = kv->store[PAGE_EXACT].page_bytes / 2;
+static void page_copy(KVPage *to, const KVPage *from) {
+    size_t half = data_bytes(from->k.head_dim, from->k.type, KEYS);
     memcpy(to->k.data, from->k.data, half);
     memcpy(to->v.data, from->v.data, half);
     page_copy_list(to, from);
@@ -256,9 +297,9 @@ static void page_copy(const KVCache *kv, KVPage *to, const KVPage *from) {
 
 // Exact page i of a head becomes a copy, which no other head lists.
 static int own_page(KVCache *kv, KVHead *h, int i, char *err) {
-    int id = page_take(kv, PAGE_EXACT, err);
+    int id = page_take(kv, kv->pages[h->page[i]].k.head_dim, PAGE_EXACT, err);
     if (id < 0) return -1;
-    page_copy(kv, &kv->pages[id], &kv->pages[h->page[i]]);
+    page_copy(&kv->pages[id], &kv->pages[h->page[i]]);
     page_unref(kv, h->page[i]);
     h->page[i] = id;
     return 0;
@@ -272,12 +313,13 @@ static int own_last_page(KVCache *kv, KVHead *h, char *err) {
     return own_page(kv, h, last, err);
 }
 
-// Pages for n more pairs.
-static int head_reserve(KVCache *kv, KVHead *h, int n, char *err) {
-    int need = pages_for(h->len - h->dropped + n);
+// Pages for n more pairs of head i.
+static int head_reserve(KVCache *kv, KVSeq *s, int i, int n, char *err) {
+    KVHead *h = &s->head[i];
+    int need = pages_for(h->len - h->dropped + n), d = kvshape_dim(&kv->shape, kv->layer[i]);
     if (own_last_page(kv, h, err) != 0 || head_room(h, need, err) != 0) return -1;
     while (h->n_pages < need) {
-        int id = page_new(kv, err);
+        int id = page_new(kv, d, err);
         if (id < 0) return -1;
         h->page[h->n_pages++] = id;
     }
@@ -290,9 +332,8 @@ int kvcache_reserve(KVCache *kv, int seq, int n, char *err) {
     bool due = n >= KV_LONG_RUN || kv->seqs[seq].next_pos % KV_SETTLE_STEP == 0;
     if (kv->settling && due && seq_settle(kv, &kv->seqs[seq], err) != 0) return -1;
     if (state_own(kv, &kv->seqs[seq], NULL, err) != 0) return -1;
-    for (int i = 0; i < n_heads_total(kv); i++) {
-        if (kv->shape.window[i / kv->shape.n_kv_heads] == NO_PAIRS) continue;
-        if (head_reserve(kv, &kv->seqs[seq].head[i], n, err) != 0) return -1;
+    for (int i = 0; i < kv->n_heads; i++) {
+        if (head_reserve(kv, &kv->seqs[seq], i, n, err) != 0) return -1;
     }
     return attend_reserve(kv, seq, n, err) == 0 ? reading_reserve(kv, seq, n, err) : -1;
 }
@@ -308,8 +349,9 @@ static void write_value(const KVPage *p, int c, const float *v, int head_dim) {
 // Pair t of a head becomes k, v [head_dim] at position pos; its page is the head's own.
 static void write_pair(const KVCache *kv, const KVHead *h, int t, const float *k, const float *v,
                        int pos) {
-    int d = kv->shape.head_dim, i = t - h->dropped, c = i % PAGE;
+    int i = t - h->dropped, c = i % PAGE;
     KVPage *p = &kv->pages[h->page[i / PAGE]];
+    int d = p->k.head_dim;
     p->pos[c] = pos, p->digest = 0;
     if (p->biased) p->bias[c] = 0;
     if (kv->type == KV_F32) {
@@ -333,12 +375,13 @@ typedef struct {
 // One kv head of one run.
 static void append_unit(void *ctx, int unit) {
     const Append *a = ctx;
-    int g = unit % a->kv->shape.n_kv_heads, d = a->kv->shape.head_dim, row0 = 0;
-    const KVRun *run = &a->runs[unit / a->kv->shape.n_kv_heads];
+    int n_kv_heads = kvshape_heads(&a->kv->shape, a->layer);
+    int g = unit % n_kv_heads, d = kvshape_dim(&a->kv->shape, a->layer), row0 = 0;
+    const KVRun *run = &a->runs[unit / n_kv_heads];
     KVHead *h = kvcache_head(a->kv, run->seq, a->layer, g);
     for (const KVRun *before = a->runs; before < run; before++) row0 += before->n;
     for (int i = 0; i < run->n; i++) {
-        size_t at = ((size_t)(row0 + i) * a->kv->shape.n_kv_heads + g) * d;
+        size_t at = ((size_t)(row0 + i) * n_kv_heads + g) * d;
         write_pair(a->kv, h, h->len + i, a->k + at, a->v + at, a->kv->seqs[run->seq].next_pos + i);
     }
     h->len += run->n;
@@ -347,8 +390,10 @@ static void append_unit(void *ctx, int unit) {
 void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const float *k,
                     const float *v) {
     Append a = {kv, layer, runs, k, v};
+    for (int r = 0; r < n_runs; r++) kv->seqs[runs[r].seq].appended = runs[r].n;
     bool many = n_runs > 1 || runs[0].n > SPLIT_TOKENS;  // few are done before a thread wakes
-    parallel_for(many ? kv->pool : NULL, n_runs * kv->shape.n_kv_heads, append_unit, &a);
+    int n_kv_heads = kvshape_heads(&kv->shape, layer);
+    parallel_for(many ? kv->pool : NULL, n_runs * n_kv_heads, append_unit, &a);
 }
 
 // Whole pages that the next token can no longer see are let go.
@@ -367,10 +412,9 @@ void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
     kv->packed_wanted = kv->reading.wanted = 0;
     for (int r = 0; r < n_runs; r++) {
         kv->seqs[runs[r].seq].next_pos += runs[r].n;
-        for (int l = 0; l < kv->shape.n_layers; l++) {
-            for (int g = 0; kv->shape.window[l] > 0 && g < kv->shape.n_kv_heads; g++) {
-                drop_window(kv, kvcache_head(kv, runs[r].seq, l, g), kv->shape.window[l]);
-            }
+        for (int i = 0; i < kv->n_heads; i++) {
+            int window = kv->shape.window[kv->layer[i]];
+            if (window > 0) drop_window(kv, &kv->seqs[runs[r].seq].head[i], window);
         }
     }
 }
@@ -450,7 +494,8 @@ static int plan_pages(KVCache *kv, Eviction *v, char *err) {
     for (int i = 0; i < n; i++) {
         bool stays = page_stays(v, i);
         PageClass class = i * PAGE < v->n_demoted ? PAGE_DEMOTED : PAGE_EXACT;
-        int id = stays ? v->old->page[v->from[i * PAGE] / PAGE] : page_take(kv, class, err);
+        int d = kv->pages[v->old->page[0]].k.head_dim;
+        int id = stays ? v->old->page[v->from[i * PAGE] / PAGE] : page_take(kv, d, class, err);
         if (id < 0) return -1;
         if (stays) kv->pages[id].refs++;
         v->next.page[v->next.n_pages++] = id;
@@ -478,15 +523,15 @@ static void move_pairs(float *y, const float *x, const Move *m, int head_dim, Si
 // One side of a new page, its pairs from [n]. Exact pages do not change a bit; what had settled is
 // read back.
 static void fill_side(const Eviction *v, const KVPart *to, Side side, const int *from, int n) {
-    int d = v->kv->shape.head_dim;
+    int d = to->head_dim;
     float x[MAX_HEAD_DIM * PAGE], y[MAX_HEAD_DIM * PAGE];
     if (n < PAGE) memset(y, 0, (size_t)d * PAGE * sizeof *y);
     for (Move m = {from, 0, 0}; m.to < n; m.to += m.n, m.from += m.n) {
         for (m.n = 1; m.to + m.n < n && m.from[m.n] / PAGE == m.from[0] / PAGE;) m.n++;
-        part_read(v->kv, part_of(old_page(v, m.from[0]), side), side, x);
+        part_read(part_of(old_page(v, m.from[0]), side), side, x);
         move_pairs(y, x, &m, d, side);
     }
-    part_write(v->kv, to, side, y);
+    part_write(to, side, y);
 }
 
 static void fill_page(void *ctx, int page) {
@@ -533,11 +578,10 @@ int kvcache_evict_head(KVCache *kv, KVHeadAt at, KVSpan span, const uint8_t *kee
 // Head by head, so that memory for one head's new pages is enough.
 static int evict_layers(KVCache *kv, int seq, Evict e, char *err) {
     attend_trim(kv);  // before new pages are taken
-    for (int l = 0; l < kv->shape.n_layers; l++) {
-        for (int g = 0; kv->shape.window[l] == 0 && g < kv->shape.n_kv_heads; g++) {
-            if (evict_head(kv, kvcache_head(kv, seq, l, g), &e, err) != 0) return -1;
-            e.keep += e.span.n;
-        }
+    for (int i = 0; i < kv->n_heads; i++) {
+        if (kv->shape.window[kv->layer[i]] != 0) continue;
+        if (evict_head(kv, &kv->seqs[seq].head[i], &e, err) != 0) return -1;
+        e.keep += e.span.n;
     }
     kvcache_trim(kv);
     return 0;
@@ -554,9 +598,9 @@ int kvcache_demote(KVCache *kv, int seq, int n_prefix, int n_ctx, const uint8_t 
 // ---- fitting ----
 
 int kvcache_own(KVCache *kv, int seq, char *err) {
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         KVHead *h = &kv->seqs[seq].head[i];
-        if (kv->shape.window[i / kv->shape.n_kv_heads] != 0) continue;
+        if (kv->shape.window[kv->layer[i]] != 0) continue;
         for (int j = 0; j < pages_used(h); j++) {
             const KVPage *p = &kv->pages[h->page[j]];
             bool writable = p->refs == 1 || p->class != PAGE_EXACT;
@@ -568,7 +612,7 @@ int kvcache_own(KVCache *kv, int seq, char *err) {
 
 void kvcache_refit(KVCache *kv, KVHeadAt at, const KVFitted *fit) {
     const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
-    int d = kv->shape.head_dim;
+    int d = kvshape_dim(&kv->shape, at.layer);
     for (int i = 0; i < fit->n; i++) {
         KVPage *p = &kv->pages[h->page[fit->kept[i] / PAGE]];
         int c = fit->kept[i] % PAGE;
@@ -582,7 +626,7 @@ void kvcache_refit(KVCache *kv, KVHeadAt at, const KVFitted *fit) {
 }
 
 bool kvcache_biased(const KVCache *kv, int seq) {
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         for (int j = 0; j < pages_used(h); j++)
             if (kv->pages[h->page[j]].biased) return true;
@@ -597,10 +641,10 @@ static float number_at(const KVPart *p, int i) {
 }
 
 // One pair's key or value: every 64th number from c on, or row c.
-static void part_pair(const KVCache *kv, const KVPart *p, Side side, int c, float *out) {
+static void part_pair(const KVPart *p, Side side, int c, float *out) {
     float x[MAX_HEAD_DIM * PAGE];
-    int d = kv->shape.head_dim, at = side == KEYS ? c : c * d, step = side == KEYS ? PAGE : 1;
-    if (is_codes(p->type)) part_read(kv, p, side, x);
+    int d = p->head_dim, at = side == KEYS ? c : c * d, step = side == KEYS ? PAGE : 1;
+    if (is_codes(p->type)) part_read(p, side, x);
     for (int i = 0; i < d; i++, at += step) out[i] = is_codes(p->type) ? x[at] : number_at(p, at);
 }
 
@@ -608,8 +652,8 @@ int kvcache_pair(const KVCache *kv, KVHeadAt at, int t, float *k, float *v) {
     const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
     const KVPage *p = &kv->pages[h->page[(t - h->dropped) / PAGE]];
     int c = (t - h->dropped) % PAGE;
-    if (k) part_pair(kv, &p->k, KEYS, c, k);
-    if (v) part_pair(kv, &p->v, VALUES, c, v);
+    if (k) part_pair(&p->k, KEYS, c, k);
+    if (v) part_pair(&p->v, VALUES, c, v);
     return p->pos[c];
 }
 
@@ -622,70 +666,74 @@ float kvcache_bias(const KVCache *kv, KVHeadAt at, int t) {
 int kvcache_block(const KVCache *kv, KVHeadAt at, int b, float *k, float *v) {
     const KVHead *h = kvcache_head(kv, at.seq, at.layer, at.g);
     const KVPage *p = &kv->pages[h->page[b - h->dropped / PAGE]];
-    if (k) part_read(kv, &p->k, KEYS, k);
-    if (v) part_read(kv, &p->v, VALUES, v);
+    if (k) part_read(&p->k, KEYS, k);
+    if (v) part_read(&p->v, VALUES, v);
     return min_int(h->len - b * PAGE, PAGE);
 }
 
-// Of a page, its positions and its place in a head's list.
-static size_t listed_bytes(const KVCache *kv, PageClass class) {
-    return kv->store[class].page_bytes + (PAGE + 1) * sizeof(int);
+// Of a page of head i, its positions and its place in the head's list.
+static size_t listed_bytes(const KVCache *kv, int i, PageClass class) {
+    KVTypes types = class_types(kv->types, class);
+    return kvcache_page_bytes(kvshape_dim(&kv->shape, kv->layer[i]), types) +
+           (PAGE + 1) * sizeof(int);
 }
 
 static size_t bias_bytes(const KVPage *p) { return p->biased ? PAGE * sizeof *p->bias : 0; }
 
 size_t kvcache_bytes(const KVCache *kv, int seq) {
     size_t bytes = kvcache_state_bytes(&kv->shape);
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         bytes += sizeof *h;
         for (int j = 0; j < pages_used(h); j++)
-            bytes +=
-                listed_bytes(kv, kv->pages[h->page[j]].class) + bias_bytes(&kv->pages[h->page[j]]);
+            bytes += listed_bytes(kv, i, kv->pages[h->page[j]].class) +
+                     bias_bytes(&kv->pages[h->page[j]]);
     }
     return bytes;
 }
 
 size_t kvcache_full_bytes(const KVCache *kv, int seq) {
     size_t bytes = kvcache_state_bytes(&kv->shape);
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
-        bytes += sizeof *h + pages_used(h) * listed_bytes(kv, PAGE_EXACT);
+        bytes += sizeof *h + pages_used(h) * listed_bytes(kv, i, PAGE_EXACT);
     }
     return bytes;
 }
 
 size_t kvcache_unevicted_bytes(const KVCache *kv, int seq, int n) {
-    size_t missing = 0;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    size_t bytes = kvcache_full_bytes(kv, seq);
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
-        if (kv->shape.window[i / kv->shape.n_kv_heads] == 0)
-            missing += (size_t)(pages_for(n) - pages_used(h));
+        if (kv->shape.window[kv->layer[i]] == 0)
+            bytes += (size_t)(pages_for(n) - pages_used(h)) * listed_bytes(kv, i, PAGE_EXACT);
     }
-    return kvcache_full_bytes(kv, seq) + missing * listed_bytes(kv, PAGE_EXACT);
+    return bytes;
 }
 
 // Of one head's pair and its position.
-static size_t pair_bytes(const KVShape *shape, KVTypes types) {
-    return kvcache_page_bytes(shape, types) / PAGE + sizeof(int);
+static size_t pair_bytes(int head_dim, KVTypes types) {
+    return kvcache_page_bytes(head_dim, types) / PAGE + sizeof(int);
 }
 
 size_t kvcache_token_bytes(const KVShape *shape, KVTypes types) {
     size_t heads = (size_t)shape->n_kv_heads * kvcache_scored_layers(shape, NULL);
-    return pair_bytes(shape, types) * heads;
+    return pair_bytes(shape->head_dim, types) * heads;
 }
 
 size_t kvcache_first_bytes(const KVShape *shape, KVTypes types) {
     size_t heads = (size_t)shape->n_kv_heads * kvcache_scored_layers(shape, NULL);
-    return heads * (kvcache_page_bytes(shape, class_types(types, PAGE_FIRST)) -
-                    kvcache_page_bytes(shape, types));
+    return heads * (kvcache_page_bytes(shape->head_dim, class_types(types, PAGE_FIRST)) -
+                    kvcache_page_bytes(shape->head_dim, types));
 }
 
 size_t kvcache_window_bytes(const KVShape *shape, KVTypes types) {
-    size_t pairs = 0;
+    size_t bytes = 0;
     for (int l = 0; l < shape->n_layers; l++) {
-        if (shape->window[l] > 0)
-            pairs += (size_t)shape->n_kv_heads * ((size_t)shape->window[l] + PAGE);
+        int window = shape->window[l];
+        size_t heads = (size_t)kvshape_heads(shape, l);
+        if (window > 0 && kvshape_owns(shape, l))
+            bytes += heads * ((size_t)window + PAGE) * pair_bytes(kvshape_dim(shape, l), types);
     }
-    return pairs * pair_bytes(shape, types);
+    return bytes;
 }

@@ -23,7 +23,7 @@
 #include "kernels/kernels.h"
 #include "tensors.h"
 
-enum { MAX_HEAD_DIM = 256 };
+enum { MAX_HEAD_DIM = 512 };
 
 // ---- types of pairs ----
 
@@ -53,20 +53,49 @@ enum { MAX_PAIRS = 1 << 28 };
 
 // What the cache must know of a model.
 typedef struct {
+    // n_kv_heads and head_dim are those of the layers without a window.
     int n_layers, n_heads, n_kv_heads, head_dim;
     float scale;    // multiplies q . k
     float softcap;  // c tanh(x / c) on the scaled products, 0 = none (Gemma 2)
     // [n_layers] pairs a token sees in this layer, itself included; 0 = all; NO_PAIRS: none, the
     // layer keeps a state.
     const int *window;
-    int state;  // floats of such a layer's state
+    int state;                             // floats of such a layer's state
+    int window_kv_heads, window_head_dim;  // of the layers with one; 0: as the others (Gemma 4)
+    // [n_layers] whose pairs a layer reads: its own, or those of a layer before it that has the
+    // same heads and window (Gemma 4); NULL: all their own.
+    const int *owner;
 } KVShape;
 
 enum { NO_PAIRS = -1 };
 
+// Of one layer: kv heads, the length of each, and whose pairs they are.
+static inline int kvshape_heads(const KVShape *s, int l) {
+    return s->window[l] > 0 && s->window_kv_heads ? s->window_kv_heads : s->n_kv_heads;
+}
+static inline int kvshape_dim(const KVShape *s, int l) {
+    return s->window[l] > 0 && s->window_head_dim ? s->window_head_dim : s->head_dim;
+}
+static inline int kvshape_owner(const KVShape *s, int l) { return s->owner ? s->owner[l] : l; }
+// Whether it has pairs of its own.
+static inline bool kvshape_owns(const KVShape *s, int l) {
+    return s->window[l] != NO_PAIRS && kvshape_owner(s, l) == l;
+}
+// Most kv heads of a layer; the length of heads in layers with a window; the longest heads.
+static inline int kvshape_most_heads(const KVShape *s) {
+    return s->window_kv_heads > s->n_kv_heads ? s->window_kv_heads : s->n_kv_heads;
+}
+static inline int kvshape_other_dim(const KVShape *s) {
+    return s->window_head_dim ? s->window_head_dim : s->head_dim;
+}
+static inline int kvshape_most_dim(const KVShape *s) {
+    return s->window_head_dim > s->head_dim ? s->window_head_dim : s->head_dim;
+}
+
 // Keys or values of a page: [head_dim][64] or [64][head_dim] numbers, or codes (kvpages.h).
 typedef struct {
     KVType type;
+    int head_dim;
     uint8_t *data;
     uint16_t *scale, *min;  // NULL where there are none
 } KVPart;
@@ -119,8 +148,9 @@ typedef struct {
 } KVState;
 
 typedef struct {
-    KVHead *head;    // [n_layers][n_kv_heads]; NULL: this slot is free
+    KVHead *head;    // [n_heads] of the cache; NULL: this slot is free
     int next_pos;    // position of the next token
+    int appended;    // tokens of the run that was appended last
     KVState *state;  // NULL: nothing has been read, or no layer keeps a state
 } KVSeq;
 
@@ -152,8 +182,11 @@ typedef struct {
     KVType type;    // of new pairs: f16 or f32
     bool settling;  // pages settle as a sequence grows; off where exact keys are still needed
     ThreadPool *pool;
-    KVStore store[PAGE_CLASSES];
-    KVPage *pages;  // [n_pages]
+    int n_heads;  // lists of a sequence: kv heads of the layers that own pairs
+    int *layer;   // [n_heads] whose head it is
+    int *first;   // [n_layers] the first head of the layer whose pairs a layer reads
+    KVStore store[2 * PAGE_CLASSES];  // of heads as long as shape.head_dim; of other ones
+    KVPage *pages;                    // [n_pages]
     int n_pages, pages_cap;
     KVSeq *seqs;  // [n_seqs]
     int n_seqs;
@@ -242,7 +275,8 @@ typedef struct {
 } KVQuery;
 
 // out = softmax(scale q . k) v over the pairs each row may see: all kept pairs of its sequence, its
-// own included, none after it (arXiv 1706.03762, 2205.14135). While scoring is on, rows of the
+// own included, none after it (arXiv 1706.03762, 2205.14135). A run may leave out the first of the
+// rows that were appended: the others get the same bits. While scoring is on, rows of the
 // scored sequence also raise scores.
 void kvcache_attend(KVCache *kv, int layer, const KVRun *runs, int n_runs, const KVQuery *query);
 
@@ -285,8 +319,8 @@ struct KVScoring {
     // [scored layers][n_kv_heads][n_ctx], pair t at t - n_prefix; weights are in [0, 1]. The caller
     // sets it to 0 (sum) or -INFINITY (log) at the start.
     float *score;
-    // [scored layers][n_heads][n_ctx] added before the maximum over the group, less the log of the
-    // row's x_norm (KVzip+); or NULL.
+    // [readers][n_heads][n_ctx] added before the maximum over the group, less the log of the row's
+    // x_norm (KVzip+); or NULL. Readers as kvcache_readers has them.
     const float *pair_log;
 };
 
@@ -294,12 +328,17 @@ struct KVScoring {
 int kvcache_score_begin(KVCache *kv, KVScoring *s, char *err);
 void kvcache_score_end(KVCache *kv);
 
-// Layers that are scored and evicted: those with pairs and without a window. layers [n_layers] may
+// Layers that are scored and evicted: those without a window that own pairs. layers [n_layers] may
 // be NULL; returns how many.
 int kvcache_scored_layers(const KVShape *shape, int *layers);
-int kvcache_scored_index(const KVShape *shape, int layer);       // how many of them come before it
+int kvcache_scored_index(const KVShape *shape, int layer);       // which of them a layer reads
 int kvcache_scored_layer(const KVShape *shape, int s);           // the s-th of them
 KVHead *kvcache_scored_head(const KVCache *kv, int seq, int h);  // the h-th head in them
+
+// Layers whose rows score: all without a window, also those that read another layer's pairs.
+// readers [n_layers] may be NULL; returns how many.
+int kvcache_readers(const KVShape *shape, int *readers);
+int kvcache_reader_index(const KVShape *shape, int layer);  // how many of them come before it
 
 // ---- evicting ----
 
@@ -371,7 +410,7 @@ size_t kvcache_full_bytes(const KVCache *kv, int seq);
 size_t kvcache_unevicted_bytes(const KVCache *kv, int seq, int n);
 
 // Keys and values of one page.
-size_t kvcache_page_bytes(const KVShape *shape, KVTypes types);
+size_t kvcache_page_bytes(int head_dim, KVTypes types);
 // What a cache will need, with positions: for every further token, in the layers without a window;
 // and for the layers with one, at most (the window and a page that it is leaving).
 size_t kvcache_token_bytes(const KVShape *shape, KVTypes types);

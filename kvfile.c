@@ -14,34 +14,44 @@
 
 static const char format_start[] = "kvzip.c cache ";
 // The first version knows exact pages alone, the second pages of fewer bits, the third biases, the
-// fourth mixed keys, the fifth states. A file is of the first that it can be.
-typedef enum { PLAIN, CODES, BIASES, MIXED, STATES, FORMATS } Format;
-static const char *const formats[FORMATS] = {
-    "kvzip.c cache 1", "kvzip.c cache 2", "kvzip.c cache 3", "kvzip.c cache 4", "kvzip.c cache 5"};
+// fourth mixed keys, the fifth states, the sixth layers with other heads than the rest, or with
+// those of another. A file is of the first that it can be.
+typedef enum { PLAIN, CODES, BIASES, MIXED, STATES, UNEVEN, FORMATS } Format;
+static const char *const formats[FORMATS] = {"kvzip.c cache 1", "kvzip.c cache 2",
+                                             "kvzip.c cache 3", "kvzip.c cache 4",
+                                             "kvzip.c cache 5", "kvzip.c cache 6"};
 
 // ---- the tensors ----
 
 typedef struct {
-    char name[16];
+    char name[24];
     DType type;
     int n_dims, size[4];
 } TensorSpec;
 
-// Pages whose keys, or values, are of one type: they share up to three tensors.
+// Lengths of heads: as long as in layers without a window, or otherwise.
+typedef enum { FULL, SLIDING, LENGTHS } Length;
+
+// Pages whose keys, or values, are of one type and length: they share up to three tensors.
 typedef struct {
     Side side;
     KVType type;
+    Length length;
     int n;
 } Group;
 
 typedef enum { DATA, SCALES, MINIMA, GROUP_PARTS } GroupPart;
-enum { GROUPS = 2 * KV_TYPES };
+enum { GROUPS = LENGTHS * 2 * KV_TYPES };
 
-static int group_index(KVType type, Side side) { return (int)type * 2 + (int)side; }
+static int group_index(KVType type, Side side, Length length) {
+    return ((int)length * KV_TYPES + (int)type) * 2 + (int)side;
+}
 
 // All groups in the order of the file, without pages.
 static void groups_start(Group *groups) {
-    for (int i = 0; i < GROUPS; i++) groups[i] = (Group){(Side)(i % 2), (KVType)(i / 2), 0};
+    for (int i = 0; i < GROUPS; i++)
+        groups[i] =
+            (Group){(Side)(i % 2), (KVType)(i / 2 % KV_TYPES), (Length)(i / 2 / KV_TYPES), 0};
 }
 
 static bool has_part(const Group *g, GroupPart part) {
@@ -54,8 +64,9 @@ static TensorSpec page_spec(const Group *g, GroupPart part, int head_dim) {
     static const char *const ends[GROUP_PARTS] = {"", ".scale", ".min"};
     bool codes = is_codes(g->type);
     TensorSpec s = {.n_dims = 0};
-    snprintf(s.name, sizeof s.name, "%c%s%s%s", g->side == KEYS ? 'k' : 'v', codes ? "_" : "",
-             codes ? kvcache_type_name(g->type) : "", ends[part]);
+    snprintf(s.name, sizeof s.name, "%s%c%s%s%s", g->length == SLIDING ? "sliding." : "",
+             g->side == KEYS ? 'k' : 'v', codes ? "_" : "", codes ? kvcache_type_name(g->type) : "",
+             ends[part]);
     s.type = part != DATA || g->type == KV_F16 ? T_F16 : g->type == KV_F32 ? T_F32 : T_U8;
     s.size[s.n_dims++] = g->n;
     if (codes && g->side == VALUES) s.size[s.n_dims++] = n_blocks(head_dim, VALUES);
@@ -75,7 +86,7 @@ static size_t page_part_bytes(const Group *g, GroupPart part, int head_dim) {
 
 // The other tensors are lists, with sizes that they share.
 typedef enum { N_PAGES, N_PAIRS, N_LAYERS, N_KV_HEADS, N_IDS, N_STATES, N_FLOATS, SIZES } Size;
-typedef enum { POS, LEN, DROPPED, WINDOW, IDS, CLASSES, BIAS, STATE, LISTS } List;
+typedef enum { POS, LEN, DROPPED, WINDOW, HEADS, IDS, CLASSES, BIAS, STATE, LISTS } List;
 
 static TensorSpec list_spec(List list, const int sizes[SIZES]) {
     static const struct {
@@ -88,6 +99,7 @@ static TensorSpec list_spec(List list, const int sizes[SIZES]) {
         [LEN] = {"len", T_I32, 2, {N_LAYERS, N_KV_HEADS}},
         [DROPPED] = {"dropped", T_I32, 2, {N_LAYERS, N_KV_HEADS}},
         [WINDOW] = {"window", T_I32, 1, {N_LAYERS}},
+        [HEADS] = {"kv_heads", T_I32, 1, {N_LAYERS}},
         [IDS] = {"ids", T_I32, 1, {N_IDS}},
         [CLASSES] = {"page_class", T_U8, 1, {N_PAGES}},
         [BIAS] = {"bias", T_F32, 2, {N_PAGES, N_PAIRS}},
@@ -110,6 +122,7 @@ typedef struct {
     bool plain;   // all pages are exact
     bool mixed;   // some are of the classes that 4-bit keys settle to
     bool biased;  // some pages have biases
+    bool uneven;  // layers have other heads than the rest
     int n_pages;
     Group groups[GROUPS];
     const Group *group;  // whose part is being written
@@ -120,7 +133,7 @@ typedef struct {
 // nonzero.
 static int each_page(Save *save, int (*fn)(Save *save, KVPage *p)) {
     const KVCache *kv = save->kv;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[save->seq].head[i];
         for (int j = 0; j < pages_used(h); j++) {
             if (fn(save, &kv->pages[h->page[j]]) != 0) return -1;
@@ -129,11 +142,30 @@ static int each_page(Save *save, int (*fn)(Save *save, KVPage *p)) {
     return 0;
 }
 
+static Length length_of(const KVShape *shape, int head_dim) {
+    return head_dim == shape->head_dim ? FULL : SLIDING;
+}
+
+// Whether layers differ in heads, or some read those of another.
+static bool is_uneven(const KVShape *s) {
+    bool uneven = kvshape_other_dim(s) != s->head_dim;
+    for (int l = 0; l < s->n_layers; l++)
+        uneven = uneven || kvshape_owner(s, l) != l || kvshape_heads(s, l) != s->n_kv_heads;
+    return uneven;
+}
+
+// Heads that a layer has of its own.
+static int own_heads(const KVShape *s, int l) {
+    return kvshape_owns(s, l) ? kvshape_heads(s, l) : 0;
+}
+
 static int count_page(Save *save, KVPage *p) {
     save->n_pages++, save->plain = save->plain && p->class == PAGE_EXACT;
     save->mixed = save->mixed || p->class == PAGE_MIXED || p->class == PAGE_FIRST;
     for (Side side = KEYS; side <= VALUES; side++)
-        save->groups[group_index(part_of(p, side)->type, side)].n++;
+        save->groups[group_index(part_of(p, side)->type, side,
+                                 length_of(&save->kv->shape, p->k.head_dim))]
+            .n++;
     return 0;
 }
 
@@ -141,8 +173,8 @@ static int put_part(Save *save, KVPage *p) {
     const Group *g = save->group;
     const KVPart *part = part_of(p, g->side);
     const void *const data[GROUP_PARTS] = {part->data, part->scale, part->min};
-    if (part->type != g->type) return 0;
-    size_t bytes = page_part_bytes(g, save->part, save->kv->shape.head_dim);
+    if (part->type != g->type || length_of(&save->kv->shape, part->head_dim) != g->length) return 0;
+    size_t bytes = page_part_bytes(g, save->part, part->head_dim);
     return tensors_write_put(save->w, data[save->part], bytes, save->err);
 }
 
@@ -161,9 +193,21 @@ static int put_class(Save *save, KVPage *p) {
 }
 
 static int put_head_list(Save *save, List list) {
-    for (int i = 0; i < n_heads_total(save->kv); i++) {
-        const KVHead *h = &save->kv->seqs[save->seq].head[i];
-        int32_t n = list == LEN ? h->len : h->dropped;
+    const KVShape *shape = &save->kv->shape;
+    int most = kvshape_most_heads(shape);
+    for (int i = 0; i < shape->n_layers * most; i++) {
+        int l = i / most, g = i % most;
+        bool there = g < own_heads(shape, l);  // those that are not have no pairs
+        const KVHead *h = there ? kvcache_head(save->kv, save->seq, l, g) : NULL;
+        int32_t n = !there ? 0 : list == LEN ? h->len : h->dropped;
+        if (tensors_write_put(save->w, &n, sizeof n, save->err) != 0) return -1;
+    }
+    return 0;
+}
+
+static int put_heads(Save *save) {
+    for (int l = 0; l < save->kv->shape.n_layers; l++) {
+        int32_t n = own_heads(&save->kv->shape, l);
         if (tensors_write_put(save->w, &n, sizeof n, save->err) != 0) return -1;
     }
     return 0;
@@ -190,12 +234,14 @@ static int put_list(Save *save, List list) {
     if (list == BIAS) return each_page(save, put_bias);
     if (list == STATE) return put_state(save);
     if (list == LEN || list == DROPPED) return put_head_list(save, list);
+    if (list == HEADS) return put_heads(save);
     return list == WINDOW
                ? tensors_write_put(save->w, shape->window, n_layers * sizeof(int32_t), save->err)
                : tensors_write_put(save->w, info->ids, n_ids * sizeof(int32_t), save->err);
 }
 
 static Format format_of(const Save *save) {
+    if (save->uneven) return UNEVEN;
     if (kvcache_state_bytes(&save->kv->shape) > 0) return STATES;
     if (save->mixed) return MIXED;
     return save->biased ? BIASES : save->plain ? PLAIN : CODES;
@@ -237,26 +283,36 @@ static int declare(Save *save, TensorSpec s) {
 }
 
 // Groups without pages are left out, but for that of exact pages. The class of each page is left
-// out where all are exact, biases where there are none.
+// out where all are exact, biases where there are none, heads where all layers have as many.
 static bool group_in_file(const Save *save, const Group *g) {
-    return g->n > 0 || g->type == save->kv->type;
+    const KVShape *shape = &save->kv->shape;
+    bool length = g->length == FULL || kvshape_other_dim(shape) != shape->head_dim;
+    return g->n > 0 || (length && g->type == save->kv->type);
 }
 
 static bool list_in_file(const Save *save, List list) {
     if (list == STATE) return kvcache_state_bytes(&save->kv->shape) > 0;
-    return list == CLASSES ? !save->plain : list == BIAS ? save->biased : true;
+    return list == CLASSES ? !save->plain
+           : list == BIAS  ? save->biased
+           : list == HEADS ? save->uneven
+                           : true;
+}
+
+static int length_dim(const KVShape *shape, Length length) {
+    return length == FULL ? shape->head_dim : kvshape_other_dim(shape);
 }
 
 static int declare_all(Save *save) {
     const KVShape *shape = &save->kv->shape;
-    const int sizes[SIZES] = {[N_PAGES] = save->n_pages,    [N_PAIRS] = PAGE,
-                              [N_LAYERS] = shape->n_layers, [N_KV_HEADS] = shape->n_kv_heads,
-                              [N_IDS] = save->info->n_ids,  [N_STATES] = n_states(shape),
-                              [N_FLOATS] = shape->state};
+    const int sizes[SIZES] = {
+        [N_PAGES] = save->n_pages,    [N_PAIRS] = PAGE,
+        [N_LAYERS] = shape->n_layers, [N_KV_HEADS] = kvshape_most_heads(shape),
+        [N_IDS] = save->info->n_ids,  [N_STATES] = n_states(shape),
+        [N_FLOATS] = shape->state};
     for (const Group *g = save->groups; g < save->groups + GROUPS; g++) {
         for (GroupPart part = DATA; group_in_file(save, g) && part < GROUP_PARTS; part++) {
             if (!has_part(g, part)) continue;
-            if (declare(save, page_spec(g, part, shape->head_dim)) != 0) return -1;
+            if (declare(save, page_spec(g, part, length_dim(shape, g->length))) != 0) return -1;
         }
     }
     for (int list = 0; list < LISTS; list++) {
@@ -288,7 +344,8 @@ int kvfile_save(const KVCache *kv, int seq, const char *path, const KVInfo *info
                  .w = &w,
                  .err = err,
                  .plain = true,
-                 .biased = kvcache_biased(kv, seq)};
+                 .biased = kvcache_biased(kv, seq),
+                 .uneven = is_uneven(&kv->shape)};
     if (tensors_write_begin(&w, path, err) != 0) return -1;
     groups_start(save.groups);
     each_page(&save, count_page);
@@ -306,10 +363,11 @@ typedef struct {
     const TensorFile *file;
     KVInfo info;
     int next_pos;
-    KVTypes types;     // what pages settle to
-    int sizes[SIZES];  // -1: not known yet
-    int head_dim;
+    KVTypes types;          // what pages settle to
+    int sizes[SIZES];       // -1: not known yet
+    int head_dim[LENGTHS];  // of SLIDING heads -1 where no page has other ones
     const int32_t *pos, *len, *dropped, *window;
+    const int32_t *heads;                   // [layers] heads of their own; NULL: N_KV_HEADS all
     const uint8_t *class;                   // [pages], NULL: all exact
     const float *bias;                      // [pages][64], NULL: none
     const float *state;                     // [N_STATES][N_FLOATS], NULL: none
@@ -317,14 +375,25 @@ typedef struct {
     const void *data[GROUPS][GROUP_PARTS];  // NULL where a group has no pages
 } Saved;
 
-// Of all layers.
+// Of all layers, also those that are not there.
 static int n_saved_heads(const Saved *s) { return s->sizes[N_LAYERS] * s->sizes[N_KV_HEADS]; }
 
 static PageClass class_of(const Saved *s, int page) {
     return s->class ? (PageClass)s->class[page] : PAGE_EXACT;
 }
 
-// Pages of a head; heads are counted over all layers.
+// Whether the head is there; heads are counted over all layers, as many in each.
+static bool has_head(const Saved *s, int head) {
+    int l = head / s->sizes[N_KV_HEADS], g = head % s->sizes[N_KV_HEADS];
+    return s->window[l] != NO_PAIRS && (!s->heads || g < s->heads[l]);
+}
+
+static Length saved_length(const Saved *s, int head) {
+    bool slides = s->window[head / s->sizes[N_KV_HEADS]] > 0;
+    return slides && s->head_dim[SLIDING] > 0 ? SLIDING : FULL;
+}
+
+// Pages of a head.
 static int head_pages(const Saved *s, int head) {
     return pages_for(s->len[head] - s->dropped[head]);
 }
@@ -398,17 +467,42 @@ static int read_keys(Saved *s, char *err) {
     s->types = kvcache_both(k && k->dtype == T_F32 ? KV_F32 : KV_F16);
     if (name && kvcache_types_parse(name, &s->types) != 0)
         return fail(err, "its pages are of unknown type \"%s\"", name);
-    Group exact = {KEYS, class_types(s->types, PAGE_EXACT).k, -1};
-    k = get(s, page_spec(&exact, DATA, s->head_dim), err);
-    if (!k) return -1;
-    if (k->shape[1] > MAX_HEAD_DIM)
-        return fail(err, "keys of %zu numbers, more than %d", k->shape[1], MAX_HEAD_DIM);
-    s->head_dim = (int)k->shape[1];
+    for (Length length = FULL; length < LENGTHS; length++) {
+        Group exact = {KEYS, class_types(s->types, PAGE_EXACT).k, length, -1};
+        TensorSpec spec = page_spec(&exact, DATA, s->head_dim[length]);
+        bool wanted = length == FULL || s->head_dim[length] > 0;  // the model has such heads
+        if (!wanted && !tensors_find(s->file, spec.name)) continue;
+        if (!(k = get(s, spec, err))) return -1;
+        if (k->shape[1] > MAX_HEAD_DIM)
+            return fail(err, "keys of %zu numbers, more than %d", k->shape[1], MAX_HEAD_DIM);
+        s->head_dim[length] = (int)k->shape[1];
+    }
+    return 0;
+}
+
+// How many heads each layer has of its own: as many as the model's layers, where that is known.
+static int read_head_counts(Saved *s, const KVModel *model, char *err) {
+    int most = s->sizes[N_KV_HEADS];
+    if (tensors_find(s->file, list_spec(HEADS, s->sizes).name)) {
+        const Tensor *heads = get_list(s, HEADS, err);
+        if (!heads) return -1;
+        s->heads = heads->data;
+    }
+    for (int l = 0; l < s->sizes[N_LAYERS]; l++) {
+        bool keeps = s->window[l] == NO_PAIRS;
+        int n = s->heads ? s->heads[l] : keeps ? 0 : most;
+        if (model && keeps != (model->shape.window[l] == NO_PAIRS))
+            return fail(err, "layer %d %s a state, unlike the model's", l,
+                        keeps ? "keeps" : "does not keep");
+        if (keeps && n != 0) return fail(err, "layer %d keeps a state, but has %d heads", l, n);
+        if (n < 0 || n > most || (model && n != own_heads(&model->shape, l)))
+            return fail(err, "layer %d has %d heads of %d", l, n, most);
+    }
     return 0;
 }
 
 // Lengths of all heads, and with them the number of pages.
-static int read_heads(Saved *s, char *err) {
+static int read_heads(Saved *s, const KVModel *model, char *err) {
     long n = 0;
     const Tensor *len = get_list(s, LEN, err), *dropped, *window;
     if (!len) return -1;
@@ -417,12 +511,16 @@ static int read_heads(Saved *s, char *err) {
         return fail(err, "%zu layers of %zu heads", len->shape[0], len->shape[1]);
     if (!(dropped = get_list(s, DROPPED, err)) || !(window = get_list(s, WINDOW, err))) return -1;
     s->len = len->data, s->dropped = dropped->data, s->window = window->data;
+    if (read_head_counts(s, model, err) != 0) return -1;
     for (int i = 0; i < n_saved_heads(s); i++) {
         int pairs = s->len[i], gone = s->dropped[i];
         if (gone < 0 || gone % PAGE || pairs < gone || pairs > s->next_pos)
             return fail(err, "a head of %d pairs less %d, after %d tokens", pairs, gone,
                         s->next_pos);
         int layer = i / s->sizes[N_KV_HEADS];
+        if (pairs > 0 && !has_head(s, i))
+            return fail(err, "layer %d %s, but has pairs", layer,
+                        s->window[layer] == NO_PAIRS ? "keeps a state" : "lacks a head");
         if (gone > 0 && s->window[layer] == 0)
             return fail(err, "layer %d has no window, but %d of its pairs left one", layer, gone);
         n += head_pages(s, i);
@@ -454,12 +552,7 @@ static int read_pages(Saved *s, char *err) {
 // The states of the layers that keep one: as many as there are such layers.
 static int read_states(Saved *s, char *err) {
     int n = 0;
-    for (int l = 0; l < s->sizes[N_LAYERS]; l++) {
-        n += s->window[l] == NO_PAIRS;
-        for (int g = 0; s->window[l] == NO_PAIRS && g < s->sizes[N_KV_HEADS]; g++)
-            if (s->len[l * s->sizes[N_KV_HEADS] + g] != 0)
-                return fail(err, "layer %d keeps a state, but has pairs", l);
-    }
+    for (int l = 0; l < s->sizes[N_LAYERS]; l++) n += s->window[l] == NO_PAIRS;
     if (n == 0) return 0;
     s->sizes[N_STATES] = n;
     const Tensor *t = get_list(s, STATE, err);
@@ -484,15 +577,19 @@ static int check_last_pages(const Saved *s, char *err) {
 // Finds the tensors of every group that has pages; they have as many.
 static int read_groups(Saved *s, char *err) {
     groups_start(s->groups);
-    for (int i = 0; i < s->sizes[N_PAGES]; i++) {
-        KVTypes t = class_types(s->types, class_of(s, i));
-        s->groups[group_index(t.k, KEYS)].n++, s->groups[group_index(t.v, VALUES)].n++;
+    for (int i = 0, page = 0; i < n_saved_heads(s); i++) {
+        Length length = saved_length(s, i);
+        for (int end = page + head_pages(s, i); page < end; page++) {
+            KVTypes t = class_types(s->types, class_of(s, page));
+            s->groups[group_index(t.k, KEYS, length)].n++;
+            s->groups[group_index(t.v, VALUES, length)].n++;
+        }
     }
     for (int i = 0; i < GROUPS; i++) {
         const Group *g = &s->groups[i];
         for (GroupPart part = DATA; g->n > 0 && part < GROUP_PARTS; part++) {
             if (!has_part(g, part)) continue;
-            const Tensor *t = get(s, page_spec(g, part, s->head_dim), err);
+            const Tensor *t = get(s, page_spec(g, part, s->head_dim[g->length]), err);
             if (!t) return -1;
             s->data[i][part] = t->data;
         }
@@ -506,13 +603,18 @@ static int read_cache(Saved *s, const TensorFile *f, const KVModel *model, char 
                  .sizes = {[N_PAGES] = -1,
                            [N_PAIRS] = PAGE,
                            [N_LAYERS] = model ? model->shape.n_layers : -1,
-                           [N_KV_HEADS] = model ? model->shape.n_kv_heads : -1,
+                           [N_KV_HEADS] = model ? kvshape_most_heads(&model->shape) : -1,
                            [N_IDS] = -1,
                            [N_FLOATS] = model ? model->shape.state : -1},
-                 .head_dim = model ? model->shape.head_dim : -1};
+                 .head_dim = {-1, -1}};
+    if (model) {
+        int other = kvshape_other_dim(&model->shape);
+        s->head_dim[FULL] = model->shape.head_dim;
+        if (other != model->shape.head_dim) s->head_dim[SLIDING] = other;
+    }
     if (read_origin(s, model, err) != 0 || read_info(s, err) != 0 || read_keys(s, err) != 0)
         return -1;
-    if (read_heads(s, err) != 0 || read_states(s, err) != 0 || read_pages(s, err) != 0 ||
+    if (read_heads(s, model, err) != 0 || read_states(s, err) != 0 || read_pages(s, err) != 0 ||
         read_groups(s, err) != 0)
         return -1;
     return check_last_pages(s, err);
@@ -521,16 +623,16 @@ static int read_cache(Saved *s, const TensorFile *f, const KVModel *model, char 
 // ---- loading ----
 
 // One side of the next page: used counts the pages of each group that were handed out.
-static KVPart load_part(const Saved *s, int used[GROUPS], KVType type, Side side) {
-    int i = group_index(type, side);
+static KVPart load_part(const Saved *s, int used[GROUPS], int i) {
     const Group *g = &s->groups[i];
+    int d = s->head_dim[g->length];
     uint8_t *at[GROUP_PARTS] = {NULL};
     for (GroupPart part = DATA; part < GROUP_PARTS; part++) {
-        size_t offset = (size_t)used[i] * page_part_bytes(g, part, s->head_dim);
+        size_t offset = (size_t)used[i] * page_part_bytes(g, part, d);
         if (has_part(g, part)) at[part] = (uint8_t *)s->data[i][part] + offset;
     }
     used[i]++;
-    return (KVPart){type, at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
+    return (KVPart){g->type, d, at[DATA], (uint16_t *)at[SCALES], (uint16_t *)at[MINIMA]};
 }
 
 // Hands the file's pages out to the heads of sequence 0. The extra reference keeps mapped pages
@@ -538,8 +640,10 @@ static KVPart load_part(const Saved *s, int used[GROUPS], KVType type, Side side
 static int load_pages(KVCache *kv, const Saved *s, char *err) {
     int used[GROUPS] = {0}, page = 0;
     for (int i = 0; i < n_saved_heads(s); i++) {
-        KVHead *h = &kv->seqs[0].head[i];
-        int n = head_pages(s, i);
+        int most = s->sizes[N_KV_HEADS], n = head_pages(s, i);
+        if (!has_head(s, i)) continue;
+        KVHead *h = kvcache_head(kv, 0, i / most, i % most);
+        Length length = saved_length(s, i);
         h->len = s->len[i], h->dropped = s->dropped[i];
         if (head_room(h, n, err) != 0 || pages_grow(kv, kv->n_pages + n, err) != 0) return -1;
         for (; h->n_pages < n; page++) {
@@ -549,7 +653,8 @@ static int load_pages(KVCache *kv, const Saved *s, char *err) {
             *p = (KVPage){.pos = (int *)s->pos + (size_t)page * PAGE, .refs = 2, .class = class};
             p->bias = s->bias ? (float *)s->bias + (size_t)page * PAGE : NULL;
             for (int c = 0; p->bias && c < PAGE; c++) p->biased |= p->bias[c] != 0;
-            p->k = load_part(s, used, t.k, KEYS), p->v = load_part(s, used, t.v, VALUES);
+            p->k = load_part(s, used, group_index(t.k, KEYS, length));
+            p->v = load_part(s, used, group_index(t.v, VALUES, length));
             h->page[h->n_pages++] = kv->n_pages++;
         }
     }
@@ -588,22 +693,21 @@ bool kvfile_is(const TensorFile *f) {
 
 // Adds up one head, whose first page is number `page` of the file; returns the page after its last.
 static int count_head(CacheFacts *c, const Saved *s, int head, int page) {
-    KVShape shape = {.head_dim = s->head_dim};
-    bool slides = s->window[head / c->n_kv_heads] != 0;  // nothing is evicted there
+    int d = s->head_dim[saved_length(s, head)];
+    bool slides = s->window[head / c->n_kv_heads] > 0;  // nothing is evicted there
     int live = s->len[head] - s->dropped[head], demoted = 0, end = page + head_pages(s, head);
     int full = slides ? live : s->info.n_ids;
     size_t pos = PAGE * sizeof(int32_t);
     for (; page < end; page++) {
         PageClass class = class_of(s, page), shown = is_settled(class) ? PAGE_SETTLED : class;
-        c->bytes[shown] += (double)(kvcache_page_bytes(&shape, c->types[class]) + pos);
+        c->bytes[shown] += (double)(kvcache_page_bytes(d, c->types[class]) + pos);
         if (s->bias) c->bytes[shown] += PAGE * sizeof *s->bias;
         if (class == PAGE_DEMOTED) demoted += PAGE;
     }
-    size_t exact_page = kvcache_page_bytes(&shape, c->types[PAGE_EXACT]) + pos;
+    size_t exact_page = kvcache_page_bytes(d, c->types[PAGE_EXACT]) + pos;
     c->pairs += live, c->full_pairs += full;
     c->full_bytes += (double)pages_for(full) * (double)exact_page;
-    bool has_pairs = s->window[head / c->n_kv_heads] != NO_PAIRS;
-    c->kept_pairs[head] = has_pairs ? s->len[head] - demoted - s->info.n_prefix : 0;
+    c->kept_pairs[head] = s->len[head] - demoted - s->info.n_prefix;
     if (!slides)
         c->n_scored += s->info.n_ctx, c->kept += c->kept_pairs[head], c->demoted += demoted;
     return end;
@@ -619,7 +723,10 @@ int kvfile_facts(CacheFacts *facts, const TensorFile *f, char *err) {
     facts->n_layers = s.sizes[N_LAYERS], facts->n_kv_heads = s.sizes[N_KV_HEADS];
     facts->kept_pairs = malloc(((size_t)n_saved_heads(&s) + 1) * sizeof *facts->kept_pairs);
     if (!facts->kept_pairs) return fail(err, "out of memory for %d heads", n_saved_heads(&s));
-    for (int i = 0, page = 0; i < n_saved_heads(&s); i++) page = count_head(facts, &s, i, page);
+    for (int i = 0, page = 0; i < n_saved_heads(&s); i++) {
+        facts->kept_pairs[i] = 0;
+        if (has_head(&s, i)) page = count_head(facts, &s, i, page);
+    }
     return 0;
 }
 

@@ -17,6 +17,9 @@
 //   len         i32 [layers][kv heads]       pairs of each head, as KVHead.len
 //   dropped     i32 [layers][kv heads]       of them left behind by a sliding window
 //   window      i32 [layers]                 0: all pairs are seen, and evicted from; -1: no pairs
+//   kv_heads    i32 [layers]                 heads with pairs of their own, 0 where a layer reads
+//                                            those of another or keeps a state; absent: kv heads in
+//                                            all others
 //   ids         i32 [n_prefix + n_ctx]       the tokens that were read
 //   page_class  u8  [pages]                  PageClass of each page; absent: all are exact
 //   bias        f32 [pages][64]              of each pair, added to scale q . k; absent: none
@@ -24,8 +27,11 @@
 //   them
 //                                            (deltanet.h); absent: there are no such layers
 //
+// Where heads of layers with a window are of another length, their pages are in tensors of the same
+// names after "sliding.".
+//
 // Metadata: format ("kvzip.c cache 1", 2 with page_class, 3 with bias, 4 with mixed keys, 5 with
-// states),
+// states, 6 with kv_heads or pages of two lengths),
 // fingerprint and model (keys mean nothing to another model), policy, ratio, n_prefix, n_ctx,
 // next_pos, and kv, the types that pages settle to; where they are known level, profile, set,
 // budget, fit and documents, as in KVInfo.
@@ -77,7 +83,7 @@ typedef struct {
     double full_pairs, full_bytes;  // had nothing been evicted, settled or demoted
     // Pairs of the context in layers without a window: all; kept as they were; demoted.
     double n_scored, kept, demoted;
-    int n_layers, n_kv_heads;
+    int n_layers, n_kv_heads;  // the most of a layer
     int *kept_pairs;  // [n_layers][n_kv_heads] of the context, demoted ones not counted; allocated
 } CacheFacts;
 

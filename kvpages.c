@@ -65,9 +65,8 @@ static size_t part_bytes(int head_dim, KVType t, Side side) {
     return data_bytes(head_dim, t, side) + n_scales(head_dim, t, side) * lists * sizeof(uint16_t);
 }
 
-size_t kvcache_page_bytes(const KVShape *shape, KVTypes types) {
-    return part_bytes(shape->head_dim, types.k, KEYS) +
-           part_bytes(shape->head_dim, types.v, VALUES);
+size_t kvcache_page_bytes(int head_dim, KVTypes types) {
+    return part_bytes(head_dim, types.k, KEYS) + part_bytes(head_dim, types.v, VALUES);
 }
 
 // ---- pages ----
@@ -99,10 +98,17 @@ int pages_grow(KVCache *kv, int n, char *err) {
     return 0;
 }
 
+KVStore *store_of(KVCache *kv, int head_dim, PageClass class) {
+    return &kv->store[(head_dim != kv->shape.head_dim) * PAGE_CLASSES + (int)class];
+}
+
+static KVStore *page_store(KVCache *kv, const KVPage *p) {
+    return store_of(kv, p->k.head_dim, p->class);
+}
+
 // One side of a page in the memory at `at`.
-static KVPart part_at(const KVCache *kv, KVType t, Side side, uint8_t *at) {
-    int d = kv->shape.head_dim;
-    KVPart p = {t, at, NULL, NULL};
+static KVPart part_at(int d, KVType t, Side side, uint8_t *at) {
+    KVPart p = {t, d, at, NULL, NULL};
     if (!is_codes(t)) return p;
     p.scale = (uint16_t *)(at + data_bytes(d, t, side));
     if (has_minima(t, side)) p.min = p.scale + n_scales(d, t, side);
@@ -111,8 +117,8 @@ static KVPart part_at(const KVCache *kv, KVType t, Side side, uint8_t *at) {
 
 // A slab is 64 pages and, after them, their positions and biases, which the system gives no memory
 // as long as none is written.
-static int slab_new(KVCache *kv, PageClass class, char *err) {
-    KVStore *store = &kv->store[class];
+static int slab_new(KVCache *kv, int head_dim, PageClass class, char *err) {
+    KVStore *store = store_of(kv, head_dim, class);
     size_t n_slabs = (size_t)store->n_slabs + 1, used = 0;
     if (pages_grow(kv, kv->n_pages + SLAB_PAGES, err) != 0) return -1;
     uint8_t **slab = realloc(store->slab, n_slabs * sizeof *slab);
@@ -120,7 +126,7 @@ static int slab_new(KVCache *kv, PageClass class, char *err) {
     int *free_page = realloc(store->free_page, n_slabs * SLAB_PAGES * sizeof *free_page);
     if (free_page) store->free_page = free_page;
     uint8_t *memory = slab && free_page ? memory_map(slab_bytes(store)) : NULL;
-    for (int i = 0; i < PAGE_CLASSES; i++)
+    for (int i = 0; i < 2 * PAGE_CLASSES; i++)
         used += (size_t)kv->store[i].n_slabs * slab_bytes(&kv->store[i]);
     if (!memory)
         return fail(err, "out of memory: the cache needs more than the %zu MB it has", used >> 20);
@@ -130,28 +136,28 @@ static int slab_new(KVCache *kv, PageClass class, char *err) {
     for (int i = SLAB_PAGES - 1; i >= 0; i--) store->free_page[store->n_free++] = kv->n_pages + i;
     for (int i = 0; i < SLAB_PAGES; i++) {
         uint8_t *at = memory + (size_t)i * page_step(store);
-        KVPart k = part_at(kv, store->types.k, KEYS, at);
-        at += part_bytes(kv->shape.head_dim, store->types.k, KEYS);
-        KVPart v = part_at(kv, store->types.v, VALUES, at);
+        KVPart k = part_at(head_dim, store->types.k, KEYS, at);
+        at += part_bytes(head_dim, store->types.k, KEYS);
+        KVPart v = part_at(head_dim, store->types.v, VALUES, at);
         kv->pages[kv->n_pages++] = (KVPage){
             .k = k, .v = v, .pos = pos + i * PAGE, .bias = bias + i * PAGE, .class = class};
     }
     return 0;
 }
 
-int page_take(KVCache *kv, PageClass class, char *err) {
-    KVStore *store = &kv->store[class];
-    if (store->n_free == 0 && slab_new(kv, class, err) != 0) return -1;
+int page_take(KVCache *kv, int head_dim, PageClass class, char *err) {
+    KVStore *store = store_of(kv, head_dim, class);
+    if (store->n_free == 0 && slab_new(kv, head_dim, class, err) != 0) return -1;
     int id = store->free_page[--store->n_free];
     kv->pages[id].refs = 1, kv->pages[id].biased = false, kv->pages[id].digest = 0;
     return id;
 }
 
-int page_new(KVCache *kv, char *err) {
-    int id = page_take(kv, PAGE_EXACT, err);
+int page_new(KVCache *kv, int head_dim, char *err) {
+    int id = page_take(kv, head_dim, PAGE_EXACT, err);
     if (id < 0) return -1;
     KVPage *p = &kv->pages[id];
-    memset(p->k.data, 0, kv->store[PAGE_EXACT].page_bytes);
+    memset(p->k.data, 0, page_store(kv, p)->page_bytes);
     for (int i = 0; i < PAGE; i++) p->pos[i] = -1;
     return id;
 }
@@ -164,12 +170,12 @@ void page_copy_list(KVPage *to, const KVPage *from) {
 
 void page_unref(KVCache *kv, int id) {
     KVPage *p = &kv->pages[id];
-    KVStore *store = &kv->store[p->class];
+    KVStore *store = page_store(kv, p);
     if (--p->refs == 0) store->free_page[store->n_free++] = id;
 }
 
 void pages_close(KVCache *kv) {
-    for (KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
+    for (KVStore *store = kv->store; store < kv->store + 2 * PAGE_CLASSES; store++) {
         for (int i = 0; i < store->n_slabs; i++) memory_unmap(store->slab[i], slab_bytes(store));
         free(store->slab);
         free(store->free_page);
@@ -179,7 +185,7 @@ void pages_close(KVCache *kv) {
 
 void pages_trim(KVCache *kv) {
     size_t unit = (size_t)sysconf(_SC_PAGESIZE);
-    for (const KVStore *store = kv->store; store < kv->store + PAGE_CLASSES; store++) {
+    for (const KVStore *store = kv->store; store < kv->store + 2 * PAGE_CLASSES; store++) {
         for (int i = 0; i < store->n_free; i++) {
             uintptr_t at = (uintptr_t)kv->pages[store->free_page[i]].k.data;
             uintptr_t end = (at + store->page_bytes) / unit * unit;
@@ -246,9 +252,9 @@ static void mix_keys(float *keys, int head_dim, bool back) {
 
 // ---- what a page holds ----
 
-Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block) {
+Codes part_codes(const KVPart *p, Side side, int block) {
     CodeType type = code_type(p->type);
-    int d = kv->shape.head_dim, rows = code_rows(d, side), cols = code_cols(side);
+    int d = p->head_dim, rows = code_rows(d, side), cols = code_cols(side);
     uint8_t *data = p->data + block * code_bytes(type, rows, cols);
     size_t scales = (size_t)block * rows;
     return (Codes){.type = type,
@@ -260,22 +266,22 @@ Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block) {
                    .ahead = data};
 }
 
-void part_read(const KVCache *kv, const KVPart *p, Side side, float *out) {
-    int d = kv->shape.head_dim;
+void part_read(const KVPart *p, Side side, float *out) {
+    int d = p->head_dim;
     size_t n = (size_t)d * PAGE, ld = (size_t)side_cols(d, side);
     if (p->type == KV_F32)
         memcpy(out, p->data, n * sizeof *out);
     else if (p->type == KV_F16)
         kern.f16_to_f32(out, (const uint16_t *)p->data, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
-        Codes codes = part_codes(kv, p, side, b);
+        Codes codes = part_codes(p, side, b);
         kern.unpack_codes(out + b * CODE_COLS, ld, &codes);
     }
     if (p->type == KV_M4) mix_keys(out, d, true);
 }
 
-void part_write(const KVCache *kv, const KVPart *p, Side side, float *x) {
-    int d = kv->shape.head_dim;
+void part_write(const KVPart *p, Side side, float *x) {
+    int d = p->head_dim;
     size_t n = (size_t)d * PAGE, ld = (size_t)side_cols(d, side);
     if (p->type == KV_M4) mix_keys(x, d, false);
     if (p->type == KV_F32)
@@ -283,7 +289,7 @@ void part_write(const KVCache *kv, const KVPart *p, Side side, float *x) {
     else if (p->type == KV_F16)
         kern.f32_to_f16((uint16_t *)p->data, x, n);
     for (int b = 0; is_codes(p->type) && b < n_blocks(d, side); b++) {
-        Codes codes = part_codes(kv, p, side, b);
+        Codes codes = part_codes(p, side, b);
         codes_round(&codes, x + b * CODE_COLS, ld);
     }
 }

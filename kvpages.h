@@ -26,10 +26,6 @@ static inline KVPart *part_of(KVPage *p, Side side) { return side == KEYS ? &p->
 
 // ---- heads ----
 
-static inline int n_heads_total(const KVCache *kv) {
-    return kv->shape.n_layers * kv->shape.n_kv_heads;
-}
-
 static inline int pages_for(int n_pairs) { return (n_pairs + PAGE - 1) / PAGE; }
 
 // Pages that hold live pairs; a head may have reserved more.
@@ -84,10 +80,12 @@ static inline bool is_settled(PageClass class) {
 
 // ---- pages ----
 
+// The memory of pages of a class with heads of that length.
+KVStore *store_of(KVCache *kv, int head_dim, PageClass class);
 // A page of the class with one reference and old contents; its id, or -1 with err.
-int page_take(KVCache *kv, PageClass class, char *err);
+int page_take(KVCache *kv, int head_dim, PageClass class, char *err);
 // An empty exact page, zeroed: attention multiplies unused values by weights of 0. Its id, or -1.
-int page_new(KVCache *kv, char *err);
+int page_new(KVCache *kv, int head_dim, char *err);
 // One reference less; with the last one the page is free.
 void page_unref(KVCache *kv, int id);
 // Positions and biases of one page become those of another.
@@ -104,11 +102,11 @@ uint8_t *memory_map(size_t bytes);
 void memory_unmap(uint8_t *memory, size_t bytes);
 
 // Matrix `block` of a side that holds codes.
-Codes part_codes(const KVCache *kv, const KVPart *p, Side side, int block);
+Codes part_codes(const KVPart *p, Side side, int block);
 // A side as floats, keys [head_dim][64] or values [64][head_dim], no longer mixed.
-void part_read(const KVCache *kv, const KVPart *p, Side side, float *out);
+void part_read(const KVPart *p, Side side, float *out);
 // The way back; 16 bits and fewer round. x is overwritten.
-void part_write(const KVCache *kv, const KVPart *p, Side side, float *x);
+void part_write(const KVPart *p, Side side, float *x);
 
 // Mixes the channels of queries [n][head_dim] for a product with mixed keys.
 void mix_queries(float *q, int n, int head_dim);

@@ -9,8 +9,8 @@
 
 // ---- taking ----
 
-static void part_copy(const KVCache *kv, const KVPart *to, const KVPart *from, Side side) {
-    int d = kv->shape.head_dim;
+static void part_copy(const KVPart *to, const KVPart *from, Side side) {
+    int d = from->head_dim;
     size_t scales = n_scales(d, from->type, side) * sizeof *from->scale;
     memcpy(to->data, from->data, data_bytes(d, from->type, side));
     if (scales > 0) memcpy(to->scale, from->scale, scales);
@@ -24,15 +24,15 @@ static int take_head(KVCache *kv, KVHead *h, const KVCache *from, const KVHead *
     if (head_room(h, n, err) != 0) return -1;
     for (int i = 0; i < n; i++) {
         const KVPage *page = &from->pages[old->page[i]];
-        KVTypes have = {page->k.type, page->v.type}, want = kv->store[page->class].types;
+        KVTypes have = {page->k.type, page->v.type}, want = class_types(kv->types, page->class);
         if (have.k != want.k || have.v != want.v)
             return fail(err, "its pairs are %s, this cache's are %s",
                         kvcache_types_name(have, theirs), kvcache_types_name(want, ours));
-        int id = page_take(kv, page->class, err);
+        int id = page_take(kv, page->k.head_dim, page->class, err);
         if (id < 0) return -1;
         h->page[h->n_pages++] = id;
         KVPage *to = &kv->pages[id];
-        part_copy(kv, &to->k, &page->k, KEYS), part_copy(kv, &to->v, &page->v, VALUES);
+        part_copy(&to->k, &page->k, KEYS), part_copy(&to->v, &page->v, VALUES);
         page_copy_list(to, page);
     }
     h->len = old->len, h->dropped = old->dropped, h->settled = old->settled;
@@ -42,7 +42,7 @@ static int take_head(KVCache *kv, KVHead *h, const KVCache *from, const KVHead *
 int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err) {
     int taken = kvcache_new(kv, err);
     if (taken < 0) return -1;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         if (take_head(kv, &kv->seqs[taken].head[i], from, &from->seqs[seq].head[i], err) == 0)
             continue;
         kvcache_drop(kv, taken);
@@ -73,13 +73,12 @@ static int pairs_before(const KVCache *kv, const KVHead *h, int window, int pos)
 
 bool kvcache_cut(KVCache *kv, int seq, int pos) {
     KVSeq *s = &kv->seqs[seq];
-    int n_heads = kv->shape.n_kv_heads;
     if (s->state && pos < s->next_pos) return false;
-    for (int i = 0; i < n_heads_total(kv); i++)
-        if (pairs_before(kv, &s->head[i], kv->shape.window[i / n_heads], pos) < 0) return false;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++)
+        if (pairs_before(kv, &s->head[i], kv->shape.window[kv->layer[i]], pos) < 0) return false;
+    for (int i = 0; i < kv->n_heads; i++) {
         KVHead *h = &s->head[i];
-        h->len = pairs_before(kv, h, kv->shape.window[i / n_heads], pos);
+        h->len = pairs_before(kv, h, kv->shape.window[kv->layer[i]], pos);
         while (h->n_pages > pages_used(h)) page_unref(kv, h->page[--h->n_pages]);
         h->settled = min_int(h->settled, h->n_pages);
     }

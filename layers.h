@@ -1,10 +1,12 @@
 // layers.h: what the blocks of a layer share. Private to model.c, which calls them in order, and to
 // the blocks that have files of their own.
 //
-//   deltanet.c  a layer that keeps a state of fixed size
-//   experts.c   a feed-forward block of many experts, of which a token uses few
+//   deltanet.c    a layer that keeps a state of fixed size
+//   experts.c     a feed-forward block of many experts, of which a token uses few
+//   layerembed.c  per-layer embeddings: what a layer adds of its own for each token
 #ifndef LAYERS_H
 #define LAYERS_H
+#include "kernels/matmul.h"
 #include "model.h"
 
 // ---- opening ----
@@ -54,4 +56,15 @@ int experts_open(Model *m, int l, char *err);
 void experts_take(RunState *s);
 // add = the sum of what each row's experts give for xb.
 void experts_ffn(RunState *s, int l, int n);
+
+// ---- layerembed.c ----
+
+// The table that all layers share, and what layer l has. 0, or -1 with err.
+int layer_embed_open_table(Model *m, char *err);
+int layer_embed_open(Model *m, int l, char *err);
+void layer_embed_take(RunState *s);
+// Keeps the embeddings of n rows, which stand in x.
+void layer_embed_begin(RunState *s, int n);
+// add = what layer l gives for the rows' tokens, asked by xb, which is x itself.
+void layer_embed(RunState *s, int l, int n);
 #endif

@@ -8,8 +8,6 @@
 #define _POSIX_C_SOURCE 200809L
 #include "model.h"
 
-#include "kernels/matmul.h"
-
 #include <limits.h>
 #include <math.h>
 #include <stdio.h>
@@ -33,6 +31,30 @@ static int open_experts(Config *c, const TensorFile *f, char *err) {
         return -1;
     c->norm_topk = norm == 1;
     return 0;
+}
+
+// The heads of layers with a window, where they are others, and per-layer embeddings: what most
+// models do not have.
+static int open_window_heads(Config *c, const TensorFile *f, char *err) {
+    c->window_kv_heads = c->n_kv_heads, c->window_head_dim = c->head_dim;
+    if (tensors_meta(f, "window_head_dim") &&
+        (tensors_meta_int(f, "window_kv_heads", 1, c->n_heads, &c->window_kv_heads, err) != 0 ||
+         tensors_meta_int(f, "window_head_dim", 2, 1 << 20, &c->window_head_dim, err) != 0))
+        return -1;
+    if (c->n_heads % c->window_kv_heads || (long)c->n_heads * c->window_head_dim > 1 << 20)
+        return fail(err, "%d heads, %d kv heads of %d in layers with a window", c->n_heads,
+                    c->window_kv_heads, c->window_head_dim);
+    if (!tensors_meta(f, "embed_dim")) return 0;
+    return tensors_meta_int(f, "embed_dim", 1, 1 << 16, &c->embed_dim, err) != 0 ||
+                   tensors_meta_float(f, "table_scale", 0.0, 1e6, &c->table_scale, err) != 0 ||
+                   tensors_meta_float(f, "mix_scale", 0.0, 1e6, &c->mix_scale, err) != 0
+               ? -1
+               : 0;
+}
+
+// Leading dimensions that table r rotates.
+static int rope_dim(const Config *c, int r) {
+    return c->rope_dims ? c->rope_dims[r] : c->rotary_dim;
 }
 
 static int open_config(Config *c, const TensorFile *f, char *err) {
@@ -76,15 +98,63 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
     c->q_dim = c->n_heads * c->head_dim;
     c->kv_dim = c->n_kv_heads * c->head_dim;
     c->att_gate = tensors_meta(f, "att_gate") != NULL;
-    return open_experts(c, f, err) != 0 ? -1 : deltanet_config(c, f, err);
+    if (open_experts(c, f, err) != 0 || deltanet_config(c, f, err) != 0) return -1;
+    return open_window_heads(c, f, err);
+}
+
+// A list of whole numbers, one for each of n, which may be left out: then it is NULL.
+static int open_list(const int **list, const TensorFile *f, const char *name, int n, char *err) {
+    *list = NULL;
+    if (!tensors_find(f, name)) return 0;
+    const Tensor *t = tensors_get(f, err, name, T_I32, 1, n);
+    if (!t) return -1;
+    *list = t->data;
+    return 0;
+}
+
+// Whose keys and values each layer reads: its own, or those of a layer before it with the same
+// heads. One that keeps a state reads its own, and counts for last_owner, because it needs all
+// rows.
+static int open_owners(Config *c, const TensorFile *f, char *err) {
+    if (open_list(&c->owner, f, "layer.owner", c->n_layers, err) != 0 ||
+        open_list(&c->hidden, f, "layer.hidden", c->n_layers, err) != 0)
+        return -1;
+    c->last_owner = c->n_layers - 1;
+    for (int l = 0; l < c->n_layers; l++) {
+        int owner = c->owner ? c->owner[l] : l;
+        if (owner < 0 || owner > l || (c->owner && c->owner[owner] != owner) ||
+            c->window[owner] != c->window[l] || (owner != l && c->window[l] == NO_PAIRS))
+            return fail(err, "layer %d cannot read the keys of layer %d", l, owner);
+        if (owner == l) c->last_owner = l;
+        if (c->hidden && (c->hidden[l] < 1 || c->hidden[l] > 1 << 24))
+            return fail(err, "layer %d: a hidden_dim of %d", l, c->hidden[l]);
+    }
+    return 0;
+}
+
+// The table that rotates layer l has to fit its heads, and in layers without a window to be as long
+// as rotary_dim says.
+static int check_rope(const Config *c, int l, char *err) {
+    bool slides = c->window[l] > 0;
+    if (c->rope[l] < -1 || c->rope[l] >= c->n_ropes)
+        return fail(err, "layer %d: no rope table %d", l, c->rope[l]);
+    if (c->rope[l] < 0) return 0;
+    int d = slides ? c->window_head_dim : c->head_dim, n = rope_dim(c, c->rope[l]);
+    if (n < 0 || n % 2 || n > d || n > c->rope_size || (!slides && n != c->rotary_dim))
+        return fail(err, "layer %d: a rope table of %d for heads of %d", l, n, d);
+    return 0;
 }
 
 static int open_rope(Config *c, const TensorFile *f, char *err) {
-    const Tensor *freq = tensors_get(f, err, "rope.inv_freq", T_F32, 2, -1, c->rotary_dim / 2);
+    const Tensor *freq = tensors_get(f, err, "rope.inv_freq", T_F32, 2, -1, -1);
     if (!freq) return -1;
-    if (freq->shape[0] > (size_t)c->n_layers)
-        return fail(err, "%zu rope tables for %d layers", freq->shape[0], c->n_layers);
-    c->n_ropes = (int)freq->shape[0];
+    if (freq->shape[0] > (size_t)c->n_layers || freq->shape[1] > 1 << 16)
+        return fail(err, "%zu rope tables of %zu for %d layers", freq->shape[0], freq->shape[1],
+                    c->n_layers);
+    c->n_ropes = (int)freq->shape[0], c->rope_size = 2 * (int)freq->shape[1];
+    if (open_list(&c->rope_dims, f, "rope.dims", c->n_ropes, err) != 0) return -1;
+    if (!c->rope_dims && c->rope_size != c->rotary_dim)
+        return fail(err, "rope tables of %d, expected %d", c->rope_size, c->rotary_dim);
     const Tensor *scale = tensors_get(f, err, "rope.scale", T_F32, 1, c->n_ropes);
     const Tensor *rope = scale ? tensors_get(f, err, "layer.rope", T_I32, 1, c->n_layers) : NULL;
     const Tensor *window = rope ? tensors_get(f, err, "layer.window", T_I32, 1, c->n_layers) : NULL;
@@ -92,11 +162,10 @@ static int open_rope(Config *c, const TensorFile *f, char *err) {
     c->inv_freq = freq->data, c->rope_mscale = scale->data, c->rope = rope->data,
     c->window = window->data;
     for (int l = 0; l < c->n_layers; l++) {
-        if (c->rope[l] < -1 || c->rope[l] >= c->n_ropes)
-            return fail(err, "layer %d: no rope table %d", l, c->rope[l]);
+        if (check_rope(c, l, err) != 0) return -1;
         if (c->window[l] < NO_PAIRS) return fail(err, "layer %d: a window of %d", l, c->window[l]);
     }
-    return 0;
+    return open_owners(c, f, err);
 }
 
 static WType weight_type(DType t) {
@@ -145,11 +214,30 @@ int open_vector(const float **v, const TensorFile *f, const char *name, int n, b
     return 0;
 }
 
+// Sizes of a layer's matrices.
+static void size_layer(Layer *w, const Config *c, int l) {
+    bool slides = c->window[l] > 0;
+    w->n_kv_heads = slides ? c->window_kv_heads : c->n_kv_heads;
+    w->head_dim = slides ? c->window_head_dim : c->head_dim;
+    w->q_dim = c->n_heads * w->head_dim, w->kv_dim = w->n_kv_heads * w->head_dim;
+    w->hidden_dim = c->hidden ? c->hidden[l] : c->hidden_dim;
+}
+
+// Whether a layer has no such matrix: one that reads another's keys and values has neither; where
+// values are normed, they may be the keys.
+static bool lacks(const Model *m, int l, const Matrix *x, const char *name) {
+    const Config *c = &m->config;
+    const Layer *w = &m->layers[l];
+    if (c->owner && c->owner[l] != l && (x == &w->wk || x == &w->wv)) return true;
+    return x == &w->wv && w->v_norm && !tensors_find(&m->file, name);
+}
+
 static int open_layer(Model *m, int l, char *err) {
     const TensorFile *f = &m->file;
     const Config *c = &m->config;
     Layer *w = &m->layers[l];
     char name[64];
+    size_layer(w, c, l);
     const struct {
         const char *name;
         const float **v;
@@ -159,11 +247,13 @@ static int open_layer(Model *m, int l, char *err) {
                    {"rms_ffn", &w->rms_ffn, c->dim, false},
                    {"rms_att_post", &w->rms_att_post, c->dim, true},
                    {"rms_ffn_post", &w->rms_ffn_post, c->dim, true},
-                   {"q_norm", &w->q_norm, c->head_dim, true},
-                   {"k_norm", &w->k_norm, c->head_dim, true},
-                   {"bq", &w->bq, c->q_dim, true},
-                   {"bk", &w->bk, c->kv_dim, true},
-                   {"bv", &w->bv, c->kv_dim, true}};
+                   {"q_norm", &w->q_norm, w->head_dim, true},
+                   {"k_norm", &w->k_norm, w->head_dim, true},
+                   {"v_norm", &w->v_norm, w->head_dim, true},
+                   {"bq", &w->bq, w->q_dim, true},
+                   {"bk", &w->bk, w->kv_dim, true},
+                   {"bv", &w->bv, w->kv_dim, true},
+                   {"scale", &w->scale, 1, true}};
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
         if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0)
@@ -177,20 +267,22 @@ static int open_layer(Model *m, int l, char *err) {
         int rows, cols;
         bool of_attention;
     } matrices[] = {
-        {"wq", &w->wq, c->q_dim, c->dim, true},       {"wk", &w->wk, c->kv_dim, c->dim, true},
-        {"wv", &w->wv, c->kv_dim, c->dim, true},      {"wo", &w->wo, c->dim, c->q_dim, true},
-        {"w1", &w->w1, c->hidden_dim, c->dim, false}, {"w2", &w->w2, c->dim, c->hidden_dim, false},
-        {"w3", &w->w3, c->hidden_dim, c->dim, false}, {"wg", &w->wg, c->q_dim, c->dim, true}};
+        {"wq", &w->wq, w->q_dim, c->dim, true},       {"wk", &w->wk, w->kv_dim, c->dim, true},
+        {"wv", &w->wv, w->kv_dim, c->dim, true},      {"wo", &w->wo, c->dim, w->q_dim, true},
+        {"w1", &w->w1, w->hidden_dim, c->dim, false}, {"w2", &w->w2, c->dim, w->hidden_dim, false},
+        {"w3", &w->w3, w->hidden_dim, c->dim, false}, {"wg", &w->wg, w->q_dim, c->dim, true}};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
         if (matrices[i].of_attention ? !attends : mixture) continue;
         if (matrices[i].m == &w->wg && !c->att_gate) continue;
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
+        if (lacks(m, l, matrices[i].m, name)) continue;
         if (open_matrix(matrices[i].m, f, name, matrices[i].rows, matrices[i].cols, err) != 0)
             return -1;
         m->has[matrices[i].m->type] = true;
     }
     if (!attends && deltanet_open(m, l, err) != 0) return -1;
-    return mixture ? experts_open(m, l, err) : 0;
+    if (mixture && experts_open(m, l, err) != 0) return -1;
+    return c->embed_dim > 0 ? layer_embed_open(m, l, err) : 0;
 }
 
 static int open_weights(Model *m, char *err) {
@@ -206,6 +298,7 @@ static int open_weights(Model *m, char *err) {
         open_matrix(&m->wcls, f, "wcls", c->vocab_size, c->dim, err) != 0)
         return -1;
     m->has[m->wcls.type] = true;
+    if (c->embed_dim > 0 && layer_embed_open_table(m, err) != 0) return -1;
     for (int l = 0; l < c->n_layers; l++) {
         if (open_layer(m, l, err) != 0) return -1;
     }
@@ -242,10 +335,11 @@ void model_close(Model *m) {
 int layer_matrices(const Layer *w, const Matrix *all[LAYER_MATRICES]) {
     const Experts *e = &w->experts;
     const Delta *d = &w->delta;
-    const Matrix *may[] = {&d->qkv, &d->z,      &d->a,         &d->b,         &d->out,
-                           &w->wq,  &w->wk,     &w->wv,        &w->wo,        &w->wg,
-                           &w->w1,  &w->w2,     &w->w3,        &e->w1,        &e->w2,
-                           &e->w3,  &e->router, &e->shared[0], &e->shared[1], &e->shared[2]};
+    const Matrix *may[] = {
+        &d->qkv,       &d->z,         &d->a,          &d->b,         &d->out,     &w->wq,
+        &w->wk,        &w->wv,        &w->wo,         &w->wg,        &w->w1,      &w->w2,
+        &w->w3,        &e->w1,        &e->w2,         &e->w3,        &e->router,  &e->shared[0],
+        &e->shared[1], &e->shared[2], &w->embed.gate, &w->embed.mix, &w->embed.up};
     int n = 0;
     for (size_t i = 0; i < sizeof may / sizeof *may; i++)
         if (may[i]->data) all[n++] = may[i];
@@ -261,7 +355,10 @@ KVShape model_kv_shape(const Model *m) {
                      .scale = c->attn_scale,
                      .softcap = c->attn_softcap,
                      .window = c->window,
-                     .state = c->delta.k_heads > 0 ? delta_state(&c->delta) : 0};
+                     .state = c->delta.k_heads > 0 ? delta_state(&c->delta) : 0,
+                     .window_kv_heads = c->window_kv_heads,
+                     .window_head_dim = c->window_head_dim,
+                     .owner = c->owner};
 }
 
 // ---- scratch ----
@@ -291,28 +388,42 @@ Activations take_activations(RunState *s, int max_rows, int cols) {
     return a;
 }
 
+// The largest sizes of a layer.
+static Layer most_of(const Model *m) {
+    Layer most = m->layers[0];
+    for (const Layer *w = m->layers; w < m->layers + m->config.n_layers; w++) {
+        most.q_dim = max_int(most.q_dim, w->q_dim), most.kv_dim = max_int(most.kv_dim, w->kv_dim);
+        most.hidden_dim = max_int(most.hidden_dim, w->hidden_dim);
+    }
+    return most;
+}
+
 static void take_all(RunState *s) {
     const Config *c = &s->model->config;
     size_t n = (size_t)s->max_rows;
+    const Layer most = most_of(s->model);
     s->bytes = 0;
     s->x = take(s, n * c->dim, sizeof *s->x);
-    s->q = take(s, n * c->q_dim, sizeof *s->q);
-    s->k = take(s, n * c->kv_dim, sizeof *s->k);
-    s->v = take(s, n * c->kv_dim, sizeof *s->v);
+    s->q = take(s, n * most.q_dim, sizeof *s->q);
+    s->k = take(s, n * most.kv_dim, sizeof *s->k);
+    s->v = take(s, n * most.kv_dim, sizeof *s->v);
     s->add = take(s, n * c->dim, sizeof *s->add);
     s->tiled = take(s, n, sizeof *s->tiled);
     s->xb = take_activations(s, s->max_rows, c->dim);
-    s->att_out = take_activations(s, s->max_rows, c->q_dim);
-    s->hb = take_activations(s, s->max_rows, c->hidden_dim);
-    if (c->att_gate) s->gate = take(s, n * c->q_dim, sizeof *s->gate);
+    s->att_out = take_activations(s, s->max_rows, most.q_dim);
+    s->hb = take_activations(s, s->max_rows, most.hidden_dim);
+    if (c->att_gate) s->gate = take(s, n * most.q_dim, sizeof *s->gate);
     deltanet_take(s);
     experts_take(s);
     s->rest = take_activations(s, s->max_logits, c->dim);
-    s->rope = take(s, n * c->n_ropes * c->rotary_dim, sizeof *s->rope);
+    s->rope = take(s, n * c->n_ropes * c->rope_size, sizeof *s->rope);
     s->x_norm = take(s, n, sizeof *s->x_norm);
     s->pos = take(s, n, sizeof *s->pos);
     s->broken = take(s, n, sizeof *s->broken);
     s->runs = take(s, n, sizeof *s->runs);
+    s->rows = take(s, n, sizeof *s->rows);
+    s->reading = take(s, n, sizeof *s->reading);
+    if (c->embed_dim > 0) layer_embed_take(s);
     s->logits = take(s, (size_t)s->max_logits * c->vocab_size, sizeof *s->logits);
 }
 
@@ -348,7 +459,6 @@ enum { NOT_BROKEN = INT_MAX };  // of RunState.broken
 
 typedef struct {
     RunState *s;
-    const Row *rows;
     int l;
 } Step;
 
@@ -395,19 +505,19 @@ static void embed_row(void *ctx, int i) {
     const Model *m = st->s->model;
     float *x = st->s->x + (size_t)i * m->config.dim;
     for (int j = 0; j < m->config.dim; j++)
-        x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->rows[i].token, j);
+        x[j] = m->config.embed_scale * matrix_at(&m->tok_embed, st->s->rows[i].token, j);
 }
 
 // x = embed_scale * tok_embed[token]
-static void embed(RunState *s, const Row *rows, int n) {
-    each_row(s, n, embed_row, &(Step){s, rows, 0});
+static void embed(RunState *s, int n) {
+    each_row(s, n, embed_row, &(Step){s, 0});
+    if (s->model->config.embed_dim > 0) layer_embed_begin(s, n);
 }
 
 // cos and sin of a position (arXiv 2104.09864). In float32, as transformers.
 static void rope_table(const Config *c, int r, int pos, float *table) {
-    int half = c->rotary_dim / 2;
-    for (int j = 0; j < half; j++) {
-        float angle = (float)pos * c->inv_freq[r * half + j];
+    for (int j = 0; j < rope_dim(c, r) / 2; j++) {
+        float angle = (float)pos * c->inv_freq[r * (c->rope_size / 2) + j];
         table[2 * j] = cosf(angle) * c->rope_mscale[r];
         table[2 * j + 1] = sinf(angle) * c->rope_mscale[r];
     }
@@ -418,7 +528,7 @@ static void rope_row(void *ctx, int i) {
     RunState *s = ctx;
     const Config *c = &s->model->config;
     for (int r = 0; r < c->n_ropes; r++) {
-        rope_table(c, r, s->pos[i], s->rope + ((size_t)r * s->max_rows + i) * c->rotary_dim);
+        rope_table(c, r, s->pos[i], s->rope + ((size_t)r * s->max_rows + i) * c->rope_size);
     }
 }
 
@@ -428,7 +538,7 @@ static void rope_tables(RunState *s, int n) { each_row(s, n, rope_row, s); }
 static const float *rope_of(const RunState *s, int l, int row) {
     const Config *c = &s->model->config;
     return c->rope[l] < 0 ? NULL
-                          : s->rope + ((size_t)c->rope[l] * s->max_rows + row) * c->rotary_dim;
+                          : s->rope + ((size_t)c->rope[l] * s->max_rows + row) * c->rope_size;
 }
 
 static void rotate(float *v, const float *table, int half) {
@@ -439,12 +549,18 @@ static void rotate(float *v, const float *table, int half) {
     }
 }
 
-static void heads_row(float *v, int n_heads, const float *bias, const float *norm,
-                      const float *rope, const Config *c) {
-    for (int i = 0; bias && i < n_heads * c->head_dim; i++) v[i] += bias[i];
-    for (int h = 0; h < n_heads; h++, v += c->head_dim) {
-        if (norm) kern.rmsnorm(v, v, norm, c->head_dim, c->norm_eps);
-        if (rope) rotate(v, rope, c->rotary_dim / 2);
+// What is done to q, k or v of a row: bias, norm and rotation, each where there is one.
+typedef struct {
+    int n, head_dim;
+    const float *bias, *norm, *rope;
+    int half;  // dimensions that rotate, halved
+} Heads;
+
+static void heads_row(float *v, const Heads *h, float norm_eps) {
+    for (int i = 0; h->bias && i < h->n * h->head_dim; i++) v[i] += h->bias[i];
+    for (int i = 0; i < h->n; i++, v += h->head_dim) {
+        if (h->norm) kern.rmsnorm(v, v, h->norm, h->head_dim, norm_eps);
+        if (h->rope) rotate(v, h->rope, h->half);
     }
 }
 
@@ -454,30 +570,39 @@ static void qkv_row(void *ctx, int i) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[st->l];
     const float *rope = rope_of(s, st->l, i);
-    heads_row(s->q + (size_t)i * c->q_dim, c->n_heads, w->bq, w->q_norm, rope, c);
-    heads_row(s->k + (size_t)i * c->kv_dim, c->n_kv_heads, w->bk, w->k_norm, rope, c);
-    heads_row(s->v + (size_t)i * c->kv_dim, c->n_kv_heads, w->bv, NULL, NULL, c);
-    check_row(s, i, st->l, s->k + (size_t)i * c->kv_dim, c->kv_dim);  // the cache rounds them
-    check_row(s, i, st->l, s->v + (size_t)i * c->kv_dim, c->kv_dim);
+    int half = rope ? rope_dim(c, c->rope[st->l]) / 2 : 0, d = w->head_dim, n = w->n_kv_heads;
+    float *k = s->k + (size_t)i * w->kv_dim, *v = s->v + (size_t)i * w->kv_dim;
+    heads_row(s->q + (size_t)i * w->q_dim, &(Heads){c->n_heads, d, w->bq, w->q_norm, rope, half},
+              c->norm_eps);
+    if (!w->wk.data) return;
+    if (!w->wv.data) memcpy(v, k, (size_t)w->kv_dim * sizeof *v);
+    heads_row(k, &(Heads){n, d, w->bk, w->k_norm, rope, half}, c->norm_eps);
+    heads_row(v, &(Heads){n, d, w->bv, w->v_norm, NULL, 0}, c->norm_eps);
+    check_row(s, i, st->l, k, w->kv_dim);  // the cache rounds them
+    check_row(s, i, st->l, v, w->kv_dim);
 }
 
 // q, k, v of layer l from the normed residual stream, rotated to their positions.
 static void project_qkv(RunState *s, int l, int n) {
-    const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    const Product qkv[] = {{&w->wq, s->q, c->q_dim},
-                           {&w->wk, s->k, c->kv_dim},
-                           {&w->wv, s->v, c->kv_dim},
-                           {&w->wg, s->gate, c->q_dim}};
-    multiply(s, &s->xb, n, qkv, w->wg.data ? 4 : 3);
-    each_row(s, n, qkv_row, &(Step){s, NULL, l});
+    const Product all[] = {{&w->wq, s->q, w->q_dim},
+                           {&w->wk, s->k, w->kv_dim},
+                           {&w->wv, s->v, w->kv_dim},
+                           {&w->wg, s->gate, w->q_dim}};
+    Product there[4];
+    int n_there = 0;
+    for (int i = 0; i < 4; i++)
+        if (all[i].w->data) there[n_there++] = all[i];
+    multiply(s, &s->xb, n, there, n_there);
+    each_row(s, n, qkv_row, &(Step){s, l});
 }
 
 typedef struct {
     RunState *s;
-    const float *w;       // [dim] of the norm from x to xb
+    const float *w;       // [dim] of the norm from x to xb; NULL: xb = x
     bool add;             // before it, x += add,
     const float *w_post;  // or x += norm(add) where a model has such a norm (Gemma), else NULL
+    const float *scale;   // [1] and x *= scale, or NULL
     int l;                // the layer that gave x; -1: the embedding
 } Norm;
 
@@ -490,8 +615,12 @@ static void norm_row(void *ctx, int i) {
     if (n->add) {
         if (n->w_post) kern.rmsnorm(add, add, n->w_post, c->dim, c->norm_eps);
         kern.add(x, add, c->dim);
+        if (n->scale) kern.scale(x, *n->scale, c->dim);
     }
-    kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
+    if (n->w)
+        kern.rmsnorm(xb, x, n->w, c->dim, c->norm_eps);
+    else
+        memcpy(xb, x, (size_t)c->dim * sizeof *x);
     check_row(s, i, n->l, xb, c->dim);
     activations_round(&s->xb, i);
 }
@@ -508,6 +637,22 @@ static void add_norm(RunState *s, int n, int l, const float *w_post, const float
     each_row(s, n, norm_row, &(Norm){.s = s, .w = w, .w_post = w_post, .l = l, .add = true});
 }
 
+// The same at the end of layer l, which may have an embedding and a scale of its own; w: the next
+// norm.
+static void end_layer(RunState *s, int n, int l, const float *w) {
+    const Layer *layer = &s->model->layers[l];
+    const float *w_post = layer->rms_ffn_post;
+    if (layer->embed.gate.data) {
+        add_norm(s, n, l, w_post, NULL);  // xb = x
+        layer_embed(s, l, n);
+        w_post = layer->embed.rms;
+    }
+    // Logits take more bits of their input.
+    if (l == s->model->config.n_layers - 1) memset(s->tiled, false, (size_t)n);
+    each_row(s, n, norm_row,
+             &(Norm){.s = s, .w = w, .w_post = w_post, .scale = layer->scale, .l = l, .add = true});
+}
+
 // |xb|, which KVzip+ divides by.
 static void x_norm_row(void *ctx, int i) {
     RunState *s = ctx;
@@ -519,19 +664,28 @@ static void x_norm_row(void *ctx, int i) {
 
 static void gate_row(void *ctx, int i) {
     RunState *s = ctx;
-    int q_dim = s->model->config.q_dim;
+    int q_dim = s->att_out.cols;
     float *out = s->att_out.x + (size_t)i * s->att_out.stride;
     const float *gate = s->gate + (size_t)i * q_dim;
     for (int j = 0; j < q_dim; j++) out[j] /= 1.0f + expf(-gate[j]);
 }
 
+// Gives an input of products the columns of the layer at hand.
+static void resize(const RunState *s, Activations *x, int cols) {
+    if (x->cols == cols) return;
+    x->cols = cols, x->stride = (cols + QGROUP - 1) / QGROUP * QGROUP;
+    for (size_t i = 0; cols < x->stride && i < (size_t)s->max_rows; i++)
+        memset(x->x + i * x->stride + cols, 0, (size_t)(x->stride - cols) * sizeof *x->x);
+}
+
 // att_out = softmax(scale q . k) v over what each row may see; with want_out false only the scores
 // that are switched on are raised.
-static void attention(RunState *s, KVCache *kv, int l, int n_runs, int n, bool want_out) {
+static void attention(RunState *s, KVCache *kv, int l, int n, bool want_out) {
     if (!want_out && !kv->scoring) return;
     if (kv->scoring && kv->scoring->pair_log) each_row(s, n, x_norm_row, s);
+    resize(s, &s->att_out, s->model->layers[l].q_dim);
     KVQuery query = {s->q, want_out ? s->att_out.x : NULL, s->att_out.stride, s->x_norm};
-    kvcache_attend(kv, l, s->runs, n_runs, &query);
+    kvcache_attend(kv, l, s->reading, s->n_reading, &query);
     if (want_out && s->model->layers[l].wg.data) each_row(s, n, gate_row, s);
 }
 
@@ -556,6 +710,7 @@ static void ffn(RunState *s, int l, int n) {
         experts_ffn(s, l, n);
         return;
     }
+    resize(s, &s->hb, w->hidden_dim);
     const Product gate = {&w->w1, s->hb.x, s->hb.stride}, down = {&w->w2, s->add, c->dim};
     multiply_job(s, (Products){.x = &s->xb,
                                .p = &gate,
@@ -577,6 +732,9 @@ static int find_runs(RunState *s, const KVCache *kv, const Row *rows, int n) {
     }
     for (int r = 0, i = 0; r < n_runs; i += s->runs[r++].n)
         memset(s->tiled + i, s->runs[r].n >= KV_LONG_RUN, (size_t)s->runs[r].n);
+    memcpy(s->rows, rows, (size_t)n * sizeof *rows);
+    memcpy(s->reading, s->runs, (size_t)n_runs * sizeof *s->runs);
+    s->n_reading = n_runs;
     return n_runs;
 }
 
@@ -603,19 +761,45 @@ static int check_rows(const RunState *s, const KVCache *kv, const Row *rows, int
     return 0;
 }
 
-// After the last layer's attention only rows that want logits matter: they move to the front of x
-// and of what it gave. Returns how many they are.
-static int keep_logit_rows(RunState *s, const Row *rows, int n) {
-    Activations *out = looked_up(s, s->model->config.n_layers - 1);
+// Row i takes the place of row `to`, after the block of layer l that looks at the past.
+static void move_row(RunState *s, int l, size_t to, size_t i) {
+    const Activations *out = looked_up(s, l);
     size_t dim = (size_t)s->model->config.dim, stride = (size_t)out->stride;
-    int m = 0;
-    for (size_t i = 0; i < (size_t)n; i++) {
-        if (!rows[i].logits) continue;
-        s->tiled[m] = s->tiled[i];
-        memmove(s->x + m * dim, s->x + i * dim, dim * sizeof *s->x);
-        memmove(out->x + m * stride, out->x + i * stride, stride * sizeof *s->x);
-        m++;
+    if (to == i) return;
+    memmove(s->x + to * dim, s->x + i * dim, dim * sizeof *s->x);
+    memmove(out->x + to * stride, out->x + i * stride, stride * sizeof *s->x);
+    s->rows[to] = s->rows[i], s->pos[to] = s->pos[i], s->tiled[to] = s->tiled[i];
+    if (s->embed.x)
+        memcpy(s->embed.x + to * s->embed.stride, s->embed.x + i * s->embed.stride,
+               dim * sizeof *s->x);
+}
+
+// After that block of layer l only rows that want logits matter: they move to the front. Where l is
+// not the last layer those behind them in their runs stay too, for which layers that write no pairs
+// are still to come: rows at a run's end find theirs. Returns how many stay.
+static int keep_rows(RunState *s, int l) {
+    bool behind = l < s->model->config.n_layers - 1;
+    int m = 0, n_reading = 0, i = 0;
+    for (int r = 0; r < s->n_reading; r++) {
+        KVRun run = s->reading[r], kept = {run.seq, 0};
+        for (int end = i + run.n; i < end; i++) {
+            if (!s->rows[i].logits && !(behind && kept.n > 0)) continue;
+            move_row(s, l, (size_t)m++, (size_t)i);
+            kept.n++;
+        }
+        if (kept.n > 0) s->reading[n_reading++] = kept;
     }
+    s->n_reading = n_reading;
+    return m;
+}
+
+// Once no layer is to come that writes pairs, nor rows score: the rest is computed for the rows
+// alone that want logits, and those behind them.
+static int keep_asked(RunState *s, int l, int n) {
+    int m = keep_rows(s, l);
+    if (m == n) return n;
+    rope_tables(s, m);
+    if (s->embed.x) quantize(s, &s->embed, m, -1);
     return m;
 }
 
@@ -687,31 +871,34 @@ static int begin(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
 // comes next, while the row is in the first-level cache.
 int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
     const Model *m = s->model;
-    const int last = m->config.n_layers - 1;
+    const int last = m->config.n_layers - 1, last_owner = m->config.last_owner;
     int n_runs = begin(s, kv, rows, n, err), n_logits = count_logits(rows, n), n_rows = n;
     if (n_runs < 0) return -1;
-    embed(s, rows, n);                 // x = tok_embed[token]
+    embed(s, n);                       // x = tok_embed[token]
     rope_tables(s, n);                 // arXiv 2104.09864
     norm(s, n, m->layers[0].rms_att);  // xb = norm(x), arXiv 1910.07467
     for (int l = 0; l <= last; l++) {
         const Layer *w = &m->layers[l];
-        bool scores_only = l == last && n_logits == 0;  // nothing reads what the layer gives
+        // Few rows go on, if any; all do where rows score, or a reader chooses by them.
+        bool whole = kv->scoring || kv->reading.reader;
+        bool ends = l == last || (l == last_owner && !whole);
         if (w->delta.qkv.data) {
             deltanet(s, kv, l, n_runs, n);  // delta.out, arXiv 2412.06464
         } else {
             project_qkv(s, l, n);  // q, k, v = wq xb, wk xb, wv xb, rotated
-            if (s->tap) s->tap(s->tap_arg, l, n);
-            kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
-            if (s->watch) s->watch(s->watch_arg, l, n);
-            attention(s, kv, l, n_runs, n, !scores_only);  // att_out, arXiv 2305.13245
+            if (w->wk.data) {      // else the layer reads another one's keys
+                if (s->tap) s->tap(s->tap_arg, l, n);
+                kvcache_append(kv, l, s->runs, n_runs, s->k, s->v);
+                if (s->watch) s->watch(s->watch_arg, l, n);
+            }
+            attention(s, kv, l, n, !ends || n_logits > 0);  // att_out, arXiv 2305.13245
         }
-        if (l == last) n = keep_logit_rows(s, rows, n);
+        if (ends) n = l == last ? keep_rows(s, l) : keep_asked(s, l, n);
         if (n == 0) break;
-        project_att(s, l, n);                               // add = wo att_out
-        add_norm(s, n, l, w->rms_att_post, w->rms_ffn);     // x += add, xb = norm(x)
-        ffn(s, l, n);                                       // add = w2 (act(w1 xb) * w3 xb)
-        if (l == last) memset(s->tiled, false, (size_t)n);  // logits take more bits of their input
-        add_norm(s, n, l, w->rms_ffn_post, l == last ? m->rms_final : m->layers[l + 1].rms_att);
+        project_att(s, l, n);                            // add = wo att_out
+        add_norm(s, n, l, w->rms_att_post, w->rms_ffn);  // x += add, xb = norm(x)
+        ffn(s, l, n);                                    // add = w2 (act(w1 xb) * w3 xb)
+        end_layer(s, n, l, l == last ? m->rms_final : m->layers[l + 1].rms_att);  // x += add, ..
     }
     s->n_logits = 0;
     if (n > 0) classify(s, n);  // logits = wcls xb
@@ -723,7 +910,8 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err) {
 
 void model_rope(const Model *m, int l, int pos, float *rope) {
     const Config *c = &m->config;
-    for (int j = 0; j < c->rotary_dim; j++) rope[j] = j % 2 ? 0.0f : 1.0f;
+    int n = c->rope[l] < 0 ? c->rotary_dim : rope_dim(c, c->rope[l]);
+    for (int j = 0; j < n; j++) rope[j] = j % 2 ? 0.0f : 1.0f;
     if (c->rope[l] >= 0) rope_table(c, c->rope[l], pos, rope);
 }
 
@@ -733,8 +921,8 @@ void model_rotate(const Model *m, float *v, const float *rope) {
 
 void model_unrotate(const RunState *s, int l, int row, float *v) {
     const float *table = rope_of(s, l, row);
-    int half = s->model->config.rotary_dim / 2;
     if (!table) return;
+    int half = rope_dim(&s->model->config, s->model->config.rope[l]) / 2;
     float m = s->model->config.rope_mscale[s->model->config.rope[l]], back = 1.0f / (m * m);
     for (int j = 0; j < half; j++) {
         float a = v[j], b = v[j + half], cosine = table[2 * j] * back,
@@ -753,7 +941,7 @@ typedef struct {
 static void gram_head(void *ctx, int h) {
     const Gram *g = ctx;
     int d = g->head_dim;
-    float *out = g->gram + (size_t)h * d * d, row[256];
+    float *out = g->gram + (size_t)h * d * d, row[MAX_HEAD_DIM];
     memset(out, 0, (size_t)d * d * sizeof *out);
     for (int r = 0; r < g->wo->rows; r++) {
         for (int i = 0; i < d; i++) row[i] = matrix_at(g->wo, r, h * d + i);

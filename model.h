@@ -15,6 +15,17 @@ typedef struct {
     int seq_len;        // longest sequence seen in training
     int q_dim, kv_dim;  // n_heads * head_dim, n_kv_heads * head_dim
     int rotary_dim;     // leading dimensions of a head that rotate, in halves (i, i + rotary_dim/2)
+    // Of the layers with a window, where they have other heads than the rest, of which the above
+    // tells (Gemma 4); else the same.
+    int window_kv_heads, window_head_dim;
+    const int
+        *owner;      // [n_layers] whose keys and values a layer reads, as in KVShape; NULL: its own
+    int last_owner;  // no layer behind it has keys and values of its own
+    const int *hidden;  // [n_layers] rows of w1 and w3 in each layer; NULL: hidden_dim
+    // Per-layer embeddings (layerembed.c): how many numbers, 0 = none; factors of their table and
+    // of what the embedding gives.
+    int embed_dim;
+    float table_scale, mix_scale;
     float norm_eps;
     float attn_scale;     // multiplies q . k
     float embed_scale;    // multiplies the embedding (Gemma)
@@ -31,25 +42,40 @@ typedef struct {
     const int *window;
     const int *rope;  // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
     int n_ropes;
-    const float *inv_freq;     // [n_ropes][rotary_dim / 2] after any scaling (llama3, linear, yarn)
+    int rope_size;             // numbers of a table: cos and sin, as many as the longest one has
+    const int *rope_dims;      // [n_ropes] rotary_dim of each; NULL: all that
+    const float *inv_freq;     // [n_ropes][rope_size / 2] after any scaling (llama3, linear, yarn)
     bool att_gate;             // what attention gives is gated (Layer.wg)
     const float *rope_mscale;  // [n_ropes] factor of cos and sin (yarn), 1 otherwise
 } Config;
 
+// What a layer adds of its own for each token (layerembed.c); without data: nothing.
+typedef struct {
+    Matrix gate, mix;  // [embed_dim] x [dim]
+    Matrix up;         // [dim] x [embed_dim]
+    const float *rms;  // [dim]
+} LayerEmbed;
+
 // Weights of one layer, in the mapped file.
 typedef struct {
-    const float *rms_att, *rms_ffn;  // [dim] before attention, before the ffn
+    int n_kv_heads, head_dim, q_dim, kv_dim, hidden_dim;  // its own, where layers differ
+    const float *rms_att, *rms_ffn;                       // [dim] before attention, before the ffn
     // [dim] norms of what a block adds, NULL = none (Gemma)
     const float *rms_att_post, *rms_ffn_post;
-    const float *q_norm, *k_norm;  // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3)
-    const float *bq, *bk, *bv;     // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
-    Matrix wq, wk, wv;             // [q_dim], [kv_dim], [kv_dim] x [dim]
-    Matrix wo;                     // [dim] x [q_dim]
-    Matrix wg;                     // [q_dim] x [dim] gate of what attention gives, or without data
-    Delta delta;                   // instead of all of these, or without data
-    Matrix w1, w3;                 // gate and up, [hidden_dim] x [dim]
-    Matrix w2;                     // down, [dim] x [hidden_dim]
-    Experts experts;               // instead of w1, w2 and w3, or without data
+    // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3; of values Gemma 4)
+    const float *q_norm, *k_norm, *v_norm;
+    const float *bq, *bk, *bv;  // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
+    // [q_dim], [kv_dim], [kv_dim] x [dim]; without wv values are what keys are before norm and
+    // RoPE, without both the layer reads another one's pairs
+    Matrix wq, wk, wv;
+    Matrix wo;           // [dim] x [q_dim]
+    Matrix wg;           // [q_dim] x [dim] gate of what attention gives, or without data
+    Delta delta;         // instead of all of these, or without data
+    Matrix w1, w3;       // gate and up, [hidden_dim] x [dim]
+    Matrix w2;           // down, [dim] x [hidden_dim]
+    Experts experts;     // instead of w1, w2 and w3, or without data
+    const float *scale;  // [1] multiplies what the layer gives, NULL = none (Gemma 4)
+    LayerEmbed embed;    // Gemma 4
 } Layer;
 
 // An open file: read-only, shared by any number of RunStates.
@@ -60,6 +86,8 @@ typedef struct {
     Matrix tok_embed;        // [vocab_size] x [dim]
     Matrix wcls;             // [vocab_size] x [dim]; tok_embed itself when the two are tied
     const float *rms_final;  // [dim]
+    Matrix embed_table;      // of per-layer embeddings: a panel is a token
+    const float *rms_embed;  // [embed_dim]
     bool has[W_TYPES];       // types of the matrices that are multiplied
     const char *fingerprint, *name;
 } Model;
@@ -84,22 +112,31 @@ typedef struct {
     Activations hb;       // [max_rows] x [hidden_dim] act(gate) * up, input of w2
     ExpertRows experts;   // rows sorted by expert
     float *add;           // [max_rows][dim] what a block adds to x
+    // Of per-layer embeddings: the token's embedding, what of it a layer takes, and its input.
+    Activations embed;    // [max_rows] x [dim]
+    float *mix;           // [max_rows][embed_dim]
+    Activations embed_h;  // [max_rows] x [embed_dim]
     Activations rest;     // [max_logits] x [dim] what the rounding of xb has lost, for the logits
-    float *rope;          // [n_ropes][max_rows][rotary_dim / 2][2] cos, sin
+    float *rope;          // [n_ropes][max_rows][rope_size / 2][2] cos, sin
     float *x_norm;        // [max_rows] |xb|, for KVzip+
     int *pos;             // [max_rows]
     // [max_rows] whether layers multiply the row by tiles: it is of a long run (KV_LONG_RUN), so
     // that company changes no bit
     bool *tiled;
-    int *broken;          // [max_rows] the first step that gave the row what is no number
-    KVRun *runs;          // [max_rows]
+    int *broken;  // [max_rows] the first step that gave the row what is no number
+    KVRun *runs;  // [max_rows]
+    // Rows that are still computed, which become fewer, and the runs that they are of.
+    Row *rows;       // [max_rows]
+    KVRun *reading;  // [max_rows]
+    int n_reading;
     float *logits;        // [max_logits][vocab_size], in the order of the rows that asked
     int n_logits;         // of the last call
     void *block;          // memory of all of the above
     size_t bytes;         // of block
     double ops[W_TYPES];  // multiplications and additions of matrix products so far
-    // When set, called in every layer once its n rows are ready: the layer's input in xb.x, q and k
-    // (both rotated), v and pos. For policies that learn from what passes.
+    // When set, called in every layer that has keys of its own, once its n rows are ready: the
+    // layer's input in xb.x, q and k (both rotated), v and pos. For policies that learn from what
+    // passes.
     void (*tap)(void *arg, int layer, int n);
     void *tap_arg;
     // The same, once the rows' own pairs are in the cache: for fitting (policies/fitting.h).
@@ -114,7 +151,7 @@ int model_open(Model *m, const char *path, char *err);
 void model_close(Model *m);  // safe on a zeroed struct, and twice
 
 // The matrices of a layer, those that it has: returns how many.
-enum { LAYER_MATRICES = 20 };
+enum { LAYER_MATRICES = 23 };
 int layer_matrices(const Layer *w, const Matrix *all[LAYER_MATRICES]);
 
 // What a cache for this model has to hold.
@@ -136,13 +173,14 @@ int forward(RunState *s, KVCache *kv, const Row *rows, int n, char *err);
 // rope [rotary_dim/2][2], 1 and 0 where the layer does not rotate.
 void model_rope(const Model *m, int l, int pos, float *rope);
 
-// Rotates v [head_dim] by such a rotation, in place.
+// Rotates v [head_dim] by such a rotation of a layer without a window, in place.
 void model_rotate(const Model *m, float *v, const float *rope);
 
 // Turns q or k [head_dim] of a row that forward is computing back to what it was before its
 // rotation, in place. For taps.
 void model_unrotate(const RunState *s, int l, int row, float *v);
 
-// gram [n_heads][head_dim][head_dim] = Wo_h^T Wo_h of layer l, so that |Wo_h v|^2 = v^T gram_h v.
+// gram [n_heads][head_dim][head_dim] = Wo_h^T Wo_h of layer l, one without a window, so that |Wo_h
+// v|^2 = v^T gram_h v.
 void model_wo_gram(const Model *m, ThreadPool *pool, int l, float *gram);
 #endif

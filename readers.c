@@ -87,7 +87,7 @@ static size_t quest_bytes(const KVShape *shape, const double *param) {
 static void quest_digest(const KVDigest *d) {
     int n = d->kv->shape.head_dim;
     float x[MAX_HEAD_DIM * PAGE], *least = (float *)d->to, *most = least + n;
-    part_read(d->kv, &d->page->k, KEYS, x);
+    part_read(&d->page->k, KEYS, x);
     for (int c = 0; c < n; c++) {
         least[c] = most[c] = x[c * PAGE];
         for (int i = 1; i < PAGE; i++) {
@@ -213,7 +213,7 @@ static void clusters_digest(const KVDigest *d) {
     enum { COLS = MOST_CLUSTERS };
     Clusters c = {.k = (int)d->kv->reading.param[TOPK_CLUSTERS], .n = d->kv->shape.head_dim};
     float columns[MAX_HEAD_DIM * COLS];
-    part_read(d->kv, &d->page->k, KEYS, c.x);
+    part_read(&d->page->k, KEYS, c.x);
     for (int i = 0; i < c.n * c.k; i++)
         c.centre[i % c.k][i / c.k] = c.x[i / c.k * PAGE + i % c.k * PAGE / c.k];
     for (int step = 0; step < CLUSTER_STEPS; step++) move_centres(&c);
@@ -291,7 +291,7 @@ static size_t pig_bytes(const KVShape *shape, const double *param) {
 // mean [head_dim] of the keys of a full page.
 static void page_mean(const KVCache *kv, const KVPage *p, float *mean) {
     float x[MAX_HEAD_DIM * PAGE];
-    part_read(kv, &p->k, KEYS, x);
+    part_read(&p->k, KEYS, x);
     for (int c = 0; c < kv->shape.head_dim; c++) {
         mean[c] = 0;
         for (int i = 0; i < PAGE; i++) mean[c] += x[c * PAGE + i] / PAGE;
@@ -300,7 +300,7 @@ static void page_mean(const KVCache *kv, const KVPage *p, float *mean) {
 
 // Keys of a page less the mean: x [head_dim][64].
 static void centred_keys(const KVCache *kv, const KVPage *p, const float *mean, float *x) {
-    part_read(kv, &p->k, KEYS, x);
+    part_read(&p->k, KEYS, x);
     for (int i = 0; i < kv->shape.head_dim * PAGE; i++) x[i] -= mean[i / PAGE];
 }
 
@@ -436,7 +436,7 @@ static void guess_page(const KVChoice *c, int p, const float *q, const uint8_t *
                        float *guess) {
     const KVPage *page = &c->kv->pages[c->head->page[p]];
     float read[MAX_HEAD_DIM * PAGE], room[PAGE];
-    if (is_codes(page->k.type)) part_read(c->kv, &page->k, KEYS, read);
+    if (is_codes(page->k.type)) part_read(&page->k, KEYS, read);
     memset(guess, 0, PAGE * sizeof *guess);
     for (int j = 0; j < c->kv->shape.head_dim; j++) {
         if (!marked[j]) continue;

@@ -99,7 +99,7 @@ int reading_reserve(KVCache *kv, int seq, int n, char *err) {
     int pages = 0;
     if (!chooses(r->reader, n)) return 0;
     if (reserve_digests(kv, err) != 0) return -1;
-    for (int i = 0; i < n_heads_total(kv); i++) {
+    for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
         pages = max_int(pages, pages_for(h->len - h->dropped + n));
     }
@@ -253,7 +253,8 @@ static void mass_unit(void *ctx, int unit) {
     float *log_sum = run->scratch + (size_t)g * TILE_ROWS * pages;
     Tile t;
     memset(column, 0, 2 * (size_t)pages * sizeof *column);
-    for (int i = max_int(run->n - READER_WATCHED, 0); i < run->n; i += tokens_per_tile(batch->kv)) {
+    for (int i = max_int(run->n - READER_WATCHED, 0); i < run->n;
+         i += tokens_per_tile(batch->group)) {
         tile_load(&t, batch, run, g, i);
         tile_pack(&t);
         tile_mass(&t, log_sum, pages);

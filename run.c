@@ -93,7 +93,7 @@ static void *run_call(void *arg) {
 }
 
 // Runs the command on a thread of its own, so that it has the stack it needs (a tile of attention
-// takes 0.3 MB) whatever `ulimit -s` says. Signals go to that thread and interrupt its reads.
+// takes 0.7 MB) whatever `ulimit -s` says. Signals go to that thread and interrupt its reads.
 static int run_command(Call *c) {
     enum { STACK_BYTES = 8 << 20 };
     pthread_attr_t attr;

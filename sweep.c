@@ -72,15 +72,17 @@ static void raise_scores(const AttendBatch *batch, int g, Range pairs, int base,
                          float (*swept)[PAGE]) {
     const KVScoring *s = batch->kv->scoring;
     const KVShape *shape = &batch->kv->shape;
-    int group = shape->n_heads / shape->n_kv_heads;
-    size_t l = (size_t)kvcache_scored_index(shape, batch->layer);
+    int group = batch->group;
+    size_t l = (size_t)kvcache_scored_index(shape, batch->layer),
+           reader = (size_t)kvcache_reader_index(shape, batch->layer);
     float *score = s->score + (l * shape->n_kv_heads + g) * s->n_ctx;  // of pair n_prefix on
     int first = s->n_prefix + scoring_held(batch, g);
     for (int t = max_int(base, pairs.lo); t < min_int(base + PAGE, pairs.hi); t++) {
         int at = t - first;
         for (int i = 0; i < group; i++) {
             float v = swept[i][t - base];
-            if (s->pair_log) v += s->pair_log[(l * shape->n_heads + g * group + i) * s->n_ctx + at];
+            if (s->pair_log)
+                v += s->pair_log[(reader * shape->n_heads + g * group + i) * s->n_ctx + at];
             score[at] = s->sum ? score[at] + v : fmaxf(score[at], v);
         }
     }
@@ -91,7 +93,7 @@ static void sweep_unit(void *ctx, int unit) {
     const Sweep *w = ctx;
     const AttendRun *run = w->run;
     const KVCache *kv = w->batch->kv;
-    int group = kv->shape.n_heads / kv->shape.n_kv_heads;
+    int group = w->batch->group;
     int g = unit % kv->shape.n_kv_heads;
     Range pairs = scored_pairs(w->batch, run, g);
     int lo = pairs.lo / PAGE + unit / kv->shape.n_kv_heads * SWEEP_PAGES;
@@ -102,7 +104,7 @@ static void sweep_unit(void *ctx, int unit) {
         for (int i = 0; i < group * PAGE; i++)
             t.swept[p][i / PAGE][i % PAGE] = kv->scoring->sum ? 0.0f : -INFINITY;
     }
-    for (int i = 0; i < run->n; i += tokens_per_tile(kv)) {
+    for (int i = 0; i < run->n; i += tokens_per_tile(group)) {
         const float *lse = kv->lse + (size_t)(run->row + i) * kv->shape.n_heads + g * group;
         tile_load(&t, w->batch, run, g, i);
         tile_pack(&t);

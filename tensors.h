@@ -35,6 +35,9 @@ typedef struct {
     char path[1024];
     const uint8_t *map;  // [map_bytes] the whole file, read-only
     size_t map_bytes;
+    const uint8_t
+        *cold;  // [cold_bytes] part of the map that stays on the disk (weights.h), or NULL
+    size_t cold_bytes;
     Tensor *tensors;  // [n_tensors] sorted by name
     int n_tensors;
     Meta *meta;  // [n_meta] sorted by key

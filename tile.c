@@ -13,44 +13,39 @@
 
 enum { PAGES_AHEAD = 1 };  // the page whose lines are fetched during the products of one
 
-int tokens_per_tile(const KVCache *kv) {
-    return TILE_ROWS / (kv->shape.n_heads / kv->shape.n_kv_heads);
-}
-
 // ---- packed pages ----
 
 // The many rows of a long run read pages that were packed once for all of them, whatever the page's
 // type: keys, then values.
-static size_t packed_bytes(const KVShape *shape, Side side) {
-    int d = shape->head_dim;
+static size_t packed_bytes(int d, Side side) {
     return kern.packed_bytes(code_rows(d, side), side_cols(d, side));
 }
 
-size_t packed_page_bytes(const KVShape *shape) {
-    return packed_bytes(shape, KEYS) + packed_bytes(shape, VALUES);
+size_t packed_page_bytes(int head_dim) {
+    return packed_bytes(head_dim, KEYS) + packed_bytes(head_dim, VALUES);
 }
 
-static void pack_side(const KVCache *kv, void *packed, const KVPart *p, Side side) {
-    int d = kv->shape.head_dim, inner = code_rows(d, side), cols = side_cols(d, side);
+static void pack_side(void *packed, const KVPart *p, Side side) {
+    int d = p->head_dim, inner = code_rows(d, side), cols = side_cols(d, side);
     float x[MAX_HEAD_DIM * PAGE];
     if (p->type == KV_F16) {
         kern.pack_f16(packed, (const uint16_t *)p->data, inner, cols);
     } else {
-        part_read(kv, p, side, x);
+        part_read(p, side, x);
         kern.pack_f32(packed, x, inner, cols);
     }
 }
 
-void page_pack(const KVCache *kv, const KVPage *page, uint8_t *packed) {
-    pack_side(kv, packed, &page->k, KEYS);
-    pack_side(kv, packed + packed_bytes(&kv->shape, KEYS), &page->v, VALUES);
+void page_pack(const KVPage *page, uint8_t *packed) {
+    pack_side(packed, &page->k, KEYS);
+    pack_side(packed + packed_bytes(page->k.head_dim, KEYS), &page->v, VALUES);
 }
 
 // ---- a tile's rows ----
 
 void tile_add(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, int token, int n) {
     const KVShape *shape = &batch->kv->shape;
-    int d = shape->head_dim;
+    int d = t->head_dim;
     for (int i = 0; i < n; i++, t->n += t->group) {
         size_t head = (size_t)(run->row + token + i) * shape->n_heads + (size_t)g * t->group;
         memcpy(t->q + t->n * d, batch->query->q + head * d, (size_t)t->group * d * sizeof(float));
@@ -60,7 +55,7 @@ void tile_add(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, in
 
 void tile_load(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, int token) {
     const KVShape *shape = &batch->kv->shape;
-    size_t packed = packed_page_bytes(shape) * (size_t)g * run->pages;
+    size_t packed = packed_page_bytes(batch->head_dim) * (size_t)g * run->pages;
     t->kv = batch->kv, t->head = kvcache_head(batch->kv, run->seq, batch->layer, g);
     t->packed = run->pages ? run->packed + packed : NULL;
     t->choice_pages = run->choice_pages, t->chosen = NULL, t->pairs = NULL;
@@ -70,19 +65,17 @@ void tile_load(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, i
             run->pairs + ((size_t)token * shape->n_heads + g * shape->n_heads / shape->n_kv_heads) *
                              run->choice_pages * PAGE;
     t->mixed = false;
-    t->n = 0, t->group = shape->n_heads / shape->n_kv_heads,
+    t->n = 0, t->group = batch->group, t->head_dim = batch->head_dim;
     t->window = shape->window[batch->layer];
     t->first = t->head->len - run->n + token;
-    tile_add(t, batch, run, g, token, min_int(tokens_per_tile(batch->kv), run->n - token));
+    tile_add(t, batch, run, g, token, min_int(tokens_per_tile(t->group), run->n - token));
 }
 
-void tile_pack(Tile *t) {
-    t->q_packed = kern.pack_rows(t->q_room, t->q, t->n, t->kv->shape.head_dim, PAGE);
-}
+void tile_pack(Tile *t) { t->q_packed = kern.pack_rows(t->q_room, t->q, t->n, t->head_dim, PAGE); }
 
 void tile_start(Tile *t) {
     tile_pack(t);
-    memset(t->o, 0, (size_t)t->n * t->kv->shape.head_dim * sizeof(float));
+    memset(t->o, 0, (size_t)t->n * t->head_dim * sizeof(float));
     for (int i = 0; i < t->n; i++) t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
 
@@ -90,17 +83,16 @@ void tile_start(Tile *t) {
 
 // The packed side of the page at hand.
 static const void *packed_side(const Tile *t, Side side) {
-    const KVShape *shape = &t->kv->shape;
-    const uint8_t *page = t->packed + packed_page_bytes(shape) * (size_t)t->page;
-    return side == KEYS ? page : page + packed_bytes(shape, KEYS);
+    const uint8_t *page = t->packed + packed_page_bytes(t->head_dim) * (size_t)t->page;
+    return side == KEYS ? page : page + packed_bytes(t->head_dim, KEYS);
 }
 
 // ahead: the same side of a page that will be read later, which is fetched meanwhile.
 static void codes_product(Tile *t, float *c, const float *a, const KVPart *p, const KVPart *ahead,
                           Side side) {
-    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side_cols(d, side);
+    int d = t->head_dim, inner = code_rows(d, side), cols = side_cols(d, side);
     for (int b = 0; b < n_blocks(d, side); b++) {
-        Codes codes = part_codes(t->kv, p, side, b);
+        Codes codes = part_codes(p, side, b);
         if (ahead->type == p->type) codes.ahead = ahead->data + (codes.data - p->data);
         kern.gemm_codes(&(CodeGemm){.c = c + b * CODE_COLS,
                                     .ldc = (size_t)cols,
@@ -122,7 +114,7 @@ static bool packs_rows(const Tile *t, const KVPart *p) {
 // count in f32. The length of the run alone decides, so that company changes no bit.
 static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, const KVPart *ahead,
                          Side side) {
-    int d = t->kv->shape.head_dim, inner = code_rows(d, side), cols = side_cols(d, side);
+    int d = t->head_dim, inner = code_rows(d, side), cols = side_cols(d, side);
     const Gemm g = {.c = c,
                     .ldc = (size_t)cols,
                     .a = rows,
@@ -145,7 +137,7 @@ static void tile_product(Tile *t, float *c, const void *rows, const KVPart *p, c
 
 // The queries as the keys of a page take them.
 static const void *query_rows(Tile *t, const KVPart *keys) {
-    int d = t->kv->shape.head_dim;
+    int d = t->head_dim;
     if (packs_rows(t, keys)) return t->q_packed;
     if (keys->type != KV_M4) return t->q;
     if (!t->mixed) {
@@ -204,7 +196,7 @@ static void hide_unread(Tile *t, int page) {
 
 // Raises the rows' running maxima to those of their scores.
 static void raise_max(Tile *t) {
-    int d = t->kv->shape.head_dim;
+    int d = t->head_dim;
     float max[TILE_ROWS];
     kern.max_rows(max, t->s, t->n);
     for (int i = 0; i < t->n; i++) {
@@ -218,7 +210,7 @@ static void raise_max(Tile *t) {
 
 // The weights of the scores, as rows for a product, and added to the rows' sums.
 static const void *exp_scores(Tile *t, bool packed) {
-    int d = t->kv->shape.head_dim;
+    int d = t->head_dim;
     if (packed && kern.exp_packed) return kern.exp_packed(t->s_room, t->s, t->max, t->sum, t->n, d);
     for (int i = 0; i < t->n; i++)
         t->sum[i] += kern.exp64(t->s + i * PAGE, softmax_shift(t->max[i]));
@@ -226,8 +218,8 @@ static const void *exp_scores(Tile *t, bool packed) {
 }
 
 // Scales and minima of a side that will be read later; the products fetch its codes.
-static void prefetch_scales(const KVCache *kv, const KVPart *p, Side side) {
-    size_t bytes = n_scales(kv->shape.head_dim, p->type, side) * sizeof *p->scale;
+static void prefetch_scales(const KVPart *p, Side side) {
+    size_t bytes = n_scales(p->head_dim, p->type, side) * sizeof *p->scale;
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)p->scale + i);
     for (size_t i = 0; p->min && i < bytes; i += 64)
         __builtin_prefetch((const uint8_t *)p->min + i);
@@ -248,7 +240,7 @@ static void attend_page(Tile *t, int page, Range r) {
     const KVPage *ahead = &t->kv->pages[list[later]];
     const KVPage *next = &t->kv->pages[list[page_ahead(t, later + 1)]];
     __builtin_prefetch(&next->k), __builtin_prefetch(&next->v);
-    prefetch_scales(t->kv, &ahead->k, KEYS), prefetch_scales(t->kv, &ahead->v, VALUES);
+    prefetch_scales(&ahead->k, KEYS), prefetch_scales(&ahead->v, VALUES);
     int base = t->head->dropped + page * PAGE;
     t->page = page;
     tile_scores(t, p, ahead);

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 enum { LARGE_PAGE = 2 << 20 };
 static const size_t SMALL_MODEL = (size_t)256 << 20;  // copying it would save nothing to speak of
@@ -20,6 +21,18 @@ static void want_large(void *at, size_t n) { (void)at, (void)n; }
 
 void weights_advise(const TensorFile *f) {
     if (f->map_bytes >= LARGE_PAGE) want_large((void *)f->map, f->map_bytes);
+}
+
+// Large pages would be read from the disk as a whole for one row.
+void weights_cold(TensorFile *f, const void *at, size_t n) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)at;
+    uintptr_t first = (from + page - 1) / page * page, end = (from + n) / page * page;
+    f->cold = at, f->cold_bytes = n;
+    if (first >= end) return;
+#ifdef MADV_NOHUGEPAGE
+    madvise((void *)first, end - first, MADV_NOHUGEPAGE);
+#endif
+    madvise((void *)first, end - first, MADV_RANDOM);
 }
 
 // ---- copying ----
@@ -44,6 +57,8 @@ int weights_copy(TensorFile *f, double seconds, char *err) {
     for (size_t at = 0, n; at < f->map_bytes && status == 0 && now() - start < seconds; at += n) {
         n = at == 0 ? first : LARGE_PAGE;
         if (n > f->map_bytes - at) n = f->map_bytes - at;
+        const uint8_t *block = f->map + at;
+        if (block >= f->cold && block + n <= f->cold + f->cold_bytes) continue;
         status = copy_block(f, at, n, room, err);
     }
     free(room);

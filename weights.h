@@ -12,10 +12,14 @@
 // Asks for large pages before the file's bytes come from disk. Changes nothing else.
 void weights_advise(const TensorFile *f);
 
-// Replaces the map of the file by a copy at the same addresses, in large pages where the system has
-// them: pointers stay. Stops after `seconds`, for a system that has to make room for large pages
-// takes its time: what is copied by then is copied. Returns 0, or -1 with err, after which f can
-// only be closed.
+// Marks [at, at + n) of the map as read a row here and a row there: the system is told not to read
+// more of it than that, and it is not copied.
+void weights_cold(TensorFile *f, const void *at, size_t n);
+
+// Replaces the map of the file, but for what is cold, by a copy at the same addresses, in large
+// pages where the system has them: pointers stay. Stops after `seconds`, for a system that has to
+// make room for large pages takes its time: what is copied by then is copied. Returns 0, or -1 with
+// err, after which f can only be closed.
 int weights_copy(TensorFile *f, double seconds, char *err);
 
 // The share of the file's bytes that are in large pages at the moment; -1: this system does not

@@ -141,7 +141,8 @@ enum { EMBEDDING, ATTENTION, FFN, HEAD, TOKENIZER, OTHER, PARTS };
 
 // Which part of the model a tensor belongs to.
 static int part_of(const char *name) {
-    if (strncmp(name, "tok_embed", 9) == 0) return EMBEDDING;
+    if (strncmp(name, "tok_embed", 9) == 0 || strncmp(name, "embed_table", 11) == 0)
+        return EMBEDDING;
     if (strncmp(name, "wcls", 4) == 0) return HEAD;
     if (strncmp(name, "tok.", 4) == 0) return TOKENIZER;
     if (strncmp(name, "layers.", 7) != 0) return OTHER;
@@ -165,6 +166,7 @@ static void types_text(const Model *m, char *text, size_t room) {
     static const char *const names[W_TYPES] = {"f32", "f16", "bf16", "q8", "q4"};
     int count[W_TYPES] = {0};
     count[m->tok_embed.type]++;
+    if (m->embed_table.data) count[m->embed_table.type]++;
     if (m->wcls.data != m->tok_embed.data) count[m->wcls.type]++;
     for (int l = 0; l < m->config.n_layers; l++) {
         const Matrix *all[LAYER_MATRICES];
@@ -179,20 +181,19 @@ static void types_text(const Model *m, char *text, size_t room) {
 }
 
 // How much slower the slowest angle of a table turns than theta alone has it: 1 without scaling.
-static double rope_scaling(const Config *c, const float *inv_freq, double theta) {
+static double rope_scaling(const float *inv_freq, int dim, double theta) {
     double most = 1;
-    for (int i = 0; i < c->rotary_dim / 2; i++)
-        most = fmax(most, pow(theta, -2.0 * i / c->rotary_dim) / inv_freq[i]);
+    for (int i = 0; i < dim / 2 && inv_freq[i] > 0; i++)
+        most = fmax(most, pow(theta, -2.0 * i / dim) / inv_freq[i]);
     return most;
 }
 
 // "6.28 to 5.4e+04 tokens, 30 layers": how far the angles of each table reach, and in how many
 // layers; then what scaling did to them.
 static void rope_text(const Config *c, double theta, char *text, size_t room) {
-    int half = c->rotary_dim / 2;
     size_t n = 0;
     text[0] = '\0';
-    for (int r = -1; r < c->n_ropes && half > 0 && n + 1 < room; r++) {
+    for (int r = -1; r < c->n_ropes && c->rope_size > 0 && n + 1 < room; r++) {
         int layers = 0;
         for (int l = 0; l < c->n_layers; l++) layers += c->rope[l] == r;
         if (layers == 0) continue;
@@ -201,10 +202,13 @@ static void rope_text(const Config *c, double theta, char *text, size_t room) {
             n += (size_t)snprintf(text + n, room - n, "%snone, %d layers", gap, layers);
             continue;
         }
-        const float *inv_freq = c->inv_freq + (size_t)r * half;
-        double scaling = rope_scaling(c, inv_freq, theta);
+        const float *inv_freq = c->inv_freq + (size_t)r * (c->rope_size / 2);
+        int dim = c->rope_dims ? c->rope_dims[r] : c->rotary_dim, turning = 0;
+        while (turning < dim / 2 && inv_freq[turning] > 0) turning++;
+        if (turning == 0) continue;
+        double scaling = rope_scaling(inv_freq, dim, theta);
         n += (size_t)snprintf(text + n, room - n, "%s%.3g to %.3g tokens, %d layers", gap,
-                              2 * M_PI / inv_freq[0], 2 * M_PI / inv_freq[half - 1], layers);
+                              2 * M_PI / inv_freq[0], 2 * M_PI / inv_freq[turning - 1], layers);
         if (scaling > 1.001 && n + 1 < room)
             n += (size_t)snprintf(text + n, room - n, ", scaled by up to %.3g", scaling);
         if (c->rope_mscale[r] != 1 && n + 1 < room)

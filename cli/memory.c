@@ -36,12 +36,14 @@ static double pairs_at_once(const Session *s, const MemoryNeed *need, const Memo
 
 // Of the layers with a window, which hold it, a page that they leave and the block being read.
 static double window_bytes(const KVShape *shape, KVTypes types, double tokens) {
-    double pairs = 0, pair = (double)kvcache_page_bytes(shape, types) / PAGE_PAIRS + sizeof(int);
+    double bytes = 0;
     for (int l = 0; l < shape->n_layers; l++) {
-        double window = shape->window[l];
-        if (window > 0) pairs += fmin(tokens, window + MAX_ROWS + PAGE_PAIRS);
+        double window = shape->window[l], pairs = fmin(tokens, window + MAX_ROWS + PAGE_PAIRS);
+        double page = (double)kvcache_page_bytes(kvshape_dim(shape, l), types);
+        if (window > 0 && kvshape_owns(shape, l))
+            bytes += pairs * kvshape_heads(shape, l) * (page / PAGE_PAIRS + sizeof(int));
     }
-    return pairs * shape->n_kv_heads * pair;
+    return bytes;
 }
 
 // Of a pair, what a reader knows of its page: of one reader at a time, the one that asks for most.
@@ -60,7 +62,9 @@ MemoryUse memory_use(const Session *s, const MemoryNeed *need, const MemoryPlan 
     double copies = need->copies > 0 ? need->copies : 1;
     double whole_pages = ceil(pairs / PAGE_PAIRS) * PAGE_PAIRS;
     double open = fmin(need->tokens, MAX_ROWS + 2 * PAGE_PAIRS);  // pages that have not settled yet
-    MemoryUse use = {.weights = (double)s->model.file.map_bytes, .scratch = (double)s->state.bytes};
+    const TensorFile *file = &s->model.file;
+    MemoryUse use = {.weights = (double)(file->map_bytes - file->cold_bytes),
+                     .scratch = (double)s->state.bytes};
     use.cache = copies * ((double)kvcache_first_bytes(&shape, types) +
                           whole_pages * (double)kvcache_token_bytes(&shape, types) +
                           open * (double)kvcache_token_bytes(&shape, exact) *

@@ -106,7 +106,7 @@ typedef enum { C_U8, C_U4, C_U2 } CodeType;
 enum {
     CODE_COLS = 32,   // columns of a block
     CODE_LINE = 128,  // bytes of a C_U8 block
-    CODE_ROWS = 256,  // most rows of a matrix
+    CODE_ROWS = 512,  // most rows of a matrix
 };
 
 typedef struct {

@@ -22,7 +22,7 @@
 enum {
     SPINS = 20000,
     // Bytes of a worker's stack. The largest frames, of a tile of attention and what it calls, take
-    // 0.3 MB; a thread would have 128 KB by default with musl and 512 KB on macOS. Work also runs
+    // 0.7 MB; a thread would have 128 KB by default with musl and 512 KB on macOS. Work also runs
     // on the caller's thread, which needs as much: run.c makes one with 8 MB.
     STACK_BYTES = 2 << 20,
 };

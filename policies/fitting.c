@@ -50,6 +50,8 @@ int fitting_open(Fitting *f, FitKind kind, const Context *c, char *err) {
     const KVShape *shape = &c->kv->shape;
     size_t heads = (size_t)kvcache_scored_layers(shape, NULL) * shape->n_heads;
     *f = (Fitting){.kind = kind, .c = c};
+    if (kind != FIT_NONE && kvcache_readers(shape, NULL) != kvcache_scored_layers(shape, NULL))
+        return fail(err, "pairs that several layers read cannot be fitted: leave out --fit");
     f->q = malloc(heads * FIT_POSITIONS * shape->head_dim * sizeof *f->q + 1);
     f->own = malloc(heads * FIT_POSITIONS * sizeof *f->own + 1);
     if (f->q && f->own) return 0;

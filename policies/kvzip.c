@@ -132,10 +132,10 @@ static void value_logs(void *ctx, int h) {
     }
 }
 
-// pair_log [scored layers][n_heads][n_ctx] = ln |Wo_h v_t|, by way of v^T (Wo_h^T Wo_h) v. layers
+// pair_log [readers][n_heads][n_ctx] = ln |Wo_h v_t|, by way of v^T (Wo_h^T Wo_h) v. layers
 // [n_layers] and gram [n_heads][head_dim][head_dim] are scratch.
 static void all_value_logs(const Context *c, float *pair_log, int *layers, float *gram) {
-    int n = kvcache_scored_layers(&c->kv->shape, layers), n_heads = c->kv->shape.n_heads;
+    int n = kvcache_readers(&c->kv->shape, layers), n_heads = c->kv->shape.n_heads;
     for (int s = 0; s < n; s++) {
         ValueLogs w = {c, layers[s], gram, pair_log + (size_t)s * n_heads * c->n_ctx};
         model_wo_gram(c->state->model, c->state->pool, layers[s], gram);

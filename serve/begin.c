@@ -11,7 +11,7 @@ enum { WORTHWHILE = 16 };  // ids more that are worth waiting for
 
 size_t cache_bytes(const KVCache *kv) {
     size_t n = kv->packed_room;
-    for (int i = 0; i < PAGE_CLASSES; i++)
+    for (int i = 0; i < 2 * PAGE_CLASSES; i++)
         n += ((size_t)kv->store[i].n_slabs * 64 - (size_t)kv->store[i].n_free) *
              kv->store[i].page_bytes;
     return n;

@@ -32,7 +32,21 @@ static inline int n_free(const KVCache *kv) {
 }
 
 static inline KVShape shape_with(const int *window) {
-    return (KVShape){L, HEADS, KV, D, 0.7f, 0.0f, window, 0};
+    return (KVShape){.n_layers = L,
+                     .n_heads = HEADS,
+                     .n_kv_heads = KV,
+                     .head_dim = D,
+                     .scale = 0.7f,
+                     .window = window};
+}
+
+static inline KVShape one_layer(int n_heads, int n_kv_heads, int head_dim, const int *window) {
+    return (KVShape){.n_layers = 1,
+                     .n_heads = n_heads,
+                     .n_kv_heads = n_kv_heads,
+                     .head_dim = head_dim,
+                     .scale = 1,
+                     .window = window};
 }
 
 // One forward call's worth for every layer: append and attend n random rows of each run.

@@ -122,7 +122,7 @@ def draw(family, i, seed):
     rng = np.random.default_rng([seed, i, *family.encode()])
     c, marks = common(rng, i, family), []
     FAMILIES[family](rng, i, c, marks)
-    if c["rope_scaling"]:
+    if c.get("rope_scaling"):
         marks.append((c["rope_scaling"].get("rope_type") or "old yarn"))
     if rng.random() < 0.5:
         modernize(c)
@@ -132,7 +132,7 @@ def draw(family, i, seed):
              "vision_start_token_id": 7, "vision_end_token_id": 8, "vision_config": {"hidden_size": 8},
              "tie_word_embeddings": c["tie_word_embeddings"]}
     if "multimodal" in marks:
-        outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+        outer = {"model_type": family.replace("_text", ""), "architectures": ["ForConditionalGeneration"],
                  "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
         c = {**outer, "text_config": c, "tie_word_embeddings": c["tie_word_embeddings"]}
     return Case(f"{family}-{i:02d}", rng, c, int(rng.integers(110, 220)) if i % 8 else 600, marks)
@@ -141,6 +141,14 @@ def draw(family, i, seed):
 def modernize(c):
     """The same in the layout of transformers 5."""
     c["dtype"] = c.pop("torch_dtype")
+    if "global_head_dim" in c:  # layers of their own
+        own = {"head_dim": c.pop("global_head_dim")}
+        if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
+            own["num_key_value_heads"] = c["num_global_key_value_heads"]
+        del c["num_global_key_value_heads"]
+        full = [l for l, kind in enumerate(c["layer_types"]) if kind == "full_attention"]
+        c["per_layer_config"] = {str(l): own for l in full}
+        return
     scaling = dict(c.pop("rope_scaling") or {"rope_type": "default"})
     scaling["rope_type"] = scaling.pop("type", None) or scaling["rope_type"]
     c["rope_parameters"] = {"rope_theta": c.pop("rope_theta"), **scaling}
@@ -235,6 +243,37 @@ def gemma3(rng, i, c, marks):
         marks.append("multimodal")
 
 
+def gemma4(rng, i, c, marks):
+    """E2B's, E4B's, 12B's and 31B's shapes, small: other heads in full layers, caches that layers
+    share, embeddings of each layer, double-wide MLPs, keys that are values."""
+    del c["rope_theta"], c["rope_scaling"]
+    n, heads = int(rng.integers(3, 11)), any_of(rng, 1, 2, 4, 8)
+    pattern = any_of(rng, 2, 3, 5, 6)
+    layers = ["full_attention" if (l + 1) % pattern == 0 or l == n - 1 else "sliding_attention" for l in range(n)]
+    own = [k for k in range(1, n + 1) if set(layers[:k]) == set(layers)]
+    c.update(num_hidden_layers=n, num_attention_heads=heads, layer_types=layers,
+             num_key_value_heads=any_of(rng, *(k for k in (1, 2, 4) if heads % k == 0)),
+             head_dim=any_of(rng, 16, 24, 32, 64), global_head_dim=any_of(rng, 16, 32, 64, 128, 512),
+             hidden_activation="gelu_pytorch_tanh", sliding_window=any_of(rng, *WINDOWS),
+             final_logit_softcapping=any_of(rng, None, 30.0, 5.0), tie_word_embeddings=i % 4 != 3,
+             attention_k_eq_v=i % 3 == 1, num_global_key_value_heads=None,
+             num_kv_shared_layers=n - any_of(rng, *own) if i % 3 != 1 else 0, use_double_wide_mlp=i % 2 == 0,
+             hidden_size_per_layer_input=any_of(rng, 16, 32, 48) if i % 3 != 1 else 0,
+             vocab_size_per_layer_input=c["vocab_size"], enable_moe_block=False)
+    if "unified" in c["model_type"]:
+        for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "enable_moe_block"):
+            del c[key]
+    if c["attention_k_eq_v"]:
+        c["num_global_key_value_heads"] = any_of(rng, None, 1)
+    if rng.random() < 0.7:
+        c["rope_parameters"] = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": any_of(rng, 1e4, 1e3)},
+            "full_attention": {"rope_type": "proportional", "rope_theta": any_of(rng, 1e6, 1e4),
+                               "partial_rotary_factor": any_of(rng, 0.25, 0.5, 1.0)}}
+    if i % 4 == 2:
+        marks.append("multimodal")
+
+
 def phi3(rng, i, c, marks):
     width = c["hidden_size"] // c["num_attention_heads"]
     c["partial_rotary_factor"] = 0.75 if width % 16 == 0 and i % 2 else 1.0
@@ -307,8 +346,9 @@ def qwen35_moe(rng, i, c, marks):
 
 
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
-            "gemma2": gemma2, "gemma3_text": gemma3, "phi3": phi3, "qwen3_moe": qwen3_moe,
-            "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35_moe}
+            "gemma2": gemma2, "gemma3_text": gemma3, "gemma4_text": gemma4, "gemma4_unified_text": gemma4,
+            "phi3": phi3, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35,
+            "qwen3_5_moe_text": qwen35_moe}
 
 
 # ---- 3. models ----
@@ -335,14 +375,20 @@ def make_model(case):
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
     stored = getattr(torch, case.text.get("dtype") or case.text["torch_dtype"])
-    gemma = case.text["model_type"].startswith(("gemma", "qwen3_5"))  # norms are 1 + w
-    q_and_k = (config.num_attention_heads + config.num_key_value_heads) * (
-        getattr(config, "head_dim", None) or dim // config.num_attention_heads)
+    family = case.text["model_type"]
+    gemma = family.startswith(("gemma", "qwen3_5"))  # norms are 1 + w, but for Gemma 4
+    plain = family.startswith("gemma4")
+    q_and_k = (case.text["num_attention_heads"] + case.text["num_key_value_heads"]) * (
+        case.text.get("head_dim") or dim // case.text["num_attention_heads"])
     for name, p in model.named_parameters():
         x = rng.standard_normal(p.shape).astype(np.float32)
         if p.ndim >= 2:
             gain = 1.6 if re.search("[qk]_proj", name) else 1.0
-            if re.search("embed_tokens|lm_head", name):
+            if plain and re.search("[qk]_proj", name):
+                gain = 1.0  # norms give them their size
+            if "embed_tokens_per_layer" in name:
+                gain = math.sqrt(p.shape[1] / 16)
+            elif re.search("embed_tokens|lm_head", name):
                 gain = 1.5 if gemma and config.tie_word_embeddings else 3.0
             x *= gain / math.sqrt(p.shape[-1])
             if "qkv_proj" in name:
@@ -356,8 +402,14 @@ def make_model(case):
         elif name.endswith("dt_bias"):
             x = x - 2
         else:
-            x = 0.3 * x + (not gemma or "linear_attn.norm" in name) + 0.6 * bool(re.search("[qk]_norm", name))
+            one = plain or not gemma or "linear_attn.norm" in name
+            x = 0.3 * x + one + 0.6 * bool(re.search("[qk]_norm", name))
+            if plain and re.search("[qk]_norm", name):
+                x *= 1.5 / math.sqrt(math.sqrt(len(x)))  # attention's scale is 1
         p.copy_(torch.from_numpy(x).to(stored).float())
+    for name, p in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            p.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, 1)).to(stored).float())
     return model, stored
 
 
@@ -369,6 +421,7 @@ def make_directory(case, model, stored, path):
     with open(os.path.join(path, "config.json"), "w") as f:
         json.dump(case.config, f, indent=1)
     tensors = {n: p.detach().to(stored).contiguous() for n, p in model.named_parameters()}
+    tensors.update({n: p.to(stored) for n, p in model.named_buffers() if n.endswith("layer_scalar")})
     if "stacked" not in case.marks:
         tensors = one_by_one(tensors)
     if "wrapped" in case.marks:

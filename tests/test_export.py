@@ -180,7 +180,7 @@ class TestFixtures(Case):
             with open(os.path.join(self.dir, name), "rb") as a:
                 with open(os.path.join(FIXTURES, name), "rb") as b:
                     self.assertEqual(a.read(), b.read(), name)
-        self.assertEqual(len(os.listdir(self.dir)), 13)
+        self.assertEqual(len(os.listdir(self.dir)), 14)
 
     def test_layout(self):
         for name in NAMES + ["smol-q8", "smol-q4"]:
@@ -921,7 +921,8 @@ class TestRefusals(Case):
         for kind, word in (
             ("mixtral", "mixtures of experts"), ("deepseek_v3", "mixtures of experts"),
             ("mamba", "state-space"), ("qwen2_vl", "multimodal"), ("bert", "encoders"),
-            ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
+            ("gpt_oss", "attention sinks"), ("llama4_text", "chunked"), ("ministral3", "queries scaled"),
+            ("mistral3", "queries scaled"), ("gemma3n_text", "AltUp"), ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
         ):
             self.refuse(self.copy("smol", model_type=kind), str(kind), word)
 
@@ -950,6 +951,44 @@ class TestRefusals(Case):
             ("qwen3", "num_experts", 8, "num_experts"),
         ):
             self.refuse(self.copy(name, **{key: value}), word)
+
+    def test_gemma4(self):
+        full = {"head_dim": 32, "num_key_value_heads": 1}
+        for change, word in (
+            ({"enable_moe_block": True}, "mixture of experts is not supported"),
+            ({"use_bidirectional_attention": "all"}, "only causal models"),
+            ({"num_kv_shared_layers": 6}, "without keys of its own"),
+            ({"num_kv_shared_layers": 7}, "without keys of its own"),
+            ({"per_layer_config": {"2": full, "4": {"head_dim": 64}, "6": full}}, "different heads"),
+            ({"per_layer_config": {"2": {"rope_theta": 5}}}, "rope_theta of a layer alone"),
+            ({"vocab_size_per_layer_input": 512}, "vocab_size_per_layer_input 512"),
+            ({"hidden_size_per_layer_input": 17}, "embeddings of 17"),
+            ({"attention_bias": True}, "attention_bias"),
+            ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}}, "rope_theta is missing"),
+            ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4}}}, "yarn"),
+        ):
+            self.refuse(self.copy("gemma4", **change), word)
+        self.refuse(self.copy("gemma4", model_type="gemma4"), "hidden_size")
+
+    def test_gemma4_layouts(self):
+        """Inside a multimodal config, and as transformers 5.24 writes it: the same tensors."""
+        a = Converted(os.path.join(FIXTURES, "gemma4.kvz"))
+        with open(os.path.join(FIXTURES, "gemma4", "config.json")) as f:
+            inner = json.load(f)
+        tensors = read_source(os.path.join(FIXTURES, "gemma4"))
+        layers = {str(l): {"head_dim": 32, "num_key_value_heads": 1} for l in (2, 4, 6)}
+        inner.update(per_layer_config=layers, global_head_dim=DROP, num_global_key_value_heads=DROP)
+        inner = {k: v for k, v in inner.items() if v is not DROP}
+        path = self.copy("gemma4", **{k: DROP for k in inner})
+        self.edit(path, "config.json", model_type="gemma4", text_config=inner, vision_config={"a": 1},
+                  global_head_dim=DROP, num_global_key_value_heads=DROP)
+        prefixed = {n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()}
+        prefixed["model.vision_tower.x"] = prefixed["model.embed_audio.y"] = np.zeros(3, np.float32)
+        # Layers that read the keys of others may have their own in the file.
+        name = "model.language_model.layers.5.self_attn.k_proj.weight"
+        prefixed[name] = np.zeros((32, 32), np.float32)
+        write_source(path, prefixed)
+        self.same_tensors(a, self.convert(path, "--type", "f32"))
 
     def test_ignored_key(self):
         c = self.convert(self.copy("llama", nonsense=3), "--ignore-key", "nonsense")

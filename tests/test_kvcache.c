@@ -326,7 +326,7 @@ static void test_scores(bool subset, bool local, bool sum, bool plus, bool earli
 static void test_worked_example(void) {
     KVCache kv;
     const int window[1] = {0};
-    KVShape shape = {1, 2, 1, 8, 1.0f, 0.0f, window, 0};
+    KVShape shape = one_layer(2, 1, 8, window);
     const float keys[6] = {2, 1, 4, 3, 2, 8}, queries[4] = {1, -1, 2, 0};
     const float want[3] = {0.387097f, 0.333333f, 0.25f},
                 want_plus[3] = {0.387097f, 0.5f, 0.666667f};
@@ -708,7 +708,8 @@ static void test_head_dims(KVTypes types) {
     for (int i = 0; i < 8; i++) {
         int d = dims[i], n = 200, runs[] = {n, 1, 10};
         KVCache kv;
-        KVShape shape = {1, 2, 1, d, 0.2f, 0.0f, window, 0};
+        KVShape shape = one_layer(2, 1, d, window);
+        shape.scale = 0.2f;
         CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
         int seq = kvcache_new(&kv, err);
         float *q = randoms((size_t)n * 2 * d), *k = randoms((size_t)n * d),
@@ -759,7 +760,7 @@ static void test_types(void) {
 
 static void test_refusals(void) {
     KVCache kv;
-    KVShape odd = {1, 4, 3, 16, 1, 0, no_window, 0}, wide = {1, 1, 1, 512, 1, 0, no_window, 0};
+    KVShape odd = one_layer(4, 3, 16, no_window), wide = one_layer(1, 1, 1024, no_window);
     CHECK(kvcache_open(&kv, &odd, kvcache_both(KV_F16), NULL, err) == -1);
     CHECK(kvcache_open(&kv, &wide, kvcache_both(KV_F16), NULL, err) == -1);
 }

@@ -102,7 +102,8 @@ static void check_damaged(const KVModel *model) {
 
 static void test_files(KVTypes types) {
     KVCache kv, back;
-    KVShape shape = shape_with(one_window), other = {L, HEADS, KV, 32, 1, 0, one_window, 0};
+    KVShape shape = shape_with(one_window), other = shape;
+    other.head_dim = 32;
     CHECK(kvcache_open(&kv, &shape, types, NULL, err) == 0);
     int seq = kvcache_new(&kv, err);
     append_random(&kv, seq, 210, NULL);

@@ -12,8 +12,9 @@ static char err[ERR_LEN];
 // A window may be as long as an int can say.
 static void test_windows(void) {
     const int window[] = {INT_MAX, 0, 64};
-    KVShape shape = {3, 4, 2, 64, 1, 0, window, 0};
-    size_t pair = kvcache_page_bytes(&shape, kvcache_both(KV_F16)) / PAGE + sizeof(int);
+    KVShape shape = {
+        .n_layers = 3, .n_heads = 4, .n_kv_heads = 2, .head_dim = 64, .scale = 1, .window = window};
+    size_t pair = kvcache_page_bytes(shape.head_dim, kvcache_both(KV_F16)) / PAGE + sizeof(int);
     size_t pairs = 2 * ((size_t)INT_MAX + PAGE) + 2 * (64 + PAGE);
     CHECK(kvcache_window_bytes(&shape, kvcache_both(KV_F16)) == pairs * pair);
 }
@@ -21,7 +22,8 @@ static void test_windows(void) {
 // A sequence ends before its positions would; forks of an empty one copy nothing.
 static void test_sequences(void) {
     const int window[] = {0};
-    KVShape shape = {1, 1, 1, 8, 1, 0, window, 0};
+    KVShape shape = {
+        .n_layers = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 8, .scale = 1, .window = window};
     KVCache kv;
     CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), NULL, err) == 0);
     int seq = kvcache_new(&kv, err), fork = kvcache_fork(&kv, seq, err);

@@ -81,16 +81,16 @@ static void test_no_cut(Fixture *f) {
     kvcache_drop(&f->kv, seq), kvcache_drop(&f->kv, fork);
 }
 
-// Pages and lists of layers that keep a state are empty; the bytes are those of the states.
+// Layers that keep a state have no lists and no pages; the bytes are those of the states.
 static void test_bytes(Fixture *f) {
     const KVShape *shape = &f->kv.shape;
     const int *ids = want(f, "prefill.ids")->data;
     int seq = kvcache_new(&f->kv, err), pages = 0;
     feed(f, &f->kv, seq, ids, 70, NULL);
-    for (int i = 0; i < shape->n_layers * shape->n_kv_heads; i++) {
+    CHECK(f->kv.n_heads == kvcache_scored_layers(shape, NULL) * shape->n_kv_heads);
+    for (int i = 0; i < f->kv.n_heads; i++) {
         const KVHead *h = &f->kv.seqs[seq].head[i];
-        bool keeps = shape->window[i / shape->n_kv_heads] == NO_PAIRS;
-        CHECK(keeps ? h->len == 0 && h->n_pages == 0 : h->len == 70);
+        CHECK(shape->window[f->kv.layer[i]] != NO_PAIRS && h->len == 70);
         pages += h->n_pages;
     }
     CHECK(pages == 2 * kvcache_scored_layers(shape, NULL) * shape->n_kv_heads);

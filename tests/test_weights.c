@@ -3,6 +3,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "weights.h"
 
+#include <fcntl.h>
 #include <math.h>
 #include <unistd.h>
 
@@ -47,6 +48,28 @@ static void test_copy(size_t n, double seconds) {
     tensors_close(&f);
 }
 
+// What is cold is not copied: it still is what the file has.
+static void test_cold(void) {
+    enum { N = 3 << 20, FROM = 1 << 18, COLD = 2 << 20 };  // of numbers
+    TensorFile f;
+    int32_t new = 5, seen[2];
+    write_numbers(N);
+    CHECK(tensors_open(&f, path, err) == 0);
+    const int32_t *x = tensors_find(&f, "x")->data;
+    weights_cold(&f, x + FROM, COLD * sizeof *x);
+    CHECK(are_whole(&f, N) && weights_copy(&f, INFINITY, err) == 0 && are_whole(&f, N));
+    int fd = open(path, O_WRONLY);
+    size_t at = (size_t)((const uint8_t *)x - f.map);
+    for (int i = 0; i < 2; i++) {
+        size_t n = i ? FROM + COLD / 2 : 10;
+        CHECK(pwrite(fd, &new, sizeof new, (off_t)(at + n * sizeof *x)) == sizeof new);
+        seen[i] = x[n];
+    }
+    CHECK(seen[0] == (int32_t)(10 * 2654435761u) && seen[1] == new);
+    close(fd);
+    tensors_close(&f);
+}
+
 int main(void) {
     int fd = mkstemp(path);
     if (fd < 0) return 2;
@@ -55,6 +78,7 @@ int main(void) {
     test_copy(1 << 19, INFINITY);
     test_copy((3 << 19) + 777, INFINITY);
     test_copy((3 << 19) + 777, 0);  // no time for any of it
+    test_cold();
     unlink(path);
     return test_end("test_weights");
 }
