@@ -298,7 +298,7 @@ static long scoring_tokens(const Run *r, int i) {
 }
 
 static int score_texts(Run *r, char *err) {
-    Kept *kept = calloc((size_t)(LEARNED + r->n_texts), sizeof *kept);
+    Kept *kept = calloc(LEARNED + (size_t)r->n_texts, sizeof *kept);
     int status = kept ? 0 : fail(err, "out of memory for %d texts", r->n_texts), done = 0;
     for (int i = 0; i < r->n_texts && status == 0; i++) {
         size_t n = (size_t)r->n_heads * (size_t)r->text[i].n_ctx;

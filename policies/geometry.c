@@ -237,7 +237,7 @@ static void leverage_head(const Head *h) {
     if (!s.phi || !s.g) {
         a->failed = true;
     } else {
-        sketch_of(s.phi, d, s.k, k == 0, mix((uint64_t)(h->layer * 4096 + h->g)));
+        sketch_of(s.phi, d, s.k, k == 0, mix((uint64_t)h->layer * 4096 + (uint64_t)h->g));
         for (int t = a->sink; t < to; t++) {
             plain_key(h, t, x);
             for (int j = 0; j < d; j++) s.mean[j] += (x[j] - s.mean[j]) / (float)(t - a->sink + 1);

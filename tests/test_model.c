@@ -162,6 +162,13 @@ static void test_kvzip(Fixture *f) {
 
 // ---- laws ----
 
+// OpenBLAS adds up in another order for each number of rows, and a recurrence carries that along.
+#ifdef BLAS
+static const double BLOCKS_NEAR = 3e-4;
+#else
+static const double BLOCKS_NEAR = 1e-4;
+#endif
+
 static void test_blocks(Fixture *f) {
     const Tensor *ids = want(f, "prefill.ids");
     int n = (int)ids->shape[0], vocab = f->model.config.vocab_size;
@@ -172,7 +179,7 @@ static void test_blocks(Fixture *f) {
                                                            : 0) {
         int seq = kvcache_new(&f->kv, err);
         float *have = logits_of(f, seq, ids->data, n, block);
-        if (first) CHECK_NEAR(far(have, first, (size_t)n * vocab), 0, 1e-4);
+        if (first) CHECK_NEAR(far(have, first, (size_t)n * vocab), 0, BLOCKS_NEAR);
         kvcache_drop(&f->kv, seq);
         if (first)
             free(have);
