@@ -142,6 +142,7 @@ static int by_context(const void *a, const void *b) {
 
 int eval_results_order(EvalResults *r, char *err) {
     size_t n = (size_t)r->n;
+    if (n == 0) return 0;
     const EvalCell **order = malloc((n + 1) * sizeof *order);
     EvalCell *cell = malloc((n + 1) * sizeof *cell);
     for (size_t i = 0; order && i < n; i++) order[i] = &r->cell[i];

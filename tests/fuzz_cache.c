@@ -14,7 +14,13 @@ enum { OUT = 2 * HEADS * D };  // floats of attention's output in one layer
 static char err[ERR_LEN], folder[64], path[96];  // what is saved goes to path
 static FuzzValid valid[CACHES];
 static const int window[L] = {0, 70};
-static const KVModel model = {{L, HEADS, KV, D, 0.7f, 0.0f, window}, "fingerprint"};
+static const KVModel model = {.shape = {.n_layers = L,
+                                        .n_heads = HEADS,
+                                        .n_kv_heads = KV,
+                                        .head_dim = D,
+                                        .scale = 0.7f,
+                                        .window = window},
+                              .fingerprint = "fingerprint"};
 static float numbers[PAIRS * HEADS * D + 1];  // queries, keys and values
 
 // Reads n tokens in all layers; attention's output goes to out [L][n][HEADS][D].
