@@ -7,6 +7,9 @@
 #include "cli/output.h"
 
 #include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -131,24 +134,61 @@ char *copy_text(const char *s, size_t n) {
 
 // ---- stdout ----
 
+// A signal that comes while stdout takes bytes waits until it has them: of a write that is
+// interrupted C libraries forget what was to be written.
+static void hold_signals(sigset_t *old) {
+    sigset_t held;
+    sigemptyset(&held);
+    sigaddset(&held, SIGINT), sigaddset(&held, SIGTERM), sigaddset(&held, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &held, old);
+}
+
+static void let_signals(const sigset_t *old) { pthread_sigmask(SIG_SETMASK, old, NULL); }
+
+// Before that: where nobody reads what is written, a signal still ends the program.
+static void wait_for_reader(void) {
+    struct pollfd to = {.fd = STDOUT_FILENO, .events = POLLOUT};
+    for (;;) {
+        int ready = poll(&to, 1, 200);
+        if (ready > 0 || (ready < 0 && errno != EINTR)) return;
+        if (!interrupted) continue;
+        note("%s: interrupted\n", program);
+        _exit(exit_code());  // exit would wait for the reader, too
+    }
+}
+
 void out_bytes(const void *p, size_t n) {
-    if (n > 0 && fwrite(p, 1, n, stdout) != n) die_stdout();
+    sigset_t old;
+    hold_signals(&old);
+    bool whole = n == 0 || fwrite(p, 1, n, stdout) == n;
+    let_signals(&old);
+    if (!whole) die_stdout();
 }
 
 void out_flush(void) {
+    sigset_t old;
+    wait_for_reader();
+    hold_signals(&old);
     if (ferror(stdout) || fflush(stdout) != 0) die_stdout();
+    let_signals(&old);
 }
 
 void out(const char *fmt, ...) {
+    sigset_t old;
     va_list ap;
     va_start(ap, fmt);
+    hold_signals(&old);
     text_print(stdout, fmt, ap);
+    let_signals(&old);
     va_end(ap);
     if (ferror(stdout)) die_stdout();
 }
 
 void out_text(const char *s, size_t n) {
+    sigset_t old;
+    hold_signals(&old);
     text_put(stdout, s, n);
+    let_signals(&old);
     if (ferror(stdout)) die_stdout();
 }
 

@@ -6,6 +6,7 @@ random weights, and compares with the values that another implementation compute
 nothing but Python's standard library. The last line says how many checks passed and failed.
 """
 import contextlib
+import fcntl
 import glob
 import json
 import math
@@ -1130,6 +1131,16 @@ def test_interrupt(m, d):
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     check(p.returncode == 130 and json.loads(out)["n_answer"] > 0, "Ctrl-C ends a generation")
+    reader, writer = os.pipe()  # of a program that does not read
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    p = subprocess.Popen([RUN, "generate", m.path, "-p", "a", "-n", "1000000", "--ignore-eos"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    time.sleep(1)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1].decode()
+    check(p.returncode == 130 and "Interrupted system call" not in err, "Ctrl-C while nobody reads: exit %d: %s" % (p.returncode, err))
+    os.close(reader)
 
 
 def test_interrupted_chat(m):
