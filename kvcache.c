@@ -181,7 +181,9 @@ int kvcache_open(KVCache *kv, const KVShape *shape, KVTypes types, ThreadPool *p
         KVTypes stored = class_types(types, (PageClass)(i % PAGE_CLASSES));
         kv->store[i] = (KVStore){.types = stored, .page_bytes = kvcache_page_bytes(d, stored)};
     }
-    return place_heads(kv, err) != 0 ? -1 : attend_open(kv, err);
+    if (place_heads(kv, err) == 0 && attend_open(kv, err) == 0) return 0;
+    kvcache_close(kv);
+    return -1;
 }
 
 void kvcache_close(KVCache *kv) {
