@@ -4,6 +4,8 @@
 // The first byte says how many bytes the pipe gives at once, its highest bit that somebody types.
 #include "fuzz.h"
 
+#include <signal.h>
+
 #include "cli/lines.h"
 #include "text.h"
 
@@ -69,6 +71,16 @@ static void read_terminal(void *arg) {
     in->lines.person = in->lines.edits = true;
     in->lines.editor.fd = in->pipe[0], in->lines.editor.prompt = "> ";
     for (char *line; (line = lines_next(&in->lines, true, &n)) != NULL;) MUST(strlen(line) == n);
+}
+
+// A typed Ctrl-Z stops the process group: a group of our own, which goes on. (Where a shell with
+// job control is above, all that runs in the group would wait for somebody to say fg.)
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    signal(SIGTSTP, SIG_IGN);
+    MUST(setpgid(0, 0) == 0 || getpgrp() == getpid());
+    return 0;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
