@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "policies/methods.h"
+#include "policies/ranks.h"
 #include "util.h"
 
 typedef struct {
@@ -38,24 +39,13 @@ static void watch_probes(void *arg, int layer, int n) {
 
 // ---- ranks ----
 
-typedef struct {
-    float score;
-    int t;
-} Ranked;
-
-static int by_score(const void *a, const void *b) {
-    const Ranked *x = a, *y = b;
-    return x->score != y->score ? (x->score < y->score ? -1 : 1) : y->t - x->t;
-}
-
 // out[t] += weight times the rank of score[t] among n, the largest n - 1. Returns false: no memory.
 static bool add_ranks(float *out, const float *score, int n, float weight) {
-    Ranked *r = malloc(((size_t)n + 1) * sizeof *r);
-    for (int t = 0; r && t < n; t++) r[t] = (Ranked){score[t], t};
-    if (r) qsort(r, (size_t)n, sizeof *r, by_score);
-    for (int i = 0; r && i < n; i++) out[r[i].t] += weight * (float)i;
-    free(r);
-    return r != NULL;
+    int *order = malloc(((size_t)n + 1) * sizeof *order);
+    bool ok = order && ranks_order(order, score, n);
+    for (int i = 0; ok && i < n; i++) out[order[i]] += weight * (float)(n - 1 - i);
+    free(order);
+    return ok;
 }
 
 // Of one head: both kinds of scores become the sum of their ranks, in `expected`.
