@@ -22,8 +22,9 @@
 static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f,
                              0.4f,  0.5f,  0.6f, 0.7f,  0.8f, 0.9f,  0.95f};
 enum { N_GRID = sizeof grid / sizeof *grid, LEAST_TOKENS = 64 };
-static const double MOST_PRODUCTS = 5e12;  // of weights and tokens of the parts
-enum { LEAST_BY_COST = 2000 };
+static const double MOST_PRODUCTS = 3.5e12;        // of weights and tokens of the parts
+static const double MOST_TRIAL_PRODUCTS = 1.8e13;  // of weights and tokens that trials feed
+enum { LEAST_BY_COST = 2000, LEAST_TRIALS = 4 };
 static const double TRIAL_RATIO = 0.3;   // of shares against shares
 static const float LEAST_SCORE = 1e-7f;  // added before the log
 
@@ -31,6 +32,7 @@ static const float LEAST_SCORE = 1e-7f;  // added before the log
 typedef struct {
     const int *ids;  // [n_prefix + n_ctx]
     int n_ctx;
+    int trial;     // its number among those that try shares, or -1
     float *score;  // [scored layers][n_kv_heads][n_ctx]
 } Text;
 
@@ -44,7 +46,7 @@ typedef struct {
     int n_layers, n_heads;  // scored layers; all their kv heads
     Ids ids;                // of all texts, each with its prefix
     Text *text;             // [n_texts], the last one all others joined if n_texts > n_parts
-    int n_texts, n_parts;
+    int n_texts, n_parts, n_trials;
     float *share, *head_max;  // as in Profile
     float *probe;             // [n_heads][probe_features]
     double *explained;        // [n_heads]
@@ -90,7 +92,7 @@ static int push_text(Run *r, const int *ids, int n, char *err) {
     Text *text = realloc(r->text, (size_t)(r->n_texts + 1) * sizeof *text);
     if (!text) return fail(err, "out of memory for %d texts", r->n_texts + 1);
     r->text = text;
-    r->text[r->n_texts++] = (Text){NULL, n, NULL};
+    r->text[r->n_texts++] = (Text){.n_ctx = n, .trial = -1};
     for (int i = 0; i < r->c->prefix->n; i++)
         if (ids_push(&r->ids, r->c->prefix->id[i]) != 0) return fail(err, "out of memory");
     for (int i = 0; i < n; i++)
@@ -115,10 +117,15 @@ static int cut_texts(Run *r, const Ids *parts, const int *part_n, int n_parts, c
     return 0;
 }
 
+// Weights of the layers, about.
+static double count_weights(const Config *m) {
+    double layer = 2.0 * m->dim * (m->q_dim + m->kv_dim) + 3.0 * m->dim * m->hidden_dim;
+    return layer * m->n_layers;
+}
+
 // Tokens of all parts, where the caller leaves it to us: as many as take a few minutes.
 static int tokens_by_cost(const Config *m) {
-    double layer = 2.0 * m->dim * (m->q_dim + m->kv_dim) + 3.0 * m->dim * m->hidden_dim;
-    return (int)fmax(MOST_PRODUCTS / (layer * m->n_layers), LEAST_BY_COST);
+    return (int)fmax(MOST_PRODUCTS / count_weights(m), LEAST_BY_COST);
 }
 
 // Cuts each part to the same share of its tokens, so that `most` remain of all, about.
@@ -186,33 +193,29 @@ static int add_shares(Run *r, const Context *c, const float *score, char *err) {
 
 // ---- trials of layer shares ----
 
-// Texts of a trial: long enough, and not the joined one. Every second one is measured, the others
-// are set aside to judge what follows from them.
-static int next_trial(const Run *r, int i) {
-    while (i < r->n_parts && !trial_fits(r->text[i].n_ctx)) i++;
-    return i;
+// Numbers the texts that try shares: the long enough ones but the joined one, or where that takes
+// too long some of them, evenly spread. Every second one is measured, the others are set aside to
+// judge what follows from them. None where there are no layers to move pairs between, or too few
+// texts for both halves.
+static void number_trials(Run *r) {
+    int fit = 0, at = 0;
+    double cost = 0.5 * trial_tokens(r->effects.n * EFFECT_POINTS) * count_weights(r->m);
+    for (int i = 0; i < r->n_parts; i++) fit += trial_fits(r->text[i].n_ctx);
+    int most = (int)fmin(fit, fmax(MOST_TRIAL_PRODUCTS / cost, LEAST_TRIALS));
+    if (r->n_layers < 2 || most < LEAST_TRIALS) return;
+    for (int i = 0; i < r->n_parts; i++) {
+        if (!trial_fits(r->text[i].n_ctx)) continue;
+        if ((at + 1) * most / fit > at * most / fit) r->text[i].trial = r->n_trials++;
+        at++;
+    }
 }
 
-static int count_trials(const Run *r) {
-    int n = 0;
-    for (int i = next_trial(r, 0); i < r->n_parts; i = next_trial(r, i + 1)) n++;
-    return n;
-}
-
-// Where it makes sense to try: layers to move pairs between, and texts for both halves.
-static bool tries_shares(const Run *r) { return r->n_layers > 1 && count_trials(r) >= 4; }
-
-// Which trial text i is, or -1: none.
-static int trial_of(const Run *r, int i) {
-    int n = 0, at = next_trial(r, 0);
-    while (at < i && at < r->n_parts) at = next_trial(r, at + 1), n++;
-    return tries_shares(r) && at == i && i < r->n_parts ? n : -1;
-}
+static bool measured(const Text *t) { return t->trial >= 0 && t->trial % 2 == 0; }
 
 // Adds the effects of evicting text t, which c holds, if it is one of those that are measured.
 static int measure_text(Run *r, Context *c, const Text *t, char *err) {
-    int trial = trial_of(r, (int)(t - r->text)), n = (count_trials(r) + 1) / 2;
-    if (trial < 0 || trial % 2 != 0) return 0;
+    int n = (r->n_trials + 1) / 2;
+    if (!measured(t)) return 0;
     if (effects_add(&r->effects, c, t->score, 1.0 / n, err) != 0) return -1;
     r->done += trial_tokens(r->effects.n * EFFECT_POINTS);
     return 0;
@@ -292,9 +295,8 @@ static int save_unfinished(Run *r, Kept *kept, int n_done, char *err) {
 
 // What a text costs to score, in tokens of progress.
 static long scoring_tokens(const Run *r, int i) {
-    int trial = trial_of(r, i);
-    bool measured = trial >= 0 && trial % 2 == 0;
-    return 2 * r->text[i].n_ctx + (measured ? trial_tokens(r->effects.n * EFFECT_POINTS) : 0);
+    const Text *t = &r->text[i];
+    return 2 * t->n_ctx + (measured(t) ? trial_tokens(r->effects.n * EFFECT_POINTS) : 0);
 }
 
 static int score_texts(Run *r, char *err) {
@@ -422,12 +424,13 @@ static int judge_text(Run *r, const Text *t, const float *share, double *kl, cha
 
 // Replaces the shares by `share` where the texts that were not measured say so.
 static int judge_shares(Run *r, const float *share, char *err) {
-    int n = 0, at = 0;
+    int n = 0;
     double(*kl)[2] = calloc((size_t)r->n_parts, sizeof *kl);
     if (!kl) return fail(err, "out of memory for %d texts", r->n_parts);
     int status = 0;
-    for (int i = next_trial(r, 0); i < r->n_parts && status == 0; i = next_trial(r, i + 1))
-        if (at++ % 2 == 1) status = judge_text(r, &r->text[i], share, kl[n++], err);
+    for (int i = 0; i < r->n_parts && status == 0; i++)
+        if (r->text[i].trial >= 0 && !measured(&r->text[i]))
+            status = judge_text(r, &r->text[i], share, kl[n++], err);
     r->trial = (ShareTrial){.n_texts = n, .used = status == 0 && effects_pay(kl, n)};
     for (int i = 0; i < n; i++)
         for (int j = 0; j < 2; j++) r->trial.kl[j] += kl[i][j] / n;
@@ -438,7 +441,7 @@ static int judge_shares(Run *r, const float *share, char *err) {
 
 static int try_shares(Run *r, char *err) {
     Profile p = profile_of(r, r->share);
-    if (!tries_shares(r)) return 0;
+    if (r->n_trials == 0) return 0;
     float *share = malloc(N_GRID * (size_t)r->n_heads * sizeof *share);
     if (!share) return fail(err, "out of memory for the shares of %d heads", r->n_heads);
     int status = effects_move(&r->effects, &p, share, err);
@@ -449,10 +452,10 @@ static int try_shares(Run *r, char *err) {
 
 // Tokens that all of it feeds, for progress.
 static long trial_total(const Run *r) {
-    int points = r->effects.n * EFFECT_POINTS, at = 0;
+    int points = r->effects.n * EFFECT_POINTS;
     long total = 0;
-    for (int i = next_trial(r, 0); i < r->n_parts && tries_shares(r); i = next_trial(r, i + 1))
-        total += at++ % 2 == 0 ? trial_tokens(points) : r->text[i].n_ctx + trial_tokens(2);
+    for (const Text *t = r->text; t < r->text + r->n_parts; t++)
+        if (t->trial >= 0) total += measured(t) ? trial_tokens(points) : t->n_ctx + trial_tokens(2);
     return total;
 }
 
@@ -549,6 +552,7 @@ static int run_all(Run *r, const char *text, size_t n, char *err) {
     if (read_texts(r, text, n, err) != 0 ||
         ridge_open(&r->ridge, r->c->context.state, r->n_layers, r->c->lambda, err) != 0)
         return -1;
+    number_trials(r);
     int passes = (r->n_layers + r->ridge.layers - 1) / r->ridge.layers;
     for (int i = 0; i < r->n_texts; i++) r->total += (2 + passes) * (long)r->text[i].n_ctx;
     r->total += trial_total(r);
