@@ -4,7 +4,7 @@
 #   bench/peer.sh [FLAGS]             llama.cpp, built for this machine
 #   bench/peer.sh --avx2 [FLAGS]      llama.cpp built for AVX2 alone, and ./run --isa avx2: most laptops
 #   bench/peer.sh --ik [FLAGS]        ik_llama.cpp, the fork tuned for CPUs
-#   bench/peer.sh --shape S [FLAGS]   random weights in the shape of a larger model: 0.5b, 1b, 3b, 7b or 8b (bench/shapes.py)
+#   bench/peer.sh --shape S [FLAGS]   random weights in the shape of another model: 0.5b, 1b, 3b, 7b, 8b, qwen3.5-2b, gemma4-e2b
 #   bench/peer.sh --table [FLAGS]     what a context costs by its length (with --avx2 or --ik, too)
 #   bench/peer.sh --python [FLAGS]    kvpress's KVzip on transformers, against ./run compress
 #   bench/peer.sh --build ..          any of these: only what has to be fetched and built

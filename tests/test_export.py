@@ -2132,8 +2132,10 @@ class TestGGUF(Case):
         with open(ids, "w") as f:
             f.write("7 300 12 400")
         program = os.path.join(os.path.dirname(TESTS), "run")
-        for arch, tied in (("llama", True), ("qwen2", False)):
-            shape = shapes.Shape(arch, 64, 96, 2, 4, 2, 32, 512, tied, 1e4, 256)
+        delta = {"rope.dimension_count": 16, "rope.dimension_sections": [3, 3, 2, 0], "full_attention_interval": 2,
+                 "ssm.conv_kernel": 4, "ssm.state_size": 32, "ssm.group_count": 2, "ssm.time_step_rank": 2, "ssm.inner_size": 64}
+        for arch, tied, more in (("llama", True, {}), ("qwen2", False, {}), ("qwen35", True, delta)):
+            shape = shapes.Shape(arch, 64, 96, 2, 4, 2, 32, 512, tied, 1e4, 256, more)
             for kind in shapes.TYPES:
                 with mock.patch.dict(shapes.SHAPES, tiny=shape):
                     shapes.write(path, "tiny", kind)
