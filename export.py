@@ -28,6 +28,8 @@ metadata                 value
                          and their lengths, tokens that the convolution sees
   delta_tiled            1: value head h reads key head h % delta_k_heads, not one of a row of them
   att_gate               1: what attention gives is gated (layers.N.wg)
+  query_growth query_step query_first   where queries grow with their position: by a factor of
+                         1 + growth * log(1 + floor((position + first) / step))
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
@@ -67,6 +69,7 @@ tensor                   dtype and shape
   layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all, -1: none, the
                          layer keeps a state
   layer.owner            I32 [n_layers], whose keys and values a layer reads; absent: its own
+  layer.query_grows      I32 [n_layers], 1 where queries grow; absent: in all, where there is query_growth
   layer.hidden           I32 [n_layers], rows of w1 and w3; absent: hidden_dim
   rms_final              F32 [dim]
   layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
@@ -1092,12 +1095,30 @@ def delta_parts(feed_forward):
     return lambda c, l: norms + (DELTA if keeps_state(c, l) else attention) + feed_forward
 
 
+# Ministral 3: queries grow with their position, and angles are scaled by yarn.
+
+MINISTRAL3 = dict(COMMON, num_key_value_heads=8, head_dim=128, vocab_size=131072, rms_norm_eps=1e-5,
+                  max_position_embeddings=262144, sliding_window=None)
+
+
+def ministral3_fields(c):
+    p = {**(c["rope_scaling"] or {}), **(c["rope_parameters"] or {})}
+    growth = p.get("llama_4_scaling_beta")
+    step = p.get("original_max_position_embeddings") or c["original_max_position_embeddings"]
+    if growth is None or step is None or (p.get("rope_type") or p.get("type")) != "yarn":
+        raise Refusal("ministral3 needs rope_parameters of type yarn with llama_4_scaling_beta and "
+                      "original_max_position_embeddings")
+    return dict(query_growth=growth, query_step=step, query_first=0)
+
+
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
         NORMS + MATRICES,
         dict(COMMON, num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
         slides=all_slide, permuted=True),
+    "ministral3": Family(
+        NORMS + MATRICES, MINISTRAL3, slides=all_slide, permuted=True, fields=ministral3_fields),
     "smollm3": Family(
         NORMS + MATRICES,
         dict(WINDOWED, num_key_value_heads=4, rope_theta=2e6, sliding_window=None,
@@ -1137,7 +1158,6 @@ REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
     ("gpt.?oss", "attention sinks and experts in MXFP4 with a clamped SwiGLU are not supported"),
     ("llama.?4", "chunked attention layers and their mixture of experts are not supported"),
-    ("ministral.?3|mistral.?3", "queries scaled by their position are not supported"),
     ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
     ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
@@ -1214,7 +1234,7 @@ KEYS = {key: kind for kind, keys in {
     "a positive number": """
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
-        mscale mscale_all_dim low_freq_factor high_freq_factor""",
+        mscale mscale_all_dim low_freq_factor high_freq_factor llama_4_scaling_beta""",
     "true or false": """
         tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
         attn_output_gate gguf_tiled attention_k_eq_v use_double_wide_mlp enable_moe_block""",
@@ -1236,11 +1256,14 @@ def check_value(where, key, value, kind):
         raise Refusal(f"{where}: {key} is {repr(value)[:60]}, expected {kind}")
 
 
-# Configs that wrap a language model's: its model_type, and whether embeddings are tied by default.
+# Configs that wrap a language model's: its model_type, and whether embeddings are tied by default
+# (None: as they are stored).
 WRAPPED = {
     "gemma3": ("gemma3_text", True), "gemma4": ("gemma4_text", True),
     "gemma4_unified": ("gemma4_unified_text", True), "qwen3_5": ("qwen3_5_text", False),
-    "qwen3_5_moe": ("qwen3_5_moe_text", False)}
+    "qwen3_5_moe": ("qwen3_5_moe_text", False), "mistral3": ("mistral", None)}
+# Wrappers that hold one of several.
+WRAPS_ALSO = {"mistral3": ("ministral3",)}
 
 
 def text_config(c):
@@ -1250,7 +1273,12 @@ def text_config(c):
     kind, default = WRAPPED[c["model_type"]]
     inner = c.get("text_config", {})
     check_value("config.json", "text_config", inner, "an object")
+    if inner.get("model_type") in WRAPS_ALSO.get(c["model_type"], ()):
+        kind = inner["model_type"]
     tied = "tie_word_embeddings"
+    if default is None and {tied} & {*inner, *c}:
+        default = inner.get(tied, c.get(tied))
+        inner = {**inner, tied: default}
     if inner.get(tied, default) != c.get(tied, default):
         raise Refusal(f"config.json: {tied} is {c.get(tied, default)}, and "
                       f"{inner.get(tied, default)} in text_config")
@@ -1411,7 +1439,7 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
 GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
-    "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
+    "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text", "mistral3": "ministral3",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -1434,7 +1462,11 @@ GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes 
     "ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim",
     "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
     "ssm.inner_size": "linear_value_head_dim", "full_attention_interval": "full_attention_interval",
-    "rope.dimension_sections": "",
+    "rope.dimension_sections": "", "attention.temperature_scale": "llama_4_scaling_beta",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+}
+GGUF_ONLY = {  # those that other architectures do not read
+    "attention.temperature_scale": ("mistral3",), "rope.scaling.yarn_log_multiplier": ("mistral3",),
 }
 GGUF_LISTS = ("attention.sliding_window_pattern", "rope.dimension_sections")
 GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -1453,7 +1485,7 @@ def gguf_values(meta, arch):
     reads = FAMILIES[GGUF_FAMILIES[arch]].config
     for key, value in values.items():
         known = key in GGUF_KEYS and (GGUF_KEYS[key] in reads or not key.startswith(("expert_", "ssm.", "full_")))
-        if not known and value:
+        if not (known and arch in GGUF_ONLY.get(key, (arch,))) and value:
             raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
         if isinstance(value, list) and key not in GGUF_LISTS:
             if len(set(map(str, value))) != 1 or len(value) != values.get("block_count"):
@@ -1504,6 +1536,8 @@ def gguf_config(meta, tensors):
     if "ssm.inner_size" in own:
         c["linear_value_head_dim"] = own["ssm.inner_size"] // own.get("ssm.time_step_rank", 1)
         c["gguf_tiled"] = c["linear_num_value_heads"] != c["linear_num_key_heads"]
+    if arch == "mistral3" and "attention.temperature_scale" not in own:  # Mistral Small 3.1
+        c["model_type"] = "llama"
     if arch == "qwen3moe":  # llama.cpp knows no other
         c["norm_topk_prob"] = True
     if arch in GEMMA_27B:
@@ -1546,6 +1580,10 @@ def gguf_rope_scaling(own, tensors):
         scaling["original_max_position_embeddings"] = original
         for name in ("beta_fast", "beta_slow"):
             scaling[name] = own.get("rope.scaling.yarn_" + name)
+        if "rope.scaling.yarn_log_multiplier" in own:
+            scaling.update(mscale=1.0, mscale_all_dim=own["rope.scaling.yarn_log_multiplier"])
+        if "attention.temperature_scale" in own:
+            scaling["llama_4_scaling_beta"] = own["attention.temperature_scale"]
     return scaling
 
 
@@ -1727,6 +1765,9 @@ def checked_values(p, where, what):
 def checked_rope(p, c, yarn, where):
     """One set of parameters: those of its type, all of them, and no others."""
     p = checked_values(p, where, "rope_scaling")
+    if c["model_type"] == "ministral3":  # it has no meaning there, and describe() has the other
+        p = {k: v for k, v in p.items()
+             if k not in ("max_position_embeddings", "llama_4_scaling_beta")}
     if c["model_type"] in ("qwen3_5_text", "qwen3_5_moe_text"):  # of pictures; text counts one way
         p = {k: v for k, v in p.items() if k not in ("mrope_section", "mrope_interleaved")}
     kind = p.get("rope_type") or p.pop("type", None) or "default"
@@ -3571,9 +3612,13 @@ def read_directory(path):
     """-> config, tensors, Vocab, chat metadata, stop ids of a Hugging Face directory."""
     check_directory(path)
     with within("config.json"):
-        config = text_config(read_json(os.path.join(path, "config.json")))
+        outer = read_json(os.path.join(path, "config.json"))
+        config = text_config(outer)
         family_of(config.get("model_type"))
     tensors = open_directory(path)
+    if WRAPPED.get(outer.get("model_type"), ("", False))[1] is None:
+        stored = any(name.endswith("lm_head.weight") for name in tensors)
+        config.setdefault("tie_word_embeddings", not stored)
     check_tokenizer_config(path)
     with within("the tokenizer's files"):
         v, tc = vocab_from_directory(path, config["model_type"])

@@ -4,6 +4,7 @@
 //   deltanet.c    a layer that keeps a state of fixed size
 //   experts.c     a feed-forward block of many experts, of which a token uses few
 //   layerembed.c  per-layer embeddings: what a layer adds of its own for each token
+//   temperature.c queries that grow with their position
 #ifndef LAYERS_H
 #define LAYERS_H
 #include "kernels/matmul.h"
@@ -13,6 +14,9 @@
 
 // A matrix of rows x cols in panels, see kernels.h. 0, or -1 with err.
 int open_matrix(Matrix *m, const TensorFile *f, const char *name, int rows, int cols, char *err);
+// A list of whole numbers, one for each of n, which may be left out: then it is NULL. 0, or -1 with
+// err.
+int open_list(const int **list, const TensorFile *f, const char *name, int n, char *err);
 // A vector [n]; NULL where it is optional and absent. 0, or -1 with err.
 int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
                 char *err);
@@ -67,4 +71,11 @@ void layer_embed_take(RunState *s);
 void layer_embed_begin(RunState *s, int n);
 // add = what layer l gives for the rows' tokens, asked by xb, which is x itself.
 void layer_embed(RunState *s, int l, int n);
+
+// ---- temperature.c ----
+
+// How queries grow, where the file says that they do. 0, or -1 with err.
+int temperature_open(Config *c, const TensorFile *f, char *err);
+// Query q [n_heads][head_dim] of layer l at an absolute position, rotated, in place.
+void temperature_apply(const Model *m, int l, int pos, float *q);
 #endif

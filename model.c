@@ -102,8 +102,7 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
     return open_window_heads(c, f, err);
 }
 
-// A list of whole numbers, one for each of n, which may be left out: then it is NULL.
-static int open_list(const int **list, const TensorFile *f, const char *name, int n, char *err) {
+int open_list(const int **list, const TensorFile *f, const char *name, int n, char *err) {
     *list = NULL;
     if (!tensors_find(f, name)) return 0;
     const Tensor *t = tensors_get(f, err, name, T_I32, 1, n);
@@ -165,7 +164,7 @@ static int open_rope(Config *c, const TensorFile *f, char *err) {
         if (check_rope(c, l, err) != 0) return -1;
         if (c->window[l] < NO_PAIRS) return fail(err, "layer %d: a window of %d", l, c->window[l]);
     }
-    return open_owners(c, f, err);
+    return open_owners(c, f, err) != 0 ? -1 : temperature_open(c, f, err);
 }
 
 static WType weight_type(DType t) {
@@ -574,6 +573,7 @@ static void qkv_row(void *ctx, int i) {
     float *k = s->k + (size_t)i * w->kv_dim, *v = s->v + (size_t)i * w->kv_dim;
     heads_row(s->q + (size_t)i * w->q_dim, &(Heads){c->n_heads, d, w->bq, w->q_norm, rope, half},
               c->norm_eps);
+    temperature_apply(s->model, st->l, s->pos[i], s->q + (size_t)i * w->q_dim);
     if (!w->wk.data) return;
     if (!w->wv.data) memcpy(v, k, (size_t)w->kv_dim * sizeof *v);
     heads_row(k, &(Heads){n, d, w->bk, w->k_norm, rope, half}, c->norm_eps);

@@ -9,6 +9,14 @@
 #include "kvcache.h"
 #include "tensors.h"
 
+// Queries that grow with their position (temperature.c): a factor of 1 + growth log(1 + floor((pos
+// + first) / step)).
+typedef struct {
+    float growth;  // 0: no query grows
+    int first, step;
+    const int *layers;  // [n_layers] whether the layer's do, NULL: all
+} Temperature;
+
 // What the file says about the architecture; never changes after opening.
 typedef struct {
     int dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
@@ -46,6 +54,7 @@ typedef struct {
     const int *rope_dims;      // [n_ropes] rotary_dim of each; NULL: all that
     const float *inv_freq;     // [n_ropes][rope_size / 2] after any scaling (llama3, linear, yarn)
     bool att_gate;             // what attention gives is gated (Layer.wg)
+    Temperature temperature;   // of queries that grow with their position
     const float *rope_mscale;  // [n_ropes] factor of cos and sin (yarn), 1 otherwise
 } Config;
 

@@ -132,7 +132,7 @@ def draw(family, i, seed):
              "vision_start_token_id": 7, "vision_end_token_id": 8, "vision_config": {"hidden_size": 8},
              "tie_word_embeddings": c["tie_word_embeddings"]}
     if "multimodal" in marks:
-        outer = {"model_type": family.replace("_text", ""), "architectures": ["ForConditionalGeneration"],
+        outer = {"model_type": OUTER.get(family) or family.replace("_text", ""), "architectures": ["ForConditionalGeneration"],
                  "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
         c = {**outer, "text_config": c, "tie_word_embeddings": c["tie_word_embeddings"]}
     return Case(f"{family}-{i:02d}", rng, c, int(rng.integers(110, 220)) if i % 8 else 600, marks)
@@ -148,6 +148,8 @@ def modernize(c):
         del c["num_global_key_value_heads"]
         full = [l for l, kind in enumerate(c["layer_types"]) if kind == "full_attention"]
         c["per_layer_config"] = {str(l): own for l in full}
+        return
+    if "rope_scaling" not in c:
         return
     scaling = dict(c.pop("rope_scaling") or {"rope_type": "default"})
     scaling["rope_type"] = scaling.pop("type", None) or scaling["rope_type"]
@@ -192,6 +194,27 @@ def mistral(rng, i, c, marks):
     if i % 4 == 2:
         c["layer_types"] = kinds(c, lambda l: l % 2 == 0)
         marks.append("alternating")
+
+
+def ministral3(rng, i, c, marks):
+    """Queries that grow every 16 to 100 tokens, with yarn as the published models have it and without mscale."""
+    del c["rope_theta"], c["rope_scaling"]
+    c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    c["rope_parameters"] = {
+        "rope_type": "yarn", "type": "yarn", "rope_theta": any_of(rng, 1e6, 1e4), "factor": any_of(rng, 2.0, 16.0, 48.0),
+        "original_max_position_embeddings": any_of(rng, 16, 33, 64, 100), "beta_fast": 32.0, "beta_slow": 1.0,
+        "max_position_embeddings": 2048, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": any_of(rng, 0.1, 0.5)}
+    if i % 4 == 1:
+        for key in ("mscale", "mscale_all_dim"):
+            del c["rope_parameters"][key]
+    c["sliding_window"] = any_of(rng, *WINDOWS) if i % 5 == 4 else None
+    if i % 3 == 2:
+        c["rope_parameters"].update(mscale=1.0, mscale_all_dim=1.0)
+        c["sliding_window"] = None
+        marks.append("gguf")
+    elif i % 3 == 1:
+        marks.append("multimodal")
 
 
 def qwen(rng, i, c, marks):
@@ -345,7 +368,8 @@ def qwen35_moe(rng, i, c, marks):
         marks.append("stacked")
 
 
-FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
+OUTER = {"ministral3": "mistral3"}  # configs that wrap it, where the name is another one's
+FAMILIES = {"llama": llama, "mistral": mistral, "ministral3": ministral3, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
             "gemma2": gemma2, "gemma3_text": gemma3, "gemma4_text": gemma4, "gemma4_unified_text": gemma4,
             "phi3": phi3, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35,
             "qwen3_5_moe_text": qwen35_moe}
@@ -469,8 +493,8 @@ def save_shards(tensors, path):
 
 # ---- 4. GGUF ----
 
-ARCHS = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
-PERMUTED = ("llama", "smollm3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
+ARCHS = {"ministral3": "mistral3", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
+PERMUTED = ("llama", "smollm3", "ministral3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
 
 
 def make_gguf(case, model, path):
@@ -585,6 +609,9 @@ def add_scaling(w, p, head_dim):
         w.add_rope_scaling_factor(p["factor"])
         if kind == "yarn":
             w.add_rope_scaling_orig_ctx_len(p["original_max_position_embeddings"])
+        if "llama_4_scaling_beta" in p:
+            w.add_rope_scaling_yarn_log_mul(p["mscale_all_dim"])
+            w.add_attn_temperature_scale(p["llama_4_scaling_beta"])
 
 
 def llama3_factors(p, dim):
