@@ -118,9 +118,8 @@ static int attend_ranges(const AttendBatch *batch, const AttendRun *run, int g, 
 // Whether some row of the run sees a pair of the page.
 static bool reads_page(const AttendBatch *batch, const AttendRun *run, int g, int page) {
     const KVHead *h = kvcache_head(batch->kv, run->seq, batch->layer, g);
-    int window = batch->kv->shape.window[batch->layer];
     int lo = h->dropped + page * PAGE, hi = lo + PAGE;
-    if (window && hi <= h->len - run->n - window + 1) return false;
+    if (hi <= kvshape_first(&batch->kv->shape, batch->layer, h->len - run->n)) return false;
     Range range[MAX_RANGES];
     int n_subset, n = attend_ranges(batch, run, g, range, &n_subset);
     for (int i = 0; i < n; i++) {
@@ -216,13 +215,15 @@ int kvcache_slack(const KVCache *kv, int seq) {
         slack = min_int(slack, KV_SETTLE_STEP - 1 - kv->seqs[seq].next_pos % KV_SETTLE_STEP);
     for (int i = 0; i < kv->n_heads; i++) {
         const KVHead *h = &kv->seqs[seq].head[i];
-        int layer = kv->layer[i], window = kv->shape.window[layer];
+        int layer = kv->layer[i];
         slack = min_int(slack,
                         tokens_per_tile(kv->shape.n_heads / kvshape_heads(&kv->shape, layer)) - 1);
-        int behind = h->len + 1 - (window - 1) - h->dropped;  // pairs that a window has left
         int room = split_pages(h) * SPLITS * PAGE - (h->len - h->dropped);  // in these ranges
         slack = min_int(slack, room - 1);
-        if (window > 0) slack = min_int(slack, PAGE - 1 - (behind > 0 ? behind % PAGE : 0));
+        // No page may be left behind by the last of them, nor before.
+        while (slack > 0 &&
+               kvshape_first(&kv->shape, layer, h->len + slack + 1) >= h->dropped + PAGE)
+            slack--;
     }
     return max_int(slack, 0);
 }
@@ -357,14 +358,13 @@ static double run_ops(const AttendBatch *batch, const AttendRun *run) {
     const KVShape *shape = &batch->kv->shape;
     const KVScoring *s = scores_run(batch, run->seq) ? batch->kv->scoring : NULL;
     Range range[MAX_RANGES];
-    int window = shape->window[batch->layer];
     double pairs = 0.0;
     for (int i = 0; i < run->n * batch->n_kv_heads; i++) {
         int g = i % batch->n_kv_heads, held = s ? scoring_held(batch, g) : 0;
         int n_subset, n_ranges = attend_ranges(batch, run, g, range, &n_subset);
         const KVHead *h = kvcache_head(batch->kv, run->seq, batch->layer, g);
         int end = h->len - run->n + i / batch->n_kv_heads + 1;  // its own pair is the last
-        int begin = max_int(h->dropped, window ? end - window : 0);
+        int begin = max_int(h->dropped, kvshape_first(shape, batch->layer, end - 1));
         for (int j = 0; j < n_ranges; j++)
             pairs += max_int(min_int(range[j].hi, end) - max_int(range[j].lo, begin), 0);
         if (s) pairs += 0.5 * max_int(min_int(s->t1 + held, end) - s->t0 - held, 0);

@@ -57,7 +57,7 @@ typedef struct {
 typedef struct {
     const KVCache *kv;
     const KVHead *head;
-    int n, group, window, head_dim;
+    int n, group, layer, head_dim;
     int first;  // pair of the first token's own key; the token after it owns the next pair
     const uint8_t *chosen;  // [tokens][choice_pages] of the head, NULL: all is read
     const float *pairs;     // [tokens][n_heads][choice_pages][64] from the head's first on, or NULL

@@ -399,9 +399,8 @@ void kvcache_append(KVCache *kv, int layer, const KVRun *runs, int n_runs, const
 }
 
 // Whole pages that the next token can no longer see are let go.
-static void drop_window(KVCache *kv, KVHead *h, int window) {
-    int unseen = h->len - (window - 1) - h->dropped;  // the next token sees itself and window - 1
-    int n = unseen / PAGE;
+static void drop_window(KVCache *kv, KVHead *h, int layer) {
+    int n = (kvshape_first(&kv->shape, layer, h->len) - h->dropped) / PAGE;
     if (n <= 0) return;
     for (int i = 0; i < n; i++) page_unref(kv, h->page[i]);
     memmove(h->page, h->page + n, (size_t)(h->n_pages - n) * sizeof *h->page);
@@ -415,8 +414,8 @@ void kvcache_advance(KVCache *kv, const KVRun *runs, int n_runs) {
     for (int r = 0; r < n_runs; r++) {
         kv->seqs[runs[r].seq].next_pos += runs[r].n;
         for (int i = 0; i < kv->n_heads; i++) {
-            int window = kv->shape.window[kv->layer[i]];
-            if (window > 0) drop_window(kv, &kv->seqs[runs[r].seq].head[i], window);
+            int layer = kv->layer[i];
+            if (kv->shape.window[layer] > 0) drop_window(kv, &kv->seqs[runs[r].seq].head[i], layer);
         }
     }
 }

@@ -60,6 +60,8 @@ typedef struct {
     // [n_layers] pairs a token sees in this layer, itself included; 0 = all; NO_PAIRS: none, the
     // layer keeps a state.
     const int *window;
+    // Windows do not slide: a token sees the pairs of its own chunk of so many positions (Llama 4).
+    bool chunks;
     int state;                             // floats of such a layer's state
     int window_kv_heads, window_head_dim;  // of the layers with one; 0: as the others (Gemma 4)
     // [n_layers] whose pairs a layer reads: its own, or those of a layer before it that has the
@@ -75,6 +77,14 @@ static inline int kvshape_heads(const KVShape *s, int l) {
 }
 static inline int kvshape_dim(const KVShape *s, int l) {
     return s->window[l] > 0 && s->window_head_dim ? s->window_head_dim : s->head_dim;
+}
+// The first pair that the token of pair t sees in layer l. Where there is a window nothing is
+// evicted, so that t is a position.
+static inline int kvshape_first(const KVShape *s, int l, int t) {
+    int window = s->window[l];
+    if (window <= 0) return 0;
+    if (s->chunks) return t - t % window;
+    return t < window ? 0 : t - window + 1;
 }
 static inline int kvshape_owner(const KVShape *s, int l) { return s->owner ? s->owner[l] : l; }
 // Whether it has pairs of its own.

@@ -523,6 +523,9 @@ static int read_heads(Saved *s, const KVModel *model, char *err) {
                         s->window[layer] == NO_PAIRS ? "keeps a state" : "lacks a head");
         if (gone > 0 && s->window[layer] == 0)
             return fail(err, "layer %d has no window, but %d of its pairs left one", layer, gone);
+        if (model && model->shape.chunks && s->window[layer] > 0 && has_head(s, i) &&
+            pairs != s->next_pos)  // chunks go by positions
+            return fail(err, "layer %d: %d pairs after %d tokens", layer, pairs, s->next_pos);
         n += head_pages(s, i);
     }
     if (n > MAX_PAIRS) return fail(err, "heads of %ld pages", n);

@@ -61,10 +61,10 @@ int kvcache_take(KVCache *kv, const KVCache *from, int seq, char *err) {
 
 // How many pairs of a head stand before position pos, -1: it cannot be cut there, because a window
 // has left pairs behind that are seen again, or pages have settled that would not have yet.
-static int pairs_before(const KVCache *kv, const KVHead *h, int window, int pos) {
+static int pairs_before(const KVCache *kv, const KVHead *h, int layer, int pos) {
     int n = h->len - h->dropped;
     while (n > 0 && kv->pages[h->page[(n - 1) / PAGE]].pos[(n - 1) % PAGE] >= pos) n--;
-    if (window > 0 && h->dropped > 0 && h->dropped > pos - (window - 1)) return -1;
+    if (h->dropped > 0 && h->dropped > kvshape_first(&kv->shape, layer, pos)) return -1;
     if (n % PAGE != 0 && kv->pages[h->page[n / PAGE]].class != PAGE_EXACT) return -1;
     for (int i = max_int(n / PAGE - 1, 0); i < pages_for(n) && n < h->len - h->dropped; i++)
         if (kv->pages[h->page[i]].class == PAGE_SETTLED) return -1;
@@ -75,10 +75,10 @@ bool kvcache_cut(KVCache *kv, int seq, int pos) {
     KVSeq *s = &kv->seqs[seq];
     if (s->state && pos < s->next_pos) return false;
     for (int i = 0; i < kv->n_heads; i++)
-        if (pairs_before(kv, &s->head[i], kv->shape.window[kv->layer[i]], pos) < 0) return false;
+        if (pairs_before(kv, &s->head[i], kv->layer[i], pos) < 0) return false;
     for (int i = 0; i < kv->n_heads; i++) {
         KVHead *h = &s->head[i];
-        h->len = pairs_before(kv, h, kv->shape.window[kv->layer[i]], pos);
+        h->len = pairs_before(kv, h, kv->layer[i], pos);
         while (h->n_pages > pages_used(h)) page_unref(kv, h->page[--h->n_pages]);
         h->settled = min_int(h->settled, h->n_pages);
     }

@@ -66,7 +66,7 @@ void tile_load(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, i
                              run->choice_pages * PAGE;
     t->mixed = false;
     t->n = 0, t->group = batch->group, t->head_dim = batch->head_dim;
-    t->window = shape->window[batch->layer];
+    t->layer = batch->layer;
     t->first = t->head->len - run->n + token;
     tile_add(t, batch, run, g, token, min_int(tokens_per_tile(t->group), run->n - token));
 }
@@ -158,15 +158,20 @@ void tile_scores(Tile *t, const KVPage *p, const KVPage *ahead) {
 
 // ---- the online softmax ----
 
+// The first pair that the row with its own pair at `own` sees.
+static int first_seen(const Tile *t, int own) {
+    return kvshape_first(&t->kv->shape, t->layer, own);
+}
+
 // A row sees the pairs of r up to its own one, and with a window no further back than that. On the
 // page whose first pair is base the scores of all others become -inf, so that their weights are 0.
 static void hide_unseen(Tile *t, int base, Range r) {
     int last = t->first + (t->n - 1) / t->group;
     bool whole = r.lo <= base && min_int(r.hi, t->first + 1) >= base + PAGE;
-    if (whole && (!t->window || last - t->window < base)) return;
+    if (whole && first_seen(t, last) <= base) return;
     for (int i = 0; i < t->n; i++) {
         int own = t->first + i / t->group;
-        int lo = max_int(r.lo, t->window ? own - t->window + 1 : 0) - base;
+        int lo = max_int(r.lo, first_seen(t, own)) - base;
         int hi = max_int(min_int(r.hi, own + 1) - base, 0);
         for (int c = 0; c < min_int(lo, PAGE); c++) t->s[i * PAGE + c] = -INFINITY;
         for (int c = hi; c < PAGE; c++) t->s[i * PAGE + c] = -INFINITY;
@@ -253,7 +258,7 @@ static void attend_page(Tile *t, int page, Range r) {
 
 void tile_attend(Tile *t, Range r) {
     int last = t->first + (t->n - 1) / t->group;
-    r.lo = max_int(max_int(r.lo, t->head->dropped), t->window ? t->first - t->window + 1 : 0);
+    r.lo = max_int(max_int(r.lo, t->head->dropped), first_seen(t, t->first));
     r.hi = min_int(r.hi, last + 1);
     if (r.lo >= r.hi) return;
     for (int p = (r.lo - t->head->dropped) / PAGE; p * PAGE + t->head->dropped < r.hi; p++)

@@ -23,7 +23,8 @@ static inline float *randoms(size_t n) {
 }
 
 static char err[ERR_LEN];
-static const int no_window[L] = {0, 0}, one_window[L] = {0, 70};
+static const int no_window[L] = {0, 0}, one_window[L] = {0, 70}, wide_window[L] = {0, 300};
+static const int one_chunk[L] = {0, 70}, wide_chunk[L] = {0, 300};  // windows that are chunks
 
 static inline int n_free(const KVCache *kv) {
     int n = 0;
@@ -37,7 +38,8 @@ static inline KVShape shape_with(const int *window) {
                      .n_kv_heads = KV,
                      .head_dim = D,
                      .scale = 0.7f,
-                     .window = window};
+                     .window = window,
+                     .chunks = window == one_chunk || window == wide_chunk};
 }
 
 static inline KVShape one_layer(int n_heads, int n_kv_heads, int head_dim, const int *window) {

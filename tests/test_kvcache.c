@@ -31,6 +31,7 @@ static void test_attention(KVTypes types, const int *window, float softcap) {
                 for (int h = 0; h < HEADS; h++) {
                     double want[D];
                     int lo = window[l] && hi > window[l] ? hi - window[l] : 0;
+                    if (shape.chunks && window[l]) lo = (hi - 1) / window[l] * window[l];
                     brute(&kv, runs[r].seq, l, h, q + (row * HEADS + h) * D, lo, hi, want, NULL);
                     for (int j = 0; j < D; j++)
                         CHECK_NEAR(out[(row * HEADS + h) * D + j], want[j], allowed(&kv, exact));
@@ -42,7 +43,7 @@ static void test_attention(KVTypes types, const int *window, float softcap) {
     }
     KVHead *h = kvcache_head(&kv, a, 1, 0);
     if (window[1])
-        CHECK(h->dropped == (407 - 69) / 64 * 64 &&
+        CHECK(h->dropped == (shape.chunks ? 407 / 70 * 70 : 407 - 69) / 64 * 64 &&
               h->n_pages < 5);  // a window of pages, not the whole past
     kvcache_close(&kv);
     kvcache_close(&kv);
@@ -189,6 +190,51 @@ static void test_company(KVTypes types, const int *window) {
         }
         CHECK(wrong == 0);
         free(q), free(k), free(v), free(together), free(one);
+    }
+    kvcache_close(&kv);
+}
+
+// As many tokens as kvcache_slack allows, read together, get the bits that they get one by one.
+static void test_slack(const int *window) {
+    KVCache kv;
+    KVShape shape = shape_with(window);
+    int none = 0, most = 0;
+    size_t width = HEADS * D;
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), NULL, err) == 0);
+    int seq = kvcache_new(&kv, err);
+    append_random(&kv, seq, 530, NULL);
+    for (int i = 0; i < 140; i++) {
+        int n = 1 + kvcache_slack(&kv, seq), fork = kvcache_fork(&kv, seq, err);
+        float *q = randoms((size_t)n * width), *k = randoms((size_t)n * KV * D),
+              *v = randoms((size_t)n * KV * D), *out = malloc(2 * (size_t)n * width * sizeof *out);
+        step(&kv, &(KVRun){fork, n}, 1, out, q, k, v);
+        kvcache_drop(&kv, fork), fork = kvcache_fork(&kv, seq, err);
+        for (size_t t = 0; t < (size_t)n; t++)
+            step(&kv, &(KVRun){fork, 1}, 1, out + (n + t) * width, q + t * width, k + t * KV * D,
+                 v + t * KV * D);
+        CHECK(memcmp(out, out + n * width, (size_t)n * width * sizeof *out) == 0);
+        kvcache_drop(&kv, fork);
+        append_random(&kv, seq, 1, NULL);
+        none += n == 1, most += n == KV_LONG_RUN - 1;
+        free(q), free(k), free(v), free(out);
+    }
+    CHECK(none <= (window[1] ? 4 : 0) && most > 100);
+    kvcache_close(&kv);
+}
+
+// Back to a position: not where a window has left behind what would be seen again.
+static void test_cut(const int *window) {
+    KVCache kv;
+    KVShape shape = shape_with(window);
+    CHECK(kvcache_open(&kv, &shape, kvcache_both(KV_F16), NULL, err) == 0);
+    int seq = kvcache_new(&kv, err);
+    append_random(&kv, seq, 360, NULL);
+    int gone = kvcache_head(&kv, seq, 1, 0)->dropped;
+    CHECK(gone == (shape.chunks ? 320 : 256));
+    for (int pos = 359; pos > 300; pos--) {
+        int first = shape.chunks ? pos / 70 * 70 : pos - 69, fork = kvcache_fork(&kv, seq, err);
+        CHECK(kvcache_cut(&kv, fork, pos) == (first >= gone));
+        kvcache_drop(&kv, fork);
     }
     kvcache_close(&kv);
 }
@@ -774,7 +820,7 @@ int main(int argc, char **argv) {
         KVTypes t = types_of(types[i]);
         bool codes = t.k > KV_F32 || t.v > KV_F32;
         test_attention(t, no_window, 0);
-        test_attention(t, one_window, 0);
+        test_attention(t, one_window, 0), test_attention(t, one_chunk, 0);
         test_demote(t);
         test_fitted(t, i % 2 ? 0.5f : 0);
         if (codes) test_settle(t, no_window), test_settle(t, one_window);
@@ -791,8 +837,11 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 3 && !quick; i += 2) {
         test_thread_bits(types_of(types[i]));
         test_company(types_of(types[i]), no_window), test_company(types_of(types[i]), one_window);
+        test_company(types_of(types[i]), one_chunk);
     }
     if (!quick) test_thread_bits(types_of("f16")), test_company(types_of("f16"), no_window);
+    test_slack(no_window), test_slack(wide_window), test_slack(wide_chunk);
+    test_cut(one_window), test_cut(one_chunk);
     test_fork_and_rewind();
     test_worked_example();
     for (int i = 0; i < 32; i += quick ? 5 : 1) {

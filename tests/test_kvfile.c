@@ -241,6 +241,33 @@ static void test_page_classes(void) {
     kvcache_close(&kv);
 }
 
+// A cache whose windows are chunks goes on as it would have, across the end of one; chunks go by
+// positions, so that a file with fewer pairs than tokens in such a layer is refused.
+static void test_chunks(void) {
+    KVCache kv, back;
+    KVModel model = {shape_with(one_chunk), "f1f2"};
+    int ids[130], seq;
+    float a[30 * HEADS * D], b[30 * HEADS * D];
+    KVInfo got;
+    for (int i = 0; i < 130; i++) ids[i] = i;
+    KVInfo info = whole_info(&model, ids, 130);
+    CHECK(kvcache_open(&kv, &model.shape, kvcache_both(KV_F16), NULL, err) == 0);
+    append_random(&kv, seq = kvcache_new(&kv, err), 130, NULL);
+    CHECK(kvfile_save(&kv, seq, file, &info, err) == 0);
+    if (CHECK(kvfile_load(&back, file, &model, NULL, &got, err) == 0)) {
+        seed = 5, append_random(&back, 0, 30, a);
+        seed = 5, append_random(&kv, seq, 30, b);
+        CHECK(memcmp(a, b, sizeof a) == 0);
+        kvcache_close(&back);
+    }
+    kv.seqs[seq].next_pos++;
+    CHECK(kvfile_save(&kv, seq, file, &info, err) == 0);
+    CHECK(kvfile_load(&back, file, &model, NULL, &got, err) == -1);
+    CHECK(strstr(err, "layer 1: 160 pairs after 161 tokens") != NULL);
+    remove(file);
+    kvcache_close(&kv);
+}
+
 int main(int argc, char **argv) {
     const char *const types[] = {"q8/q4", "f16", "f32", "q8", "q4", "q2", "f16/q8", "q4/f32"};
     kernels_init(argc > 1 ? argv[1] : NULL);
@@ -248,5 +275,6 @@ int main(int argc, char **argv) {
     for (int i = 0; i < (getenv("QUICK") ? 1 : 8); i++) test_files(types_of(types[i]));
     test_unmixed();
     test_page_classes();
+    test_chunks();
     return test_end("test_kvfile");
 }
