@@ -187,6 +187,9 @@ const Policy policies[] = {
                  .lo = 1,
                  .hi = 1 << 20,
                  .help = "distances 1, 2, 4, .. up to this one count alike"}}},
+    {.name = "qfilters",
+     .live = &qfilters_method,
+     .help = "keys along the direction that the queries so far have in common (arXiv 2503.02812)"},
     {.name = "duo",
      .score = score_duo,
      .help = "retrieving heads by the profile's largest scores; of others the ends (arXiv "
@@ -357,7 +360,6 @@ static const Policy *row_find(const char *name, size_t n) {
 const char *policy_why_not(const char *name) {
     static const char *const left_out[][2] = {
         {"think", "drops channels of keys, not pairs: a type of page, not a policy"},
-        {"qfilters", "needs directions of queries that no profile holds"},
         {"dms", "has trained gates; its rule is --threshold"},
         {"fastkvzip", "has trained gates"},
         {"restorekv", "has trained embeddings; --fit makes up for what went in closed form"},

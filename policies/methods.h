@@ -29,6 +29,7 @@ extern const LiveMethod tova_method;                          // arXiv 2401.0610
 extern const LiveMethod triattention_method;                  // arXiv 2604.04921, centres.c
 extern const LiveMethod capkv_method;                         // arXiv 2604.25975, centres.c
 extern const LiveMethod compactor_method;                     // arXiv 2507.08143, compactor.c
+extern const LiveMethod qfilters_method;                      // arXiv 2503.02812, qfilters.c
 
 // ---- for the tables: Policy.head, and its like (geometry.c) ----
 
@@ -55,6 +56,11 @@ void factorize(double *g, int k, double ridge);
 
 // x^T (L L^T)^-1 x, x [k], k <= MAX_HEAD_DIM.
 float leverage_of(const double *l, const float *x, int k);
+
+// f [d] = the first right singular vector of rows whose products sum up to `products` [d][d] and
+// which sum up to `sum` [d], as a unit vector with the sign by which it points along that sum. 0
+// where the sum is 0. (qfilters.c)
+void first_direction(float *f, const float *products, const float *sum, int d);
 
 // ---- repeating (kvzip.c) ----
 

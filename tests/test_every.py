@@ -20,7 +20,7 @@ SMOL = os.path.join(FIXTURES, "smol.kvz")
 TEXT = "The miller kept seven geese by the old bridge. In spring the river rose, and the bridge went with it. " * 3
 ASKS = ["finch", "task"]  # these need a question
 NAMED = ["h2o", "scissorhands", "criticalkv", "finch", "task", "nacl", "pyramidinfer", "infinipot", "fastgen", "duo",
-         "chunkkv", "dcp", "ltp", "lagkv", "leverage", "simlayerkv", "triattention", "curdkv", "tova", "keydiff"]
+         "chunkkv", "dcp", "ltp", "lagkv", "leverage", "simlayerkv", "triattention", "curdkv", "tova", "keydiff", "qfilters"]
 DECODE = ["h2o", "tova", "scissorhands", "keydiff", "triattention"]
 
 
@@ -58,7 +58,7 @@ def test_policies(d, compress):
     for p in ASKS + ["chunkkv:finch"]:
         refuses("policy %s needs --question TEXT" % p, *compress, "--policy", p)
     refuses("there is no question in it", *compress, "--policy", "finch", "--question", " ")
-    for p, why in [("think", "drops channels of keys"), ("adakv", "--level layer"), ("qfilters", "no profile holds")]:
+    for p, why in [("think", "drops channels of keys"), ("adakv", "--level layer")]:
         refuses("--policy %s is not one of them: it" % p, *compress, "--policy", p)
         refuses(why, *compress, "--policy", p)
     for bad in ["chunkkv:", "chunkkv:chunkkv", "knorm:chunkkv", "chunkkv:no"]:

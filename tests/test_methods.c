@@ -3,6 +3,7 @@
 #include "fixture.h"
 #include "kernels/matmul.h"
 #include "policies.h"
+#include "policies/methods.h"
 
 enum { CTX = 150, ROOM = 1024, SEEN = 256, ASKED = 5 };
 
@@ -672,6 +673,79 @@ static void test_triattention(Fixture *f, int n_prefix) {
     free(k), free(v), seen_close(&seen, &s);
 }
 
+// ---- Q-Filters ----
+
+// v [d] = the first right singular vector of a [n][d], by turning its columns against each other
+// until all are orthogonal (one-sided Jacobi), with the sign of 1^T u. a is overwritten.
+static void naive_first_singular(double *a, int n, int d, double *v) {
+    double *turn = calloc((size_t)d * d, sizeof *turn), longest = -1;
+    int first = 0;
+    for (int i = 0; i < d; i++) turn[i * d + i] = 1;
+    for (int round = 0; round < 30; round++) {
+        for (int i = 0; i < d; i++) {
+            for (int j = i + 1; j < d; j++) {
+                double ii = 0, jj = 0, ij = 0;
+                for (int r = 0; r < n; r++) {
+                    ii += a[r * d + i] * a[r * d + i], jj += a[r * d + j] * a[r * d + j];
+                    ij += a[r * d + i] * a[r * d + j];
+                }
+                double angle = 0.5 * atan2(2 * ij, ii - jj), c = cos(angle), s = sin(angle);
+                for (int r = 0; r < n + d; r++) {
+                    double *x = r < n ? a + r * d : turn + (r - n) * d, xi = x[i], xj = x[j];
+                    x[i] = c * xi + s * xj, x[j] = c * xj - s * xi;
+                }
+            }
+        }
+    }
+    for (int i = 0; i < d; i++) {
+        double length = 0;
+        for (int r = 0; r < n; r++) length += a[r * d + i] * a[r * d + i];
+        if (length > longest) longest = length, first = i;
+    }
+    double sum = 0;
+    for (int r = 0; r < n; r++) sum += a[r * d + first];
+    for (int j = 0; j < d; j++) v[j] = turn[j * d + first] * (sum < 0 ? -1 : 1);
+    free(turn);
+}
+
+static void test_qfilters(Fixture *f, int n_prefix) {
+    Seen seen;
+    Scored s;
+    const Config *m = &f->model.config;
+    int d = m->head_dim, group = m->n_heads / m->n_kv_heads;
+    seen_open(&seen, &s, f, "qfilters", NULL, n_prefix);
+    double *k = malloc(sizeof *k * s.n * d), *v = malloc(sizeof *v * s.n * d);
+    double *q = malloc(sizeof *q * s.n * d);
+    for (int h = 0; h < s.heads; h++) {
+        double want[ROOM] = {0}, direction[MAX_HEAD_DIM];
+        int layer = at_head(&s, h).layer;
+        pairs_of(&s, h, false, k, v);
+        for (int i = 0; i < group; i++) {
+            int q_head = h % m->n_kv_heads * group + i;
+            for (int x = 0; x < s.n * d; x++)
+                q[x] = seen.q[(((size_t)layer * SEEN + x / d) * m->n_heads + q_head) * d + x % d];
+            naive_first_singular(q, s.n, d, direction);
+            for (int x = 0; x < s.n * d; x++) want[x / d] += direction[x % d] * k[x] / group;
+        }
+        check_head(&s, h, want, 1e-4);
+    }
+    free(k), free(v), free(q), seen_close(&seen, &s);
+}
+
+// Queries (2, 1) and (1, 2): Q^T Q = (5 4; 4 5), whose first vector is (1, 1) / sqrt 2. Their
+// negatives have the same products and the other sign. Of (3, 0), (0, -2) it is (1, 0), of none 0.
+static void test_first_direction(void) {
+    float f[2];
+    first_direction(f, (float[]){5, 4, 4, 5}, (float[]){3, 3}, 2);
+    CHECK_NEAR(f[0], sqrt(0.5), 1e-6), CHECK_NEAR(f[1], sqrt(0.5), 1e-6);
+    first_direction(f, (float[]){5, 4, 4, 5}, (float[]){-3, -3}, 2);
+    CHECK_NEAR(f[0], -sqrt(0.5), 1e-6), CHECK_NEAR(f[1], -sqrt(0.5), 1e-6);
+    first_direction(f, (float[]){9, 0, 0, 4}, (float[]){3, -2}, 2);
+    CHECK_NEAR(f[0], 1, 1e-6), CHECK_NEAR(f[1], 0, 1e-6);
+    first_direction(f, (float[]){0, 0, 0, 0}, (float[]){0, 0}, 2);
+    CHECK(f[0] == 0 && f[1] == 0);
+}
+
 // ---- kvpress ----
 
 // How far scores are from kvpress' (tests/fixtures/make_methods.py), relative to 1 or more; of the
@@ -715,6 +789,7 @@ static void test_kvpress(const char *family) {
                {"compactor", "compactor", "sketch=0,block=74", 8, N - 4, 2e-3},
                {"capkv", "capkv", NULL, 4, N, 1e-4},
                {"finch", "finch", NULL, 0, N, 1e-4},
+               {"qfilters", "qfilters", NULL, 0, N, 1e-4},
                {"lagkv", "lagkv", "lag=16", 0, N, 1.01 / 16}};
     char path[128];
     Fixture f;
@@ -758,6 +833,7 @@ static void test_names(void) {
 int main(int argc, char **argv) {
     static const char *const families[] = {"smol", "qwen3"};
     test_names();
+    test_first_direction();
     if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) {
         printf("test_methods: no %s on this machine\n", argv[1]);
         return 0;
@@ -782,6 +858,7 @@ int main(int argc, char **argv) {
             test_fastgen(&f, "window=20,frequent=0.1,local=0.2,mass=0.3", 0.3, n_prefix);
             test_chunkkv(&f, n_prefix), test_criticalkv(&f, n_prefix);
             test_triattention(&f, n_prefix);
+            test_qfilters(&f, n_prefix);
         }
         test_nacl(&f);
         fixture_close(&f);
