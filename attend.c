@@ -181,6 +181,7 @@ static void attend_block(const AttendBatch *batch, const AttendRun *run, int g, 
     int n_subset, n_ranges = attend_ranges(batch, run, g, ranges, &n_subset);
     tile_load(&t, batch, run, g, token);
     tile_start(&t);
+    tile_sink(&t, batch, g);
     for (int i = 0; i < n_ranges; i++) {
         tile_attend(&t, ranges[i]);
         if (i == n_subset - 1 && scores_run(batch, run->seq))
@@ -315,9 +316,11 @@ static void merge_unit(void *ctx, int unit) {
     int d = batch->head_dim, n_heads = batch->kv->shape.n_heads;
     int token = unit / batch->n_runs / n_heads, h = unit / batch->n_runs % n_heads;
     if (run->splits == 1 || token >= run->n) return;
-    float max = -INFINITY, sum = 0.0f, *out = out_row(batch, run->row + token, h);
+    float sink = kvshape_sink(&batch->kv->shape, batch->layer, h);
+    float max = sink, sum = 0.0f, *out = out_row(batch, run->row + token, h);
     const float *partial = partial_at(batch, run->slot + token, h, 0);
     for (int i = 0; i < run->splits; i++) max = fmaxf(max, partial[i * (d + 2)]);
+    if (batch->kv->shape.sinks) sum = expf(sink - max);
     memset(out, 0, (size_t)d * sizeof *out);
     for (int i = 0; i < run->splits; i++) {
         const float *p = partial + i * (d + 2);

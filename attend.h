@@ -94,6 +94,8 @@ void tile_add(Tile *t, const AttendBatch *batch, const AttendRun *run, int g, in
 // and o.
 void tile_pack(Tile *t);
 void tile_start(Tile *t);
+// Where heads have sinks, the rows of kv head g take theirs in: once among all ranges of a row.
+void tile_sink(Tile *t, const AttendBatch *batch, int g);
 
 // s [n][64] = q . k of the page, scaled and capped; ahead is a page that will be read later, or the
 // page itself.

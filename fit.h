@@ -16,7 +16,8 @@ typedef struct {
     int n_rows;       // queries: positions times query heads of the group
     const float *q;   // [n_rows][head_dim] after RoPE, times the attention scale
     float softcap;    // as KVShape
-    // [n_rows] log of the sum of exp over what each query sees beside the pairs; NULL: nothing.
+    // [n_rows] log of the sum of exp over what each query sees beside the pairs, its head's sink
+    // included; NULL: nothing.
     const float *own;
     bool biases;   // fit them as well
     double ridge;  // lambda: towards the original values

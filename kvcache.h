@@ -67,6 +67,9 @@ typedef struct {
     // [n_layers] whose pairs a layer reads: its own, or those of a layer before it that has the
     // same heads and window (Gemma 4); NULL: all their own.
     const int *owner;
+    // [n_layers][n_heads] logit of a head's sink, which takes part in each softmax and has no value
+    // (gpt-oss); NULL: none.
+    const float *sinks;
 } KVShape;
 
 enum { NO_PAIRS = -1 };
@@ -87,6 +90,10 @@ static inline int kvshape_first(const KVShape *s, int l, int t) {
     return t < window ? 0 : t - window + 1;
 }
 static inline int kvshape_owner(const KVShape *s, int l) { return s->owner ? s->owner[l] : l; }
+// Logit of query head h's sink there, -inf: it has none.
+static inline float kvshape_sink(const KVShape *s, int l, int h) {
+    return s->sinks ? s->sinks[(size_t)l * s->n_heads + h] : -INFINITY;
+}
 // Whether it has pairs of its own.
 static inline bool kvshape_owns(const KVShape *s, int l) {
     return s->window[l] != NO_PAIRS && kvshape_owner(s, l) == l;

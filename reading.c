@@ -232,10 +232,12 @@ static void tile_mass(Tile *t, float *mass, int pages) {
     }
 }
 
-// Adds a row's attention to columns and diagonals, given its logs of sums.
-static void add_mass(const float *log_sum, int own_page, float *column, float *diagonal) {
-    float max = -INFINITY, sum = 0;
+// Adds a row's attention to columns and diagonals, given its logs of sums and its head's sink.
+static void add_mass(const float *log_sum, int own_page, float sink, float *column,
+                     float *diagonal) {
+    float max = sink, sum = 0;
     for (int p = 0; p <= own_page; p++) max = fmaxf(max, log_sum[p]);
+    if (sink > -INFINITY) sum = expf(sink - max);
     for (int p = 0; p <= own_page; p++) sum += expf(log_sum[p] - max);
     for (int p = 0; p <= own_page; p++) {
         float w = expf(log_sum[p] - max) / sum;
@@ -258,8 +260,11 @@ static void mass_unit(void *ctx, int unit) {
         tile_load(&t, batch, run, g, i);
         tile_pack(&t);
         tile_mass(&t, log_sum, pages);
-        for (int j = 0; j < t.n; j++)
-            add_mass(log_sum + (size_t)j * pages, (t.first + j / t.group) / PAGE, column, diagonal);
+        for (int j = 0; j < t.n; j++) {
+            float sink = kvshape_sink(&batch->kv->shape, batch->layer, g * t.group + j % t.group);
+            add_mass(log_sum + (size_t)j * pages, (t.first + j / t.group) / PAGE, sink, column,
+                     diagonal);
+        }
     }
 }
 

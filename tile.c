@@ -79,6 +79,14 @@ void tile_start(Tile *t) {
     for (int i = 0; i < t->n; i++) t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
 
+void tile_sink(Tile *t, const AttendBatch *batch, int g) {
+    const KVShape *shape = &batch->kv->shape;
+    for (int i = 0; shape->sinks && i < t->n; i++) {
+        t->max[i] = kvshape_sink(shape, batch->layer, g * t->group + i % t->group);
+        t->sum[i] = 1.0f;
+    }
+}
+
 // ---- products with a page ----
 
 // The packed side of the page at hand.

@@ -173,12 +173,13 @@ static void expect_block(const Head *h, int b, float *z, float *v_norm, int n) {
     for (int j = 0; j < pairs; j++) v_norm[b * PAGE + j] = length_of(v + j * d, d);
 }
 
-// Turns z [n] into weights, over the pairs from sink on.
-static void softmax_from(float *z, int sink, int n) {
-    float max = -INFINITY, sum = 0.0f;
-    for (int t = sink; t < n; t++) max = fmaxf(max, z[t]);
-    for (int t = sink; t < n; t++) sum += z[t] = expf(z[t] - max);
-    for (int t = sink; t < n; t++) z[t] /= sum;
+// Turns z [n] into weights, over the pairs from `first` on and the head's sink, -inf: none.
+static void softmax_from(float *z, int first, int n, float sink) {
+    float max = sink, sum = 0.0f;
+    for (int t = first; t < n; t++) max = fmaxf(max, z[t]);
+    if (sink > -INFINITY) sum = expf(sink - max);
+    for (int t = first; t < n; t++) sum += z[t] = expf(z[t] - max);
+    for (int t = first; t < n; t++) z[t] /= sum;
 }
 
 // score = (mean weight over the group + epsilon) |v|
@@ -195,7 +196,8 @@ static void expect_head(const Head *h) {
     for (int b = 0; b < head_blocks(h); b++) expect_block(h, b, z, v_norm, n);
     memset(h->score, 0, (size_t)h->n * sizeof *h->score);
     for (int i = 0; i < group; i++) {
-        softmax_from(z + (size_t)i * n, e->sink, n);
+        float sink = kvshape_sink(&h->c->kv->shape, h->layer, h->g * group + i);
+        softmax_from(z + (size_t)i * n, e->sink, n, sink);
         for (int t = max_int(e->sink, h->first); t < n; t++)
             h->score[t - h->first] += z[(size_t)i * n + t] / (float)group;
     }

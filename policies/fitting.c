@@ -112,11 +112,12 @@ typedef struct {
 } Passing;
 
 // Of the row's own pass: log of the sum of exp(scale q . k) over the pairs from `own` on to its
-// own.
+// own, and of the head's sink.
 static float own_sum(const Fitting *f, int layer, int h, int pos, const float *q) {
     const KVShape *shape = &f->c->kv->shape;
     int d = shape->head_dim, first = f->c->n_prefix + f->c->n_ctx, last = pos;
-    float k[MAX_HEAD_DIM * PAGE], s[PAGE], max = -INFINITY, sum = 0;
+    float k[MAX_HEAD_DIM * PAGE], s[PAGE], max = kvshape_sink(shape, layer, h);
+    float sum = max > -INFINITY ? 1 : 0;
     KVHeadAt at = {f->seq, layer, h / (shape->n_heads / shape->n_kv_heads)};
     for (int b = first / PAGE; b * PAGE <= last; b++) {
         kvcache_block(f->c->kv, at, b, k, NULL);
@@ -201,7 +202,7 @@ static int pairs_of(const Context *c, int h) {
 }
 
 // The queries of kv head h, of all heads of its group, at n positions, as f32 times the scale: q
-// [group * n][d].
+// [group * n][d]; own [group * n] of what they see beside the pairs.
 static void gather_queries(const Apply *a, Desk *desk, int h, int n) {
     const Fitting *f = a->f;
     const Context *c = a->c;
@@ -209,7 +210,8 @@ static void gather_queries(const Apply *a, Desk *desk, int h, int n) {
     const KVShape *shape = &c->kv->shape;
     int group = shape->n_heads / shape->n_kv_heads, d = shape->head_dim;
     int scored = h / shape->n_kv_heads, layer = kvcache_scored_layer(shape, scored);
-    size_t first = (size_t)scored * shape->n_heads + (size_t)(h % shape->n_kv_heads) * group;
+    int head = h % shape->n_kv_heads * group;  // the first query head
+    size_t first = (size_t)scored * shape->n_heads + head;
     for (int i = 0; i < SPREAD && !f->repeats; i++)
         model_rope(m, layer, c->n_prefix + c->n_ctx + i, desk->rope + (size_t)i * d);
     for (int i = 0; i < group; i++) {
@@ -220,7 +222,8 @@ static void gather_queries(const Apply *a, Desk *desk, int h, int n) {
             kern.f16_to_f32(to, f->q + from * d, (size_t)d);
             if (!f->repeats) model_rotate(m, to, desk->rope + (size_t)(37 * slot % SPREAD) * d);
             kern.scale(to, shape->scale, d);
-            desk->own[(size_t)i * n + j] = f->own[from];
+            desk->own[(size_t)i * n + j] =
+                f->repeats ? f->own[from] : kvshape_sink(shape, layer, head + i);
         }
     }
 }
@@ -262,7 +265,7 @@ static void fit_one(const Apply *a, Desk *desk, int h) {
                    .n_rows = a->positions * (shape->n_heads / shape->n_kv_heads),
                    .q = desk->q,
                    .softcap = shape->softcap,
-                   .own = f->repeats ? desk->own : NULL,
+                   .own = f->repeats || shape->sinks ? desk->own : NULL,
                    .biases = f->kind == FIT_BOTH,
                    .ridge = RIDGE,
                    .floor = FLOOR,

@@ -46,11 +46,12 @@ static void products(const Rows *r, KVHeadAt at, int token, int m, float *z, siz
     }
 }
 
-// z [room] becomes the softmax of its first n.
-static void softmax_row(float *z, int n, size_t room) {
-    float max = -INFINITY, sum = 0;
+// z [room] becomes the softmax of its first n and a sink, -inf: none.
+static void softmax_row(float *z, int n, size_t room, float sink) {
+    float max = sink, sum = 0;
     for (int t = 0; t < n; t++) max = fmaxf(max, z[t]);
     for (size_t t = (size_t)n; t < room; t++) z[t] = -INFINITY;
+    if (sink > -INFINITY) sum = expf(sink - max);
     for (size_t b = 0; b < room; b += PAGE) sum += kern.exp64(z + b, max);
     for (int t = 0; t < n; t++) z[t] /= sum;
 }
@@ -76,7 +77,8 @@ static void pass_head(void *ctx, int g) {
         for (int t = 0; t < m; t++) {
             float *w = z + (size_t)t * group * room;
             int n = len - (r->n_rows - 1 - (i + t));
-            for (int q = 0; q < group; q++) softmax_row(w + q * room, n, room);
+            for (int q = 0; q < group; q++)
+                softmax_row(w + q * room, n, room, kvshape_sink(shape, r->layer, g * group + q));
             for (int j = 0; j < n; j++) {
                 for (int q = 1; q < group; q++) w[j] += w[q * room + j];
                 w[j] /= (float)group;

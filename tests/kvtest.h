@@ -26,6 +26,10 @@ static char err[ERR_LEN];
 static const int no_window[L] = {0, 0}, one_window[L] = {0, 70}, wide_window[L] = {0, 300};
 static const int one_chunk[L] = {0, 70}, wide_chunk[L] = {0, 300};  // windows that are chunks
 
+// Logits of the sinks of shape_with's heads: that some hardly count, and some take nearly all.
+static const float some_sinks[L * HEADS] = {0.5f, -3, 2, 0, -60, 1, 3, 12, -1, 0.2f, 1, -0.5f};
+static const float *with_sinks;  // NULL: they have none
+
 static inline int n_free(const KVCache *kv) {
     int n = 0;
     for (int i = 0; i < PAGE_CLASSES; i++) n += kv->store[i].n_free;
@@ -39,7 +43,8 @@ static inline KVShape shape_with(const int *window) {
                      .head_dim = D,
                      .scale = 0.7f,
                      .window = window,
-                     .chunks = window == one_chunk || window == wide_chunk};
+                     .chunks = window == one_chunk || window == wide_chunk,
+                     .sinks = with_sinks};
 }
 
 static inline KVShape one_layer(int n_heads, int n_kv_heads, int head_dim, const int *window) {
@@ -72,7 +77,8 @@ static inline void append_random(KVCache *kv, int seq, int n, float *out) {
     if (!out) free(sink);
 }
 
-// What query head h sees of pairs [lo, hi) of a head's list, in double; lse may be NULL.
+// What query head h sees of pairs [lo, hi) of a head's list, with its sink, in double; lse may be
+// NULL.
 static inline void brute(const KVCache *kv, int seq, int layer, int h, const float *q, int lo,
                          int hi, double *out, double *lse) {
     double max = -INFINITY, sum = 0, *s = malloc((size_t)(hi + 1) * sizeof *s);
@@ -86,6 +92,9 @@ static inline void brute(const KVCache *kv, int seq, int layer, int h, const flo
         s[t] += kvcache_bias(kv, (KVHeadAt){seq, layer, h / GROUP}, t);
         max = fmax(max, s[t]);
     }
+    double sink = kvshape_sink(&kv->shape, layer, h);
+    max = fmax(max, sink);
+    sum = exp(sink - max);
     for (int i = 0; i < D; i++) out[i] = 0;
     for (int t = lo; t < hi; t++) {
         double w = exp(s[t] - max);

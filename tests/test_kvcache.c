@@ -273,6 +273,8 @@ static void test_fork_and_rewind(void) {
 static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const float *q,
                          const float *x_norm, int n, float *score) {
     double out[D], lse[2];
+    KVCache pairs = *kv;  // without sinks
+    pairs.shape.sinks = NULL;
     for (int row = 0; row < n; row++) {
         for (int h = 0; h < HEADS; h++) {
             const float *qh = q + (row * HEADS + h) * D;
@@ -282,17 +284,17 @@ static void brute_scores(const KVCache *kv, const KVScoring *s, int layer, const
             if (s->subset) {
                 const int range[3][2] = {
                     {0, s->n_prefix}, {s->t0 + held, s->t1 + held}, {s->own + held, own + 1}};
-                double sum = 0;
+                double sum = exp(kvshape_sink(&kv->shape, layer, h));
                 for (int i = 0; i < 3; i++) {
                     if (range[i][0] == range[i][1]) continue;
-                    brute(kv, s->seq, layer, h, qh, range[i][0], range[i][1], out, lse + 1);
+                    brute(&pairs, s->seq, layer, h, qh, range[i][0], range[i][1], out, lse + 1);
                     sum += exp(lse[1]);
                 }
                 lse[0] = log(sum);
             }
             for (int t = s->t0; t < s->t1 && t + held <= own; t++) {
                 double z;
-                brute(kv, s->seq, layer, h, qh, t + held, t + held + 1, out, &z);
+                brute(&pairs, s->seq, layer, h, qh, t + held, t + held + 1, out, &z);
                 double w = exp(z - lse[0]);
                 int at = ((layer * KV + h / GROUP) * s->n_ctx) + t - s->n_prefix;
                 if (s->pair_log)
@@ -811,6 +813,22 @@ static void test_refusals(void) {
     CHECK(kvcache_open(&kv, &wide, kvcache_both(KV_F16), NULL, err) == -1);
 }
 
+// Heads with sinks: attention, scores, pages of all kinds, and company.
+static void test_sinks(bool quick) {
+    with_sinks = some_sinks;
+    test_attention(types_of("f16"), one_window, 0);
+    test_fitted(types_of("f32"), 0);
+    for (int i = 0; i < 32; i += quick ? 5 : 1)
+        test_scores(i & 1, (i & 2) && (i & 1), i & 4, (i & 8) && !(i & 4), i & 16, i % 3 ? 26 : 1);
+    if (!quick) {
+        test_attention(types_of("f32"), one_window, 0.5f);
+        test_attention(types_of("q8/q4"), no_window, 0);
+        test_demote(types_of("f16"));
+        test_thread_bits(types_of("f16")), test_company(types_of("f16"), one_window);
+    }
+    with_sinks = NULL;
+}
+
 int main(int argc, char **argv) {
     bool quick = getenv("QUICK") != NULL;  // under valgrind: one case of each kind
     const char *const types[] = {"q8/q4", "f16", "f32", "q8", "q4", "q2", "f16/q8", "q4/f32"};
@@ -849,6 +867,7 @@ int main(int argc, char **argv) {
         test_scores(subset, local, sum, plus, i & 16, 1);
         test_scores(subset, local, sum, plus, i & 16, 26);
     }
+    test_sinks(quick);
     test_evict();
     test_evict_head(types_of("f32"), 1), test_evict_head(types_of("f16"), 3);
     test_refusals();

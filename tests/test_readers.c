@@ -27,7 +27,10 @@ typedef struct {
     const double *param;  // of the reader
     const float *fixed;
     const Pairs *pairs;
+    const float *sinks;  // [HEADS] of the layer, or NULL
 } Token;
+
+static double sink_of(const Token *t, int h) { return t->sinks ? exp(t->sinks[h]) : 0; }
 
 static void load_pairs(const KVCache *kv, KVHeadAt at, Pairs *p) {
     int n = kvcache_head(kv, at.seq, at.layer, at.g)->len;
@@ -232,7 +235,7 @@ typedef void NaiveChoice(const Token *t, int g, Naive *n);
 
 // out [D] of query head h over what n leaves it, with the token's scores.
 static void masked(const Token *t, const Naive *n, int h, double *out) {
-    double sum = 0;
+    double sum = sink_of(t, h);
     for (int i = 0; i < D; i++) out[i] = 0;
     for (int i = 0; i <= t->own; i++) {
         double w = exp(score_of(t, h, i) + n->add[h][i]);
@@ -268,6 +271,8 @@ static int count_wrong(const KVCache *kv, const Token *t, const Naive *n, int g,
     return wrong;
 }
 
+static const float *layer_sinks(int l) { return with_sinks ? with_sinks + l * HEADS : NULL; }
+
 // n more tokens of the sequence in one run, beside the naive reader; the pages read are counted.
 static void check_run(KVCache *kv, int seq, int n, NaiveChoice *choose) {
     static Pairs pairs;
@@ -290,7 +295,8 @@ static void check_run(KVCache *kv, int seq, int n, NaiveChoice *choose) {
                            q + i * HEADS * D,
                            kv->reading.param,
                            kv->reading.fixed,
-                           &pairs};
+                           &pairs,
+                           layer_sinks(l)};
                 none(&naive);
                 if (reader->skips && reader->skips(t.param, l))
                     for (int p = 0; p <= t.own / PAGE; p++) add_page(&naive, g, p);
@@ -504,8 +510,8 @@ static void naive_mass(Token t, int g, int n, double *column, double *diagonal) 
     for (int p = 0; p < PAGES; p++) column[p] = diagonal[p] = 0;
     for (int i = n - 64; i < n; i++) {
         for (int h = g * GROUP; h < (g + 1) * GROUP; h++) {
-            Token row = {t.own + i, t.scale, t.q + i * HEADS * D, t.param, NULL, t.pairs};
-            double sum = 0;
+            Token row = {t.own + i, t.scale, t.q + i * HEADS * D, t.param, NULL, t.pairs, t.sinks};
+            double sum = sink_of(&t, h);
             for (int j = 0; j <= row.own; j++) sum += exp(score_of(&row, h, j));
             for (int j = 0; j <= row.own; j++) {
                 double w = exp(score_of(&row, h, j)) / sum;
@@ -536,12 +542,13 @@ static void test_minference(const char *types, int before, int n) {
     for (int g = 0; g < KV; g++) {
         double column[PAGES], diagonal[PAGES];
         load_pairs(&kv, (KVHeadAt){seq, L - 1, g}, &pairs);
-        Token first = {before, kv.shape.scale, q, kv.reading.param, NULL, &pairs};
+        Token first = {before, kv.shape.scale,    q, kv.reading.param, NULL,
+                       &pairs, layer_sinks(L - 1)};
         naive_mass(first, g, n, column, diagonal);
         for (int i = 0; i < n; i++) {
             Naive naive;
-            Token t = {before + i,       kv.shape.scale, q + i * HEADS * D,
-                       kv.reading.param, NULL,           &pairs};
+            Token t = {before + i, kv.shape.scale, q + i * HEADS * D, kv.reading.param,
+                       NULL,       &pairs,         first.sinks};
             int own = t.own / PAGE;
             none(&naive);
             for (int p = 0; p <= own; p++)
@@ -652,5 +659,11 @@ int main(int argc, char **argv) {
     test_minference("f16", 37, 300);
     test_magicpig();
     test_centres();
+    with_sinks = some_sinks;
+    test_life("f16", "quest", "budget=128,layers=0", naive_quest);
+    test_life("q8/q4", "topk", "clusters=3,budget=64,first=1,last=1", naive_clusters);
+    test_life("f32", "magicpig", "bits=4,tables=12", naive_magicpig);
+    test_minference("f32", 100, 290);
+    with_sinks = NULL;
     return test_end("test_readers");
 }
