@@ -35,6 +35,37 @@ static int open_stack(Model *m, Matrix *stack, int l, const char *name, int rows
     return 0;
 }
 
+int experts_config(Config *c, const TensorFile *f, char *err) {
+    if (!tensors_meta(f, "swiglu_limit")) return 0;
+    if (c->shared_dim > 0 || c->act_gelu)
+        return fail(err, "experts that clamp have no GELU and none that all tokens use");
+    return tensors_meta_float(f, "swiglu_alpha", 1e-6, 1e6, &c->swiglu_alpha, err) != 0 ||
+                   tensors_meta_float(f, "swiglu_limit", 1e-6, 1e6, &c->swiglu_limit, err) != 0
+               ? -1
+               : 0;
+}
+
+static int open_biases(Model *m, int l, char *err) {
+    const Config *c = &m->config;
+    Experts *e = &m->layers[l].experts;
+    const struct {
+        const char *name;
+        const float **v;
+        int n;
+    } biases[] = {{"router_bias", &e->router_bias, 1},
+                  {"experts.b1", &e->b1, c->expert_dim},
+                  {"experts.b2", &e->b2, c->dim},
+                  {"experts.b3", &e->b3, c->expert_dim}};
+    for (size_t i = 0; i < sizeof biases / sizeof *biases; i++) {
+        char name[64];
+        long n = (long)c->n_experts * biases[i].n;
+        snprintf(name, sizeof name, "layers.%d.%s", l, biases[i].name);
+        if (n > INT_MAX) return fail(err, "tensor %s: %ld numbers are too many", name, n);
+        if (open_vector(biases[i].v, &m->file, name, (int)n, true, err) != 0) return -1;
+    }
+    return 0;
+}
+
 static int open_shared(Model *m, int l, char *err) {
     static const char *const names[] = {"w1", "w2", "w3"};
     const Config *c = &m->config;
@@ -61,6 +92,7 @@ int experts_open(Model *m, int l, char *err) {
         open_stack(m, &e->w3, l, "w3", c->expert_dim, c->dim, err) != 0 ||
         open_stack(m, &e->w2, l, "w2", c->dim, c->expert_dim, err) != 0)
         return -1;
+    if (c->swiglu_limit > 0 && open_biases(m, l, err) != 0) return -1;
     return c->shared_dim > 0 ? open_shared(m, l, err) : 0;
 }
 
@@ -77,6 +109,8 @@ void experts_take(RunState *s) {
     e->slot = take(s, n * used, sizeof *e->slot);
     e->first = take(s, experts + 1, sizeof *e->first);
     e->row = take(s, n * used, sizeof *e->row);
+    e->expert = take(s, n * used, sizeof *e->expert);
+    if (c->swiglu_limit > 0) e->up = take(s, n * used * (size_t)c->expert_dim, sizeof *e->up);
     e->in = take_activations(s, s->max_rows * c->n_used, c->dim);
     e->hidden = take_activations(s, s->max_rows * c->n_used, c->expert_dim);
     e->in.tiled = e->hidden.tiled = e->tiled = take(s, n * used, sizeof *e->tiled);
@@ -126,6 +160,8 @@ static void route_row(void *ctx, int i) {
     ExpertRows *e = &s->experts;
     float *p = e->probs + (size_t)i * c->n_experts, *w = e->weight + (size_t)i * c->n_used, sum = 0;
     int *chosen = e->chosen + (size_t)i * c->n_used;
+    const float *bias = s->model->layers[st->l].experts.router_bias;
+    if (bias) kern.add(p, bias, c->n_experts);
     check_row(s, i, st->l, p, c->n_experts);
     softmax(p, c->n_experts);
     for (int j = 0; j < c->n_used; j++) {
@@ -154,6 +190,7 @@ static void sort_rows(RunState *s, int n) {
     for (int i = 0; i < n * c->n_used; i++) {
         e->slot[i] = e->first[e->chosen[i]]++;
         e->row[e->slot[i]] = i / c->n_used;
+        e->expert[e->slot[i]] = e->chosen[i];
     }
     for (int x = c->n_experts; x > 0; x--) e->first[x] = e->first[x - 1];
     e->first[0] = 0;
@@ -170,9 +207,32 @@ static void gather_slot(void *ctx, int slot) {
     activations_round(&e->in, slot);
 }
 
-static void round_slot(void *ctx, int slot) {
-    RunState *s = ctx;
-    activations_round(&s->experts.hidden, slot);
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// hidden = (up + 1) gate sigmoid(alpha gate) of experts that clamp, from the two products. What is
+// no number stays none.
+static void clamp_slot(const Step *st, int slot) {
+    RunState *s = st->s;
+    const Config *c = &s->model->config;
+    const Experts *w = &s->model->layers[st->l].experts;
+    const ExpertRows *e = &s->experts;
+    float *gate = e->hidden.x + (size_t)slot * e->hidden.stride, most = c->swiglu_limit;
+    float *up = e->up + (size_t)slot * c->expert_dim;
+    size_t first = (size_t)e->expert[slot] * c->expert_dim;
+    if (w->b1) kern.add(gate, w->b1 + first, c->expert_dim);
+    if (w->b3) kern.add(up, w->b3 + first, c->expert_dim);
+    for (int i = 0; i < c->expert_dim; i++) {
+        float x = gate[i] > most ? most : gate[i];
+        float y = up[i] > most ? most : up[i] < -most ? -most : up[i];
+        gate[i] = (y + 1.0f) * x * sigmoid(c->swiglu_alpha * x);
+    }
+}
+
+static void hidden_slot(void *ctx, int slot) {
+    const Step *st = ctx;
+    RunState *s = st->s;
+    if (s->model->config.swiglu_limit > 0) clamp_slot(st, slot);
+    if (activations_rounded(&s->experts.hidden)) activations_round(&s->experts.hidden, slot);
 }
 
 // The products of expert x, number `at` of those with rows.
@@ -188,10 +248,13 @@ static void plan_expert(RunState *s, int l, int x, int at) {
     m[1] = expert_of(&w->w2, c->n_experts, x, c->dim);
     m[2] = expert_of(&w->w3, c->n_experts, x, c->expert_dim);
     rows[0] = activations_from(&e->in, first), rows[1] = activations_from(&e->hidden, first);
-    p[0] = (Product){&m[0], rows[1].x, rows[1].stride};
-    p[1] = (Product){&m[1], e->out + (size_t)first * c->dim, c->dim};
-    e->gates[at] = (Products){&rows[0], n, &p[0], 1, &m[2], &rows[0], gated_act(c)};
-    e->downs[at] = (Products){&rows[1], n, &p[1], 1, NULL, NULL, NULL};
+    p[0] = (Product){&m[1], e->out + (size_t)first * c->dim, c->dim};
+    p[1] = (Product){&m[0], rows[1].x, rows[1].stride};
+    e->gates[at] = (Products){&rows[0], n, &p[1], 1, &m[2], &rows[0], gated_act(c)};
+    e->downs[at] = (Products){&rows[1], n, &p[0], 1, NULL, NULL, NULL};
+    if (c->swiglu_limit == 0) return;
+    p[2] = (Product){&m[2], e->up + (size_t)first * c->expert_dim, c->expert_dim};
+    e->gates[at] = (Products){&rows[0], n, &p[1], 2, NULL, NULL, NULL};
 }
 
 static void plan_shared(RunState *s, int l, int n, int at) {
@@ -200,15 +263,13 @@ static void plan_shared(RunState *s, int l, int n, int at) {
     ExpertRows *e = &s->experts;
     Activations *hidden = &e->shared_hidden;
     Product *p = e->p[at];
-    p[0] = (Product){&m[0], hidden->x, hidden->stride};
-    p[1] = (Product){&m[1], e->shared_out, c->dim};
-    e->gates[at] = (Products){&s->xb, n, &p[0], 1, &m[2], &s->xb, gated_act(c)};
-    e->downs[at] = (Products){hidden, n, &p[1], 1, NULL, NULL, NULL};
+    p[0] = (Product){&m[1], e->shared_out, c->dim};
+    p[1] = (Product){&m[0], hidden->x, hidden->stride};
+    e->gates[at] = (Products){&s->xb, n, &p[1], 1, &m[2], &s->xb, gated_act(c)};
+    e->downs[at] = (Products){hidden, n, &p[0], 1, NULL, NULL, NULL};
 }
 
 // ---- the sum ----
-
-static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 static float dot(const float *x, const float *y, int n) {
     float sum = 0;
@@ -221,6 +282,7 @@ static void sum_row(void *ctx, int i) {
     RunState *s = st->s;
     const Config *c = &s->model->config;
     const ExpertRows *e = &s->experts;
+    const float *bias = s->model->layers[st->l].experts.b2;
     float *add = s->add + (size_t)i * c->dim;
     memset(add, 0, (size_t)c->dim * sizeof *add);
     for (int j = 0; j < c->n_used; j++) {
@@ -229,6 +291,9 @@ static void sum_row(void *ctx, int i) {
         check_row(s, i, st->l, e->hidden.x + slot * e->hidden.stride, c->expert_dim);
         float w = e->weight[(size_t)i * c->n_used + j];
         for (int k = 0; k < c->dim; k++) add[k] += w * y[k];
+        if (!bias) continue;
+        const float *b = bias + (size_t)e->expert[slot] * c->dim;
+        for (int k = 0; k < c->dim; k++) add[k] += w * b[k];
     }
     if (c->shared_dim == 0) return;
     const float *x = s->xb.x + (size_t)i * s->xb.stride, *y = e->shared_out + (size_t)i * c->dim;
@@ -247,7 +312,8 @@ void experts_ffn(RunState *s, int l, int n) {
     if (c->shared_dim > 0) plan_shared(s, l, n, jobs++);
     each_row(s, slots, gather_slot, s);
     matmul_all(s->pool, s->ops, e->gates, jobs);  // hidden = act(w1 in) * w3 in
-    if (activations_rounded(&e->hidden)) each_row(s, slots, round_slot, s);
+    if (c->swiglu_limit > 0 || activations_rounded(&e->hidden))
+        each_row(s, slots, hidden_slot, &(Step){s, l});
     if (c->shared_dim > 0) quantize(s, &e->shared_hidden, n, l);
     matmul_all(s->pool, s->ops, e->downs, jobs);  // out = w2 hidden
     each_row(s, n, sum_row, &(Step){s, l});

@@ -10,9 +10,12 @@ enum { MAX_EXPERTS = 1024 };
 // Weights of one layer. Those of all experts stand one after the other in one matrix, each on
 // panels of its own: a stack.
 typedef struct {
-    Matrix router;              // [n_experts] x [dim]; without data: the layer has no experts
-    Matrix w1, w3;              // stacks of [expert_dim] x [dim], gate and up
-    Matrix w2;                  // stack of [dim] x [expert_dim]
+    Matrix router;  // [n_experts] x [dim]; without data: the layer has no experts
+    Matrix w1, w3;  // stacks of [expert_dim] x [dim], gate and up
+    Matrix w2;      // stack of [dim] x [expert_dim]
+    // Biases of those that clamp, each NULL where there are none: of the router [n_experts], of
+    // each expert's gate and up [n_experts][expert_dim] and down [n_experts][dim].
+    const float *router_bias, *b1, *b3, *b2;
     Matrix shared[3];           // w1, w2, w3 of the expert that all tokens use, or without data
     const float *shared_scale;  // [dim], its part is sigmoid(shared_scale . x)
 } Experts;
@@ -26,6 +29,8 @@ typedef struct {
     int *slot;                  // [max_rows][n_used] where the row stands among each one's rows
     int *first;                 // [n_experts + 1] slot of an expert's first row
     int *row;                   // [slots] which row of the batch it is
+    int *expert;                // [slots] and whose
+    float *up;                  // [slots][expert_dim] of experts that clamp
     bool *tiled;                // [slots] whether that one is multiplied by tiles
     Activations in;             // [slots] x [dim]
     Activations hidden;         // [slots] x [expert_dim]
@@ -35,7 +40,7 @@ typedef struct {
     // Products of the experts that have rows, and of the shared one.
     Matrix (*w)[3];           // [n_experts] w1, w2, w3
     Activations (*rows)[2];   // [n_experts] in and hidden from the expert's first slot on
-    Product (*p)[2];          // [n_experts + 1] gate and down
+    Product (*p)[3];          // [n_experts + 1] down, gate, and up of experts that clamp
     Products *gates, *downs;  // [n_experts + 1]
 } ExpertRows;
 

@@ -55,6 +55,8 @@ void deltanet(RunState *s, KVCache *kv, int l, int n_runs, int n);
 
 // ---- experts.c ----
 
+// How experts clamp, where they do. 0, or -1 with err.
+int experts_config(Config *c, const TensorFile *f, char *err);
 // The experts of layer l, where the file has them. 0, or -1 with err.
 int experts_open(Model *m, int l, char *err);
 void experts_take(RunState *s);

@@ -30,7 +30,7 @@ static int open_experts(Config *c, const TensorFile *f, char *err) {
         tensors_meta_int(f, "norm_topk", 0, 1, &norm, err) != 0)
         return -1;
     c->norm_topk = norm == 1;
-    return 0;
+    return experts_config(c, f, err);
 }
 
 // The heads of layers with a window, where they are others, and per-layer embeddings: what most
@@ -160,6 +160,11 @@ static int open_rope(Config *c, const TensorFile *f, char *err) {
     if (!window) return -1;
     c->inv_freq = freq->data, c->rope_mscale = scale->data, c->rope = rope->data,
     c->window = window->data;
+    if (tensors_find(f, "layer.sinks")) {
+        const Tensor *sinks = tensors_get(f, err, "layer.sinks", T_F32, 2, c->n_layers, c->n_heads);
+        if (!sinks) return -1;
+        c->sinks = sinks->data;
+    }
     for (int l = 0; l < c->n_layers; l++) {
         if (check_rope(c, l, err) != 0) return -1;
         if (c->window[l] < NO_PAIRS) return fail(err, "layer %d: a window of %d", l, c->window[l]);
@@ -252,6 +257,7 @@ static int open_layer(Model *m, int l, char *err) {
                    {"bq", &w->bq, w->q_dim, true},
                    {"bk", &w->bk, w->kv_dim, true},
                    {"bv", &w->bv, w->kv_dim, true},
+                   {"bo", &w->bo, c->dim, true},
                    {"scale", &w->scale, 1, true}};
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
@@ -357,7 +363,8 @@ KVShape model_kv_shape(const Model *m) {
                      .state = c->delta.k_heads > 0 ? delta_state(&c->delta) : 0,
                      .window_kv_heads = c->window_kv_heads,
                      .window_head_dim = c->window_head_dim,
-                     .owner = c->owner};
+                     .owner = c->owner,
+                     .sinks = c->sinks};
 }
 
 // ---- scratch ----
@@ -694,12 +701,19 @@ static Activations *looked_up(RunState *s, int l) {
     return s->model->layers[l].delta.qkv.data ? &s->delta.out : &s->att_out;
 }
 
-// add = wo att_out
+static void bias_row(void *ctx, int i) {
+    const Step *st = ctx;
+    int dim = st->s->model->config.dim;
+    kern.add(st->s->add + (size_t)i * dim, st->s->model->layers[st->l].bo, dim);
+}
+
+// add = wo att_out + bo
 static void project_att(RunState *s, int l, int n) {
     const Layer *w = &s->model->layers[l];
     const Product p = {w->delta.qkv.data ? &w->delta.out : &w->wo, s->add, s->model->config.dim};
     quantize(s, looked_up(s, l), n, l);
     multiply(s, looked_up(s, l), n, &p, 1);
+    if (w->bo) each_row(s, n, bias_row, &(Step){s, l});
 }
 
 // add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202; or a sum of such experts

@@ -45,10 +45,14 @@ typedef struct {
     // to 1.
     int n_experts, n_used, expert_dim, shared_dim;
     bool norm_topk;
+    // Where these experts clamp (gpt-oss), else 0: (up + 1) gate sigmoid(alpha gate), with gate at
+    // most the limit and up within it.
+    float swiglu_alpha, swiglu_limit;
     DeltaShape delta;  // of the layers that keep a state
     // [n_layers] sliding window in tokens, 0 = whole past, NO_PAIRS = the layer keeps a state
     const int *window;
-    const int *rope;  // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
+    const float *sinks;  // [n_layers][n_heads] as in KVShape, NULL = none (gpt-oss)
+    const int *rope;     // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
     int n_ropes;
     int rope_size;             // numbers of a table: cos and sin, as many as the longest one has
     const int *rope_dims;      // [n_ropes] rotary_dim of each; NULL: all that
@@ -74,6 +78,7 @@ typedef struct {
     // [head_dim] before RoPE, NULL = none (Qwen3, Gemma 3; of values Gemma 4)
     const float *q_norm, *k_norm, *v_norm;
     const float *bq, *bk, *bv;  // [q_dim], [kv_dim], [kv_dim] or NULL (Qwen2)
+    const float *bo;            // [dim] or NULL (gpt-oss)
     // [q_dim], [kv_dim], [kv_dim] x [dim]; without wv values are what keys are before norm and
     // RoPE, without both the layer reads another one's pairs
     Matrix wq, wk, wv;
