@@ -11,6 +11,17 @@ static void set_class(Tokenizer *t, const UnicodeRange *range, size_t n, int bit
         for (uint32_t c = range->first; c <= range->last; c++) t->class[c] |= (uint8_t)bit;
 }
 
+static void set_cases(Tokenizer *t) {
+    set_class(t, unicode_letters, LENGTH(unicode_letters), UPPER | LOWER);
+    set_class(t, unicode_marks, LENGTH(unicode_marks), UPPER | LOWER);
+    for (size_t i = 0; i < LENGTH(unicode_upper); i++)
+        for (uint32_t c = unicode_upper[i].first; c <= unicode_upper[i].last; c++)
+            t->class[c] &= (uint8_t)~LOWER;
+    for (size_t i = 0; i < LENGTH(unicode_lower); i++)
+        for (uint32_t c = unicode_lower[i].first; c <= unicode_lower[i].last; c++)
+            t->class[c] &= (uint8_t)~UPPER;
+}
+
 int classes_open(Tokenizer *t) {
     t->class = calloc(N_CODE_POINTS + 1, 1);
     if (t->class == NULL) return -1;
@@ -19,6 +30,7 @@ int classes_open(Tokenizer *t) {
     set_class(t, unicode_later_numbers, LENGTH(unicode_later_numbers), DIGIT);
     set_class(t, unicode_spaces, LENGTH(unicode_spaces), SPACE);
     if (t->split && t->split->marks) set_class(t, unicode_marks, LENGTH(unicode_marks), LETTER);
+    if (t->split && t->split->cases) set_cases(t);
     return 0;
 }
 
@@ -282,6 +294,45 @@ static const uint8_t *qwen2_piece(const Tokenizer *t, const uint8_t *p, const ui
     return gpt4_piece(t, p, end, 1);
 }
 
+// The end of U*L+ at p, U and L being characters that are UPPER and LOWER; NULL where there is
+// none. A run of U that no L follows ends behind its last character that is both.
+static const uint8_t *lower_word(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
+    const uint8_t *both = NULL;
+    int len = 0, class = 0;
+    while (p < end && (class = class_at(t, p, end, &len)) & UPPER) {
+        p += len;
+        if (class & LOWER) both = p;
+    }
+    return p < end && class & LOWER ? skip(t, p, end, LOWER, true) : both;
+}
+
+// With U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and L = [\p{Ll}\p{Lm}\p{Lo}\p{M}]
+// [^\r\n\p{L}\p{N}]?U*L+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?U+L*(?i:'s|..|'d)?
+//     |\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
+static const uint8_t *o200k_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
+    int len, next_len, class = class_at(t, p, end, &len);
+    const uint8_t *q = p + len, *word = NULL, *first = class & LETTER ? p : q;
+    bool may_precede = !(class & (LETTER | NUMBER)) && *p != '\r' && *p != '\n';
+    if (may_precede) word = lower_word(t, q, end);
+    if (!word) word = lower_word(t, p, end);
+    if (!word && (may_precede || class & LETTER)) {
+        word = skip(t, first, end, UPPER, true);
+        if (word == first) word = NULL;
+    }
+    if (word) return word + contraction(word, end, true);
+    if (class & NUMBER) {
+        for (int i = 0; i < 3 && p < end && class_at(t, p, end, &len) & NUMBER; i++) p += len;
+        return p;
+    }
+    int next = q < end ? class_at(t, q, end, &next_len) : SPACE;
+    if (!(class & SPACE) || (*p == ' ' && !(next & (LETTER | NUMBER | SPACE)))) {
+        q = skip(t, q, end, LETTER | NUMBER | SPACE, false);
+        while (q < end && (*q == '\r' || *q == '\n' || *q == '/')) q++;
+        return q;
+    }
+    return space_piece(t, p, end, true);
+}
+
 static bool space_at(const uint8_t *p, const uint8_t *end) {
     return *p == ' ' || (end - p >= 3 && memcmp(p, "\xe2\x96\x81", 3) == 0);
 }
@@ -300,10 +351,15 @@ static const uint8_t *whole_piece(const Tokenizer *t, const uint8_t *p, const ui
 }
 
 static const Splitter splitters[] = {
-    {"words", word_piece, false, false},    {"none", whole_piece, false, false},  // SentencePiece
-    {"gpt2", gpt2_piece, false, false},     {"digits+gpt2", gpt2_piece, true, false},  // SmolLM2
-    {"llama3", llama3_piece, false, false}, {"qwen2", qwen2_piece, false, false},      // and Qwen3
-    {"qwen35", qwen2_piece, false, true},  // [\p{L}\p{M}] for \p{L}, but in what may precede one
+    {.name = "words", .next = word_piece},  // SentencePiece
+    {.name = "none", .next = whole_piece},
+    {.name = "gpt2", .next = gpt2_piece},
+    {.name = "digits+gpt2", .next = gpt2_piece, .digits_apart = true},  // SmolLM2
+    {.name = "llama3", .next = llama3_piece},
+    {.name = "qwen2", .next = qwen2_piece},  // and Qwen3
+    // [\p{L}\p{M}] for \p{L}, but in what may precede one
+    {.name = "qwen35", .next = qwen2_piece, .marks = true},
+    {.name = "o200k", .next = o200k_piece, .cases = true},  // gpt-oss
 };
 
 const Splitter *splitter_find(const char *name) {

@@ -35,6 +35,7 @@ typedef struct {
     const uint8_t *(*next)(const Tokenizer *t, const uint8_t *p, const uint8_t *end);
     bool digits_apart;  // every number character is a piece, before `next` sees the text
     bool marks;         // marks count as letters
+    bool cases;         // words are cut by the cases of letters
 } Splitter;
 
 // Both hash tables use open addressing: a key lies in the slot that the upper bits of its hash
@@ -109,7 +110,9 @@ static inline int bytes_add(Bytes *b, const void *p, size_t n) {
 
 // ---- characters ----
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, CARE = 8, DIGIT = 16 };  // CARE: NFC must look at it
+// CARE: NFC must look at it. UPPER and LOWER: where a splitter goes by cases, what may stand in a
+// word's first and second part; letters that have no case, and marks, have both.
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, CARE = 8, DIGIT = 16, UPPER = 32, LOWER = 64 };
 enum { INVALID = N_CODE_POINTS };  // stands for a byte of no character
 
 // As utf8_get, but a byte that belongs to no character counts as one, INVALID.

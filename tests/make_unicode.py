@@ -100,6 +100,8 @@ typedef struct {{
     table("unicode_letters", "UnicodeRange", plain(lambda c: category[c][0] == "L"), r"\p{L}")
     table("unicode_numbers", "UnicodeRange", plain(lambda c: category[c][0] == "N"), r"\p{N}")
     table("unicode_marks", "UnicodeRange", plain(lambda c: category[c][0] == "M"), r"\p{M}")
+    table("unicode_upper", "UnicodeRange", plain(lambda c: category[c] in ("Lu", "Lt")), r"[\p{Lu}\p{Lt}]")
+    table("unicode_lower", "UnicodeRange", plain(lambda c: category[c] == "Ll"), r"\p{Ll}")
     later = set(LATER_NUMBERS)
     table("unicode_later_numbers", "UnicodeRange", plain(lambda c: c in later), "Numbers of Unicode 17.")
     spaces = set(SPACES)
