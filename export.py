@@ -24,6 +24,8 @@ metadata                 value
   n_experts n_used expert_dim shared_dim norm_topk   where layers have experts: how many, how many a
                          token uses, their width, that of the one all tokens use (0: none), whether
                          the weights of those used sum to 1
+  swiglu_alpha swiglu_limit   where experts clamp: (up + 1) gate sigmoid(alpha gate), with gate at
+                         most the limit and up within it
   delta_k_heads delta_v_heads delta_k_dim delta_v_dim delta_conv   where layers keep a state: heads
                          and their lengths, tokens that the convolution sees
   delta_tiled            1: value head h reads key head h % delta_k_heads, not one of a row of them
@@ -33,7 +35,7 @@ metadata                 value
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
-                         "qwen35", "words" (at spaces) or "none" (spm)
+                         "qwen35", "o200k", "words" (at spaces) or "none" (spm)
   tokenizer.nfc          1: text is brought into NFC first
   tokenizer.ignore_merges  1: a whole piece that is a token needs no merges
   tokenizer.add_bos, tokenizer.bos_id (-1: none), tokenizer.unk_id (-1: none)
@@ -71,12 +73,14 @@ tensor                   dtype and shape
   layer.owner            I32 [n_layers], whose keys and values a layer reads; absent: its own
   layer.query_grows      I32 [n_layers], 1 where queries grow; absent: in all, where there is query_growth
   layer.hidden           I32 [n_layers], rows of w1 and w3; absent: hidden_dim
+  layer.sinks            F32 [n_layers][n_heads], a logit that takes part in a head's softmax; absent:
+                         none does
   rms_final              F32 [dim]
   layers.N.rms_att, .rms_ffn             F32 [dim], norms before attention and MLP
   layers.N.rms_att_post, .rms_ffn_post   F32 [dim], norms of what they add (Gemma), or absent
   layers.N.q_norm, .k_norm, .v_norm      F32 [head_dim], or absent
   layers.N.scale                         F32 [1], multiplies what the layer gives, or absent
-  layers.N.bq, .bk, .bv                  F32 [rows of wq, wk, wv], or absent
+  layers.N.bq, .bk, .bv, .bo             F32 [rows of wq, wk, wv, wo], or absent
   tok_embed, wcls        matrices [vocab_size] x [dim]; no wcls: it is tok_embed
   layers.N.wq .wk .wv .wo .w1 .w2 .w3    matrices; w1 gate, w2 down, w3 up; no wk and wv where another
                          layer's keys are read; no wv where values are the keys before their norm
@@ -87,6 +91,8 @@ tensor                   dtype and shape
   layers.N.router        matrix [n_experts] x [dim]; such a layer has no w1, w2, w3, but
   layers.N.experts.w1 .w2 .w3   stacks: the experts' matrices one after the other, each in panels of
                          its own, so that rows are n_experts times those of one, rounded up to 16
+  layers.N.router_bias, .experts.b1 .b2 .b3   F32 [n_experts], and [n_experts times a bias], of experts
+                         that clamp, or absent
   layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim]
   embed_table            matrix [16 vocab_size] x [n_layers * embed_dim / 16]: a panel is a token's
                          embeddings of all layers; rms_embed F32 [embed_dim]
@@ -374,11 +380,11 @@ def block_type(number):
 
 def dequantize(raw, kind):
     """Rows of blocks, uint8 [rows][bytes], as float32 [rows][columns]."""
-    from gguf import GGMLQuantizationType, quants
-
     for t in BLOCK_TYPES.values():
         if t.name == kind:
             return t.values(raw.reshape(-1, t.n_bytes)).reshape(len(raw), -1)
+    from gguf import GGMLQuantizationType, quants
+
     return quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float32)
 
 
@@ -486,6 +492,106 @@ def open_shards(path, listed):
         if name not in tensors or tensors[name].file.name != os.path.basename(shard):
             raise Refusal(f"tensor {name} is missing in {shard}, where the index puts it")
     return tensors
+
+
+# gpt-oss keeps the matrices of all experts in one tensor, input-major or in MXFP4, gate and up taking
+# turns. Here they get the names that other families have, one for each expert.
+PAIRED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+class Turned(Tensor):
+    """A matrix whose rows are columns of one in the file: every step-th from `first` on."""
+
+    def __init__(self, t, e, first, step):
+        cols, self.width = t.shape[1:]
+        n_bytes = cols * self.width * PLAIN[t.kind]
+        super().__init__(t.file, t.name, t.kind, (self.width // step, cols), t.offset + e * n_bytes,
+                         n_bytes)
+        self.first, self.step, self.file_bytes = first, step, n_bytes
+
+    def f32(self, a=0, b=None):
+        b = self.n_rows if b is None else b
+        shape = (self.n_cols, self.width)
+        x = Tensor(self.file, self.name, self.kind, shape, self.offset, self.file_bytes).f32()
+        return np.ascontiguousarray(x[:, self.first + self.step * self.order[a:b]].T)
+
+
+class Blocks(Tensor):
+    """A matrix in MXFP4 whose blocks and scales are tensors of their own; its rows are every step-th
+    from `first` on. In the file byte i of a block holds columns 2i and 2i + 1; raw() has them as a
+    GGUF."""
+
+    def __init__(self, blocks, scales, e, first, step):
+        n, groups = blocks.shape[1] // step, blocks.shape[2]
+        super().__init__(blocks.file, blocks.name, "MXFP4", (n, GROUP * groups), blocks.offset,
+                         n * groups * 17)
+        rows = e * blocks.shape[1] + first + step * np.arange(n)
+        self.parts = [t.reshaped((math.prod(t.shape[:2]), n_bytes * groups)).pick(rows)
+                      for t, n_bytes in ((blocks, GROUP // 2), (scales, 1))]
+
+    def raw(self, a, b):
+        rows = self.order[a:b]
+        blocks, scales = (t.pick(rows).raw(0, len(rows)) for t in self.parts)
+        pairs = blocks.reshape(len(rows), -1, GROUP // 2)
+        codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(*pairs.shape[:2], GROUP)
+        packed = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
+        return np.concatenate([scales[..., None], packed], -1).reshape(len(rows), -1)
+
+
+class Turns(Tensor):
+    """Every step-th column of a matrix, from `first` on."""
+
+    def __init__(self, t, first, step):
+        super().__init__(t.file, t.name, t.kind, t.shape, t.offset, t.row_bytes * t.n_rows)
+        self.columns = slice(first, None, step)
+        self.shape = (t.n_rows, t.n_cols // step)
+        self.n_cols = t.n_cols // step
+
+    def f32(self, a=0, b=None):
+        return np.ascontiguousarray(super().f32(a, b)[:, self.columns])
+
+
+def take_blocks(tensors, name, step):
+    """The blocks of a stack and their scales, checked against each other."""
+    blocks, scales = tensors.pop(name + "_blocks"), tensors.pop(name + "_scales", None)
+    if scales is None:
+        raise Refusal(f"tensor {name}_scales is missing")
+    for t in (blocks, scales):
+        if t.kind != "U8" or t.row_bytes * t.n_rows != math.prod(t.shape):
+            raise Refusal(f"tensor {t.name}: expected U8, found {t.kind} {list(t.shape)}")
+    shape = (*scales.shape, GROUP // 2)
+    if len(shape) != 4 or blocks.shape != shape or shape[1] % step:
+        raise Refusal(f"tensor {blocks.name}: {list(blocks.shape)}, and {list(scales.shape)} scales")
+    return blocks, scales
+
+
+def one_by_one(tensors):
+    """Takes the stacks apart, in place."""
+    for name in list(tensors):
+        at, dot, part = name.partition(".mlp.experts.")
+        kind = part.removesuffix("_blocks").removesuffix("_bias")
+        if not dot or kind not in PAIRED or name not in tensors:
+            continue
+        ours = PAIRED[kind]
+        step, whole, at = len(ours), at + dot + kind, at + dot
+        if part.endswith("_blocks"):
+            t = take_blocks(tensors, whole, step)
+        else:
+            t = (tensors.pop(name),)
+            dims = 2 if part.endswith("_bias") else 3
+            if t[0].kind not in PLAIN or len(t[0].shape) != dims or t[0].shape[-1] % step:
+                raise Refusal(f"tensor {name}: {t[0].kind} {list(t[0].shape)} is not supported")
+        for first, new in enumerate(ours):
+            if part.endswith("_bias"):
+                new = {f"{at}{new}.bias": Turns(*t, first, step)}
+            else:
+                view = Blocks if part.endswith("_blocks") else Turned
+                new = {f"{at}{e}.{new}.weight": view(*t, e, first, step)
+                       for e in range(min(t[0].shape[0], MAX_EXPERTS + 1))}
+            both = next((n for n in new if n in tensors), None)
+            if both:
+                raise Refusal(f"tensor {both} is there, and {name} as well")
+            tensors.update(new)
 
 
 class Cursor:
@@ -804,6 +910,17 @@ DELTA = [
     ("delta.norm", "linear_attn.norm.weight", "ssm_norm.weight"),
 ]
 
+# gpt-oss. Its router and experts have biases; SINKS of all layers stand together.
+SINKS = ("sinks", "self_attn.sinks", "attn_sinks.weight")
+WO_BIAS = [("bo", "self_attn.o_proj.bias", "attn_output.bias")]
+BIASED_EXPERTS = [
+    ("router", "mlp.router.weight", "ffn_gate_inp.weight"), *EXPERTS[1:],
+    ("router_bias", "mlp.router.bias", "ffn_gate_inp.bias"),
+    ("experts.b1", "mlp.experts.gate_proj.bias", "ffn_gate_exps.bias"),
+    ("experts.b3", "mlp.experts.up_proj.bias", "ffn_up_exps.bias"),
+    ("experts.b2", "mlp.experts.down_proj.bias", "ffn_down_exps.bias"),
+]
+
 SHAPES = {  # rows and columns, or length, in fields of the model
     "tok_embed": ("vocab_size", "dim"), "wcls": ("vocab_size", "dim"), "rms_final": ("dim",),
     "rms_att": ("dim",), "rms_ffn": ("dim",), "rms_att_post": ("dim",), "rms_ffn_post": ("dim",),
@@ -824,9 +941,13 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "scale": ("one",), "embed_table": ("vocab_size", "embed_row"), "rms_embed_all": ("embed_dim",),
     "embed.gate": ("embed_dim", "dim"), "embed.mix": ("embed_dim", "dim"),
     "embed.up": ("dim", "embed_dim"), "rms_embed": ("dim",),
+    "sinks": ("n_heads",), "bo": ("dim",), "router_bias": ("n_experts",),
+    "experts.b1": ("n_experts", "expert_dim"), "experts.b3": ("n_experts", "expert_dim"),
+    "experts.b2": ("n_experts", "dim"),
 }
 # Small matrices that decide much: in f32, whatever the others are.
 EXACT = ("router", "delta.a", "delta.b")
+FLAT = ("experts.b1", "experts.b2", "experts.b3")  # vectors, one after the other
 
 
 def no_slide(c, l):
@@ -1111,6 +1232,37 @@ def ministral3_fields(c):
     return dict(query_growth=growth, query_step=step, query_first=0)
 
 
+# gpt-oss: a window in every other layer, sinks, experts that clamp.
+
+GPT_OSS = dict(
+    COMMON, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=150000.0,
+    max_position_embeddings=131072, sliding_window=128, attention_bias=True, num_experts=None,
+    num_local_experts=None, num_experts_per_tok=4, experts_per_token=None, swiglu_alpha=1.702,
+    swiglu_limit=7.0, moe_intermediate_size=None, initial_context_length=None,
+    quantization_config=None)
+GPT_OSS_ROPE = {  # where config.json says nothing
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096}
+
+
+def gpt_oss_fields(c):
+    for ours, other in (("intermediate_size", "moe_intermediate_size"),
+                        ("num_experts_per_tok", "experts_per_token")):
+        if c[other] not in (None, c[ours]):
+            raise Refusal(f"{ours} and {other} differ: {c[ours]} and {c[other]}")
+    for key in ("swiglu_alpha", "swiglu_limit"):
+        if not 1e-6 <= c[key] <= 1e6:
+            raise Refusal(f"{key} {c[key]:g} is not supported")
+    fields = moe_fields(dict(c, norm_topk_prob=True, moe_intermediate_size=c["intermediate_size"]))
+    return dict(fields, swiglu_alpha=c["swiglu_alpha"], swiglu_limit=c["swiglu_limit"])
+
+
+def gpt_oss_parts(c, l):
+    norms = [NORMS[0], (*NORMS[1][:2], "post_attention_norm.weight")]
+    biases = BIASES + WO_BIAS if c["attention_bias"] else []
+    return norms + QKV + WO + biases + [SINKS] + BIASED_EXPERTS
+
+
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
@@ -1139,6 +1291,8 @@ FAMILIES = {
     "qwen3_5_moe_text": Family(
         delta_parts(EXPERTS + SHARED_EXPERT), QWEN35_MOE, plus_one=True, keeps=keeps_state,
         fields=delta_moe_fields),
+    "gpt_oss": Family(
+        gpt_oss_parts, GPT_OSS, slides=lambda c, l: l % 2 == 0, fields=gpt_oss_fields),
     "gemma2": Family(
         GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True,
         plus_one=True),
@@ -1156,7 +1310,6 @@ FAMILIES = {
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
-    ("gpt.?oss", "attention sinks and experts in MXFP4 with a clamped SwiGLU are not supported"),
     ("llama.?4", "chunked attention layers and their mixture of experts are not supported"),
     ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
     ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's are not supported"),
@@ -1227,21 +1380,23 @@ KEYS = {key: kind for kind, keys in {
         linear_num_key_heads linear_num_value_heads
         num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
         decoder_sparse_step global_head_dim num_global_key_value_heads
-        vocab_size_per_layer_input""",
+        vocab_size_per_layer_input experts_per_token initial_context_length""",
     "a whole number or 0": "max_window_layers num_kv_shared_layers hidden_size_per_layer_input",
     "a whole number up to 9999": "num_hidden_layers",
     "a number above 1": "rope_theta rope_local_base_freq",
     "a positive number": """
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
-        mscale mscale_all_dim low_freq_factor high_freq_factor llama_4_scaling_beta""",
+        mscale mscale_all_dim low_freq_factor high_freq_factor swiglu_alpha swiglu_limit
+        llama_4_scaling_beta""",
     "true or false": """
         tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
-        attn_output_gate gguf_tiled attention_k_eq_v use_double_wide_mlp enable_moe_block""",
+        attn_output_gate gguf_tiled attention_k_eq_v use_double_wide_mlp enable_moe_block
+        attention_bias""",
     "a text": "model_type hidden_act hidden_activation rope_type type use_bidirectional_attention",
     "an object": """
         rope_scaling rope_parameters text_config full_attention sliding_attention
-        per_layer_config""",
+        per_layer_config quantization_config""",
     "a list of layers": "mlp_only_layers",
     "a list of 0 and 1": "no_rope_layers",
     "a list of texts": "layer_types",
@@ -1293,6 +1448,8 @@ def check_config(c, family, ignored):
     for key in QUANTIZED:
         if c.get(key) and key not in ignored:
             method = c[key].get("quant_method") if isinstance(c[key], dict) else None
+            if key in family.config and method == "mxfp4":
+                continue
             raise Refusal(f"config.json: {key}: the weights are quantized already "
                           f"({method or 'unknown method'}); take the original weights, or a GGUF")
     known = set(family.config) | HARMLESS | set(ignored)
@@ -1440,6 +1597,7 @@ GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
     "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text", "mistral3": "ministral3",
+    "gpt-oss": "gpt_oss",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -1540,6 +1698,8 @@ def gguf_config(meta, tensors):
         c["model_type"] = "llama"
     if arch == "qwen3moe":  # llama.cpp knows no other
         c["norm_topk_prob"] = True
+    if arch == "gpt-oss" and c["rope_scaling"]:  # a GGUF has no place for it
+        c["rope_scaling"].setdefault("truncate", False)
     if arch in GEMMA_27B:
         c["query_pre_attn_scalar"] = width if layers == GEMMA_27B[arch] else head_dim
     said = "phi3.attention.sliding_window" in meta  # 0 says that there is none
@@ -1636,7 +1796,8 @@ class Weights:
         t = self.tensors.get(name)
         if t is None:
             raise Refusal(f"tensor {name} is missing, expected {list(shape)}")
-        if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
+        readable = self.gguf or t.kind in PLAIN or isinstance(t, Blocks)
+        if t.kind in NO_WEIGHTS or not readable:
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
         if t.shape in ((1, *shape), (shape[0], 1, *shape[1:])):  # one row, or one input channel
             t = t.reshaped(shape)
@@ -1734,6 +1895,8 @@ def rope_params(c, slides, yarn, where):
     """What rotates a layer, in one flat dict, from either layout of config.json and from both."""
     layered = "rope_local_base_freq" in c  # Gemma 3: rope_scaling is for full attention alone
     old, new = dict(c["rope_scaling"] or {}), dict(c["rope_parameters"] or {})
+    if c["model_type"] == "gpt_oss" and not old and not new:
+        old = dict(GPT_OSS_ROPE)
     top = {k: c[k] for k in ("rope_theta", "partial_rotary_factor")}
     if layered:
         kinds = ("full_attention", "sliding_attention")
@@ -1880,8 +2043,8 @@ def rope_table(p, dim):
 K = {"f32": 1, "f16": 2, "bf16": 2, "q8": 4, "q4": 8}  # columns of a row in a 64-byte line
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8": "I8", "q4": "U8"}
 ITEM = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
-# Types of a GGUF whose bits a type of ours holds as they are.
-HELD = {"q8": ("Q8_0", "Q4_0", "Q5_0"), "q4": ("Q4_0", "Q4_1")}
+# Types of a GGUF whose values a type of ours holds as they are.
+HELD = {"q8": ("Q8_0", "Q4_0", "Q5_0", "MXFP4"), "q4": ("Q4_0", "Q4_1")}
 KEPT = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8", "Q4_0": "q4", "Q4_1": "q4"}
 
 
@@ -1985,6 +2148,20 @@ def quantize_q4(x, name):
     return code.reshape(x.shape), scale.reshape(len(x), -1), offset.reshape(len(x), -1)
 
 
+def mxfp4_codes(t, a, b):
+    """Rows [a, b) of MXFP4 as int8 codes and f16 scales: w = 2^(e - 128) code, exact where f16 has
+    that scale. Below it codes are rounded, above it they are larger."""
+    raw = t.raw(a, b).reshape(b - a, t.n_cols // GROUP, -1)
+    e = raw[..., 0].astype(np.int32)
+    step = np.clip(e, 128 - 24, 128 + 15)
+    codes = FP4[np.concatenate([raw[..., 1:] & 15, raw[..., 1:] >> 4], -1)]
+    codes = np.rint(np.ldexp(codes, (e - step)[..., None]))
+    if np.abs(codes).max() > 127:
+        raise Refusal(f"tensor {t.name} holds values too large for 16-bit floats; try --type bf16")
+    scale = np.ldexp(np.float32(1), step - 128).astype(np.float16)
+    return codes.astype(np.int8).reshape(b - a, -1), scale, None
+
+
 def ggml_blocks(t, a, b):
     """Rows [a, b) of a Q4_0, Q4_1, Q5_0 or Q8_0 tensor as they are stored: codes [rows][cols], f16
     scales [rows][cols/32], offsets (Q4_1) or None. Codes of Q4_0 count from -8, Q5_0's from -16."""
@@ -2060,7 +2237,9 @@ class Matrix:
         return to_panels(x, K[self.kind])
 
     def quantized(self, a, b, rows):
-        if self.held:
+        if self.t.kind == "MXFP4" and self.held:
+            codes, scale, offset = mxfp4_codes(self.t, a, b)
+        elif self.held:
             codes, scale, offset = ggml_blocks(self.t, a, b)
             if self.kind == "q8" and self.t.kind != "Q8_0":
                 codes = codes.astype(np.int8) - (8 if self.t.kind == "Q4_0" else 16)
@@ -2142,6 +2321,9 @@ def model_outputs(model, weights, target):
         if part[0] == "delta.decay" and not weights.gguf:
             outs.append(Output(name, "F32", t.shape, lambda: [decays(t)]))
             return
+        if part[0] in FLAT:
+            outs.append(Output(name, "F32", (math.prod(t.shape),), lambda: [t.vector()]))
+            return
         if part is EMBED_TABLE:
             t = t.reshaped((t.n_rows * PANEL, t.n_cols // PANEL))
         if len(SHAPES[part[0]]) == 2:
@@ -2158,8 +2340,13 @@ def model_outputs(model, weights, target):
     if f.get("embed_dim"):
         add("embed_table", EMBED_TABLE)
         add("rms_embed", EMBED_NORM)
+    if SINKS in model.parts[0]:
+        sinks = [weights.get(SINKS, l).vector() for l in range(f["n_layers"])]
+        outs.append(array("layer.sinks", np.stack(sinks)))
     for l in range(f["n_layers"]):
         for part in model.parts[l]:
+            if part is SINKS:
+                continue
             add(f"layers.{l}.{part[0]}", part, l)
         if model.owners and model.owners[l] == l:  # a norm without weights
             outs.append(array(f"layers.{l}.v_norm", np.ones(model.sizes[l]["head_dim"], np.float32)))
@@ -2179,22 +2366,29 @@ GPT4 = (
 )
 QWEN35_SPLIT = (GPT4 % r"\p{N}").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
     r" ?[^\s\p{L}\p{N}]", r" ?[^\s\p{L}\p{M}\p{N}]")
+O200K_PARTS = [rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]{a}"
+               rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{b}(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+               for a, b in ("*+", "+*")]
+O200K_SPLIT = "|".join(O200K_PARTS) + (
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLITS = {  # steps of a byte-level pre-tokenizer -> tokenizer.split
     ("gpt2",): "gpt2",
     ("digits", "gpt2"): "digits+gpt2",
     (GPT4 % r"\p{N}{1,3}", "bytes"): "llama3",
     (GPT4 % r"\p{N}", "bytes"): "qwen2",
     (QWEN35_SPLIT, "bytes"): "qwen35",
+    (O200K_SPLIT, "bytes"): "o200k",
 }
 GGUF_PRE = {  # tokenizer.ggml.pre -> split, nfc, ignore_merges
     "gpt-2": ("gpt2", 0, 0), "smollm": ("digits+gpt2", 0, 0), "llama-bpe": ("llama3", 0, 1),
     "llama3": ("llama3", 0, 1), "llama-v3": ("llama3", 0, 1), "qwen2": ("qwen2", 1, 0),
-    "deepseek-r1-qwen": ("qwen2", 1, 0), "qwen35": ("qwen35", 1, 0),
+    "deepseek-r1-qwen": ("qwen2", 1, 0), "qwen35": ("qwen35", 1, 0), "gpt-4o": ("o200k", 0, 0),
 }
 GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
 # Tokens that end a turn, for files that name only one of them.
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
              "<end_of_turn>", "<|end|>")
+HARMONY_ENDS = ("<|return|>", "<|call|>")  # gpt-oss, whose turn is several messages
 GGUF_ENDS = (*TURN_ENDS, "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
              "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")  # llama.cpp takes them for ends as well
 
@@ -2800,6 +2994,8 @@ def stop_ids(v, *sources):
     """Ids that end an answer: those the files name, and the turn ends among the special tokens."""
     ids = {i for s in sources for i in (s if isinstance(s, list) else [s]) if i is not None}
     ids |= {v.ids[t] for t in TURN_ENDS if t in v.ids and v.kinds[v.ids[t]] in (SPECIAL, ADDED)}
+    if all(t in v.ids for t in HARMONY_ENDS):  # <|end|> is only that of one of its messages
+        ids = ids - {v.ids.get("<|end|>")} | {v.ids[t] for t in HARMONY_ENDS}
     return sorted(i for i in ids if 0 <= i < len(v.texts))
 
 
@@ -3619,6 +3815,8 @@ def read_directory(path):
     if WRAPPED.get(outer.get("model_type"), ("", False))[1] is None:
         stored = any(name.endswith("lm_head.weight") for name in tensors)
         config.setdefault("tie_word_embeddings", not stored)
+    if config["model_type"] == "gpt_oss":
+        one_by_one(tensors)
     check_tokenizer_config(path)
     with within("the tokenizer's files"):
         v, tc = vocab_from_directory(path, config["model_type"])

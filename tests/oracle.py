@@ -61,6 +61,7 @@ class Case(NamedTuple):
     config: dict  # config.json
     n: int  # length of the text
     marks: list  # what is special, for people; some act as well
+    blocks: dict  # of MXFP4: codes and exponents, by name
 
     @property
     def text(self):
@@ -78,7 +79,7 @@ def common(rng, i, family):
     while kv_heads * group * head_dim > 2048:
         kv_heads, group = max(kv_heads // 2, 1), max(group - 1, 1)
     heads = kv_heads * group
-    apart = family.startswith(("qwen3", "gemma", "qwen2_moe")) or (family != "phi3" and rng.random() < 0.6)
+    apart = family.startswith(("qwen3", "gemma", "qwen2_moe", "gpt_oss")) or (family != "phi3" and rng.random() < 0.6)
     return {
         "model_type": family,
         "hidden_size": int(rng.integers(30, 220)) if apart else heads * head_dim,
@@ -135,12 +136,15 @@ def draw(family, i, seed):
         outer = {"model_type": OUTER.get(family) or family.replace("_text", ""), "architectures": ["ForConditionalGeneration"],
                  "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
         c = {**outer, "text_config": c, "tie_word_embeddings": c["tie_word_embeddings"]}
-    return Case(f"{family}-{i:02d}", rng, c, int(rng.integers(110, 220)) if i % 8 else 600, marks)
+    return Case(f"{family}-{i:02d}", rng, c, int(rng.integers(110, 220)) if i % 8 else 600, marks, {})
 
 
 def modernize(c):
     """The same in the layout of transformers 5."""
     c["dtype"] = c.pop("torch_dtype")
+    if c["model_type"] == "gpt_oss" and not c["rope_scaling"]:
+        del c["rope_scaling"], c["rope_theta"]
+        return
     if "global_head_dim" in c:  # layers of their own
         own = {"head_dim": c.pop("global_head_dim")}
         if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
@@ -368,11 +372,34 @@ def qwen35_moe(rng, i, c, marks):
         marks.append("stacked")
 
 
+def gpt_oss(rng, i, c, marks):
+    """Sinks, a window in every other layer, experts that clamp, saved as transformers has them or in MXFP4."""
+    c.update(head_dim=c["head_dim"], num_local_experts=any_of(rng, 1, 3, 8, 17, 32), sliding_window=any_of(rng, *WINDOWS),
+             swiglu_limit=any_of(rng, 7.0, 1.5, 0.5), attention_bias=i % 5 != 4,
+             rope_scaling={"rope_type": "yarn", "factor": any_of(rng, 32.0, 4.0), "beta_fast": 32.0, "beta_slow": 1.0,
+                           "truncate": False, "original_max_position_embeddings": any_of(rng, 64, 4096)},
+             tie_word_embeddings=i % 6 == 5)
+    c["num_experts_per_tok"] = int(rng.integers(1, min(c["num_local_experts"], 4) + 1))
+    if i % 5 == 3:
+        c["layer_types"] = kinds(c, lambda l: rng.random() < 0.5)
+    if i % 2:
+        marks.append("mxfp4")
+        c.update(hidden_size=32 * int(rng.integers(1, 6)), intermediate_size=32 * int(rng.integers(1, 6)),
+                 experts_per_token=c["num_experts_per_tok"], quantization_config={"quant_method": "mxfp4"})
+    if i % 7 == 6:
+        c.update(rope_theta=150000.0, rope_scaling=None)  # transformers' own scaling
+        marks.append("no rope said")
+    elif i % 4 == 2 or i == 7:
+        to_gguf(c, marks)
+        c.update(rope_scaling=dict(c["rope_scaling"], truncate=False), attention_bias=True, swiglu_limit=7.0,
+                 tie_word_embeddings=False, layer_types=None)
+
+
 OUTER = {"ministral3": "mistral3"}  # configs that wrap it, where the name is another one's
 FAMILIES = {"llama": llama, "mistral": mistral, "ministral3": ministral3, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
             "gemma2": gemma2, "gemma3_text": gemma3, "gemma4_text": gemma4, "gemma4_unified_text": gemma4,
             "phi3": phi3, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35,
-            "qwen3_5_moe_text": qwen35_moe}
+            "qwen3_5_moe_text": qwen35_moe, "gpt_oss": gpt_oss}
 
 
 # ---- 3. models ----
@@ -430,11 +457,38 @@ def make_model(case):
             x = 0.3 * x + one + 0.6 * bool(re.search("[qk]_norm", name))
             if plain and re.search("[qk]_norm", name):
                 x *= 1.5 / math.sqrt(math.sqrt(len(x)))  # attention's scale is 1
+        if "mlp.experts" in name:
+            x = expert_values(case, name, x)
         p.copy_(torch.from_numpy(x).to(stored).float())
     for name, p in model.named_buffers():
         if name.endswith("layer_scalar"):
             p.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, 1)).to(stored).float())
     return model, stored
+
+
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32) / 2
+
+
+def expert_values(case, name, x):
+    """Of gpt-oss: biases that matter, and matrices that MXFP4 holds."""
+    if name.endswith("_bias"):
+        return x * np.float32(0.5 * math.sqrt(x.shape[-1]))
+    if "mxfp4" not in case.marks:
+        return x
+    x = x.swapaxes(1, 2)  # the file has rows of input
+    g = x.reshape(*x.shape[:2], -1, 32)
+    e = np.floor(np.log2(np.abs(g).max(-1, keepdims=True))) - 2
+    code = np.abs(g[..., None] / 2.0 ** e[..., None] - FP4).argmin(-1)
+    case.blocks[name] = (code.astype(np.uint8), (e[..., 0] + 127).astype(np.uint8))
+    return np.ascontiguousarray((FP4[code] * 2.0**e).reshape(x.shape).swapaxes(1, 2)).astype(np.float32)
+
+
+def mxfp4(case, tensors):
+    """The experts as openai/gpt-oss-20b has them."""
+    for name, (code, e) in case.blocks.items():
+        del tensors[name]
+        tensors[name + "_blocks"] = torch.from_numpy(code[..., ::2] | code[..., 1::2] << 4).contiguous()
+        tensors[name + "_scales"] = torch.from_numpy(e).contiguous()
 
 
 def make_directory(case, model, stored, path):
@@ -446,7 +500,8 @@ def make_directory(case, model, stored, path):
         json.dump(case.config, f, indent=1)
     tensors = {n: p.detach().to(stored).contiguous() for n, p in model.named_parameters()}
     tensors.update({n: p.to(stored) for n, p in model.named_buffers() if n.endswith("layer_scalar")})
-    if "stacked" not in case.marks:
+    mxfp4(case, tensors)
+    if "stacked" not in case.marks and case.text["model_type"] != "gpt_oss":
         tensors = one_by_one(tensors)
     if "wrapped" in case.marks:
         tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
@@ -493,7 +548,8 @@ def save_shards(tensors, path):
 
 # ---- 4. GGUF ----
 
-ARCHS = {"ministral3": "mistral3", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
+ARCHS = {"ministral3": "mistral3", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
+         "gpt_oss": "gpt-oss"}
 PERMUTED = ("llama", "smollm3", "ministral3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
 
 
@@ -517,7 +573,7 @@ def make_gguf(case, model, path):
     w.add_layer_norm_rms_eps(c.rms_norm_eps)
     w.add_rope_freq_base(p["rope_theta"])
     w.add_rope_dimension_count(int(head_dim * p.get("partial_rotary_factor", 1.0)))
-    if family in ("gemma2", "gemma3_text", "phi3") and c.sliding_window:
+    if family in ("gemma2", "gemma3_text", "phi3", "gpt_oss") and c.sliding_window:
         w.add_sliding_window(c.sliding_window)
     if family == "gemma2":
         w.add_attn_logit_softcapping(c.attn_logit_softcapping or 0.0)
@@ -531,6 +587,10 @@ def make_gguf(case, model, path):
         w.add_expert_count(case.text["num_experts"])
         w.add_expert_used_count(c.num_experts_per_tok)
         w.add_expert_feed_forward_length(c.moe_intermediate_size)
+    if arch == "gpt-oss":
+        w.add_expert_count(c.num_local_experts)
+        w.add_expert_used_count(c.num_experts_per_tok)
+        w.add_expert_feed_forward_length(c.intermediate_size)
     add_scaling(w, p, head_dim)
     add_vocabulary(w)
     names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
@@ -543,7 +603,10 @@ def make_gguf(case, model, path):
         if family in PERMUTED and re.search(r"[qk]_proj\.weight", name):
             n = heads if "q_proj" in name else kv_heads
             x = x.reshape(n, 2, len(x) // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
-        for name, x in gguf_parts(name, x):
+        if "mlp.experts" in name and arch == "gpt-oss":
+            gpt_oss_experts(w, names, case, name, x)
+            continue
+        for name, x in gguf_parts(name.replace("self_attn.sinks", "self_attn.sinks.weight"), x):
             name = names.get_name(name, (".weight", ".bias"))
             w.add_tensor(name, np.ascontiguousarray(x))
     w.write_header_to_file()
@@ -594,6 +657,25 @@ def gguf_parts(name, x):
         at = name.replace("gate_up_proj", "%s.weight")
         return [(at % "gate_proj", gate), (at % "up_proj", up)]
     return [(name + ".weight" if name.endswith("experts.down_proj") else name, x)]
+
+
+def gpt_oss_experts(w, names, case, name, x):
+    """As convert_hf_to_gguf.py writes them: gate and up apart, rows of input, MXFP4 where it was."""
+    at, kind = name.rsplit(".", 1)
+    parts = ("gate_proj", "up_proj") if "gate_up" in kind else ("down_proj",)
+    for i, part in enumerate(parts):
+        if kind.endswith("_bias"):
+            w.add_tensor(names.get_name(f"{at}.{part}.bias", (".weight", ".bias")),
+                         np.ascontiguousarray(x[:, i :: len(parts)]))
+            continue
+        ours = names.get_name(f"{at}.{part}.weight", (".weight", ".bias"))
+        if name not in case.blocks:
+            w.add_tensor(ours, np.ascontiguousarray(x.swapaxes(1, 2)[:, i :: len(parts)]))
+            continue
+        code, e = (y[:, i :: len(parts)] for y in case.blocks[name])
+        raw = np.concatenate([e[..., None], code[..., :16] | code[..., 16:] << 4], -1)
+        w.add_tensor(ours, np.ascontiguousarray(raw.reshape(*raw.shape[:2], -1)),
+                     raw_dtype=gguf.GGMLQuantizationType.MXFP4)
 
 
 def gguf_arch(name):

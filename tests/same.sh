@@ -77,5 +77,5 @@ FLAGS
     said "model chat" chat "$model" -c "$dir/cache" -n 30 --seed 5 <"$dir/talk"
 }
 
-for name in smol smol-q8 smol-q4 smol-f16 smol-bf16 llama qwen2 qwen3 gemma3 mistral; do small $name; done
+for name in smol smol-q8 smol-q4 smol-f16 smol-bf16 llama qwen2 qwen3 gemma3 mistral gptoss; do small $name; done
 if [ -n "$model" ]; then large; fi

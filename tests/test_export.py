@@ -69,7 +69,7 @@ def read_source(path):
     for name, e in json.loads(data[8 : 8 + n]).items():
         if name != "__metadata__":
             raw = data[8 + n + e["data_offsets"][0] : 8 + n + e["data_offsets"][1]]
-            x = np.frombuffer(raw, {"BF16": "<u2", "F32": "<f4"}[e["dtype"]])
+            x = np.frombuffer(raw, {"BF16": "<u2", "F32": "<f4", "U8": "u1"}[e["dtype"]])
             if e["dtype"] == "BF16":
                 x = (x.astype(np.uint32) << 16).view(np.float32)
             out[name] = x.reshape(e["shape"])
@@ -77,16 +77,16 @@ def read_source(path):
 
 
 def write_source(path, tensors, name="model.safetensors"):
-    """float32 tensors as a safetensors file, padded as the library does it."""
+    """float32 tensors, or bytes, as a safetensors file, padded as the library does it."""
     head, at = {}, 0
     for key, x in tensors.items():
-        head[key] = {"dtype": "F32", "shape": x.shape, "data_offsets": [at, at + x.nbytes]}
+        head[key] = {"dtype": "U8" if x.dtype == np.uint8 else "F32", "shape": x.shape, "data_offsets": [at, at + x.nbytes]}
         at += x.nbytes
     text = json.dumps(head).encode()
     with open(os.path.join(path, name), "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for x in tensors.values():
-            f.write(np.ascontiguousarray(x, "<f4").tobytes())
+            f.write(np.ascontiguousarray(x, "u1" if x.dtype == np.uint8 else "<f4").tobytes())
 
 
 class Converted:
@@ -180,7 +180,7 @@ class TestFixtures(Case):
             with open(os.path.join(self.dir, name), "rb") as a:
                 with open(os.path.join(FIXTURES, name), "rb") as b:
                     self.assertEqual(a.read(), b.read(), name)
-        self.assertEqual(len(os.listdir(self.dir)), 14)
+        self.assertEqual(len(os.listdir(self.dir)), 15)
 
     def test_layout(self):
         for name in NAMES + ["smol-q8", "smol-q4"]:
@@ -916,12 +916,217 @@ class TestQwen35(Case):
             self.assertEqual(got, [ids[t] for t in want])
 
 
+class TestGptOss(Case):
+    """gpt-oss: sinks, biases, experts in MXFP4, stacked with gate and up taking turns, or in a GGUF."""
+
+    PATH = os.path.join(FIXTURES, "gptoss")
+
+    def setUp(self):
+        super().setUp()
+        self.source = read_source(self.PATH)
+
+    def expert(self, l, ours, source=None):
+        """[experts][rows][columns] of a layer as float32."""
+        source = source or self.source
+        at = f"model.layers.{l}.mlp.experts." + ("down_proj" if ours == "w2" else "gate_up_proj")
+        blocks, e = source[at + "_blocks"], source[at + "_scales"].astype(np.float64)
+        codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:3], 32)
+        fp4 = np.array([0, .5, 1, 1.5, 2, 3, 4, 6])
+        x = np.where(codes > 7, -1, 1) * fp4[codes & 7] * 2.0 ** (e[..., None] - 127)
+        x = x.reshape(*x.shape[:2], -1).astype(np.float32)
+        return x if ours == "w2" else x[:, "w1 w3".split().index(ours) :: 2]
+
+    def plain(self, **config):
+        """The fixture as transformers saves it."""
+        path = self.copy("gptoss", quantization_config=DROP, **config)
+        out = {n: x for n, x in self.source.items() if not n.endswith(("_blocks", "_scales"))}
+        for l in range(4):
+            at = f"model.layers.{l}.mlp.experts."
+            both = np.stack([self.expert(l, "w1"), self.expert(l, "w3")], 2)
+            out[at + "gate_up_proj"] = both.reshape(5, 64, 32).swapaxes(1, 2)
+            out[at + "down_proj"] = self.expert(l, "w2").swapaxes(1, 2)
+        write_source(path, out)
+        return path
+
+    def changed(self, **tensors):
+        """The fixture with other tensors of layer 0's experts; None: without."""
+        path, source = self.copy("gptoss"), dict(self.source)
+        for name, x in tensors.items():
+            source["model.layers.0.mlp.experts." + name] = x
+        write_source(path, {n: x for n, x in source.items() if x is not None})
+        return path
+
+    def test_layouts(self):
+        want = Converted(os.path.join(FIXTURES, "gptoss.kvz"))
+        self.same_tensors(self.convert(self.plain(), "--type", "f32"), want)
+        for l in (0, 3):
+            at, ours = f"model.layers.{l}.", f"layers.{l}."
+            for w in ("w1", "w2", "w3"):
+                x = want.matrix(f"{ours}experts.{w}").reshape(5, 32, 32)
+                np.testing.assert_array_equal(x, self.expert(l, w))
+            bias = self.source[at + "mlp.experts.gate_up_proj_bias"]
+            for theirs, mine in ((bias[:, ::2], "experts.b1"), (bias[:, 1::2], "experts.b3"),
+                                 (self.source[at + "mlp.experts.down_proj_bias"], "experts.b2"),
+                                 (self.source[at + "mlp.router.bias"], "router_bias"),
+                                 (self.source[at + "self_attn.o_proj.bias"], "bo")):
+                np.testing.assert_array_equal(want.t[ours + mine], theirs.reshape(-1))
+            np.testing.assert_array_equal(want.t["layer.sinks"][l], self.source[at + "self_attn.sinks"])
+        self.assertEqual(want.t["layer.window"].tolist(), [16, 0, 16, 0])
+        self.assertEqual((want.meta["swiglu_alpha"], want.meta["swiglu_limit"]), ("1.702", "2"))
+        path = self.plain(layer_types=DROP, experts_per_token=DROP)  # every other layer slides
+        self.same_tensors(self.convert(path, "--type", "f32"), want)
+
+    def test_types(self):
+        """q8 holds MXFP4 as it is, and so do floats; q4 does not."""
+        for kind in (None, "q8", "bf16", "f16", "q4"):
+            c = self.convert(self.PATH, *(("--type", kind) if kind else ()))
+            for w in ("w1", "w2", "w3"):
+                x = c.matrix(f"layers.2.experts.{w}").reshape(5, 32, 32)
+                off = np.abs(x - self.expert(2, w)).max() / np.abs(x).max()
+                self.assertTrue(0 < off < 0.12 if kind == "q4" else off == 0, (kind, w, off))
+        self.assertEqual(self.convert(self.PATH).header["layers.2.experts.w1"]["dtype"], "I8")
+
+    def test_scales(self):
+        """Exponents that f16 has not: small codes are rounded, large ones grow or are refused."""
+        scales = self.source["model.layers.0.mlp.experts.down_proj_scales"]
+        for e, kind, far in ((104, "q8", 0), (101, "q8", 2.0**-25), (1, "q8", 2.0**-25), (0, "f32", 0),
+                             (146, "q8", 0), (200, "f32", 0)):
+            path = self.changed(down_proj_scales=np.full_like(scales, e))
+            c, source = self.convert(path, "--type", kind), read_source(path)
+            x = c.matrix("layers.0.experts.w2").reshape(5, 32, 32)
+            self.assertLessEqual(np.abs(x - self.expert(0, "w2", source)).max(), far)
+        os.remove(self.out)
+        self.refuse(self.changed(down_proj_scales=np.full_like(scales, 200)), "down_proj_blocks",
+                    "too large", args=("--type", "q8"))
+
+    def test_gguf(self):
+        """As convert_hf_to_gguf.py writes it: gate and up apart, experts in MXFP4 or plain."""
+        want = Converted(os.path.join(FIXTURES, "gptoss.kvz"))
+        for mxfp4 in (True, False):
+            c = self.convert(self.gguf(mxfp4), "--type", "f32")
+            self.same_tensors(c, want)
+            for key in ("swiglu_limit", "n_used", "expert_dim", "seq_len", "attn_scale"):
+                self.assertEqual(c.meta[key], {"swiglu_limit": "7"}.get(key, want.meta[key]))
+        x = self.convert(self.gguf(True)).matrix("layers.1.experts.w3")
+        np.testing.assert_array_equal(x.reshape(5, 32, 32), self.expert(1, "w3"))
+        os.remove(self.out)
+        self.refuse(self.gguf(True, expert_feed_forward_length=16), "moe_intermediate_size differ")
+
+    def gguf(self, mxfp4, **other):
+        path = os.path.join(self.dir, "gptoss.gguf")
+        w = gguf.GGUFWriter(path, "gpt-oss")
+        numbers = dict(
+            embedding_length=32, feed_forward_length=32, block_count=4, expert_count=5,
+            expert_used_count=2, expert_feed_forward_length=32, context_length=2048)
+        numbers.update({"attention.head_count": 8, "attention.head_count_kv": 2, "attention.key_length": 16,
+                        "attention.value_length": 16, "attention.sliding_window": 16,
+                        "rope.scaling.original_context_length": 64}, **other)
+        for key, n in numbers.items():
+            w.add_uint32("gpt-oss." + key, n)
+        for key, x in {"attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 150000.0,
+                       "rope.scaling.factor": 32.0}.items():
+            w.add_float32("gpt-oss." + key, x)
+        w.add_string("gpt-oss.rope.scaling.type", "yarn")
+        TestGGUF.add_tokenizer(self, w, "smol", {})
+        top = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
+               "model.norm.weight": "output_norm.weight"}
+        parts = {**GGUF_SUFFIX, "self_attn.sinks": "attn_sinks", "mlp.router": "ffn_gate_inp",
+                 "post_attention_layernorm": "post_attention_norm"}
+        for name, x in self.source.items():
+            if ".experts." in name:
+                continue
+            if name in top:
+                w.add_tensor(top[name], x)
+                continue
+            _, _, l, rest = name.split(".", 3)
+            part, kind = rest.rsplit(".", 1) if not rest.endswith("sinks") else (rest, "weight")
+            w.add_tensor(f"blk.{l}.{parts[part]}.{kind}", x)
+        for l in range(4):
+            self.add_experts(w, l, mxfp4)
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        return path
+
+    def add_experts(self, w, l, mxfp4):
+        at = f"model.layers.{l}.mlp.experts."
+        for name, ours, first, step in (("gate", "w1", 0, 2), ("up", "w3", 1, 2), ("down", "w2", 0, 1)):
+            theirs = at + ("down_proj" if step == 1 else "gate_up_proj")
+            w.add_tensor(f"blk.{l}.ffn_{name}_exps.bias",
+                         np.ascontiguousarray(self.source[theirs + "_bias"][:, first::step]))
+            if not mxfp4:
+                w.add_tensor(f"blk.{l}.ffn_{name}_exps.weight", np.ascontiguousarray(self.expert(l, ours)))
+                continue
+            blocks = self.source[theirs + "_blocks"][:, first::step]
+            codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:3], 32)
+            raw = np.concatenate([self.source[theirs + "_scales"][:, first::step, :, None],
+                                  codes[..., :16] | codes[..., 16:] << 4], -1)
+            w.add_tensor(f"blk.{l}.ffn_{name}_exps.weight", np.ascontiguousarray(raw).view(np.int8),
+                         raw_shape=(5, 32, 32), raw_dtype=39)  # MXFP4, which the package has no name for
+
+    def test_refusals(self):
+        for change, *words in (
+            (dict(experts_per_token=3), "num_experts_per_tok and experts_per_token differ: 2 and 3"),
+            (dict(num_local_experts=4), "router.bias: expected [4], found [5]"),
+            (dict(num_local_experts=6), "router.weight", "expected [6, 32]"),
+            (dict(intermediate_size=64), "experts.0.gate_proj.weight: expected [64, 32], found [32, 32]"),
+            (dict(swiglu_limit=0), "swiglu_limit", "a positive number"),
+            (dict(swiglu_limit=1e7), "swiglu_limit 1e+07"),
+            (dict(attention_bias=False), "k_proj.bias", "is not known"),
+            (dict(quantization_config={"quant_method": "gptq"}), "quantized already (gptq)"),
+            (dict(rope_scaling={"rope_type": "longrope"}), "longrope"),
+        ):
+            self.refuse(self.copy("gptoss", **change), *words)
+        at = "model.layers.0.mlp.experts.gate_up_proj"
+        blocks, scales = self.source[at + "_blocks"], self.source[at + "_scales"]
+        self.refuse(self.changed(gate_up_proj_scales=None), at + "_scales is missing")
+        self.refuse(self.changed(gate_up_proj_scales=scales.astype(np.float32)), "expected U8, found F32")
+        self.refuse(self.changed(gate_up_proj_scales=scales[:, :62]), "[5, 62, 1] scales")
+        self.refuse(self.changed(gate_up_proj_blocks=blocks[:, :63], gate_up_proj_scales=scales[:, :63]),
+                    "[5, 63, 1, 16]")
+        self.refuse(self.changed(gate_up_proj=np.zeros((5, 32, 64), np.float32)), "is there, and")
+        self.refuse(self.changed(gate_up_proj_bias=np.zeros((5, 63), np.float32)), "[5, 63] is not supported")
+        self.refuse(self.copy("smol", model_type="gpt_oss2"), "supported")
+
+    def test_split(self):
+        """Words are cut by the cases of letters, with what an apostrophe brings."""
+        path = self.copy("qwen2")
+        with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
+            spec = json.load(f)
+        mark = "\u00cc\u0123"  # U+0301
+        ids = spec["model"]["vocab"]
+        joined = ["aB", "Ba", "BB", "BBa", "a'", "a's", "1a", "!/", mark, "a" + mark, "!" + mark, "/!"]
+        for text in joined:
+            ids.setdefault(text, max(ids.values()) + 1)
+        spec["model"]["merges"] = [["a", "B"], ["B", "B"], ["B", "a"], ["BB", "a"], ["a", "'"], ["a'", "s"],
+                                   ["1", "a"], ["!", "/"], ["/", "!"], ["\u00cc", "\u0123"], ["a", mark], ["!", mark]]
+        spec["normalizer"] = None
+        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = export.O200K_SPLIT
+        with open(os.path.join(path, "tokenizer.json"), "w", encoding="utf-8") as f:
+            json.dump(spec, f)
+        self.assertEqual(self.convert(path).meta["tokenizer.split"], "o200k")
+        for text, want in (("aBa", ["a", "Ba"]), ("BBa", ["BBa"]), ("BBBB", ["BB", "BB"]), ("aBB", ["a", "BB"]),
+                           ("a's", ["a's"]), ("1a", ["1", "a"]), ("!/", ["!/"]), ("a\u0301B", ["a" + mark, "B"]),
+                           ("!\n/!", ["!", "\u010a", "/", "!"]), ("!\u0301", ["!" + mark])):
+            done = subprocess.run([os.path.join(os.path.dirname(TESTS), "run"), "tokenize", self.out,
+                                   "-p", text, "-q"], capture_output=True)
+            self.assertEqual([int(x) for x in done.stdout.split()], [ids[t] for t in want], text)
+
+    def test_stops(self):
+        """<|end|> ends a message; the turn ends with <|return|> or <|call|>."""
+        v = export.Vocab(["<|end|>", "<|return|>", "<|call|>", "<|endoftext|>", "a"], [1, 1, 1, 1, 0], "bpe")
+        self.assertEqual(export.stop_ids(v, 1, 0), [1, 2, 3])
+        v = export.Vocab(["<|end|>", "<|return|>", "a"], [1, 1, 0], "bpe")
+        self.assertEqual(export.stop_ids(v, 1), [0, 1])
+
+
 class TestRefusals(Case):
     def test_architectures(self):
         for kind, word in (
             ("mixtral", "mixtures of experts"), ("deepseek_v3", "mixtures of experts"),
             ("mamba", "state-space"), ("qwen2_vl", "multimodal"), ("bert", "encoders"),
-            ("gpt_oss", "attention sinks"), ("llama4_text", "chunked"), ("gemma3n_text", "AltUp"), ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
+            ("llama4_text", "chunked"), ("gemma3n_text", "AltUp"), ("gpt2", "rotary"), ("nonsense", "supported: llama"), (None, "supported"),
         ):
             self.refuse(self.copy("smol", model_type=kind), str(kind), word)
 

@@ -443,7 +443,7 @@ static void test_layer_kind(const char *name) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const kinds[] = {"qwen3moe", "qwen35", "qwen35moe"};
+    static const char *const kinds[] = {"qwen3moe", "qwen35", "qwen35moe", "gptoss"};
     static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
     bool quick = getenv("QUICK") !=
                  NULL;  // under valgrind: one family, and not the bits of every weight type

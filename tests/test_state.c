@@ -23,7 +23,8 @@ static bool same_logits(int n) {
 static size_t state_bytes(const Fixture *f) { return kvcache_state_bytes(&f->kv.shape); }
 
 static bool same_state(const Fixture *f, const KVCache *a, int s, const KVCache *b, int t) {
-    return memcmp(a->seqs[s].state->x, b->seqs[t].state->x, state_bytes(f)) == 0;
+    size_t n = state_bytes(f);
+    return n == 0 || memcmp(a->seqs[s].state->x, b->seqs[t].state->x, n) == 0;
 }
 
 // Runs of nine rows and more: the same bits, in state and logits, wherever the text is cut.
@@ -186,15 +187,18 @@ static void see(void *arg, int layer, int n) {
     const Seen *seen = arg;
     const Config *c = &seen->f->model.config;
     size_t at = (size_t)kvcache_scored_index(&seen->f->kv.shape, layer) * MAX_ROWS * c->q_dim;
+    if (c->window[layer] > 0) return;
     CHECK(c->window[layer] == 0);
     memcpy(seen->q + at, seen->f->state.q, (size_t)n * c->q_dim * sizeof *seen->q);
 }
 
-// Raises best [hi - lo] by the weights of one query over prefix, [lo, hi) and the pairs from own
-// on.
+// Raises best [hi - lo] by the weights of one query over prefix, [lo, hi), the pairs from own on
+// and the sink of its head, query head `head`.
 static void brute_query(const Fixture *f, KVHeadAt at, const float *q, const int span[4], int seen,
-                        float *best) {
+                        int head, float *best) {
+    const Config *c = &f->model.config;
     double s[512], sum = 0, max = -INFINITY;
+    double sink = c->sinks ? c->sinks[at.layer * c->n_heads + head] : -INFINITY;
     float k[MAX_HEAD_DIM];
     for (int t = 0; t < seen; t++) {
         s[t] = -INFINITY;
@@ -205,6 +209,7 @@ static void brute_query(const Fixture *f, KVHeadAt at, const float *q, const int
         s[t] *= f->model.config.attn_scale;
         max = fmax(max, s[t]);
     }
+    max = fmax(max, sink), sum = exp(sink - max);
     for (int t = 0; t < seen; t++) sum += s[t] = exp(s[t] - max);
     for (int t = span[1]; t < span[2]; t++)
         best[t - span[1]] = fmaxf(best[t - span[1]], (float)(s[t] / sum));
@@ -228,7 +233,8 @@ static void brute_chunk(Context *c, Fixture *f, int a, int b, const Seen *seen, 
         for (int i = 0; i < in.n * group; i++) {
             const float *q = seen->q + ((size_t)s * MAX_ROWS + i / group) * m->q_dim +
                              (g * group + i % group) * m->head_dim;
-            brute_query(f, at, q, span, own + i / group + 1, score + (size_t)h * c->n_ctx + a);
+            brute_query(f, at, q, span, own + i / group + 1, g * group + i % group,
+                        score + (size_t)h * c->n_ctx + a);
         }
     }
     kvcache_drop(&f->kv, seq), ids_free(&in);
@@ -282,6 +288,9 @@ int main(int argc, char **argv) {
         test_kvzip(&f);
         fixture_close(&f);
     }
+    Fixture f;
+    if (fixture_open(&f, "gptoss", "gptoss.kvz", KV_F32, 2))  // no states, but sinks
+        test_kvzip(&f), fixture_close(&f);
     for (int i = 0; i < 2; i++) free(logits[i]);
     return test_end("test_state");
 }
