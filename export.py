@@ -130,6 +130,7 @@ import binascii
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -265,6 +266,18 @@ class SourceFile:
             raise Refusal(f"{self.name} is cut: {self.size} bytes, expected at least {offset + n}")
         return data
 
+    def rows(self, offset, n_bytes, rows):
+        """Some rows of n_bytes each out of those that begin at offset, as uint8 [rows][n_bytes]."""
+        lo, hi = int(rows.min()), int(rows.max()) + 1
+        data = self.read(offset + lo * n_bytes, (hi - lo) * n_bytes)
+        return np.frombuffer(data, np.uint8).reshape(hi - lo, n_bytes)[rows - lo]
+
+
+@functools.lru_cache(64)
+def all_rows(n):
+    """0 to n - 1; matrices of as many rows share it, for experts are many."""
+    return np.arange(n)
+
 
 class Tensor:
     """A matrix in a source file (a vector is one row), read in slices of rows."""
@@ -275,7 +288,7 @@ class Tensor:
             raise Refusal(f"tensor {name} of {list(shape)} holds nothing")
         self.n_rows, self.n_cols = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[-1])
         self.row_bytes = n_bytes // self.n_rows
-        self.order = np.arange(self.n_rows)  # which rows of the file these are
+        self.order = all_rows(self.n_rows)  # which rows of the file these are
 
     def pick(self, order):
         t = object.__new__(type(self))
@@ -292,10 +305,7 @@ class Tensor:
 
     def raw(self, a, b):
         """Rows [a, b) as uint8 [b - a][row_bytes]. A permutation is local, so the span is short."""
-        rows = self.order[a:b]
-        lo, hi = int(rows.min()), int(rows.max()) + 1
-        data = self.file.read(self.offset + lo * self.row_bytes, (hi - lo) * self.row_bytes)
-        return np.frombuffer(data, np.uint8).reshape(hi - lo, self.row_bytes)[rows - lo]
+        return self.file.rows(self.offset, self.row_bytes, self.order[a:b])
 
     def f32(self, a=0, b=None):
         """Rows [a, b) as float32 [b - a][cols]."""
@@ -525,13 +535,12 @@ class Blocks(Tensor):
         n, groups = blocks.shape[1] // step, blocks.shape[2]
         super().__init__(blocks.file, blocks.name, "MXFP4", (n, GROUP * groups), blocks.offset,
                          n * groups * 17)
-        rows = e * blocks.shape[1] + first + step * np.arange(n)
-        self.parts = [t.reshaped((math.prod(t.shape[:2]), n_bytes * groups)).pick(rows)
-                      for t, n_bytes in ((blocks, GROUP // 2), (scales, 1))]
+        self.scales, self.first, self.step = scales, e * blocks.shape[1] + first, step
 
     def raw(self, a, b):
-        rows = self.order[a:b]
-        blocks, scales = (t.pick(rows).raw(0, len(rows)) for t in self.parts)
+        rows, groups = self.first + self.step * self.order[a:b], self.n_cols // GROUP
+        blocks = self.file.rows(self.offset, groups * GROUP // 2, rows)
+        scales = self.scales.file.rows(self.scales.offset, groups, rows)
         pairs = blocks.reshape(len(rows), -1, GROUP // 2)
         codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(*pairs.shape[:2], GROUP)
         packed = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
@@ -1813,7 +1822,7 @@ class Weights:
         if self.gguf and self.model.family.permuted and part[0] in ("wq", "wk"):
             n = sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
-        return t.pick(np.arange(begin, end))
+        return t if end - begin == t.n_rows else t.pick(np.arange(begin, end))
 
     def gated(self, t, ours, sizes):
         """Queries or gates of q_proj, whose rows are each head's query and then its gate."""
