@@ -3,7 +3,8 @@
 // A router gives every row of the batch a probability for each expert; the row goes to the n_used
 // likeliest, and what they give is added up by those probabilities. Rows are sorted by expert, so
 // that each expert's weights are read once for all of its rows, and those of experts without rows
-// not at all: in a mapped file they stay on the disk. What must stay true: a row's sum runs over
+// not at all: in a mapped file they stay on the disk. Llama 4 weighs an expert's input instead of
+// what it gives, by the sigmoid of the router's number. What must stay true: a row's sum runs over
 // its experts in rising order, so that its bits do not depend on the other rows.
 #include "layers.h"
 
@@ -78,7 +79,7 @@ static int open_shared(Model *m, int l, char *err) {
         m->has[e->shared[i].type] = true;
     }
     snprintf(name, sizeof name, "layers.%d.shared_scale", l);
-    return open_vector(&e->shared_scale, &m->file, name, c->dim, false, err);
+    return open_vector(&e->shared_scale, &m->file, name, c->dim, true, err);
 }
 
 int experts_open(Model *m, int l, char *err) {
@@ -111,6 +112,7 @@ void experts_take(RunState *s) {
     e->row = take(s, n * used, sizeof *e->row);
     e->expert = take(s, n * used, sizeof *e->expert);
     if (c->swiglu_limit > 0) e->up = take(s, n * used * (size_t)c->expert_dim, sizeof *e->up);
+    if (c->route_input) e->factor = take(s, n * used, sizeof *e->factor);
     e->in = take_activations(s, s->max_rows * c->n_used, c->dim);
     e->hidden = take_activations(s, s->max_rows * c->n_used, c->expert_dim);
     e->in.tiled = e->hidden.tiled = e->tiled = take(s, n * used, sizeof *e->tiled);
@@ -139,6 +141,8 @@ static void softmax(float *p, int n) {
     for (int i = 0; i < n; i++) p[i] /= sum;
 }
 
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 static bool is_chosen(const int *chosen, int n, int e) {
     for (int i = 0; i < n; i++)
         if (chosen[i] == e) return true;
@@ -163,13 +167,14 @@ static void route_row(void *ctx, int i) {
     const float *bias = s->model->layers[st->l].experts.router_bias;
     if (bias) kern.add(p, bias, c->n_experts);
     check_row(s, i, st->l, p, c->n_experts);
-    softmax(p, c->n_experts);
+    if (!c->route_input) softmax(p, c->n_experts);
     for (int j = 0; j < c->n_used; j++) {
         int at = j, best = likeliest(p, c->n_experts, chosen, j);
         for (; at > 0 && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1];
         chosen[at] = best, sum += p[best];
     }
-    for (int j = 0; j < c->n_used; j++) w[j] = p[chosen[j]] / (c->norm_topk ? sum : 1.0f);
+    for (int j = 0; j < c->n_used; j++)
+        w[j] = c->route_input ? sigmoid(p[chosen[j]]) : p[chosen[j]] / (c->norm_topk ? sum : 1.0f);
 }
 
 // Which experts each row goes to, and with which weight.
@@ -191,6 +196,7 @@ static void sort_rows(RunState *s, int n) {
         e->slot[i] = e->first[e->chosen[i]]++;
         e->row[e->slot[i]] = i / c->n_used;
         e->expert[e->slot[i]] = e->chosen[i];
+        if (c->route_input) e->factor[e->slot[i]] = e->weight[i], e->weight[i] = 1;
     }
     for (int x = c->n_experts; x > 0; x--) e->first[x] = e->first[x - 1];
     e->first[0] = 0;
@@ -202,12 +208,12 @@ static void gather_slot(void *ctx, int slot) {
     RunState *s = ctx;
     ExpertRows *e = &s->experts;
     const float *x = s->xb.x + (size_t)e->row[slot] * s->xb.stride;
-    memcpy(e->in.x + (size_t)slot * e->in.stride, x, (size_t)e->in.cols * sizeof *x);
+    float *in = e->in.x + (size_t)slot * e->in.stride;
+    memcpy(in, x, (size_t)e->in.cols * sizeof *x);
+    if (e->factor) kern.scale(in, e->factor[slot], e->in.cols);
     e->tiled[slot] = s->tiled[e->row[slot]];
     activations_round(&e->in, slot);
 }
-
-static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // hidden = (up + 1) gate sigmoid(alpha gate) of experts that clamp, from the two products. What is
 // no number stays none.
@@ -297,7 +303,8 @@ static void sum_row(void *ctx, int i) {
     }
     if (c->shared_dim == 0) return;
     const float *x = s->xb.x + (size_t)i * s->xb.stride, *y = e->shared_out + (size_t)i * c->dim;
-    float w = sigmoid(dot(s->model->layers[st->l].experts.shared_scale, x, c->dim));
+    const float *scale = s->model->layers[st->l].experts.shared_scale;
+    float w = scale ? sigmoid(dot(scale, x, c->dim)) : 1.0f;
     for (int k = 0; k < c->dim; k++) add[k] += w * y[k];
 }
 

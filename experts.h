@@ -17,7 +17,7 @@ typedef struct {
     // each expert's gate and up [n_experts][expert_dim] and down [n_experts][dim].
     const float *router_bias, *b1, *b3, *b2;
     Matrix shared[3];           // w1, w2, w3 of the expert that all tokens use, or without data
-    const float *shared_scale;  // [dim], its part is sigmoid(shared_scale . x)
+    const float *shared_scale;  // [dim], its part is sigmoid(shared_scale . x); NULL: 1
 } Experts;
 
 // Scratch for one layer of one batch. A slot is one row at one of its experts; slots of one expert
@@ -31,6 +31,7 @@ typedef struct {
     int *row;                   // [slots] which row of the batch it is
     int *expert;                // [slots] and whose
     float *up;                  // [slots][expert_dim] of experts that clamp
+    float *factor;              // [slots] of its input, where that is weighted
     bool *tiled;                // [slots] whether that one is multiplied by tiles
     Activations in;             // [slots] x [dim]
     Activations hidden;         // [slots] x [expert_dim]

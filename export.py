@@ -29,6 +29,9 @@ metadata                 value
   delta_k_heads delta_v_heads delta_k_dim delta_v_dim delta_conv   where layers keep a state: heads
                          and their lengths, tokens that the convolution sees
   delta_tiled            1: value head h reads key head h % delta_k_heads, not one of a row of them
+  route_input            1: the sigmoid of the router's number weighs what an expert reads, and
+                         nothing what it gives
+  window_chunks          1: windows are chunks, a token sees those of its own one
   att_gate               1: what attention gives is gated (layers.N.wg)
   query_growth query_step query_first   where queries grow with their position: by a factor of
                          1 + growth * log(1 + floor((position + first) / step))
@@ -93,7 +96,7 @@ tensor                   dtype and shape
                          its own, so that rows are n_experts times those of one, rounded up to 16
   layers.N.router_bias, .experts.b1 .b2 .b3   F32 [n_experts], and [n_experts times a bias], of experts
                          that clamp, or absent
-  layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim]
+  layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim], or absent
   embed_table            matrix [16 vocab_size] x [n_layers * embed_dim / 16]: a panel is a token's
                          embeddings of all layers; rms_embed F32 [embed_dim]
   layers.N.embed.gate, .mix, .up         matrices [embed_dim] x [dim] and [dim] x [embed_dim];
@@ -309,7 +312,10 @@ class Tensor:
 
     def f32(self, a=0, b=None):
         """Rows [a, b) as float32 [b - a][cols]."""
-        raw = self.raw(a, self.n_rows if b is None else b)
+        return self.decoded(self.raw(a, self.n_rows if b is None else b))
+
+    def decoded(self, raw):
+        """Bytes of the file as float32."""
         if self.kind == "F32":
             x = raw.view("<f4")
         elif self.kind == "F16":
@@ -323,6 +329,28 @@ class Tensor:
 
     def vector(self):
         return self.f32().reshape(-1).copy()
+
+
+class Columns(Tensor):
+    """`n` columns of expert e in a tensor [experts][inputs][outputs], as rows. One expert's bytes
+    are kept, which all that is made of it reads."""
+
+    held = (None, None)  # where they stand, and the bytes
+
+    def __init__(self, t, e, first, n):
+        inputs, width = t.shape[1:]
+        self.bytes = inputs * width * PLAIN[t.kind]
+        super().__init__(t.file, t.name, t.kind, (n, inputs), t.offset + e * self.bytes, self.bytes)
+        self.first, self.width = first, width
+
+    def raw(self, a, b):
+        key = (self.file, self.offset)
+        if Columns.held[0] != key:
+            Columns.held = key, self.file.read(self.offset, self.bytes)
+        size = PLAIN[self.kind]
+        x = np.frombuffer(Columns.held[1], f"u{size}").reshape(self.n_cols, self.width)
+        part = np.ascontiguousarray(x[:, self.first + a : self.first + b].T)
+        return part.view(np.uint8).reshape(b - a, -1)
 
 
 def check_finite(t, x):
@@ -930,6 +958,27 @@ BIASED_EXPERTS = [
     ("experts.b2", "mlp.experts.down_proj.bias", "ffn_down_exps.bias"),
 ]
 
+# Llama 4: experts stand input-major in one tensor, norms of q and k have no weights (no name).
+UNIT_NORMS = [("q_norm", None, None), ("k_norm", None, None)]
+LLAMA4_MLP = [(ours, hf.replace("mlp.", "feed_forward."), gguf) for ours, hf, gguf in GATE_UP + W2]
+LLAMA4_EXPERTS = [
+    ("router", "feed_forward.router.weight", "ffn_gate_inp.weight"),
+    ("experts.w1", "feed_forward.experts.gate_up_proj", "ffn_gate_exps.weight"),
+    ("experts.w3", "feed_forward.experts.gate_up_proj", "ffn_up_exps.weight"),
+    ("experts.w2", "feed_forward.experts.down_proj", "ffn_down_exps.weight"),
+    *((ours, hf.replace("mlp.", "feed_forward."), gguf) for ours, hf, gguf in SHARED_EXPERT[:3]),
+]
+
+# Qwen3-Next: of q, k, v and z, and of b and a, the rows of one key head stand together.
+NEXT_DELTA = [
+    ("delta.qkv", "linear_attn.in_proj_qkvz.weight", "attn_qkv.weight"),
+    ("delta.z", "linear_attn.in_proj_qkvz.weight", "attn_gate.weight"),
+    ("delta.a", "linear_attn.in_proj_ba.weight", "ssm_ba.weight"),
+    ("delta.b", "linear_attn.in_proj_ba.weight", "ssm_ba.weight"),
+    *DELTA[4:],
+]
+GROUPED = ("in_proj_qkvz.weight", "in_proj_ba.weight", "ssm_ba.weight")
+
 SHAPES = {  # rows and columns, or length, in fields of the model
     "tok_embed": ("vocab_size", "dim"), "wcls": ("vocab_size", "dim"), "rms_final": ("dim",),
     "rms_att": ("dim",), "rms_ffn": ("dim",), "rms_att_post": ("dim",), "rms_ffn_post": ("dim",),
@@ -968,6 +1017,8 @@ class Family(NamedTuple):
     config: dict  # keys of config.json that this family reads, with what absence means
     slides: Callable = no_slide  # does layer l see a window only
     permuted: bool = False  # llama.cpp stores the rows of q and k in another order
+    interleaved: bool = False  # so does the family itself: neighbours rotate together
+    grows: Callable = None  # do layer l's queries grow with their position; None: all that do
     gemma: bool = False  # the embedding is scaled, attention has its own scale
     plus_one: bool = False  # norms are 1 + w
     keeps: Callable = no_slide  # does layer l keep a state instead of pairs
@@ -1125,14 +1176,16 @@ def gemma4_rope(c, slides, where):
 
 
 def rotates(c, l):
-    """SmolLM3: every fourth layer has no rope."""
-    if c.get("no_rope_layers") is not None:
+    """SmolLM3, Llama 4: every fourth layer has no rope."""
+    if c.get("no_rope_layers"):
         return bool(c["no_rope_layers"][l])
     return "no_rope_layer_interval" not in c or (l + 1) % c["no_rope_layer_interval"] != 0
 
 
 def window_of(c):
     """The window of the layers that slide, None: there is none, or it is switched off."""
+    if "attention_chunk_size" in c:
+        return c["attention_chunk_size"]
     return c.get("sliding_window") if c.get("use_sliding_window", True) else None
 
 
@@ -1146,6 +1199,10 @@ def late_slide(c, l):
 
 def unrotated_slide(c, l):
     return window_of(c) is not None and not rotates(c, l)
+
+
+def rotated_slide(c, l):
+    return window_of(c) is not None and rotates(c, l)
 
 
 # Mixtures of experts.
@@ -1189,6 +1246,9 @@ QWEN35_MOE = dict(
     intermediate_size=512, shared_expert_intermediate_size=512)
 QWEN35_MOE.pop("mlp_only_layers")  # not read by transformers
 QWEN35_MOE.pop("decoder_sparse_step")
+QWEN3_NEXT = dict(
+    QWEN35_MOE, mlp_only_layers=None, decoder_sparse_step=1, intermediate_size=5632,
+    num_experts_per_tok=10)
 LINEAR_KINDS = {"full_attention", "linear_attention"}
 
 
@@ -1219,10 +1279,16 @@ def delta_moe_fields(c):
     return {**delta_fields(c), **moe_fields(c, 256)}
 
 
-def delta_parts(feed_forward):
+def delta_parts(feed_forward, delta=DELTA):
+    """feed_forward: of all layers, or a function of config and layer."""
     attention = GATED_QKV + WO + QK_NORMS
     norms = [NORMS[0], (*NORMS[1][:2], "post_attention_norm.weight")]
-    return lambda c, l: norms + (DELTA if keeps_state(c, l) else attention) + feed_forward
+    return lambda c, l: (norms + (delta if keeps_state(c, l) else attention) +
+                         (feed_forward(c, l) if callable(feed_forward) else feed_forward))
+
+
+def next_feed_forward(c, l):
+    return EXPERTS + SHARED_EXPERT if has_experts(c, l) else GATE_UP + W2
 
 
 # Ministral 3: queries grow with their position, and angles are scaled by yarn.
@@ -1272,6 +1338,38 @@ def gpt_oss_parts(c, l):
     return norms + QKV + WO + biases + [SINKS] + BIASED_EXPERTS
 
 
+# Llama 4: chunks in the layers that rotate, queries that grow in those that do not, experts.
+
+LLAMA4 = dict(
+    COMMON, num_attention_heads=40, num_key_value_heads=8, head_dim=128, vocab_size=202048,
+    max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=5e5, intermediate_size=8192,
+    intermediate_size_mlp=16384, num_experts_per_tok=1, num_local_experts=16, moe_layers=None,
+    interleave_moe_layer_step=1, use_qk_norm=True, no_rope_layers=None, no_rope_layer_interval=4,
+    attention_chunk_size=8192, attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1)
+
+
+def llama4_fields(c):
+    n, used = c["num_local_experts"], c["num_experts_per_tok"]
+    if not 1 <= used <= n <= MAX_EXPERTS:
+        raise Refusal(f"{n} experts, of which a token uses {used}, are not supported; up to "
+                      f"{MAX_EXPERTS} are")
+    fields = dict(
+        hidden_dim=c["intermediate_size_mlp"], n_experts=n, n_used=used, norm_topk=0, route_input=1,
+        expert_dim=c["intermediate_size"], shared_dim=c["intermediate_size"])
+    if window_of(c) is not None:
+        fields["window_chunks"] = 1
+    if c["attn_temperature_tuning"]:
+        fields.update(query_growth=c["attn_scale"], query_step=c["floor_scale"], query_first=1)
+    return fields
+
+
+def llama4_parts(c, l):
+    mixture = (l in c["moe_layers"] if c["moe_layers"] is not None else
+               (l + 1) % c["interleave_moe_layer_step"] == 0)
+    return (NORMS + QKV + WO + (UNIT_NORMS if c["use_qk_norm"] and rotates(c, l) else []) +
+            (LLAMA4_EXPERTS if mixture else LLAMA4_MLP))
+
+
 FAMILIES = {
     "llama": Family(NORMS + MATRICES, COMMON, permuted=True),
     "mistral": Family(
@@ -1280,6 +1378,9 @@ FAMILIES = {
         slides=all_slide, permuted=True),
     "ministral3": Family(
         NORMS + MATRICES, MINISTRAL3, slides=all_slide, permuted=True, fields=ministral3_fields),
+    "llama4_text": Family(
+        llama4_parts, LLAMA4, slides=rotated_slide, interleaved=True, fields=llama4_fields,
+        grows=lambda c, l: not rotates(c, l)),
     "smollm3": Family(
         NORMS + MATRICES,
         dict(WINDOWED, num_key_value_heads=4, rope_theta=2e6, sliding_window=None,
@@ -1302,6 +1403,9 @@ FAMILIES = {
         fields=delta_moe_fields),
     "gpt_oss": Family(
         gpt_oss_parts, GPT_OSS, slides=lambda c, l: l % 2 == 0, fields=gpt_oss_fields),
+    "qwen3_next": Family(
+        delta_parts(next_feed_forward, NEXT_DELTA), QWEN3_NEXT, plus_one=True, keeps=keeps_state,
+        fields=lambda c: {**delta_fields(c), **moe_fields(c, 512)}),
     "gemma2": Family(
         GEMMA_NORMS + MATRICES, GEMMA2, slides=lambda c, l: l % 2 == 0, gemma=True,
         plus_one=True),
@@ -1318,8 +1422,6 @@ FAMILIES = {
 }
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
-    ("qwen3.?next", "its in_proj_qkvz is not taken apart here"),
-    ("llama.?4", "chunked attention layers and their mixture of experts are not supported"),
     ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
     ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
@@ -1376,6 +1478,7 @@ KINDS = {
     "true or false": lambda v: type(v) is bool,
     "a text": lambda v: type(v) is str,
     "an object": lambda v: type(v) is dict,
+    "true or false, or a number": lambda v: type(v) in (bool, int),
     "a list of layers": lambda v: type(v) is list and all(type(x) is int and x >= 0 for x in v),
     "a list of 0 and 1": lambda v: type(v) is list and all(x in (0, 1) for x in v),
     "a list of texts": lambda v: type(v) is list and all(type(x) is str for x in v),
@@ -1389,30 +1492,32 @@ KEYS = {key: kind for kind, keys in {
         linear_num_key_heads linear_num_value_heads
         num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
         decoder_sparse_step global_head_dim num_global_key_value_heads
-        vocab_size_per_layer_input experts_per_token initial_context_length""",
+        vocab_size_per_layer_input intermediate_size_mlp interleave_moe_layer_step
+        attention_chunk_size floor_scale experts_per_token initial_context_length""",
     "a whole number or 0": "max_window_layers num_kv_shared_layers hidden_size_per_layer_input",
     "a whole number up to 9999": "num_hidden_layers",
     "a number above 1": "rope_theta rope_local_base_freq",
     "a positive number": """
         rms_norm_eps partial_rotary_factor query_pre_attn_scalar
         attn_logit_softcapping final_logit_softcapping factor attention_factor beta_fast beta_slow
-        mscale mscale_all_dim low_freq_factor high_freq_factor swiglu_alpha swiglu_limit
-        llama_4_scaling_beta""",
+        mscale mscale_all_dim low_freq_factor high_freq_factor llama_4_scaling_beta
+        attn_scale swiglu_alpha swiglu_limit""",
     "true or false": """
         tie_word_embeddings use_sliding_window truncate norm_topk_prob qkv_bias
         attn_output_gate gguf_tiled attention_k_eq_v use_double_wide_mlp enable_moe_block
-        attention_bias""",
+        use_qk_norm attention_bias""",
+    "true or false, or a number": "attn_temperature_tuning",
     "a text": "model_type hidden_act hidden_activation rope_type type use_bidirectional_attention",
     "an object": """
         rope_scaling rope_parameters text_config full_attention sliding_attention
         per_layer_config quantization_config""",
-    "a list of layers": "mlp_only_layers",
+    "a list of layers": "mlp_only_layers moe_layers",
     "a list of 0 and 1": "no_rope_layers",
     "a list of texts": "layer_types",
 }.items() for key in keys.split()}
 # Keys for which null is a value of its own ("no window"), whatever absence means.
 NULLABLE = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping",
-            "final_logit_softcapping", "use_bidirectional_attention")
+            "final_logit_softcapping", "use_bidirectional_attention", "attention_chunk_size")
 
 
 def check_value(where, key, value, kind):
@@ -1425,7 +1530,8 @@ def check_value(where, key, value, kind):
 WRAPPED = {
     "gemma3": ("gemma3_text", True), "gemma4": ("gemma4_text", True),
     "gemma4_unified": ("gemma4_unified_text", True), "qwen3_5": ("qwen3_5_text", False),
-    "qwen3_5_moe": ("qwen3_5_moe_text", False), "mistral3": ("mistral", None)}
+    "qwen3_5_moe": ("qwen3_5_moe_text", False), "mistral3": ("mistral", None),
+    "llama4": ("llama4_text", False)}
 # Wrappers that hold one of several.
 WRAPS_ALSO = {"mistral3": ("ministral3",)}
 
@@ -1489,7 +1595,8 @@ def full_config(config, family, where):
 def layer_slides(c, family, where):
     """[n_layers]: does the layer see a window only."""
     n, kinds = c["num_hidden_layers"], c["layer_types"]
-    if c.get("no_rope_layers") is not None and len(c["no_rope_layers"]) < n:
+    listed = c.get("no_rope_layers")
+    if listed is not None and len(listed) < n and (listed or not family.interleaved):
         raise Refusal(f"{where}: no_rope_layers names {len(c['no_rope_layers'])} of {n} layers")
     slides = [family.slides(c, l) for l in range(n)]
     if family.keeps is not no_slide:
@@ -1499,9 +1606,10 @@ def layer_slides(c, family, where):
             raise Refusal(f"{where}: no layer attends, which is not supported")
         return slides
     if kinds is not None:
-        if len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
+        slide = "chunked_attention" if "attention_chunk_size" in c else "sliding_attention"
+        if len(kinds) != n or set(kinds) - {"full_attention", slide}:
             raise Refusal(f"{where}: layer_types {sorted(set(kinds))} for {n} layers")
-        named = [kind == "sliding_attention" for kind in kinds]
+        named = [kind == slide for kind in kinds]
         if named != slides and family.slides in (no_slide, all_slide):
             raise Refusal(f"{where}: layer_types says which layers slide, and a "
                           f"{c['model_type']} model does not read it")
@@ -1509,7 +1617,9 @@ def layer_slides(c, family, where):
     if family.layered:  # as transformers does
         slides[-1] = False
     if any(slides) and window_of(c) is None:
-        raise Refusal(f"{where}: layers slide, and there is no sliding_window in use")
+        raise Refusal(f"{where}: layers slide, and there is no "
+                      f"{'attention_chunk_size' if 'attention_chunk_size' in c else 'sliding_window'}"
+                      " in use")
     return slides
 
 
@@ -1522,6 +1632,7 @@ class Model(NamedTuple):
     tied: bool
     parts: list  # [n_layers] of each layer
     sizes: list = None  # [n_layers] fields of each layer, where they differ
+    grows: list = None  # [n_layers] whether queries grow, where not in all
     owners: list = None  # [n_layers] whose keys and values each reads, where not all their own
 
 
@@ -1536,7 +1647,7 @@ def head_fields(c):
     return dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim)
 
 
-PARTIAL = ("phi3", "qwen3_5_text", "qwen3_5_moe_text")
+PARTIAL = ("phi3", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 
 def rotary_dim(c, params, head_dim, where):
@@ -1599,7 +1710,9 @@ def describe(config, ignored=(), yarn=None, where="config.json"):
         layered.parts if layered else [
             family.parts(c, l) if callable(family.parts) else family.parts
             for l in range(c["num_hidden_layers"])],
-        layered and layered.sizes, layered and layered.owners)
+        layered and layered.sizes,
+        [int(family.grows(c, l)) for l in range(len(slides))] if family.grows else None,
+        layered and layered.owners)
 
 
 GGUF_FAMILIES = {
@@ -1607,6 +1720,7 @@ GGUF_FAMILIES = {
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
     "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text", "mistral3": "ministral3",
     "gpt-oss": "gpt_oss",
+    "qwen3next": "qwen3_next", "llama4": "llama4_text",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -1630,12 +1744,20 @@ GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes 
     "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
     "ssm.inner_size": "linear_value_head_dim", "full_attention_interval": "full_attention_interval",
     "rope.dimension_sections": "", "attention.temperature_scale": "llama_4_scaling_beta",
-    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim", "attention.recurrent_layers": "",
+}
+GGUF_RENAMED = {  # where the same key stands for another one's value
+    ("llama4", "feed_forward_length"): "intermediate_size_mlp",
+    ("llama4", "expert_feed_forward_length"): "intermediate_size",
+    ("llama4", "expert_count"): "num_local_experts",
+    ("llama4", "interleave_moe_layer_step"): "interleave_moe_layer_step",
 }
 GGUF_ONLY = {  # those that other architectures do not read
     "attention.temperature_scale": ("mistral3",), "rope.scaling.yarn_log_multiplier": ("mistral3",),
+    "attention.recurrent_layers": ("qwen35", "qwen35moe", "qwen3next"),
 }
-GGUF_LISTS = ("attention.sliding_window_pattern", "rope.dimension_sections")
+GGUF_LISTS = ("attention.sliding_window_pattern", "rope.dimension_sections",
+              "attention.recurrent_layers")
 GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
                "context_length", "attention.layer_norm_rms_epsilon")
 # Gemma models that scale attention by the width per head, not by head_dim: the 27B ones. A GGUF
@@ -1645,13 +1767,19 @@ GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 PHI3_4K = (32, 40)
 
 
+def gguf_key(arch, key):
+    return GGUF_RENAMED.get((arch, key), GGUF_KEYS.get(key))
+
+
 def gguf_values(meta, arch):
     """ARCH.key without ARCH -> value, each of the right kind. Layers may have a list: of one value.
     What is 0 is absent."""
     values = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
     reads = FAMILIES[GGUF_FAMILIES[arch]].config
     for key, value in values.items():
-        known = key in GGUF_KEYS and (GGUF_KEYS[key] in reads or not key.startswith(("expert_", "ssm.", "full_")))
+        named = gguf_key(arch, key)
+        known = named is not None and (
+            named in reads or not key.startswith(("expert_", "ssm.", "full_")))
         if not (known and arch in GGUF_ONLY.get(key, (arch,))) and value:
             raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
         if isinstance(value, list) and key not in GGUF_LISTS:
@@ -1660,13 +1788,13 @@ def gguf_values(meta, arch):
             values[key] = value[0]
     values = {k: v for k, v in values.items() if v != 0 or v is False}
     for key in GGUF_NEEDED:
-        if key == "feed_forward_length" and reads.get(GGUF_KEYS[key]):
+        if key == "feed_forward_length" and reads.get(gguf_key(arch, key)):
             continue  # all layers have experts
         if key not in values:
             raise Refusal(f"{arch}.{key} is missing or 0")
     for key, value in values.items():
-        if GGUF_KEYS.get(key) and not isinstance(value, list):
-            check_value("GGUF", f"{arch}.{key}", value, KEYS[GGUF_KEYS[key]])
+        if gguf_key(arch, key) and not isinstance(value, list):
+            check_value("GGUF", f"{arch}.{key}", value, KEYS[gguf_key(arch, key)])
     return values
 
 
@@ -1689,8 +1817,9 @@ def gguf_config(meta, tensors):
             "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa",
             "expert_count", "expert_used_count", "expert_feed_forward_length",
             "expert_shared_feed_forward_length", "ssm.conv_kernel", "ssm.state_size",
-            "ssm.group_count", "ssm.time_step_rank", "full_attention_interval")
-    c = {GGUF_KEYS[key]: own[key] for key in read if key in own}
+            "ssm.group_count", "ssm.time_step_rank", "full_attention_interval",
+            "interleave_moe_layer_step")
+    c = {gguf_key(arch, key): own[key] for key in read if key in own}
     c.update(model_type="mistral" if arch == "llama" and "sliding_window" in c else family,
              num_key_value_heads=own.get("attention.head_count_kv", heads), head_dim=head_dim,
              vocab_size=tensors["token_embd.weight"].shape[0],
@@ -1702,9 +1831,15 @@ def gguf_config(meta, tensors):
         c["partial_rotary_factor"] = turning / head_dim
     if "ssm.inner_size" in own:
         c["linear_value_head_dim"] = own["ssm.inner_size"] // own.get("ssm.time_step_rank", 1)
-        c["gguf_tiled"] = c["linear_num_value_heads"] != c["linear_num_key_heads"]
+        c["gguf_tiled"] = (arch != "qwen3next" and
+                           c["linear_num_value_heads"] != c["linear_num_key_heads"])
     if arch == "mistral3" and "attention.temperature_scale" not in own:  # Mistral Small 3.1
         c["model_type"] = "llama"
+    if arch == "llama4":  # chunks, growth and layers without rope are not said: as published
+        if "llama4.attention.sliding_window" in meta:
+            raise Refusal("llama4.attention.sliding_window: chunks of other than 8192 are not "
+                          "supported")
+        c["use_qk_norm"] = c["num_local_experts"] != 128
     if arch == "qwen3moe":  # llama.cpp knows no other
         c["norm_topk_prob"] = True
     if arch == "gpt-oss" and c["rope_scaling"]:  # a GGUF has no place for it
@@ -1718,7 +1853,14 @@ def gguf_config(meta, tensors):
 
 
 def gguf_layer_types(arch, own, layers):
-    """Which layers see a window only. Gemma 3 without a window has none that does."""
+    """Which layers see a window only, or keep a state. Gemma 3 without a window has none that does."""
+    recurrent = own.get("attention.recurrent_layers")
+    if recurrent is not None:
+        if not isinstance(recurrent, list) or not all(type(x) is bool for x in recurrent):
+            raise Refusal(f"{arch}.attention.recurrent_layers is {repr(recurrent)[:60]}, expected "
+                          "true or false for each layer")
+        kinds = ("full_attention", "linear_attention")
+        return {"layer_types": [kinds[keeps] for keeps in recurrent]}
     pattern = own.get("attention.sliding_window_pattern")
     if arch == "gemma3" and "attention.sliding_window" not in own:
         pattern = [False] * layers
@@ -1770,7 +1912,7 @@ class Weights:
         ("wcls", "lm_head.weight", "output.weight"),
     ]
     IGNORED = (r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio|"
-               r"multi_modal_projector|visual)\.|^rope_freqs\.|^mtp\.")
+               r"multi_modal_projector|visual|vision_model)\.|^rope_freqs\.|^mtp\.")
 
     def __init__(self, tensors, gguf, model):
         self.tensors, self.gguf, self.model = tensors, gguf, model
@@ -1812,6 +1954,8 @@ class Weights:
             t = t.reshaped(shape)
         if "att_gate" in sizes and part[0] in ("wq", "wg"):
             return self.gated(t, part[0], sizes)
+        if name.endswith(GROUPED):
+            return self.grouped(t, part[0], sizes)
         begin = self.taken.get(name, 0)
         end = begin + (shape[0] if len(shape) == 2 else 1)
         if t.shape[1:] != shape[1:] or end > t.n_rows or (len(shape) == 1 and t.shape != shape):
@@ -1819,7 +1963,8 @@ class Weights:
         self.taken[name] = end
         if len(shape) == 1:
             return t
-        if self.gguf and self.model.family.permuted and part[0] in ("wq", "wk"):
+        family = self.model.family
+        if part[0] in ("wq", "wk") and (family.interleaved or (self.gguf and family.permuted)):
             n = sizes["n_heads" if part[0] == "wq" else "n_kv_heads"]
             return t.pick(begin + unpermuted(n, shape[0]))
         return t if end - begin == t.n_rows else t.pick(np.arange(begin, end))
@@ -1834,12 +1979,29 @@ class Weights:
         order = np.arange(t.n_rows).reshape(heads, 2, rows)[:, int(ours == "wg")]
         return t.pick(order.reshape(-1))
 
+    def grouped(self, t, ours, sizes):
+        """Some rows of each key head: its q, k, values and gates, or its betas and decays."""
+        heads, dim = sizes["delta_k_heads"], sizes["dim"]
+        each = sizes["delta_v_heads"] // heads
+        k, v = sizes["delta_k_dim"], each * sizes["delta_v_dim"]
+        lengths = dict(b=each, a=each) if ours in ("delta.a", "delta.b") else dict(q=k, k=k, v=v, z=v)
+        rows = sum(lengths.values())
+        if t.shape != (heads * rows, dim):
+            raise Refusal(f"tensor {t.name}: expected {[heads * rows, dim]}, found {list(t.shape)}")
+        self.taken[t.name] = t.n_rows
+        cuts = np.split(np.arange(t.n_rows).reshape(heads, rows),
+                        np.cumsum(list(lengths.values()))[:-1], axis=1)
+        found = dict(zip(lengths, cuts))
+        return t.pick(np.concatenate([found[x].reshape(-1) for x in ours[len("delta."):]]))
+
     def stack(self, part, layer):
         """The tensors of all experts, one for each: from one tensor each, or out of one for all."""
         sizes = self.sizes[layer or 0]
         shape = tuple(sizes[f] for f in SHAPES[part[0]])
         n = sizes["n_experts"]
         whole, piece, pieces = STACKS[part[0]]
+        if "*" not in part[1] and not self.gguf:
+            return self.columns(part, layer, shape, piece, pieces)
         whole = self.source_name((part[0], whole, part[2]), layer)
         if whole not in self.tensors:
             names = [(part[0], part[1].replace("*", str(e)), part[2]) for e in range(n)]
@@ -1853,6 +2015,18 @@ class Weights:
         self.taken[whole] = t.n_rows
         rows = t.reshaped((n * wanted[1], wanted[2]))
         return [rows.pick((e * pieces + piece) * shape[0] + np.arange(shape[0])) for e in range(n)]
+
+    def columns(self, part, layer, shape, piece, pieces):
+        """The same out of a tensor [experts][inputs][outputs]."""
+        name, n = self.source_name(part, layer), self.sizes[layer]["n_experts"]
+        t, wanted = self.tensors.get(name), (n, shape[1], pieces * shape[0])
+        if t is None or t.shape != wanted:
+            raise Refusal(f"tensor {name}: expected {list(wanted)}, found "
+                          f"{list(t.shape) if t else 'none'}")
+        if t.kind not in PLAIN:
+            raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
+        self.taken[name] = t.n_rows
+        return [Columns(t, e, piece * shape[0], shape[0]) for e in range(n)]
 
     def unread(self):
         """Keys and values of layers that read those of others: files may have them all the same."""
@@ -1900,6 +2074,9 @@ SCALINGS = {  # the parameters each type of scaling reads
 }
 
 
+TYPES_OF = {"phi3": ("default",), "llama4_text": ("default", "llama3", "factors")}  # of some families
+
+
 def rope_params(c, slides, yarn, where):
     """What rotates a layer, in one flat dict, from either layout of config.json and from both."""
     layered = "rope_local_base_freq" in c  # Gemma 3: rope_scaling is for full attention alone
@@ -1945,7 +2122,7 @@ def checked_rope(p, c, yarn, where):
     kind = p.get("rope_type") or p.pop("type", None) or "default"
     if p.pop("type", kind) not in (kind, None):
         raise Refusal(f"{where}: rope_type and type of the rope scaling differ")
-    if kind not in SCALINGS or (c["model_type"] == "phi3" and kind != "default"):
+    if kind not in SCALINGS or kind not in TYPES_OF.get(c["model_type"], SCALINGS):
         raise Refusal(f"{where}: rope scaling {kind!r} is not supported for {c['model_type']}")
     known = {"rope_theta", "rope_type", "partial_rotary_factor", "finetuned",
              "original_max_position_embeddings", *SCALINGS[kind]}
@@ -1964,8 +2141,8 @@ def checked_rope(p, c, yarn, where):
     for key in ("factor", "low_freq_factor", "high_freq_factor"):
         if key in SCALINGS[kind] and key not in p:
             raise Refusal(f"{where}: rope scaling {kind!r} without a {key}")
-    if kind == "llama3" and p["high_freq_factor"] <= p["low_freq_factor"]:
-        raise Refusal(f"{where}: rope scaling: high_freq_factor is not above low_freq_factor")
+    if kind == "llama3" and p["high_freq_factor"] < p["low_freq_factor"]:
+        raise Refusal(f"{where}: rope scaling: high_freq_factor is below low_freq_factor")
     return with_original_length(p, c, where)
 
 
@@ -2038,7 +2215,8 @@ def rope_table(p, dim):
     elif kind == "llama3":
         low, high = p["low_freq_factor"], p["high_freq_factor"]
         turns = p["original_max_position_embeddings"] / (2 * np.pi / inv)
-        smooth = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, divided; 1: fast, kept
+        # 0: slow, divided; 1: fast, kept. Llama 4's two factors are the same.
+        smooth = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
         inv = (1 - smooth) * inv / factor + smooth * inv
     elif kind == "yarn":
         ramp = yarn_ramp(p, dim)
@@ -2305,6 +2483,8 @@ def model_outputs(model, weights, target):
     outs.append(array("rope.scale", np.float32([scale for _, scale in tables])))
     outs.append(array("layer.rope", np.int32(model.layer_rope)))
     outs.append(array("layer.window", np.int32(model.windows)))
+    if model.grows and "query_growth" in f:
+        outs.append(array("layer.query_grows", np.int32(model.grows)))
     if model.owners and model.owners != list(range(f["n_layers"])):
         outs.append(array("layer.owner", np.int32(model.owners)))
     hidden = [s["hidden_dim"] for s in model.sizes or ()]
@@ -2321,6 +2501,10 @@ def model_outputs(model, weights, target):
         if part[0] in STACKS:
             tensors = weights.stack(part, layer)
             outs.extend(stack_outputs(name, tensors, kind_of(part, tensors[0])))
+            return
+        if part[1] is None:  # a norm without weights
+            ones = np.ones(weights.sizes[layer]["head_dim"], np.float32)
+            outs.append(array(name, ones))
             return
         t = weights.get(part, layer)
         if part[0] == "delta.conv":

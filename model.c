@@ -98,6 +98,8 @@ static int open_config(Config *c, const TensorFile *f, char *err) {
     c->q_dim = c->n_heads * c->head_dim;
     c->kv_dim = c->n_kv_heads * c->head_dim;
     c->att_gate = tensors_meta(f, "att_gate") != NULL;
+    c->chunks = tensors_meta(f, "window_chunks") != NULL;
+    c->route_input = tensors_meta(f, "route_input") != NULL;
     if (open_experts(c, f, err) != 0 || deltanet_config(c, f, err) != 0) return -1;
     return open_window_heads(c, f, err);
 }
@@ -360,6 +362,7 @@ KVShape model_kv_shape(const Model *m) {
                      .scale = c->attn_scale,
                      .softcap = c->attn_softcap,
                      .window = c->window,
+                     .chunks = c->chunks,
                      .state = c->delta.k_heads > 0 ? delta_state(&c->delta) : 0,
                      .window_kv_heads = c->window_kv_heads,
                      .window_head_dim = c->window_head_dim,

@@ -45,12 +45,14 @@ typedef struct {
     // to 1.
     int n_experts, n_used, expert_dim, shared_dim;
     bool norm_topk;
+    bool route_input;  // an expert's input is weighted instead of what it gives (Llama 4)
     // Where these experts clamp (gpt-oss), else 0: (up + 1) gate sigmoid(alpha gate), with gate at
     // most the limit and up within it.
     float swiglu_alpha, swiglu_limit;
     DeltaShape delta;  // of the layers that keep a state
     // [n_layers] sliding window in tokens, 0 = whole past, NO_PAIRS = the layer keeps a state
     const int *window;
+    bool chunks;         // windows are chunks (KVShape)
     const float *sinks;  // [n_layers][n_heads] as in KVShape, NULL = none (gpt-oss)
     const int *rope;     // [n_layers] which table rotates q and k, -1 = none (SmolLM3)
     int n_ropes;

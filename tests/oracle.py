@@ -395,11 +395,58 @@ def gpt_oss(rng, i, c, marks):
                  tie_word_embeddings=False, layer_types=None)
 
 
+def qwen3_next(rng, i, c, marks):
+    qwen35(rng, i, c, marks)
+    wrapped = "wrapped" in marks
+    if wrapped:
+        marks.remove("wrapped")
+    moe(rng, i, c, marks)
+    c["shared_expert_intermediate_size"] = int(rng.integers(8, 100))
+    if "gguf" in marks:  # llama.cpp knows one length of heads, experts in all layers
+        c["linear_value_head_dim"], c["norm_topk_prob"] = c["linear_key_head_dim"], True
+    elif i % 3 == 2:
+        c.update(decoder_sparse_step=2, mlp_only_layers=[1] if rng.random() < 0.5 else [])
+    if i % 2:
+        marks.append("stacked")
+
+
+def llama4(rng, i, c, marks):
+    """Scout's and Maverick's shapes, small: chunks shorter than the text, queries that grow every few tokens."""
+    n = int(rng.integers(3, 9))
+    c.update(num_hidden_layers=n, head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+             intermediate_size_mlp=int(rng.integers(20, 300)), num_local_experts=any_of(rng, 1, 3, 8, 16),
+             num_experts_per_tok=1, interleave_moe_layer_step=any_of(rng, 1, 2), use_qk_norm=i % 3 != 1,
+             attention_chunk_size=any_of(rng, 7, 16, 33, 64, 100, 128), floor_scale=any_of(rng, 5, 16, 50),
+             attn_scale=any_of(rng, 0.1, 0.5), attn_temperature_tuning=any_of(rng, True, True, 4, False),
+             rope_theta=5e5)
+    c["rope_scaling"] = None
+    if i % 2 == 0:
+        c["rope_scaling"] = dict(llama3(rng), high_freq_factor=any_of(rng, 1.0, 4.0))
+    if i % 4 == 1:
+        c["no_rope_layers"] = [int(rng.random() < 0.6) for _ in range(n)]
+    elif i % 4 == 2:
+        c["no_rope_layers"] = []
+    if i % 5 == 3:
+        c["num_experts_per_tok"] = min(2, c["num_local_experts"])
+    if i % 5 == 4:
+        c["moe_layers"] = [n - 1]
+    if i == 7:
+        c["attention_chunk_size"] = None
+    if i % 4 == 3:  # what a GGUF does not say
+        c.update(attention_chunk_size=8192, floor_scale=8192, attn_scale=0.1, attn_temperature_tuning=True,
+                 use_qk_norm=True)
+        for key in ("no_rope_layers", "moe_layers"):
+            c.pop(key, None)
+        to_gguf(c, marks)
+    elif i % 3 == 2:
+        marks.append("multimodal")
+
+
 OUTER = {"ministral3": "mistral3"}  # configs that wrap it, where the name is another one's
 FAMILIES = {"llama": llama, "mistral": mistral, "ministral3": ministral3, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
             "gemma2": gemma2, "gemma3_text": gemma3, "gemma4_text": gemma4, "gemma4_unified_text": gemma4,
             "phi3": phi3, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35,
-            "qwen3_5_moe_text": qwen35_moe, "gpt_oss": gpt_oss}
+            "qwen3_5_moe_text": qwen35_moe, "qwen3_next": qwen3_next, "llama4_text": llama4, "gpt_oss": gpt_oss}
 
 
 # ---- 3. models ----
@@ -423,11 +470,12 @@ def oracle_config(case):
 def make_model(case):
     """A model of transformers with random weights, exact in the type they are stored in."""
     config, rng, dim = oracle_config(case), case.rng, case.text["hidden_size"]
+    stacked = case.text["model_type"].startswith("llama4")  # experts as [inputs][outputs]
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
     stored = getattr(torch, case.text.get("dtype") or case.text["torch_dtype"])
     family = case.text["model_type"]
-    gemma = family.startswith(("gemma", "qwen3_5"))  # norms are 1 + w, but for Gemma 4
+    gemma = family.startswith(("gemma", "qwen3_5", "qwen3_next"))  # norms are 1 + w, but for Gemma 4
     plain = family.startswith("gemma4")
     q_and_k = (case.text["num_attention_heads"] + case.text["num_key_value_heads"]) * (
         case.text.get("head_dim") or dim // case.text["num_attention_heads"])
@@ -441,7 +489,7 @@ def make_model(case):
                 gain = math.sqrt(p.shape[1] / 16)
             elif re.search("embed_tokens|lm_head", name):
                 gain = 1.5 if gemma and config.tie_word_embeddings else 3.0
-            x *= gain / math.sqrt(p.shape[-1])
+            x *= gain / math.sqrt(p.shape[-2] if stacked and "experts." in name and p.ndim == 3 else p.shape[-1])
             if "qkv_proj" in name:
                 x[:q_and_k] *= 1.6
             if "embed_tokens" in name and not config.tie_word_embeddings and not gemma:
@@ -548,7 +596,8 @@ def save_shards(tensors, path):
 
 # ---- 4. GGUF ----
 
-ARCHS = {"ministral3": "mistral3", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
+ARCHS = {"ministral3": "mistral3", "llama4_text": "llama4", "qwen3_next": "qwen3next", "gemma3_text": "gemma3",
+         "qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
          "gpt_oss": "gpt-oss"}
 PERMUTED = ("llama", "smollm3", "ministral3")  # llama.cpp rotates neighbours in these, so q and k are interleaved
 
@@ -563,7 +612,7 @@ def make_gguf(case, model, path):
     p = p.get("full_attention", p)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(dim)
-    if hasattr(c, "intermediate_size"):
+    if hasattr(c, "intermediate_size") and arch != "llama4":
         w.add_feed_forward_length(c.intermediate_size)
     w.add_block_count(c.num_hidden_layers)
     w.add_head_count(heads)
@@ -581,9 +630,15 @@ def make_gguf(case, model, path):
     if family == "gemma3_text":
         w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
         w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
-    if arch.startswith("qwen35"):
+    if arch.startswith(("qwen35", "qwen3next")):
         add_delta(w, c, case.text)
-    if arch in ("qwen3moe", "qwen35moe"):
+    if arch == "llama4":
+        w.add_feed_forward_length(c.intermediate_size_mlp)
+        w.add_expert_feed_forward_length(c.intermediate_size)
+        w.add_interleave_moe_layer_step(c.interleave_moe_layer_step)
+        w.add_expert_count(c.num_local_experts)
+        w.add_expert_used_count(c.num_experts_per_tok)
+    if arch in ("qwen3moe", "qwen35moe", "qwen3next"):
         w.add_expert_count(case.text["num_experts"])
         w.add_expert_used_count(c.num_experts_per_tok)
         w.add_expert_feed_forward_length(c.moe_intermediate_size)
@@ -596,18 +651,18 @@ def make_gguf(case, model, path):
     names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
     for name, tensor in model.named_parameters():
         x = tensor.detach().numpy()
-        if family.startswith(("gemma", "qwen3_5")) and name.endswith("norm.weight") and "linear_attn" not in name:
+        if family.startswith(("gemma", "qwen3_5", "qwen3_next")) and name.endswith("norm.weight") and "linear_attn" not in name:
             x = x + np.float32(1)
         if "linear_attn" in name:
-            name, x = tiled(c, name, x)
+            name, x = (tiled if arch.startswith("qwen35") else apart)(c, name, x)
         if family in PERMUTED and re.search(r"[qk]_proj\.weight", name):
             n = heads if "q_proj" in name else kv_heads
             x = x.reshape(n, 2, len(x) // n // 2, -1).swapaxes(1, 2).reshape(x.shape)
         if "mlp.experts" in name and arch == "gpt-oss":
             gpt_oss_experts(w, names, case, name, x)
             continue
-        for name, x in gguf_parts(name.replace("self_attn.sinks", "self_attn.sinks.weight"), x):
-            name = names.get_name(name, (".weight", ".bias"))
+        for name, x in gguf_parts(c, name.replace("self_attn.sinks", "self_attn.sinks.weight"), x):
+            name = name if name.startswith("blk.") else names.get_name(name, (".weight", ".bias"))
             w.add_tensor(name, np.ascontiguousarray(x))
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -650,8 +705,25 @@ def tiled(c, name, x):
     return name.replace("dt_bias", "dt_proj.bias"), x
 
 
-def gguf_parts(name, x):
+def apart(c, name, x):
+    """A delta net's tensor of Qwen3-Next: [q, k, v, z] of each key head stand apart."""
+    if name.endswith("A_log"):
+        x = -np.exp(x)
+    if "conv1d" in name:
+        x = x[:, 0]
+    return name.replace("dt_bias", "dt_proj.bias"), x
+
+
+def gguf_parts(c, name, x):
     """Stacks of experts under the names that convert_hf_to_gguf.py gives them."""
+    if "in_proj_qkvz" in name:
+        at = f"blk.{name.split('.')[2]}."
+        k, v = c.linear_key_head_dim, c.linear_value_head_dim * c.linear_num_value_heads // c.linear_num_key_heads
+        cuts = np.split(x.reshape(c.linear_num_key_heads, -1, x.shape[1]), [k, 2 * k, 2 * k + v], axis=1)
+        q, k, v, z = (p.reshape(-1, x.shape[1]) for p in cuts)
+        return [(at + "attn_qkv.weight", np.concatenate([q, k, v])), (at + "attn_gate.weight", z)]
+    if c.model_type == "llama4_text" and "experts." in name and x.ndim == 3:
+        x = x.swapaxes(1, 2)
     if name.endswith("experts.gate_up_proj"):
         gate, up = np.split(x, 2, axis=1)
         at = name.replace("gate_up_proj", "%s.weight")

@@ -39,11 +39,12 @@ if [ -z "${C_ONLY:-}" ]; then
     for t in test_cli test_install test_answers test_documents test_terminal test_fitted test_serve test_machines test_tools test_memory test_files test_foreign test_every test_tasks test_suite test_tutorial; do run $t "$PYTHON" tests/$t.py; done
     if make venv PYTHON="$PYTHON" >"$BUILD/venv.out" 2>&1; then
         run test_export .venv/bin/python tests/test_export.py
+        run test_layers .venv/bin/python tests/test_layers.py
         run test_llama2c .venv/bin/python tests/test_llama2c.py
         run test_python .venv/bin/python tests/test_python.py
     else
-        echo "test_export, test_llama2c, test_python: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
-        skipped=$((skipped + 3))
+        echo "test_export, test_layers, test_llama2c, test_python: skipped, no virtual environment: $(tail -n 1 "$BUILD/venv.out")"
+        skipped=$((skipped + 4))
     fi
     if CHROMIUM=$(command -v chromium-headless-shell || command -v chromium || command -v google-chrome); then
         export CHROMIUM

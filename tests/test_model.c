@@ -443,7 +443,8 @@ static void test_layer_kind(const char *name) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const kinds[] = {"qwen3moe", "qwen35", "qwen35moe", "gptoss"};
+    static const char *const kinds[] = {"qwen3moe",  "qwen35",    "qwen35moe", "gptoss",
+                                        "qwen3next", "ministral", "llama4"};
     static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
     bool quick = getenv("QUICK") !=
                  NULL;  // under valgrind: one family, and not the bits of every weight type
