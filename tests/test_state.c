@@ -1,6 +1,8 @@
 // test_state.c: layers that keep a state instead of pairs, beside layers that attend: states go on
 // bit for bit however a text is cut, through forks, marks, files and other caches; they are never
 // cut back; KVzip scores the layers with pairs, by a repeat pass that leaves the state as it was.
+// And layers that see a chunk alone, beside layers whose queries grow with their position: cut and
+// scored in the same way.
 #include "fixture.h"
 #include "kvfile.h"
 #include "policies/methods.h"
@@ -23,8 +25,8 @@ static bool same_logits(int n) {
 static size_t state_bytes(const Fixture *f) { return kvcache_state_bytes(&f->kv.shape); }
 
 static bool same_state(const Fixture *f, const KVCache *a, int s, const KVCache *b, int t) {
-    size_t n = state_bytes(f);
-    return n == 0 || memcmp(a->seqs[s].state->x, b->seqs[t].state->x, n) == 0;
+    if (state_bytes(f) == 0) return !a->seqs[s].state && !b->seqs[t].state;
+    return memcmp(a->seqs[s].state->x, b->seqs[t].state->x, state_bytes(f)) == 0;
 }
 
 // Runs of nine rows and more: the same bits, in state and logits, wherever the text is cut.
@@ -186,8 +188,8 @@ typedef struct {
 static void see(void *arg, int layer, int n) {
     const Seen *seen = arg;
     const Config *c = &seen->f->model.config;
-    size_t at = (size_t)kvcache_scored_index(&seen->f->kv.shape, layer) * MAX_ROWS * c->q_dim;
     if (c->window[layer] > 0) return;
+    size_t at = (size_t)kvcache_scored_index(&seen->f->kv.shape, layer) * MAX_ROWS * c->q_dim;
     CHECK(c->window[layer] == 0);
     memcpy(seen->q + at, seen->f->state.q, (size_t)n * c->q_dim * sizeof *seen->q);
 }
@@ -272,19 +274,20 @@ static void test_kvzip(Fixture *f) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const names[] = {"qwen35", "qwen35moe"};
+    static const char *const names[] = {"qwen35", "qwen35moe", "llama4"};
     if (kernels_init(argc > 1 ? argv[1] : NULL) != 0) {
         printf("test_state: no %s on this machine\n", argv[1]);
         return 0;
     }
     for (int i = 0; i < 2; i++) logits[i] = malloc((size_t)96 * VOCAB * sizeof *logits[i]);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         Fixture f;
         char weights[64];
         snprintf(weights, sizeof weights, "%s.kvz", names[i]);
         if (!fixture_open(&f, names[i], weights, KV_F32, 2)) continue;
-        test_cuts(&f), test_marks(&f), test_no_cut(&f), test_bytes(&f);
-        test_file(&f);
+        bool states = state_bytes(&f) > 0;
+        test_cuts(&f);
+        if (states) test_marks(&f), test_no_cut(&f), test_bytes(&f), test_file(&f);
         test_kvzip(&f);
         fixture_close(&f);
     }
