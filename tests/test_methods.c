@@ -252,7 +252,7 @@ static double *weights_of(const Seen *s, int h, int row) {
     return s->w + ((size_t)h * SEEN + row) * SEEN;
 }
 
-// softmax(scale q . k) of every row over all positions up to its own.
+// softmax(scale q . k) of every row over all positions up to its own, and the head's sink.
 static void attend_all(Seen *s) {
     const KVShape *shape = &s->f->kv.shape;
     int group = shape->n_heads / shape->n_kv_heads, d = shape->head_dim;
@@ -260,8 +260,9 @@ static void attend_all(Seen *s) {
     s->w = calloc((size_t)heads * SEEN * SEEN, sizeof *s->w);
     for (int i = 0; i < heads * group * s->n; i++) {
         int row = i % s->n, h = i / s->n / group, g = h % shape->n_kv_heads;
-        size_t at = (size_t)kvcache_scored_layer(shape, h / shape->n_kv_heads) * SEEN;
-        double z[SEEN], sum = 0;
+        int layer = kvcache_scored_layer(shape, h / shape->n_kv_heads);
+        size_t at = (size_t)layer * SEEN;
+        double z[SEEN], sum = exp(kvshape_sink(shape, layer, g * group + i / s->n % group));
         for (int t = 0; t <= row; t++) {
             const float *q =
                 s->q + ((at + row) * shape->n_heads + g * group + i / s->n % group) * d;
@@ -861,6 +862,11 @@ int main(int argc, char **argv) {
             test_qfilters(&f, n_prefix);
         }
         test_nacl(&f);
+        fixture_close(&f);
+    }
+    Fixture f;
+    if (fixture_open(&f, "gptoss", "gptoss.kvz", KV_F32, 2)) {  // heads with sinks
+        test_h2o(&f, 0), test_h2o(&f, 6), test_simlayerkv(&f, 0);
         fixture_close(&f);
     }
     test_kvpress("llama"), test_kvpress("qwen3");
