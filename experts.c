@@ -230,8 +230,10 @@ static void clamp_slot(const Step *st, int slot) {
     for (int i = 0; i < c->expert_dim; i++) {
         float x = gate[i] > most ? most : gate[i];
         float y = up[i] > most ? most : up[i] < -most ? -most : up[i];
-        gate[i] = (y + 1.0f) * x * sigmoid(c->swiglu_alpha * x);
+        gate[i] = c->swiglu_alpha * x;
+        up[i] = (y + 1.0f) / c->swiglu_alpha;
     }
+    kern.silu_mul(gate, up, c->expert_dim);
 }
 
 static void hidden_slot(void *ctx, int slot) {
@@ -276,6 +278,8 @@ static void plan_shared(RunState *s, int l, int n, int at) {
 }
 
 // ---- the sum ----
+
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 static float dot(const float *x, const float *y, int n) {
     float sum = 0;
