@@ -294,23 +294,47 @@ def chain(rng, names, value):
     return lines + [f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:])]
 
 
+VARIABLES_HEAD = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+
+
+def about_chain(own, value):
+    return ask(f"Find all variables that are assigned the value {value} in the text above.",
+               f"According to the chain(s) of variable assignment in the text above, {len(own)} variables "
+               f"are assigned the value {value}, they are:", own)
+
+
+def solved(context, question, answer):
+    """An example in front of a context: a shorter one, what is asked of it, and the answer."""
+    return f"{context}\n\n{question['question']} {question['answer_prefix']} {answer}\n\n\n"
+
+
+def variables_example(rng, chars, hops):
+    """RULER's: one chain of names with three letters, in a text of 500 tokens at most. Its value has a digit more than any
+    that is asked for."""
+    own = different(rng, hops + 1, lambda r: letters(r, 3).upper())
+    value = number(rng, 6)
+    parts = [NOISE] * max(2, min(15, chars // 560))
+    for at, line in zip(sorted(rng.choices(range(len(parts) + 1), k=hops + 1), reverse=True), reversed(chain(rng, own, value))):
+        parts.insert(at, line)
+    return solved(VARIABLES_HEAD + "\n".join(parts), about_chain(own, value), " ".join(own))
+
+
 def variables(rng, chars, n, hops=4):
-    """variable tracking: which names hold a value, over a chain of assignments"""
+    """variable tracking: which names hold a value, over a chain of assignments; a solved example comes first"""
+    example = variables_example(rng, chars, hops)
+    chars -= len(example)
     n = fitting(n, chars, 560)  # a chain and as many lines of noise
     names = different(rng, n * (hops + 1), lambda r: letters(r, 5).upper())
     lines, questions = [], []
     for c in range(n):
         own, value = names[c * (hops + 1):(c + 1) * (hops + 1)], number(rng, 5)
         lines.append(chain(rng, own, value))
-        questions.append(ask(f"Find all variables that are assigned the value {value} in the text above.",
-                             f"According to the chain(s) of variable assignment in the text above, {hops + 1} variables "
-                             f"are assigned the value {value}, they are:", own))
+        questions.append(about_chain(own, value))
     merged = merge(rng, lines)
     parts = [NOISE] * max(len(merged), (chars - 42 * len(merged)) // 70)  # in tokens: 14 a line, 24 the noise
     for at, line in zip(sorted(rng.sample(range(len(parts)), len(merged)), reverse=True), reversed(merged)):
         parts.insert(at, line)
-    head = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-    return task("variables", head + "\n".join(parts), questions, all=True, max_tokens=30)
+    return task("variables", example + VARIABLES_HEAD + "\n".join(parts), questions, all=True, max_tokens=30)
 
 
 def merge(rng, lists):
@@ -333,19 +357,35 @@ def multihop(rng, chars, n):
     return task("multihop", hide(rng, chars, merge(rng, lines)), questions, stop=".", max_tokens=16)
 
 
+def word_list(rng, bag):
+    rng.shuffle(bag)
+    head = "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    return head + " ".join(f"{i + 1}. {w}" for i, w in enumerate(bag))
+
+
+def about_words(often):
+    return ask("What are the 10 most common words in the above list?",
+               "The top 10 words that appear most often in the list are:", often)
+
+
+def common_words_example(rng, chars, words):
+    """RULER's: ten words ten times and thirty three times; in contexts below 4,096 tokens three times, and ten once."""
+    many, n_others, few = (10, 30, 3) if chars >= 2 * 4096 else (3, 10, 1)
+    often = words[:10]
+    text = word_list(rng, often * many + words[10:10 + n_others] * few)
+    return solved(text, about_words(often), " ".join(f"{i + 1}. {w}" for i, w in enumerate(often)))
+
+
 def common_words(rng, chars, n):
-    """a numbered list in which ten words come often and the others seldom"""
+    """a numbered list in which ten words come often and the others seldom; a solved example comes first"""
     words = rng.sample(COMMON, len(COMMON))
     often, seldom = words[:10], words[10:]
+    example = common_words_example(rng, chars, rng.sample(seldom, 40))
+    chars -= len(example)
     total = max(60, min(chars // 11, 999 + (chars - 999 * 11) // 14))  # four digits are more tokens than three
     bag = often * max(4, total // 15)
     bag += [seldom[i % len(seldom)] for i in range(max(0, total - len(bag)))]
-    rng.shuffle(bag)
-    text = " ".join(f"{i + 1}. {w}" for i, w in enumerate(bag))
-    head = "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
-    question = ask("What are the 10 most common words in the above list?",
-                   "The top 10 words that appear most often in the list are:", often)
-    return task("common_words", head + text, [question], all=True, max_tokens=120)
+    return task("common_words", example + word_list(rng, bag), [about_words(often)], all=True, max_tokens=120)
 
 
 def frequent_words(rng, chars, n):

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "eval"))
@@ -134,6 +135,29 @@ def test_contained():
             for q in t["questions"]:
                 there = [a in t["context"] for a in q["answers"]]
                 check(all(there) if t.get("all") else any(there), f"{kind}, {filler}: {q['answers']} not in the context")
+
+
+def commonest(text):
+    words = re.findall(r"\d+\. (\w+)", text)
+    return {w for w, _ in Counter(words).most_common(10)}
+
+
+def test_solved():
+    """The example in front is solved rightly, and none of its answers is one of those that are asked for."""
+    for tokens in (600, 5000):
+        for t in made("variables", tokens, seed=6, n=2):
+            example, text = t["context"].split("\n\n\n")
+            text_of, answer = re.split(r"\n\nFind .* they are: ", example)
+            value = re.search(r"VAR \w+ = (\d+)", text_of)[1]
+            check(re.findall(r"VAR (\w+) =", text_of) == answer.split() and f"the value {value} in" in example, "vt: example %r" % answer)
+            check(len(answer.split()) == 5 and not set(answer.split()) & set(re.findall(r"\w+", text)), "vt: names of the example")
+            check(all(value not in q["question"] for q in t["questions"]), "vt: the example's value")
+        for t in made("common_words", tokens, seed=6, n=2):
+            example, text = t["context"].split("\n\n\n")
+            text_of, answer = example.split("\n\nWhat are the 10 most common words")
+            check(commonest(text_of) == set(re.findall(r"\d+\. (\w+)", answer)), "cwe: the example's words")
+            check(commonest(text) == set(t["questions"][0]["answers"]), "cwe: the words that are asked for")
+            check(len(re.findall(r"\d+\. ", text_of)) == (190 if tokens >= 4096 else 40), "cwe: length of the example")
 
 
 def test_facts():
@@ -470,6 +494,7 @@ def main():
     test_dense()
     test_repetition()
     test_contained()
+    test_solved()
     test_facts()
     test_speakers()
     test_counting()
