@@ -379,11 +379,16 @@ static char *code_of(const char *answer) {
     return code;
 }
 
-static double mark_code(const char *answer, const char *want) {
-    static const double PASSES = 0.8;  // RepoQA's threshold
+double mark_similar(const char *answer, const char *want) {
     char *code = code_of(answer);
     double value = code ? overlap_bleu(code, want) : -1;
     free(code);
+    return value;
+}
+
+static double mark_code(const char *answer, const char *want) {
+    static const double PASSES = 0.8;  // RepoQA's threshold
+    double value = mark_similar(answer, want);
     return value < 0 ? -1 : value >= PASSES;
 }
 

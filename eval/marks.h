@@ -24,6 +24,9 @@ typedef enum {
 // their value, code as it stands: of an answer with a block of code (```) by that.
 double mark_answer(EvalMetric metric, const char *answer, const char *want);
 
+// How similar the code of an answer is to wanted code, BLEU, 0 to 1, or -1: no memory.
+double mark_similar(const char *answer, const char *want);
+
 // The words of a text, a space between two, as they are compared; with `signs` punctuation and
 // symbols are words as well. malloc'ed, NULL: no memory.
 char *mark_words(const char *text, bool signs);

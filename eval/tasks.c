@@ -17,6 +17,26 @@
 
 // ---- how good an answer is ----
 
+// The similarity of an answer to the nearest code that q wants, or -1.
+static double similarity(const EvalQuestion *q, const char *answer) {
+    double best = 0;
+    for (int i = 0; i < q->n_answers; i++) {
+        double v = mark_similar(answer, q->answers[i]);
+        if (v < 0) return -1;
+        best = fmax(best, v);
+    }
+    return best;
+}
+
+// Whether the answer's code is nearer to what another question wants than to what q does: 0, 1, or
+// -1.
+static int wants_other(const EvalTask *t, const EvalQuestion *q, const char *answer) {
+    double own = similarity(q, answer), other = 0;
+    for (int i = 0; i < t->n_questions && other >= 0 && other <= own; i++)
+        if (&t->questions[i] != q) other = similarity(&t->questions[i], answer);
+    return own < 0 || other < 0 ? -1 : other > own;
+}
+
 int eval_answer(const EvalTask *t, const EvalQuestion *q, const char *answer, double *value,
                 char *err) {
     double best = 0, sum = 0;
@@ -25,6 +45,11 @@ int eval_answer(const EvalTask *t, const EvalQuestion *q, const char *answer, do
         if (v < 0) return fail(err, "out of memory");
         best = fmax(best, v);
         sum += v;
+    }
+    if (t->metric == METRIC_CODE && best > 0) {
+        int other = wants_other(t, q, answer);
+        if (other < 0) return fail(err, "out of memory");
+        if (other) best = 0;
     }
     *value = t->all && t->metric == METRIC_CONTAINED ? sum / q->n_answers : best;
     return 0;

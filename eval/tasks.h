@@ -53,7 +53,8 @@ int eval_tasks_open(EvalTasks *t, const char *path, char *err);
 void eval_tasks_close(EvalTasks *t);
 
 // How good an answer is, 0 to 1, goes to *value: as good as by the best of those that are right, or
-// with `all` the share of them that it has. Returns 0, or -1 with err: no memory.
+// with `all` the share of them that it has. Code that is more similar to what another question of
+// the context wants is wrong (RepoQA, arXiv 2406.06025). Returns 0, or -1 with err: no memory.
 int eval_answer(const EvalTask *t, const EvalQuestion *q, const char *answer, double *value,
                 char *err);
 #endif

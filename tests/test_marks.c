@@ -2,7 +2,9 @@
 // else is.
 #include "eval/marks.h"
 #include "eval/overlap.h"
+#include "eval/tasks.h"
 #include "test.h"
+#include "util.h"
 
 static bool words_are(const char *text, const char *want) {
     char *got = mark_words(text, false);
@@ -158,10 +160,31 @@ static void test_code(void) {
     CHECK(mark(METRIC_EDIT, "", "x") == 0);
 }
 
+// RepoQA: of all that is asked for the wanted function must be the nearest, and pass.
+static void test_nearest(void) {
+    char *sum[] = {"def add(a, b):\n    total = a + b + c + d\n    return total\n"};
+    char *far[] = {"def mul(a, b):\n    total = a * b\n    return total\n"};
+    EvalQuestion q[] = {{"Which adds?", "", sum, 1}, {"Which multiplies?", "", far, 1}};
+    EvalTask t = {.metric = METRIC_CODE, .questions = q, .n_questions = 2};
+    char err[ERR_LEN];
+    double v;
+    CHECK(eval_answer(&t, &q[0], sum[0], &v, err) == 0 && v == 1);
+    CHECK(eval_answer(&t, &q[1], sum[0], &v, err) == 0 && v == 0);
+    // 0.9 of the first is said, and all of another
+    char *near[] = {"def add(a, b):\n    total = a + b + c + e\n    return total\n"};
+    q[1].answers = near;
+    CHECK(mark(METRIC_CODE, near[0], sum[0]) == 1);
+    CHECK(eval_answer(&t, &q[0], near[0], &v, err) == 0 && v == 0);
+    CHECK(eval_answer(&t, &q[1], near[0], &v, err) == 0 && v == 1);
+    q[1].answers = sum;  // two that want the same
+    CHECK(eval_answer(&t, &q[0], sum[0], &v, err) == 0 && v == 1);
+}
+
 int main(void) {
     test_overlap();
     test_authors();
     test_code();
+    test_nearest();
     test_words();
     test_letters();
     test_contained();
