@@ -100,6 +100,8 @@ const Flag flags[] = {
     {"--question", "TEXT", TEXT, AT(question), .takes = CONTEXT | EVAL,
      .help = "what will be asked, for policies that look at it: finch and task need it, snapkv, "
              "nacl, chunkkv and criticalkv may"},
+    {"--question-each", NULL, SWITCH, AT(each), .takes = EVAL,
+     .help = "these see each question of the tasks, and it is asked of a cache made for it"},
     {"--policy", "NAME,..", TEXT, AT(policy), .takes = EVAL,
      .help = "who scores (default: expected with a profile or --stream, else kvzip):"},
     {"--level", "NAME,..", TEXT, AT(level), .takes = EVAL,

@@ -62,6 +62,7 @@ typedef struct {
     const char *policy, *level, *set;  // names and parameters; of eval, several between commas
     const char *reader;                // of eval and bench several between commas; NULL: none
     const char *question;              // that methods which ask one look at
+    bool each;                         // they look at each question of a task
     const char *kv, *kvs;              // --kv of one cache, and of eval's
     double ratio;                      // 0: not given
     double threshold;                  // NaN: not given

@@ -461,7 +461,7 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
     Progress progress = progress_begin(s);
     progress.unit = "answers";
     e->state = &s->state, e->prefix = &prefix, e->ask = ask_ids, e->ask_arg = &asker;
-    e->progress = eval_step, e->progress_arg = &progress;
+    e->progress = eval_step, e->progress_arg = &progress, e->each = s->o->each;
     Showing how = {s->o->json, &progress};
     if (s->n_reads > 0) e->read = show_read, e->read_arg = s;
     if (s->o->show) e->show = show_answer, e->show_arg = &how;

@@ -376,8 +376,10 @@ void give_question(Session *s, Context *c, const Policy *p) {
     size_t n;
     bool by_task = p->asks == ASKS_TASK && o->bit != EVAL;
     const char *text = by_task && !o->question ? o->task : o->question;
-    const char *also = by_task ? " or --task" : "";
-    if (!text && p->asks >= ASKS_ALWAYS)
+    const char *also = by_task ? " or --task" : o->bit == EVAL ? " or --question-each" : "";
+    if (o->each && o->question)
+        die_usage(o->command, "--question and --question-each are two questions: choose one");
+    if (!text && !o->each && p->asks >= ASKS_ALWAYS)
         die_usage(o->command, "policy %s needs --question TEXT%s: it scores by what will be asked",
                   p->name, also);
     if (!text || p->asks == ASKS_NOTHING || s->question.n > 0) return;

@@ -114,13 +114,14 @@ static int judge_group(Asking *a, KVCache *kv, int seq, char *err) {
 
 int asking_group(Asking *a, int begin, char *err) {
     size_t row = (size_t)a->state->model->config.vocab_size * sizeof(float), bytes = 0;
-    if (a->begin == begin && a->end > begin) return 0;
+    int most = a->single ? 1 : GROUP;
+    if (a->begin == begin && a->end > begin && a->end - begin <= most) return 0;
     for (int i = a->begin; i < a->end; i++) {
         free(a->asked[i].judged.logits);
         a->asked[i].judged.logits = NULL;
     }
     a->begin = a->end = begin;
-    while (a->end < a->task->n_questions && a->end - begin < GROUP) {
+    while (a->end < a->task->n_questions && a->end - begin < most) {
         Judged *j = &a->asked[a->end].judged;
         bytes += j->full.n * row;
         if (a->end > begin && bytes > LOGITS_BYTES) break;

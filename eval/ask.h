@@ -35,6 +35,7 @@ typedef struct {
     void (*show)(void *arg, const EvalCell *c, const EvalQuestion *q, const EvalMark *mark);
     void *show_arg;
 
+    bool single;     // a group is one question
     Asked *asked;    // [task->n_questions]
     int begin, end;  // the group: questions whose full logits are in memory
     Answerer answerer;

@@ -22,6 +22,7 @@ typedef struct {
     EvalResults *results;
     Asking asking;          // of the context at hand
     Ids ids;                // prefix and context
+    Ids question;           // that the policy at hand sees, with Eval.each
     KVCache kv[EVAL_LIST];  // one of each page type
     int full[EVAL_LIST];    // the sequence in each that holds the context, nothing settled yet
     int yardstick;          // the first of them, settled
@@ -97,6 +98,7 @@ static Context context_of(Run *r, int kv, int seq) {
     c.state = r->e->state, c.kv = &r->kv[kv], c.seq = seq, c.ids = r->ids.id;
     c.n_prefix = r->e->prefix->n, c.n_ctx = r->ids.n - c.n_prefix;
     c.progress = on_context, c.progress_arg = r;
+    if (r->question.n > 0) c.question = r->question.id, c.n_question = r->question.n;
     return c;
 }
 
@@ -225,12 +227,59 @@ static int run_cell(Run *r, Cell *cell, char *err) {
     return report(r, err);
 }
 
-// Runs all cells of one policy, group by group.
-static int run_cells(Run *r, Cell *cells, int n, char *err) {
+// Scores the context, unless no cell needs that, on a sequence of its own.
+static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char *err) {
+    bool needed = false, fits = false;
+    for (int i = 0; i < n; i++) {
+        needed = needed || plan[i].c.ratio < 1;
+        fits = fits || (plan[i].c.ratio < 1 && plan[i].fit != FIT_NONE);
+    }
+    if (!p || !needed || r->e->stream) return 0;
+    int seq = kvcache_new(&r->kv[0], err);
+    if (seq < 0) return -1;
+    Context c = context_of(r, 0, seq);
+    free(r->score);
+    free(r->keep);
+    r->score = malloc((context_scores(&c) + 1) * sizeof *r->score);
+    r->keep = malloc(context_scores(&c) + 1);
+    if (!r->score || !r->keep)
+        return fail(err, "out of memory for the scores of %d tokens", c.n_ctx);
+    int rc = set_method(r->e, &c, p, r->e->level[0], err);
+    fitting_close(&r->fitting);
+    if (rc == 0 && fits) {  // each cell says what its queries serve for
+        rc = fitting_open(&r->fitting, FIT_NONE, &c, err);
+        c.fitting = &r->fitting;
+    }
+    if (rc == 0) rc = context_score(&c, p, r->score, err);
+    kvcache_drop(&r->kv[0], seq);
+    return rc;
+}
+
+// Whether p sees each question that is asked.
+static bool sees_each(const Eval *e, const Policy *p) {
+    return e->each && p && p->asks != ASKS_NOTHING;
+}
+
+// The question of the group, of which it is the only one, becomes what the policy sees: without the
+// start of its answer, as --question is.
+static int take_question(Run *r, char *err) {
+    EvalQuestion q = *r->asking.asked[r->asking.begin].q;
+    q.answer_prefix = "";
+    r->question.n = 0;
+    return r->e->ask(r->e->ask_arg, &q, &r->question) == 0 ? 0 : fail(err, "out of memory");
+}
+
+// Runs all cells of policy p, group by group. Scores serve all groups, or each question has its
+// own.
+static int run_cells(Run *r, const Policy *p, Cell *cells, int n, char *err) {
     Asking *a = &r->asking;
     int n_questions = a->task->n_questions;
+    a->single = sees_each(r->e, p);
+    if (!a->single && score_context(r, p, cells, n, err) != 0) return -1;
     for (int begin = 0; begin < n_questions; begin = a->end) {
         if (asking_group(a, begin, err) != 0) return -1;
+        if (a->single && (take_question(r, err) != 0 || score_context(r, p, cells, n, err) != 0))
+            return -1;
         for (Cell *cell = cells; cell < cells + n; cell++) {
             if (run_cell(r, cell, err) != 0) return -1;
             if (a->end == n_questions && eval_results_add(r->results, &cell->c, err) != 0)
@@ -291,34 +340,6 @@ static int plan_cells(Run *r, const Policy *p, Cell *plan, int *n, char *err) {
     return 0;
 }
 
-// Scores the context, unless no cell needs that, on a sequence of its own.
-static int score_context(Run *r, const Policy *p, const Cell *plan, int n, char *err) {
-    bool needed = false, fits = false;
-    for (int i = 0; i < n; i++) {
-        needed = needed || plan[i].c.ratio < 1;
-        fits = fits || (plan[i].c.ratio < 1 && plan[i].fit != FIT_NONE);
-    }
-    if (!p || !needed || r->e->stream) return 0;
-    int seq = kvcache_new(&r->kv[0], err);
-    if (seq < 0) return -1;
-    Context c = context_of(r, 0, seq);
-    free(r->score);
-    free(r->keep);
-    r->score = malloc((context_scores(&c) + 1) * sizeof *r->score);
-    r->keep = malloc(context_scores(&c) + 1);
-    if (!r->score || !r->keep)
-        return fail(err, "out of memory for the scores of %d tokens", c.n_ctx);
-    int rc = set_method(r->e, &c, p, r->e->level[0], err);
-    fitting_close(&r->fitting);
-    if (rc == 0 && fits) {  // each cell says what its queries serve for
-        rc = fitting_open(&r->fitting, FIT_NONE, &c, err);
-        c.fitting = &r->fitting;
-    }
-    if (rc == 0) rc = context_score(&c, p, r->score, err);
-    kvcache_drop(&r->kv[0], seq);
-    return rc;
-}
-
 // What p, or the full caches (NULL), have yet to do in this context; *read: it has been read.
 static int run_policy(Run *r, const Policy *p, bool *read, Cell *plan, char *err) {
     int n = 0, rc = plan_cells(r, p, plan, &n, err);
@@ -326,8 +347,8 @@ static int run_policy(Run *r, const Policy *p, bool *read, Cell *plan, char *err
         rc = read_context(r, err);
         *read = true;
     }
-    if (n > 0 && rc == 0) rc = score_context(r, p, plan, n, err);
-    if (n > 0 && rc == 0) rc = run_cells(r, plan, n, err);
+    if (n > 0 && rc == 0) rc = run_cells(r, p, plan, n, err);
+    r->question.n = 0;
     for (int i = 0; i < n; i++) free(plan[i].c.value);
     return rc == 0 ? report(r, err) : -1;
 }
@@ -382,6 +403,7 @@ static uint64_t settings_hash(const Eval *e) {
     h = hash_text(h, e->kv[0].name);
     h = hash_text(h, e->set ? e->set : "");
     if (e->stream) h = hash_bytes(h, &e->window, sizeof e->window);
+    if (e->each) h = hash_text(h, "each question");
     if (c->n_question > 0)
         h = hash_bytes(h, c->question, (size_t)c->n_question * sizeof *c->question);
     return c->profile ? profile_hash(c->profile, &e->state->model->config, h) : h;
@@ -424,6 +446,7 @@ int eval_run(const Eval *e, const EvalTasks *tasks, EvalResults *results, char *
     int rc = run_all(r, tasks, err);
     for (int k = 0; k < EVAL_LIST; k++) kvcache_close(&r->kv[k]);
     ids_free(&r->ids);
+    ids_free(&r->question);
     fitting_close(&r->fitting);
     free(r->score);
     free(r->keep);

@@ -39,6 +39,9 @@ typedef struct {
     int max_tokens;  // of an answer, where the task does not say
     // Texts, NULL behind the last: an answer ends after one, where the task does not say.
     const char *const *stop;
+    // Policies that look at a question see each one that is asked, in the place of
+    // context.question: they score anew for it, and it is put to a cache of its own.
+    bool each;
     bool timed;           // measures how fast answers come, in the first contexts of each method
     int shard, n_shards;  // contexts shard, shard + n_shards, .. (from 0)
     uint64_t settings;    // hash of whatever else changes the answers

@@ -123,6 +123,26 @@ def test_eval(d):
     check(rows and all(r["level"] == "threshold" and abs(r["ratio"] - r["kept"]) < 1e-3 for r in rows), "eval: %s" % rows)
 
 
+def test_each_question(d):
+    """Each question is answered as if it were the only one, and had been given as --question."""
+    questions = [{"question": "How many geese?", "answer_prefix": "There are", "answers": ["seven"]},
+                 {"question": "What rose in spring?", "answers": ["river"]}, {"question": "Who?", "answers": ["miller"]}]
+
+    def kl(name, asked, *flags):
+        with open(d + "/" + name, "w") as f:
+            f.write(json.dumps({"context": TEXT, "metric": "contained", "questions": asked}))
+        rows = works("eval", SMOL, d + "/" + name, "-n", 3, "--json", "-q", "--policy", "knorm,finch,snapkv", "--ratio", "0.3", *flags)
+        return {r["policy"]: r["value"] for r in rows if r["metric"] == "kl"}
+    each = kl("all", questions, "--question-each")
+    alone = [kl("one", [q], "--question", q["question"]) for q in questions]
+    same = kl("all", questions, "--question", "Who?")
+    for p in each:
+        mean = sum(a[p] for a in alone) / len(alone)
+        check(abs(each[p] - mean) < 1e-6 + 1e-4 * mean, "%s: each question %g, alone %g" % (p, each[p], mean))
+    check(each["knorm"] == same["knorm"] and each["finch"] != same["finch"], "who sees a question: %s, %s" % (each, same))
+    refuses("choose one", "eval", SMOL, d + "/all", "--policy", "finch", "--question", "Who?", "--question-each")
+
+
 def test_decoding(d):
     for p in DECODE:
         args = ["generate", SMOL, "-p", TEXT, "-n", 150, "--ignore-eos", "--temp", 0, "--budget", 60, "--window", 20, "--policy", p]
@@ -141,6 +161,7 @@ def main():
         compress, score = ["compress", *text, "-o", d + "/c", "--json", "-q"], ["score", *text, "-o", d + "/s"]
         test_policies(d, compress)
         test_questions(d, score)
+        test_each_question(d)
         test_levels(d, compress)
         test_thresholds(d, compress, score)
         test_eval(d)
