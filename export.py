@@ -38,7 +38,7 @@ metadata                 value
   rope_theta             for people; rope.inv_freq is what counts
   tokenizer.model        "bpe" (byte level) or "spm" (SentencePiece style, a space is U+2581)
   tokenizer.split        how text is cut before merging: "gpt2", "digits+gpt2", "llama3", "qwen2",
-                         "qwen35", "o200k", "words" (at spaces) or "none" (spm)
+                         "qwen35", "o200k", "tekken", "words" (at spaces) or "none" (spm)
   tokenizer.nfc          1: text is brought into NFC first
   tokenizer.ignore_merges  1: a whole piece that is a token needs no merges
   tokenizer.add_bos, tokenizer.bos_id (-1: none), tokenizer.unk_id (-1: none)
@@ -2564,6 +2564,10 @@ O200K_PARTS = [rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}
                for a, b in ("*+", "+*")]
 O200K_SPLIT = "|".join(O200K_PARTS) + (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN_SPLIT = "|".join(
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]{a}"
+    rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{b}" for a, b in ("*+", "+*")) + (
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLITS = {  # steps of a byte-level pre-tokenizer -> tokenizer.split
     ("gpt2",): "gpt2",
     ("digits", "gpt2"): "digits+gpt2",
@@ -2571,11 +2575,13 @@ SPLITS = {  # steps of a byte-level pre-tokenizer -> tokenizer.split
     (GPT4 % r"\p{N}", "bytes"): "qwen2",
     (QWEN35_SPLIT, "bytes"): "qwen35",
     (O200K_SPLIT, "bytes"): "o200k",
+    (TEKKEN_SPLIT, "bytes"): "tekken",
 }
 GGUF_PRE = {  # tokenizer.ggml.pre -> split, nfc, ignore_merges
     "gpt-2": ("gpt2", 0, 0), "smollm": ("digits+gpt2", 0, 0), "llama-bpe": ("llama3", 0, 1),
     "llama3": ("llama3", 0, 1), "llama-v3": ("llama3", 0, 1), "qwen2": ("qwen2", 1, 0),
     "deepseek-r1-qwen": ("qwen2", 1, 0), "qwen35": ("qwen35", 1, 0), "gpt-4o": ("o200k", 0, 0),
+    "llama4": ("o200k", 0, 0), "tekken": ("tekken", 0, 1),
 }
 GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
 # Tokens that end a turn, for files that name only one of them.

@@ -308,8 +308,10 @@ static const uint8_t *lower_word(const Tokenizer *t, const uint8_t *p, const uin
 
 // With U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and L = [\p{Ll}\p{Lm}\p{Lo}\p{M}]
 // [^\r\n\p{L}\p{N}]?U*L+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?U+L*(?i:'s|..|'d)?
-//     |\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
-static const uint8_t *o200k_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
+//     |\p{N}{1,max_digits}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
+// contracts: with the contractions.
+static inline const uint8_t *case_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end,
+                                        int max_digits, bool contracts) {
     int len, next_len, class = class_at(t, p, end, &len);
     const uint8_t *q = p + len, *word = NULL, *first = class & LETTER ? p : q;
     bool may_precede = !(class & (LETTER | NUMBER)) && *p != '\r' && *p != '\n';
@@ -319,9 +321,10 @@ static const uint8_t *o200k_piece(const Tokenizer *t, const uint8_t *p, const ui
         word = skip(t, first, end, UPPER, true);
         if (word == first) word = NULL;
     }
-    if (word) return word + contraction(word, end, true);
+    if (word) return contracts ? word + contraction(word, end, true) : word;
     if (class & NUMBER) {
-        for (int i = 0; i < 3 && p < end && class_at(t, p, end, &len) & NUMBER; i++) p += len;
+        for (int i = 0; i < max_digits && p < end && class_at(t, p, end, &len) & NUMBER; i++)
+            p += len;
         return p;
     }
     int next = q < end ? class_at(t, q, end, &next_len) : SPACE;
@@ -331,6 +334,14 @@ static const uint8_t *o200k_piece(const Tokenizer *t, const uint8_t *p, const ui
         return q;
     }
     return space_piece(t, p, end, true);
+}
+
+static const uint8_t *o200k_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
+    return case_piece(t, p, end, 3, true);
+}
+
+static const uint8_t *tekken_piece(const Tokenizer *t, const uint8_t *p, const uint8_t *end) {
+    return case_piece(t, p, end, 1, false);
 }
 
 static bool space_at(const uint8_t *p, const uint8_t *end) {
@@ -359,7 +370,8 @@ static const Splitter splitters[] = {
     {.name = "qwen2", .next = qwen2_piece},  // and Qwen3
     // [\p{L}\p{M}] for \p{L}, but in what may precede one
     {.name = "qwen35", .next = qwen2_piece, .marks = true},
-    {.name = "o200k", .next = o200k_piece, .cases = true},  // gpt-oss
+    {.name = "o200k", .next = o200k_piece, .cases = true},    // gpt-oss, Llama 4
+    {.name = "tekken", .next = tekken_piece, .cases = true},  // Mistral
 };
 
 const Splitter *splitter_find(const char *name) {

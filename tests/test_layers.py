@@ -6,6 +6,7 @@ are made as llama.cpp's converter names and orders things.
 """
 import json
 import os
+import subprocess
 import sys
 import unittest
 
@@ -13,7 +14,8 @@ import gguf
 import numpy as np
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, TESTS)
+sys.path[:0] = [TESTS, os.path.dirname(TESTS)]
+import export
 import test_export
 from test_export import DROP, FIXTURES, Converted, read_source, write_source
 
@@ -164,6 +166,26 @@ class TestMinistral3(Layers):
         self.assertNotIn("query_growth", self.convert(path).meta)
         self.edit(path, "config.json", quantization_config={"quant_method": "fp8"})
         self.refuse(path, "quantized already (fp8)")
+
+    def test_split(self):
+        """Words are cut by the cases of letters, digits stand alone, contractions are no pieces of their own."""
+        path = self.copy("qwen3")
+        with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
+            spec = json.load(f)
+        ids, pairs = spec["model"]["vocab"], ("aB", "BC", "12", "a'", "'s", "!/")
+        for old, new in zip([t for t in ids if len(t) > 2], pairs):
+            ids[new] = ids.pop(old)
+        spec["model"]["merges"] = [list(p) for p in pairs]
+        spec["normalizer"] = None
+        for split, want in ((export.TEKKEN_SPLIT, ["a", "BC", "1", "2", "a", "'s", "!/"]),
+                            (export.GPT4 % r"\p{N}", ["aB", "C", "1", "2", "a", "'s", "!/"])):
+            spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = split
+            with open(os.path.join(path, "tokenizer.json"), "w", encoding="utf-8") as f:
+                json.dump(spec, f)
+            self.convert(path)
+            done = subprocess.run([os.path.join(os.path.dirname(TESTS), "run"), "tokenize", self.out, "-p",
+                                   "aBC12a's!/", "-q"], capture_output=True)
+            self.assertEqual([int(x) for x in done.stdout.split()], [ids[t] for t in want])
 
     def test_refusals(self):
         p = config_of("ministral")["rope_parameters"]
