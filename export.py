@@ -3185,7 +3185,7 @@ def vocab_from_gguf(meta):
         pairs.append((m[:cut], m[cut + 1 :]))
     v.merges = merges_by_pair(pairs, v.ids)
     v.meta.update(split=split, nfc=nfc, ignore_merges=ignore,
-                  add_bos=int(v.meta["bos_id"] >= 0 and get("add_bos_token", split == "llama3")))
+                  add_bos=int(v.meta["bos_id"] >= 0 and get("add_bos_token", split in ("llama3", "tekken"))))
     return v
 
 

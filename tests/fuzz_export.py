@@ -87,10 +87,10 @@ class Fuzz(t.TestGGUF):
         pass
 
     def seeds(self):
-        """A plain model, one in shards, one with Gemma's keys, one with a rope of its own, one with
-        experts in MXFP4; GGUFs."""
+        """A plain model, one in shards, one with Gemma's keys, one with a rope of its own, layers of kinds of
+        their own; GGUFs."""
         self.folders = []
-        for name in ("smol", "gemma3", "llama", "mistral", "gptoss"):
+        for name in ("smol", "gemma3", "llama", "mistral", "gptoss", "llama4", "qwen3next", "ministral"):
             path = self.copy(name, generation=t.DROP)
             for file, value in (("generation_config.json", {"bos_token_id": 1, "eos_token_id": [1, 2]}),
                                 ("special_tokens_map.json", {"bos_token": {"content": "<s>"}})):

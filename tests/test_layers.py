@@ -42,7 +42,7 @@ def config_of(name):
         return json.load(f)
 
 
-def write_gguf(path, arch, config, more, tensors):
+def write_gguf(path, arch, config, more, tensors, pre="smollm"):
     """more: keys of the architecture alone; tensors: names as in a GGUF without blk.N where the first part says it."""
     w = gguf.GGUFWriter(path, arch)
     for theirs, ours in COMMON_KEYS.items():
@@ -61,7 +61,8 @@ def write_gguf(path, arch, config, more, tensors):
     special = {t["id"]: t["content"] for t in spec["added_tokens"]}
     texts = {i: t for t, i in spec["model"]["vocab"].items()} | special
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("smollm")
+    w.add_tokenizer_pre(pre)
+    w.add_bos_token_id(1)
     w.add_token_list([texts[i] for i in sorted(texts)])
     w.add_token_types([3 if i in special else 1 for i in sorted(texts)])
     w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
@@ -117,7 +118,7 @@ class Layers(test_export.Case):
 class TestMinistral3(Layers):
     WANT = os.path.join(FIXTURES, "ministral.kvz")
 
-    def gguf(self, more=None, arch="mistral3"):
+    def gguf(self, more=None, arch="mistral3", pre="smollm"):
         c = config_of("ministral")
         p = c["rope_parameters"]
         heads = {"q_proj": c["num_attention_heads"], "k_proj": c["num_key_value_heads"]}
@@ -132,7 +133,7 @@ class TestMinistral3(Layers):
                 "rope.scaling.yarn_log_multiplier": p["mscale_all_dim"],
                 "attention.temperature_scale": p["llama_4_scaling_beta"], **(more or {})}
         keys = {k: v for k, v in keys.items() if v is not DROP}
-        return write_gguf(os.path.join(self.dir, "m.gguf"), arch, c, keys, tensors)
+        return write_gguf(os.path.join(self.dir, "m.gguf"), arch, c, keys, tensors, pre)
 
     def test_fields(self):
         c = Converted(self.WANT)
@@ -147,6 +148,9 @@ class TestMinistral3(Layers):
         self.assertNotIn("query_growth", c.meta)
         self.assertGreater(float(c.t["rope.scale"][0]), 1.2)
         self.refuse(self.gguf(arch="llama"), "llama.rope.scaling.yarn_log_multiplier")
+        c = self.convert(self.gguf(pre="tekken"))  # as llama.cpp has it
+        keys = ("split", "ignore_merges", "add_bos", "bos_id", "nfc")
+        self.assertEqual([c.meta["tokenizer." + key] for key in keys], ["tekken", "1", "1", "1", "0"])
 
     def test_wrappers(self):
         want = Converted(self.WANT)
