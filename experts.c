@@ -82,6 +82,26 @@ static int open_shared(Model *m, int l, char *err) {
     return open_vector(&e->shared_scale, &m->file, name, c->dim, true, err);
 }
 
+static int open_norms(Model *m, int l, char *err) {
+    const Config *c = &m->config;
+    ExpertNorms *e = &m->layers[l].experts.norms;
+    const struct {
+        const char *name;
+        const float **v;
+        int n;
+    } vectors[] = {{"rms_router", &e->router, c->dim},
+                   {"rms_experts", &e->in, c->dim},
+                   {"rms_dense_post", &e->dense, c->dim},
+                   {"rms_experts_post", &e->out, c->dim},
+                   {"experts.scale", &e->scale, c->n_experts}};
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
+        if (open_vector(vectors[i].v, &m->file, name, vectors[i].n, false, err) != 0) return -1;
+    }
+    return 0;
+}
+
 int experts_open(Model *m, int l, char *err) {
     const Config *c = &m->config;
     Experts *e = &m->layers[l].experts;
@@ -91,7 +111,8 @@ int experts_open(Model *m, int l, char *err) {
     m->has[e->router.type] = true;
     if (open_stack(m, &e->w1, l, "w1", c->expert_dim, c->dim, err) != 0 ||
         open_stack(m, &e->w3, l, "w3", c->expert_dim, c->dim, err) != 0 ||
-        open_stack(m, &e->w2, l, "w2", c->dim, c->expert_dim, err) != 0)
+        open_stack(m, &e->w2, l, "w2", c->dim, c->expert_dim, err) != 0 ||
+        (c->dense_beside && open_norms(m, l, err) != 0))
         return -1;
     if (c->swiglu_limit > 0 && open_biases(m, l, err) != 0) return -1;
     return c->shared_dim > 0 ? open_shared(m, l, err) : 0;
@@ -117,6 +138,7 @@ void experts_take(RunState *s) {
     e->hidden = take_activations(s, s->max_rows * c->n_used, c->expert_dim);
     e->in.tiled = e->hidden.tiled = e->tiled = take(s, n * used, sizeof *e->tiled);
     e->out = take(s, n * used * (size_t)c->dim, sizeof *e->out);
+    if (c->dense_beside) e->beside = take(s, n * (size_t)c->dim, sizeof *e->beside);
     e->w = take(s, experts, sizeof *e->w);
     e->rows = take(s, experts, sizeof *e->rows);
     e->p = take(s, experts + 1, sizeof *e->p);
@@ -132,6 +154,7 @@ void experts_take(RunState *s) {
 typedef struct {
     RunState *s;
     int l;
+    const float *w;  // [dim] of a norm
 } Step;
 
 static void softmax(float *p, int n) {
@@ -175,14 +198,41 @@ static void route_row(void *ctx, int i) {
     }
     for (int j = 0; j < c->n_used; j++)
         w[j] = c->route_input ? sigmoid(p[chosen[j]]) : p[chosen[j]] / (c->norm_topk ? sum : 1.0f);
+    const float *scale = s->model->layers[st->l].experts.norms.scale;
+    for (int j = 0; scale && j < c->n_used; j++) w[j] *= scale[chosen[j]];
 }
 
-// Which experts each row goes to, and with which weight.
+// xb = norm(x) by w, rounded to what the products read.
+static void norm_row(void *ctx, int i) {
+    const Step *st = ctx;
+    RunState *s = st->s;
+    const Config *c = &s->model->config;
+    float *xb = s->xb.x + (size_t)i * s->xb.stride;
+    kern.rmsnorm(xb, s->x + (size_t)i * c->dim, st->w, c->dim, c->norm_eps);
+    check_row(s, i, st->l, xb, c->dim);
+    activations_round(&s->xb, i);
+}
+
+// beside = norm(add), what the dense block gives.
+static void set_aside_row(void *ctx, int i) {
+    const Step *st = ctx;
+    RunState *s = st->s;
+    const Config *c = &s->model->config;
+    size_t at = (size_t)i * c->dim;
+    kern.rmsnorm(s->experts.beside + at, s->add + at, st->w, c->dim, c->norm_eps);
+}
+
+// Which experts each row goes to, and with which weight. Where a dense block stands beside them,
+// what it gives is set aside, and xb becomes what the experts read.
 static void route(RunState *s, int l, int n) {
     const Product p = {&s->model->layers[l].experts.router, s->experts.probs,
                        s->model->config.n_experts};
+    const ExpertNorms *norms = &s->model->layers[l].experts.norms;
+    if (norms->dense) each_row(s, n, set_aside_row, &(Step){s, l, norms->dense});
+    if (norms->router) each_row(s, n, norm_row, &(Step){s, l, norms->router});
     multiply(s, &s->xb, n, &p, 1);
-    each_row(s, n, route_row, &(Step){s, l});
+    each_row(s, n, route_row, &(Step){.s = s, .l = l});
+    if (norms->in) each_row(s, n, norm_row, &(Step){s, l, norms->in});
 }
 
 // Gives every row a slot at each of its experts.
@@ -279,8 +329,6 @@ static void plan_shared(RunState *s, int l, int n, int at) {
 
 // ---- the sum ----
 
-static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
 static float dot(const float *x, const float *y, int n) {
     float sum = 0;
     for (int i = 0; i < n; i++) sum += x[i] * y[i];
@@ -305,6 +353,11 @@ static void sum_row(void *ctx, int i) {
         const float *b = bias + (size_t)e->expert[slot] * c->dim;
         for (int k = 0; k < c->dim; k++) add[k] += w * b[k];
     }
+    const float *norm = s->model->layers[st->l].experts.norms.out;
+    if (norm) {
+        kern.rmsnorm(add, add, norm, c->dim, c->norm_eps);
+        kern.add(add, e->beside + (size_t)i * c->dim, c->dim);
+    }
     if (c->shared_dim == 0) return;
     const float *x = s->xb.x + (size_t)i * s->xb.stride, *y = e->shared_out + (size_t)i * c->dim;
     const float *scale = s->model->layers[st->l].experts.shared_scale;
@@ -324,8 +377,8 @@ void experts_ffn(RunState *s, int l, int n) {
     each_row(s, slots, gather_slot, s);
     matmul_all(s->pool, s->ops, e->gates, jobs);  // hidden = act(w1 in) * w3 in
     if (c->swiglu_limit > 0 || activations_rounded(&e->hidden))
-        each_row(s, slots, hidden_slot, &(Step){s, l});
+        each_row(s, slots, hidden_slot, &(Step){.s = s, .l = l});
     if (c->shared_dim > 0) quantize(s, &e->shared_hidden, n, l);
     matmul_all(s->pool, s->ops, e->downs, jobs);  // out = w2 hidden
-    each_row(s, n, sum_row, &(Step){s, l});
+    each_row(s, n, sum_row, &(Step){.s = s, .l = l});
 }

@@ -7,6 +7,15 @@
 
 enum { MAX_EXPERTS = 1024 };
 
+// Of a layer that has w1, w2 and w3 as well (Gemma 4): the router and the experts read norms of
+// their own of the residual stream, and what they and the dense block give is normed before it is
+// added up. NULL where a layer has only experts.
+typedef struct {
+    const float *router, *in;  // [dim]
+    const float *dense, *out;  // [dim] of what the dense block and the experts give
+    const float *scale;        // [n_experts] factors of their parts in the sum
+} ExpertNorms;
+
 // Weights of one layer. Those of all experts stand one after the other in one matrix, each on
 // panels of its own: a stack.
 typedef struct {
@@ -18,6 +27,7 @@ typedef struct {
     const float *router_bias, *b1, *b3, *b2;
     Matrix shared[3];           // w1, w2, w3 of the expert that all tokens use, or without data
     const float *shared_scale;  // [dim], its part is sigmoid(shared_scale . x); NULL: 1
+    ExpertNorms norms;          // of experts beside a dense block
 } Experts;
 
 // Scratch for one layer of one batch. A slot is one row at one of its experts; slots of one expert
@@ -36,6 +46,7 @@ typedef struct {
     Activations in;             // [slots] x [dim]
     Activations hidden;         // [slots] x [expert_dim]
     float *out;                 // [slots][dim]
+    float *beside;              // [max_rows][dim] what the dense block beside them gives
     Activations shared_hidden;  // [max_rows] x [shared_dim]
     float *shared_out;          // [max_rows][dim]
     // Products of the experts that have rows, and of the shared one.

@@ -26,6 +26,7 @@ metadata                 value
                          the weights of those used sum to 1
   swiglu_alpha swiglu_limit   where experts clamp: (up + 1) gate sigmoid(alpha gate), with gate at
                          most the limit and up within it
+  dense_beside           1: layers with experts have a dense MLP beside them
   delta_k_heads delta_v_heads delta_k_dim delta_v_dim delta_conv   where layers keep a state: heads
                          and their lengths, tokens that the convolution sees
   delta_tiled            1: value head h reads key head h % delta_k_heads, not one of a row of them
@@ -91,12 +92,16 @@ tensor                   dtype and shape
   layers.N.delta.qkv .z .a .b .out   matrices of a layer that keeps a state, which has no wq, wk, wv,
                          wo; .conv F32 [delta_conv][rows of qkv], .decay .dt F32 [delta_v_heads],
                          .norm F32 [delta_v_dim]
-  layers.N.router        matrix [n_experts] x [dim]; such a layer has no w1, w2, w3, but
+  layers.N.router        matrix [n_experts] x [dim]; such a layer has instead of w1, w2, w3 (or with
+                         dense_beside, in addition)
   layers.N.experts.w1 .w2 .w3   stacks: the experts' matrices one after the other, each in panels of
                          its own, so that rows are n_experts times those of one, rounded up to 16
   layers.N.router_bias, .experts.b1 .b2 .b3   F32 [n_experts], and [n_experts times a bias], of experts
                          that clamp, or absent
   layers.N.shared.w1 .w2 .w3, .shared_scale   of the expert all tokens use, and F32 [dim], or absent
+  layers.N.rms_router, .rms_experts      F32 [dim], norms before router and experts that have a dense
+                         MLP beside them; .rms_dense_post, .rms_experts_post F32 [dim], of what both
+                         give; .experts.scale F32 [n_experts], factors of the experts' weights
   embed_table            matrix [16 vocab_size] x [n_layers * embed_dim / 16]: a panel is a token's
                          embeddings of all layers; rms_embed F32 [embed_dim]
   layers.N.embed.gate, .mix, .up         matrices [embed_dim] x [dim] and [dim] x [embed_dim];
@@ -909,11 +914,12 @@ EXPERTS = [
     ("experts.w3", "mlp.experts.*.up_proj.weight", "ffn_up_exps.weight"),
     ("experts.w2", "mlp.experts.*.down_proj.weight", "ffn_down_exps.weight"),
 ]
-# Our name -> a stack of transformers, which of its equal parts ours is, and how many those are.
+# Our name -> a stack of transformers, which stands in place of the star; which of its equal parts
+# ours is, and how many those are.
 STACKS = {
-    "experts.w1": ("mlp.experts.gate_up_proj", 0, 2),
-    "experts.w3": ("mlp.experts.gate_up_proj", 1, 2),
-    "experts.w2": ("mlp.experts.down_proj", 0, 1),
+    "experts.w1": ("gate_up_proj", 0, 2),
+    "experts.w3": ("gate_up_proj", 1, 2),
+    "experts.w2": ("down_proj", 0, 1),
 }
 SHARED_EXPERT = [
     ("shared.w1", "mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight"),
@@ -929,6 +935,17 @@ LAYER_EMBED = [
     ("embed.mix", "^per_layer_model_projection.weight", None),
     ("embed.up", "per_layer_projection.weight", None),
     ("rms_embed", "post_per_layer_input_norm.weight", None),
+]
+BESIDE = [
+    ("router", "router.proj.weight", "ffn_gate_inp.weight"),
+    ("experts.w1", "experts.*.gate_proj.weight", "ffn_gate_exps.weight"),
+    ("experts.w3", "experts.*.up_proj.weight", "ffn_up_exps.weight"),
+    ("experts.w2", "experts.*.down_proj.weight", "ffn_down_exps.weight"),
+    ("rms_router", "router.scale", "ffn_gate_inp.scale"),
+    ("rms_experts", "pre_feedforward_layernorm_2.weight", "pre_ffw_norm_2.weight"),
+    ("rms_dense_post", "post_feedforward_layernorm_1.weight", "post_ffw_norm_1.weight"),
+    ("rms_experts_post", "post_feedforward_layernorm_2.weight", "post_ffw_norm_2.weight"),
+    ("experts.scale", "router.per_expert_scale", "ffn_down_exps.scale"),
 ]
 EMBED_TABLE = ("embed_table", "embed_tokens_per_layer.weight", None)
 EMBED_NORM = ("rms_embed_all", "per_layer_projection_norm.weight", None)
@@ -1002,6 +1019,8 @@ SHAPES = {  # rows and columns, or length, in fields of the model
     "sinks": ("n_heads",), "bo": ("dim",), "router_bias": ("n_experts",),
     "experts.b1": ("n_experts", "expert_dim"), "experts.b3": ("n_experts", "expert_dim"),
     "experts.b2": ("n_experts", "dim"),
+    "rms_router": ("dim",), "rms_experts": ("dim",), "rms_dense_post": ("dim",),
+    "rms_experts_post": ("dim",), "experts.scale": ("n_experts",),
 }
 # Small matrices that decide much: in f32, whatever the others are.
 EXACT = ("router", "delta.a", "delta.b")
@@ -1059,9 +1078,10 @@ GEMMA4 = dict(
     num_global_key_value_heads=None, per_layer_config=None, attention_k_eq_v=False,
     num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=256,
     vocab_size_per_layer_input=262144, use_bidirectional_attention=None, enable_moe_block=False,
+    num_experts=None, top_k_experts=None, moe_intermediate_size=None,
 )
 GEMMA4_UNIFIED = {
-    **{k: v for k, v in GEMMA4.items() if "per_layer_input" not in k and k != "enable_moe_block"},
+    **{k: v for k, v in GEMMA4.items() if not re.search("per_layer_input|moe_|experts", k)},
     "max_position_embeddings": 262144, "sliding_window": 1024,
     "use_bidirectional_attention": "vision"}
 GEMMA4_ROPE = {
@@ -1123,13 +1143,19 @@ def gemma4_parts(c, slides, owners, l):
     norms = QK_NORMS if own else QK_NORMS[:1]
     qkv = QKV[: 1 if not own else 2 if c["attention_k_eq_v"] and not slides[l] else 3]
     embed = LAYER_EMBED if c.get("hidden_size_per_layer_input") else []
-    return GEMMA_NORMS + norms + qkv + WO + GATE_UP + W2 + LAYER_SCALE + embed
+    experts = BESIDE if c.get("enable_moe_block") else []
+    return GEMMA_NORMS + norms + qkv + WO + GATE_UP + W2 + experts + LAYER_SCALE + embed
+
+
+def gemma4_experts(c, where):
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if c[key] is None:
+            raise Refusal(f"{where}: enable_moe_block is true, and {key} is missing")
+    fields = moe_fields(dict(c, num_experts_per_tok=c["top_k_experts"], norm_topk_prob=True))
+    return dict(fields, dense_beside=1)
 
 
 def gemma4_layers(c, slides, where):
-    if c.get("enable_moe_block"):
-        raise Refusal(f"{where}: enable_moe_block: Gemma 4's mixture of experts is not supported, "
-                      "its dense models are")
     if c["use_bidirectional_attention"] not in (None, "vision"):  # which is for pictures
         raise Refusal(f"{where}: use_bidirectional_attention "
                       f"{c['use_bidirectional_attention']!r} is not supported: only causal models "
@@ -1148,6 +1174,8 @@ def gemma4_layers(c, slides, where):
     if embed:
         fields.update(embed_dim=embed, table_scale=math.sqrt(embed),
                       mix_scale=c["hidden_size"] ** -0.5)
+    if c.get("enable_moe_block"):
+        fields.update(gemma4_experts(c, where))
     wide = c["use_double_wide_mlp"]
     sizes = [dict(zip(("n_kv_heads", "head_dim"), heads[sliding]),
                   hidden_dim=c["intermediate_size"] * (2 if wide and owners[l] != l else 1))
@@ -1423,7 +1451,7 @@ FAMILIES = {
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
-    ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's are not supported"),
+    ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's and Gemma 4's are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
     ("^gemma4$", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
     ("vl$|_vl|llava|mllama|idefics|paligemma|omni|vision",
@@ -1491,7 +1519,7 @@ KEYS = {key: kind for kind, keys in {
         full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
         linear_num_key_heads linear_num_value_heads
         num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
-        decoder_sparse_step global_head_dim num_global_key_value_heads
+        decoder_sparse_step top_k_experts global_head_dim num_global_key_value_heads
         vocab_size_per_layer_input intermediate_size_mlp interleave_moe_layer_step
         attention_chunk_size floor_scale experts_per_token initial_context_length""",
     "a whole number or 0": "max_window_layers num_kv_shared_layers hidden_size_per_layer_input",
@@ -2002,7 +2030,7 @@ class Weights:
         whole, piece, pieces = STACKS[part[0]]
         if "*" not in part[1] and not self.gguf:
             return self.columns(part, layer, shape, piece, pieces)
-        whole = self.source_name((part[0], whole, part[2]), layer)
+        whole = self.source_name((part[0], part[1].partition("*")[0] + whole, part[2]), layer)
         if whole not in self.tensors:
             names = [(part[0], part[1].replace("*", str(e)), part[2]) for e in range(n)]
             return [self.get(name, layer) for name in names]
@@ -2466,6 +2494,11 @@ def matrix_type(target, tensor, is_vocab):
     return target
 
 
+def of_rms(t, dim):
+    """The router's factors, and the one of its input, 1 / sqrt(dim)."""
+    return t.vector() * np.float32(dim**-0.5)
+
+
 def decays(t):
     """-exp(A_log), rounded once."""
     return -np.exp(t.vector().astype(np.float64)).astype(np.float32)
@@ -2516,6 +2549,9 @@ def model_outputs(model, weights, target):
             return
         if part[0] in FLAT:
             outs.append(Output(name, "F32", (math.prod(t.shape),), lambda: [t.vector()]))
+            return
+        if part[0] == "rms_router":
+            outs.append(Output(name, "F32", t.shape, lambda: [of_rms(t, f["dim"])]))
             return
         if part is EMBED_TABLE:
             t = t.reshaped((t.n_rows * PANEL, t.n_cols // PANEL))

@@ -60,7 +60,8 @@ int experts_config(Config *c, const TensorFile *f, char *err);
 // The experts of layer l, where the file has them. 0, or -1 with err.
 int experts_open(Model *m, int l, char *err);
 void experts_take(RunState *s);
-// add = the sum of what each row's experts give for xb.
+// add = the sum of what each row's experts give for xb; where a dense block stands beside them, for
+// norms of x, and what that one gave, which stands in add, comes to it.
 void experts_ffn(RunState *s, int l, int n);
 
 // ---- layerembed.c ----

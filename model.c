@@ -29,7 +29,7 @@ static int open_experts(Config *c, const TensorFile *f, char *err) {
         tensors_meta_int(f, "shared_dim", 0, 1 << 24, &c->shared_dim, err) != 0 ||
         tensors_meta_int(f, "norm_topk", 0, 1, &norm, err) != 0)
         return -1;
-    c->norm_topk = norm == 1;
+    c->norm_topk = norm == 1, c->dense_beside = tensors_meta(f, "dense_beside") != NULL;
     return experts_config(c, f, err);
 }
 
@@ -279,7 +279,7 @@ static int open_layer(Model *m, int l, char *err) {
         {"w1", &w->w1, w->hidden_dim, c->dim, false}, {"w2", &w->w2, c->dim, w->hidden_dim, false},
         {"w3", &w->w3, w->hidden_dim, c->dim, false}, {"wg", &w->wg, w->q_dim, c->dim, true}};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
-        if (matrices[i].of_attention ? !attends : mixture) continue;
+        if (matrices[i].of_attention ? !attends : mixture && !c->dense_beside) continue;
         if (matrices[i].m == &w->wg && !c->att_gate) continue;
         snprintf(name, sizeof name, "layers.%d.%s", l, matrices[i].name);
         if (lacks(m, l, matrices[i].m, name)) continue;
@@ -719,14 +719,10 @@ static void project_att(RunState *s, int l, int n) {
     if (w->bo) each_row(s, n, bias_row, &(Step){s, l});
 }
 
-// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202; or a sum of such experts
-static void ffn(RunState *s, int l, int n) {
+// add = w2 (act(w1 xb) * w3 xb), arXiv 2002.05202
+static void dense_ffn(RunState *s, int l, int n) {
     const Config *c = &s->model->config;
     const Layer *w = &s->model->layers[l];
-    if (w->experts.router.data) {
-        experts_ffn(s, l, n);
-        return;
-    }
     resize(s, &s->hb, w->hidden_dim);
     const Product gate = {&w->w1, s->hb.x, s->hb.stride}, down = {&w->w2, s->add, c->dim};
     multiply_job(s, (Products){.x = &s->xb,
@@ -738,6 +734,13 @@ static void ffn(RunState *s, int l, int n) {
                                .act = gated_act(c)});
     quantize(s, &s->hb, n, l);
     multiply(s, &s->hb, n, &down, 1);
+}
+
+// The same, or a sum of such experts, or both
+static void ffn(RunState *s, int l, int n) {
+    const Layer *w = &s->model->layers[l];
+    if (w->w1.data) dense_ffn(s, l, n);
+    if (w->experts.router.data) experts_ffn(s, l, n);
 }
 
 // Consecutive rows of one sequence make a run; returns how many, and fills in positions.

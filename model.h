@@ -49,7 +49,8 @@ typedef struct {
     // Where these experts clamp (gpt-oss), else 0: (up + 1) gate sigmoid(alpha gate), with gate at
     // most the limit and up within it.
     float swiglu_alpha, swiglu_limit;
-    DeltaShape delta;  // of the layers that keep a state
+    bool dense_beside;  // such a block has a dense one beside it (ExpertNorms)
+    DeltaShape delta;   // of the layers that keep a state
     // [n_layers] sliding window in tokens, 0 = whole past, NO_PAIRS = the layer keeps a state
     const int *window;
     bool chunks;         // windows are chunks (KVShape)
@@ -89,7 +90,7 @@ typedef struct {
     Delta delta;         // instead of all of these, or without data
     Matrix w1, w3;       // gate and up, [hidden_dim] x [dim]
     Matrix w2;           // down, [dim] x [hidden_dim]
-    Experts experts;     // instead of w1, w2 and w3, or without data
+    Experts experts;     // instead of w1, w2 and w3 or beside them, or without data
     const float *scale;  // [1] multiplies what the layer gives, NULL = none (Gemma 4)
     LayerEmbed embed;    // Gemma 4
 } Layer;

@@ -180,7 +180,7 @@ class TestFixtures(Case):
             with open(os.path.join(self.dir, name), "rb") as a:
                 with open(os.path.join(FIXTURES, name), "rb") as b:
                     self.assertEqual(a.read(), b.read(), name)
-        self.assertEqual(len(os.listdir(self.dir)), 18)
+        self.assertEqual(len(os.listdir(self.dir)), 19)
 
     def test_layout(self):
         for name in NAMES + ["smol-q8", "smol-q4"]:
@@ -1158,7 +1158,9 @@ class TestRefusals(Case):
     def test_gemma4(self):
         full = {"head_dim": 32, "num_key_value_heads": 1}
         for change, word in (
-            ({"enable_moe_block": True}, "mixture of experts is not supported"),
+            ({"enable_moe_block": True}, "num_experts is missing"),
+            ({"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2,
+              "moe_intermediate_size": 20}, "layers.0.router.proj.weight is missing"),
             ({"use_bidirectional_attention": "all"}, "only causal models"),
             ({"num_kv_shared_layers": 6}, "without keys of its own"),
             ({"num_kv_shared_layers": 7}, "without keys of its own"),
@@ -1192,6 +1194,46 @@ class TestRefusals(Case):
         prefixed[name] = np.zeros((32, 32), np.float32)
         write_source(path, prefixed)
         self.same_tensors(a, self.convert(path, "--type", "f32"))
+
+    def test_gemma4_experts(self):
+        """Beside a dense block: in stacks as transformers saves them, or one by one."""
+        want = Converted(os.path.join(FIXTURES, "gemma4moe.kvz"))
+        source = read_source(os.path.join(FIXTURES, "gemma4moe"))
+        at = "model.layers.1."
+        self.assertEqual(want.meta["dense_beside"], "1")
+        self.assertEqual(want.meta["shared_dim"], "0")
+        gate_up = source[at + "experts.gate_up_proj"]
+        for name, x in (("w1", gate_up[:, :20]), ("w3", gate_up[:, 20:]),
+                        ("w2", source[at + "experts.down_proj"])):
+            y = want.matrix(f"layers.1.experts.{name}").reshape(6, 32, -1)
+            np.testing.assert_array_equal(y[:, : x.shape[1], : x.shape[2]], x)
+        np.testing.assert_array_equal(want.t["layers.1.rms_router"],
+                                      source[at + "router.scale"] * np.float32(32**-0.5))
+        for ours, theirs in (("rms_experts", "pre_feedforward_layernorm_2.weight"),
+                             ("rms_dense_post", "post_feedforward_layernorm_1.weight"),
+                             ("rms_experts_post", "post_feedforward_layernorm_2.weight"),
+                             ("rms_ffn_post", "post_feedforward_layernorm.weight"),
+                             ("experts.scale", "router.per_expert_scale")):
+            np.testing.assert_array_equal(want.t["layers.1." + ours], source[at + theirs])
+        path = self.copy("gemma4moe")
+        for l in range(4):
+            at = f"model.layers.{l}.experts."
+            gate_up, down = source.pop(at + "gate_up_proj"), source.pop(at + "down_proj")
+            for e in range(6):
+                source.update({f"{at}{e}.gate_proj.weight": gate_up[e, :20],
+                               f"{at}{e}.up_proj.weight": gate_up[e, 20:],
+                               f"{at}{e}.down_proj.weight": down[e]})
+        write_source(path, source)
+        self.same_tensors(self.convert(path, "--type", "f32"), want)
+        os.remove(self.out)
+        for change, *words in (
+            (dict(num_experts=5), "experts.gate_up_proj: expected [5, 40, 32], found [6, 40, 32]"),
+            (dict(top_k_experts=7), "a token uses 7"),
+            (dict(top_k_experts=None), "top_k_experts is missing"),
+            (dict(moe_intermediate_size=24), "experts.gate_up_proj: expected [6, 48, 32]"),
+            (dict(enable_moe_block=False), "is not known"),
+        ):
+            self.refuse(self.copy("gemma4moe", **change), *words)
 
     def test_ignored_key(self):
         c = self.convert(self.copy("llama", nonsense=3), "--ignore-key", "nonsense")

@@ -50,9 +50,9 @@ static void check_cache(Fixture *f, int seq, int layer) {
         snprintf(name[1], sizeof name[1], "prefill.v.%d", layer);
     const Tensor *kt = tensors_find(&f->want, name[0]), *vt = tensors_find(&f->want, name[1]);
     if (!kt || !vt) return;
-    int d = f->model.config.head_dim, n = (int)kt->shape[1];
-    float k[256], v[256];
-    for (int g = 0; g < f->model.config.n_kv_heads; g++) {
+    int d = kvshape_dim(&f->kv.shape, layer), n = (int)kt->shape[1];
+    float k[MAX_HEAD_DIM], v[MAX_HEAD_DIM];
+    for (int g = 0; g < kvshape_heads(&f->kv.shape, layer); g++) {
         for (int t = kvcache_head(&f->kv, seq, layer, g)->dropped; t < n; t++) {
             CHECK(kvcache_pair(&f->kv, (KVHeadAt){seq, layer, g}, t, k, v) == t);
             CHECK_NEAR(far(k, (const float *)kt->data + ((size_t)g * n + t) * d, (size_t)d), 0,
@@ -444,7 +444,7 @@ static void test_layer_kind(const char *name) {
 
 int main(int argc, char **argv) {
     static const char *const kinds[] = {"qwen3moe",  "qwen35",    "qwen35moe", "gptoss",
-                                        "qwen3next", "ministral", "llama4"};
+                                        "qwen3next", "ministral", "llama4",    "gemma4moe"};
     static const char *const families[] = {"smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"};
     bool quick = getenv("QUICK") !=
                  NULL;  // under valgrind: one family, and not the bits of every weight type

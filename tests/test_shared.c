@@ -453,6 +453,8 @@ int main(int argc, char **argv) {
         test_refusals(&f);
     }
     fixture_close(&f);
+    if (fixture_open(&f, "gemma4moe", "gemma4moe.kvz", KV_F32, 2)) test_prefill(&f), test_kvzip(&f);
+    fixture_close(&f);
     test_files(kvcache_both(KV_F32));
     test_files(kvcache_both(KV_F16));
     test_files((KVTypes){KV_Q8, KV_Q4});
