@@ -22,8 +22,7 @@
 static const float grid[] = {0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f,
                              0.4f,  0.5f,  0.6f, 0.7f,  0.8f, 0.9f,  0.95f};
 enum { N_GRID = sizeof grid / sizeof *grid, LEAST_TOKENS = 64 };
-static const double MOST_PRODUCTS = 3.5e12;        // of weights and tokens of the parts
-static const double MOST_TRIAL_PRODUCTS = 1.8e13;  // of weights and tokens that trials feed
+static const double MOST_PRODUCTS = 5e12;  // of weights and tokens of the parts
 enum { LEAST_BY_COST = 2000, LEAST_TRIALS = 4 };
 static const double TRIAL_RATIO = 0.3;   // of shares against shares
 static const float LEAST_SCORE = 1e-7f;  // added before the log
@@ -47,6 +46,7 @@ typedef struct {
     Ids ids;                // of all texts, each with its prefix
     Text *text;             // [n_texts], the last one all others joined if n_texts > n_parts
     int n_texts, n_parts, n_trials;
+    bool is_cut;              // the parts are
     float *share, *head_max;  // as in Profile
     float *probe;             // [n_heads][probe_features]
     double *explained;        // [n_heads]
@@ -117,21 +117,16 @@ static int cut_texts(Run *r, const Ids *parts, const int *part_n, int n_parts, c
     return 0;
 }
 
-// Weights of the layers, about.
-static double count_weights(const Config *m) {
-    double layer = 2.0 * m->dim * (m->q_dim + m->kv_dim) + 3.0 * m->dim * m->hidden_dim;
-    return layer * m->n_layers;
-}
-
 // Tokens of all parts, where the caller leaves it to us: as many as take a few minutes.
 static int tokens_by_cost(const Config *m) {
-    return (int)fmax(MOST_PRODUCTS / count_weights(m), LEAST_BY_COST);
+    double layer = 2.0 * m->dim * (m->q_dim + m->kv_dim) + 3.0 * m->dim * m->hidden_dim;
+    return (int)fmax(MOST_PRODUCTS / (layer * m->n_layers), LEAST_BY_COST);
 }
 
 // Cuts each part to the same share of its tokens, so that `most` remain of all, about.
 static void shorten(Ids *parts, int *part_n, int n_parts, int most) {
     int to = 0, from = 0;
-    double share = fmin((double)most / parts->n, 1);
+    double share = (double)most / parts->n;
     for (int i = 0; i < n_parts; i++) {
         int n = max_int((int)(part_n[i] * share), 1);
         memmove(parts->id + to, parts->id + from, (size_t)n * sizeof *parts->id);
@@ -156,7 +151,8 @@ static int read_texts(Run *r, const char *text, size_t n, char *err) {
     if (status == 0 && parts.n < LEAST_TOKENS)
         status = fail(err, "%d tokens: too little text to learn from", parts.n);
     int most = r->c->most_tokens > 0 ? r->c->most_tokens : tokens_by_cost(r->m);
-    if (status == 0) shorten(&parts, part_n, n_parts, most);
+    r->is_cut = parts.n > most;
+    if (status == 0 && r->is_cut) shorten(&parts, part_n, n_parts, most);
     if (status == 0) status = cut_texts(r, &parts, part_n, n_parts, err);
     free(part_n);
     ids_free(&parts);
@@ -193,21 +189,16 @@ static int add_shares(Run *r, const Context *c, const float *score, char *err) {
 
 // ---- trials of layer shares ----
 
-// Numbers the texts that try shares: the long enough ones but the joined one, or where that takes
-// too long some of them, evenly spread. Every second one is measured, the others are set aside to
-// judge what follows from them. None where there are no layers to move pairs between, or too few
-// texts for both halves.
+// Numbers the texts that try shares: the long enough ones but the joined one. Every second one is
+// measured, the others are set aside to judge what follows from them. None where there are no
+// layers to move pairs between, too few texts for both halves, or only their beginnings: what
+// evicting does to a short text says little about a long one.
 static void number_trials(Run *r) {
-    int fit = 0, at = 0;
-    double cost = 0.5 * trial_tokens(r->effects.n * EFFECT_POINTS) * count_weights(r->m);
+    int fit = 0;
     for (int i = 0; i < r->n_parts; i++) fit += trial_fits(r->text[i].n_ctx);
-    int most = (int)fmin(fit, fmax(MOST_TRIAL_PRODUCTS / cost, LEAST_TRIALS));
-    if (r->n_layers < 2 || most < LEAST_TRIALS) return;
-    for (int i = 0; i < r->n_parts; i++) {
-        if (!trial_fits(r->text[i].n_ctx)) continue;
-        if ((at + 1) * most / fit > at * most / fit) r->text[i].trial = r->n_trials++;
-        at++;
-    }
+    if (r->n_layers < 2 || fit < LEAST_TRIALS || r->is_cut) return;
+    for (int i = 0; i < r->n_parts; i++)
+        if (trial_fits(r->text[i].n_ctx)) r->text[i].trial = r->n_trials++;
 }
 
 static bool measured(const Text *t) { return t->trial >= 0 && t->trial % 2 == 0; }

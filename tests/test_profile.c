@@ -383,6 +383,8 @@ static int count_step(void *arg, const char *what, long done, long total) {
     return 1;
 }
 
+static int most_tokens;  // as in Calibrate, of the following
+
 static int calibrate_many(Fixture *f, const char *to, bool in, CalibrateResult *r) {
     static const char *const texts[] = {
         "The miller kept three dogs and a heron that would not leave; he fed all of them.\n",
@@ -407,6 +409,7 @@ static int calibrate_many(Fixture *f, const char *to, bool in, CalibrateResult *
                    .lambda = LAMBDA,
                    .path = to,
                    .into = in,
+                   .most_tokens = most_tokens,
                    .progress = count_step};
     n_steps = 0;
     int rc = calibrate_run(&c, text.s, text.n, r, err);
@@ -454,6 +457,25 @@ static void test_trial(void) {
         }
         CHECK(hash[0] == hash[1]);
     }
+    remove(path);
+}
+
+// Parts that are cut try nothing: shares stay KVzip's.
+static void test_no_trial(void) {
+    Fixture f;
+    CalibrateResult all, cut;
+    Profile p;
+    if (!fixture_open(&f, "gemma3", "gemma3.kvz", KV_F32, 2)) return;
+    make_hybrid(&f, "1");
+    CHECK(calibrate_many(&f, path, false, &all) == 0 && all.trial.used);
+    most_tokens = (all.n_tokens - all.longest) * 9 / 10;
+    CHECK(calibrate_many(&f, path, false, &cut) == 0 && cut.n_tokens < all.n_tokens);
+    CHECK(cut.n_texts == all.n_texts && cut.trial.n_texts == 0 && !cut.trial.used);
+    if (!CHECK(profile_open(&p, &f.model, path, err) == 0)) printf("%s\n", err), exit(1);
+    CHECK(tensors_meta(&p.file, PROFILE_LAYER_SHARES) == NULL);
+    profile_close(&p);
+    most_tokens = 0;
+    fixture_close(&f);
     remove(path);
 }
 
@@ -654,6 +676,7 @@ int main(int argc, char **argv) {
     test_allocation();
     test_pays();
     test_trial();
+    test_no_trial();
     test_trial_into();
     test_unfinished(quick);
     for (int i = 0; i < (quick ? 1 : 3); i++) {
