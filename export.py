@@ -75,7 +75,7 @@ tensor                   dtype and shape
   layer.window           I32 [n_layers], tokens a token sees, itself included; 0: all, -1: none, the
                          layer keeps a state
   layer.owner            I32 [n_layers], whose keys and values a layer reads; absent: its own
-  layer.query_grows      I32 [n_layers], 1 where queries grow; absent: in all, where there is query_growth
+  layer.query_grows      I32 [n_layers], 1 where queries grow; absent: in all, if in any
   layer.hidden           I32 [n_layers], rows of w1 and w3; absent: hidden_dim
   layer.sinks            F32 [n_layers][n_heads], a logit that takes part in a head's softmax; absent:
                          none does
@@ -1645,9 +1645,8 @@ def layer_slides(c, family, where):
     if family.layered:  # as transformers does
         slides[-1] = False
     if any(slides) and window_of(c) is None:
-        raise Refusal(f"{where}: layers slide, and there is no "
-                      f"{'attention_chunk_size' if 'attention_chunk_size' in c else 'sliding_window'}"
-                      " in use")
+        size = "attention_chunk_size" if "attention_chunk_size" in c else "sliding_window"
+        raise Refusal(f"{where}: layers slide, and there is no {size} in use")
     return slides
 
 
@@ -1881,7 +1880,7 @@ def gguf_config(meta, tensors):
 
 
 def gguf_layer_types(arch, own, layers):
-    """Which layers see a window only, or keep a state. Gemma 3 without a window has none that does."""
+    """Which layers see a window only, or keep a state. Gemma 3 without a window has none of them."""
     recurrent = own.get("attention.recurrent_layers")
     if recurrent is not None:
         if not isinstance(recurrent, list) or not all(type(x) is bool for x in recurrent):
@@ -2012,7 +2011,9 @@ class Weights:
         heads, dim = sizes["delta_k_heads"], sizes["dim"]
         each = sizes["delta_v_heads"] // heads
         k, v = sizes["delta_k_dim"], each * sizes["delta_v_dim"]
-        lengths = dict(b=each, a=each) if ours in ("delta.a", "delta.b") else dict(q=k, k=k, v=v, z=v)
+        lengths = dict(q=k, k=k, v=v, z=v)
+        if ours in ("delta.a", "delta.b"):
+            lengths = dict(b=each, a=each)
         rows = sum(lengths.values())
         if t.shape != (heads * rows, dim):
             raise Refusal(f"tensor {t.name}: expected {[heads * rows, dim]}, found {list(t.shape)}")
@@ -2102,7 +2103,8 @@ SCALINGS = {  # the parameters each type of scaling reads
 }
 
 
-TYPES_OF = {"phi3": ("default",), "llama4_text": ("default", "llama3", "factors")}  # of some families
+# Families that take some of them only.
+TYPES_OF = {"phi3": ("default",), "llama4_text": ("default", "llama3", "factors")}
 
 
 def rope_params(c, slides, yarn, where):
@@ -3221,7 +3223,8 @@ def vocab_from_gguf(meta):
         pairs.append((m[:cut], m[cut + 1 :]))
     v.merges = merges_by_pair(pairs, v.ids)
     v.meta.update(split=split, nfc=nfc, ignore_merges=ignore,
-                  add_bos=int(v.meta["bos_id"] >= 0 and get("add_bos_token", split in ("llama3", "tekken"))))
+                  add_bos=int(v.meta["bos_id"] >= 0 and
+                              get("add_bos_token", split in ("llama3", "tekken"))))
     return v
 
 

@@ -133,7 +133,8 @@ def draw(family, i, seed):
              "vision_start_token_id": 7, "vision_end_token_id": 8, "vision_config": {"hidden_size": 8},
              "tie_word_embeddings": c["tie_word_embeddings"]}
     if "multimodal" in marks:
-        outer = {"model_type": OUTER.get(family) or family.replace("_text", ""), "architectures": ["ForConditionalGeneration"],
+        outer = {"model_type": OUTER.get(family, family.replace("_text", "")),
+                 "architectures": ["ForConditionalGeneration"],
                  "eos_token_id": [2], "vision_config": {"hidden_size": 8, "model_type": "siglip"}}
         c = {**outer, "text_config": c, "tie_word_embeddings": c["tie_word_embeddings"]}
     return Case(f"{family}-{i:02d}", rng, c, int(rng.integers(110, 220)) if i % 8 else 600, marks, {})
@@ -205,7 +206,8 @@ def ministral3(rng, i, c, marks):
     del c["rope_theta"], c["rope_scaling"]
     c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     c["rope_parameters"] = {
-        "rope_type": "yarn", "type": "yarn", "rope_theta": any_of(rng, 1e6, 1e4), "factor": any_of(rng, 2.0, 16.0, 48.0),
+        "rope_type": "yarn", "type": "yarn", "rope_theta": any_of(rng, 1e6, 1e4),
+        "factor": any_of(rng, 2.0, 16.0, 48.0),
         "original_max_position_embeddings": any_of(rng, 16, 33, 64, 100), "beta_fast": 32.0, "beta_slow": 1.0,
         "max_position_embeddings": 2048, "mscale": 1.0, "mscale_all_dim": 1.0,
         "llama_4_scaling_beta": any_of(rng, 0.1, 0.5)}
@@ -448,7 +450,8 @@ def llama4(rng, i, c, marks):
 
 
 OUTER = {"ministral3": "mistral3"}  # configs that wrap it, where the name is another one's
-FAMILIES = {"llama": llama, "mistral": mistral, "ministral3": ministral3, "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
+FAMILIES = {"llama": llama, "mistral": mistral, "ministral3": ministral3,
+            "qwen2": qwen, "qwen3": qwen, "smollm3": smollm3,
             "gemma2": gemma2, "gemma3_text": gemma3, "gemma4_text": gemma4, "gemma4_unified_text": gemma4,
             "phi3": phi3, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "qwen3_5_text": qwen35,
             "qwen3_5_moe_text": qwen35_moe, "qwen3_next": qwen3_next, "llama4_text": llama4, "gpt_oss": gpt_oss}
@@ -469,6 +472,8 @@ def oracle_config(case):
         theta = c.pop("rope_theta", None) or c["rope_parameters"]["rope_theta"]
         c.pop("rope_scaling", None)
         c["rope_parameters"] = {"rope_theta": theta, **p}
+    if "attn_temperature_tuning" in c:  # published files have 4, transformers takes true and false
+        c["attn_temperature_tuning"] = bool(c["attn_temperature_tuning"])
     return transformers.AutoConfig.for_model(**c)
 
 
@@ -658,7 +663,8 @@ def make_gguf(case, model, path):
     names = gguf.get_tensor_name_map(gguf_arch(arch), c.num_hidden_layers)
     for name, tensor in model.named_parameters():
         x = tensor.detach().numpy()
-        if family.startswith(("gemma", "qwen3_5", "qwen3_next")) and name.endswith("norm.weight") and "linear_attn" not in name:
+        one = family.startswith(("gemma", "qwen3_5", "qwen3_next"))  # norms are 1 + w
+        if one and name.endswith("norm.weight") and "linear_attn" not in name:
             x = x + np.float32(1)
         if "linear_attn" in name:
             name, x = (tiled if arch.startswith("qwen35") else apart)(c, name, x)
