@@ -151,13 +151,14 @@ const Flag flags[] = {
     {"--chunk", "N", COUNT, AT(chunk), RANGE(1, INT_MAX),
      .takes = CONTEXT | BENCH | EVAL | CALIBRATE,
      .help = "tokens repeated at a time (default 2000; with --score-attn local 1000)"},
-    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both",
+    {"--fit", "WHAT", CHOICE, AT(fit), .choices = "none|values|both|merge|pool",
      .takes = COMPRESS | MAP | SERVE, .also = SCORE,
-     .help = "fit what stays to what all pairs gave: values, or values and biases"},
+     .help = "fit what stays to what all pairs gave: values, or values and biases; or merge what "
+             "goes into it: into the most similar key's value, or pool it into the nearest one's"},
     {"--fit", "WHAT,..", TEXT, AT(fits), .takes = EVAL,
      .help =
          "none (default), values, both: what stays is fitted to what all pairs gave, values, or "
-         "values and biases"},
+         "values and biases; merge, pool: what goes is merged into it"},
     {"--score-attn", "HOW", CHOICE, AT(score_attn), .takes = CONTEXT | EVAL, .also = BENCH,
      .choices = "full|local",
      .help = "the repeated text sees all of the context (default), or its own part"},
@@ -279,7 +280,8 @@ const Flag flags[] = {
     {"--top-p", "P", REAL, AT(top_p), RANGE(0, 1), .takes = SERVE,
      .help = "top_p where a request says nothing (default 0.95)"},
     {"-j", "N", COUNT, AT(threads), RANGE(1, 1024), .takes = RUNS, .also = ALL,
-     .help = "threads (default: one per core that this process may use; at most one per processor)"},
+     .help =
+         "threads (default: one per core that this process may use; at most one per processor)"},
     {"--mem", "N", BYTES, AT(mem), RANGE(1, 1e15), .takes = RUNS, .also = ALL,
      .help =
          "bytes, or with K, M or G thousands, millions or billions of them: what does not fit is "

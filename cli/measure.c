@@ -339,7 +339,7 @@ static void check_list(const Options *o, const char *flag, int n, const char *re
 
 static FitKind get_fit(const Options *o, const char *name) {
     int kind = fit_kind(name);
-    if (kind < 0) die_usage(o->command, "--fit %s: needs one of none|values|both", name);
+    if (kind < 0) die_usage(o->command, "--fit %s: needs one of none|values|both|merge|pool", name);
     return (FitKind)kind;
 }
 

@@ -28,7 +28,7 @@ int chart_curves(const EvalRow *rows, int n, const char *path, char *err);
 // Which pairs of a context stay, by layer and head.
 typedef struct {
     const char *model, *policy, *level;
-    const char *fit;  // "both", "values", or NULL: nothing is fitted
+    const char *fit;  // a name of policies/fitting.h, or NULL: nothing is fitted
     const Tokenizer *tok;
     const int *ids;       // [n_ctx] of the context, without the prefix
     const int *layer;     // [n_layers] those that evict

@@ -10,7 +10,7 @@ enum { EVAL_COLUMNS = 4 };  // numbers of a question: value, same, kl, nll
 // The questions of one context, asked of one cache. Policy "full" is the yardstick.
 typedef struct {
     const char *task, *metric, *policy, *level, *kv;
-    const char *fit;  // "none", "values", "both" (fit.h); of the full cache "none"
+    const char *fit;  // a name of policies/fitting.h; of the full cache "none"
     int context;      // the line of the task file, from 1
     double ratio;     // asked for
     double kept;      // achieved: share of the context's pairs, in the layers that evict

@@ -13,9 +13,10 @@
 #include <string.h>
 
 #include "fit.h"
+#include "merge.h"
 #include "util.h"
 
-static const char *const kind_names[FIT_KINDS] = {"none", "values", "both"};
+static const char *const kind_names[FIT_KINDS] = {"none", "values", "both", "merge", "pool"};
 
 // Of the fit (fit.h).
 static const double RIDGE = 0.05, FLOOR = 0.05;
@@ -254,7 +255,8 @@ static void fit_one(const Apply *a, Desk *desk, int h) {
     for (int b = 0; b * PAGE < n_pairs; b++)
         kvcache_block(kv, at, b, desk->k + b * block, desk->v + b * block);
     for (int t = 0; t < n_pairs; t++) desk->was[t] = kvcache_bias(kv, at, t);
-    gather_queries(a, desk, h, a->positions);
+    bool merges = f->kind == FIT_MERGE || f->kind == FIT_POOL;
+    if (!merges) gather_queries(a, desk, h, a->positions);
     FitHead fit = {.head_dim = shape->head_dim,
                    .n_pairs = n_pairs,
                    .k = desk->k,
@@ -270,7 +272,11 @@ static void fit_one(const Apply *a, Desk *desk, int h) {
                    .ridge = RIDGE,
                    .floor = FLOOR,
                    .steps = STEPS};
-    desk->failed = fit_head(&fit, &desk->room, desk->values, desk->bias) != 0;
+    if (merges)
+        desk->failed =
+            merge_head(&fit, f->kind == FIT_POOL ? MERGE_NEAR : MERGE_SIMILAR, desk->values) != 0;
+    else
+        desk->failed = fit_head(&fit, &desk->room, desk->values, desk->bias) != 0;
     if (!desk->failed)
         kvcache_refit(kv, at,
                       &(KVFitted){desk->kept, n, desk->values, fit.biases ? desk->bias : NULL});

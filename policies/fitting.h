@@ -4,9 +4,10 @@
 #define FITTING_H
 #include "policies/context.h"
 
-typedef enum { FIT_NONE, FIT_VALUES, FIT_BOTH, FIT_KINDS } FitKind;
+// Values, or values and biases (fit.h); or what goes is merged into what stays (merge.h).
+typedef enum { FIT_NONE, FIT_VALUES, FIT_BOTH, FIT_MERGE, FIT_POOL, FIT_KINDS } FitKind;
 
-// "none", "values" or "both"; -1: none of them.
+// "none", "values", "both", "merge" or "pool"; -1: none of them.
 int fit_kind(const char *name);
 const char *fit_kind_name(FitKind kind);
 

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "fit.h"
+#include "merge.h"
 #include "test.h"
 #include "util.h"
 
@@ -179,14 +180,98 @@ static void test_case(const Case *t) {
         free(values_is), free(bias_is);
 }
 
+// ---- merging ----
+
+static double squared(const float *x, int d) {
+    double sum = 0;
+    for (int c = 0; c < d; c++) sum += (double)x[c] * x[c];
+    return sum;
+}
+
+static double cosine(const FitHead *h, int i, int j) {
+    double ij = 0, ii = 0, jj = 0;
+    for (int c = 0; c < h->head_dim; c++) {
+        ij += key(h, i, c) * key(h, j, c);
+        ii += key(h, i, c) * key(h, i, c), jj += key(h, j, c) * key(h, j, c);
+    }
+    return ij / sqrt(ii * jj);
+}
+
+// values [n_kept][head_dim] by the formula of merge.h, pair by pair.
+static void naive_merge(const FitHead *h, MergeWay way, double *values) {
+    int d = h->head_dim;
+    double *weight = doubles((size_t)h->n_kept);
+    for (int a = 0; a < h->n_kept; a++)
+        for (int c = 0; c < d; c++) values[a * d + c] = h->v[(size_t)h->kept[a] * d + c];
+    for (int i = 0; i < h->n_pairs; i++) {
+        int to = 0;
+        bool stays = false;
+        for (int a = 0; a < h->n_kept; a++) {
+            stays = stays || h->kept[a] == i;
+            bool nearer = abs(h->kept[a] - i) < abs(h->kept[to] - i);
+            bool liker = cosine(h, i, h->kept[a]) > cosine(h, i, h->kept[to]);
+            if (way == MERGE_NEAR ? nearer : liker) to = a;
+        }
+        double v = sqrt(squared(h->v + (size_t)i * d, d));
+        double its = sqrt(squared(h->v + (size_t)h->kept[to] * d, d));
+        double w = way == MERGE_NEAR ? 1 : fmax(cosine(h, i, h->kept[to]), 0) * v / (v + its);
+        weight[to] += stays ? 0 : w;
+        for (int c = 0; c < d && !stays; c++) values[to * d + c] += w * h->v[(size_t)i * d + c];
+    }
+    for (int a = 0; a < h->n_kept * d; a++) values[a] /= 1 + weight[a / d];
+    free(weight);
+}
+
+static void test_merge(int d, int n_pairs, int every, MergeWay way) {
+    size_t all = (size_t)(n_pairs + PAGE - 1) / PAGE * PAGE * d;
+    float *k = normals(all, 1), *v = normals(all, 1), *values = normals(all, 1);
+    int kept[512], n = 0;
+    for (int j = every / 2; j < n_pairs; j++)
+        if (j % every == 0 || j % 7 == 1) kept[n++] = j;
+    FitHead h = {.head_dim = d, .n_pairs = n_pairs, .k = k, .v = v, .n_kept = n, .kept = kept};
+    double *is = doubles(all), worst = 0;
+    CHECK(merge_head(&h, way, values) == 0);
+    naive_merge(&h, way, is);
+    for (int i = 0; i < n * d; i++) worst = fmax(worst, fabs(values[i] - is[i]));
+    if (!CHECK(worst < 1e-5)) printf("merge, d %d, %d pairs: off by %g\n", d, n_pairs, worst);
+    free(k), free(v), free(values), free(is);
+}
+
+// Keys (1, 0) and (0, 1) stay with the values (2, 0) and (0, 1); (3, 4), whose value is (3, 0),
+// goes. It is more like the second, cos .8, so that w = .8 * 3 / (3 + 1) = .6 and the second
+// becomes
+// ((0, 1) + .6 (3, 0)) / 1.6. It stands between them, so that the first is as near: (2.5, 0).
+static void test_merge_example(void) {
+    float k[2 * PAGE] = {[0] = 1, [1] = 3, [PAGE + 1] = 4, [PAGE + 2] = 1}, values[4];
+    const float v[2 * PAGE] = {2, 0, 3, 0, 0, 1};
+    FitHead h = {.head_dim = 2, .n_pairs = 3, .k = k, .v = v, .n_kept = 2, .kept = (int[]){0, 2}};
+    CHECK(merge_head(&h, MERGE_SIMILAR, values) == 0);
+    CHECK_NEAR(values[0], 2, 1e-6), CHECK_NEAR(values[1], 0, 1e-6);
+    CHECK_NEAR(values[2], 1.125, 1e-6), CHECK_NEAR(values[3], 0.625, 1e-6);
+    CHECK(merge_head(&h, MERGE_NEAR, values) == 0);
+    CHECK_NEAR(values[0], 2.5, 1e-6), CHECK_NEAR(values[1], 0, 1e-6);
+    CHECK_NEAR(values[2], 0, 1e-6), CHECK_NEAR(values[3], 1, 1e-6);
+    k[1] = -3, k[PAGE + 1] = -4;  // a key that is like none adds nothing
+    CHECK(merge_head(&h, MERGE_SIMILAR, values) == 0);
+    CHECK(values[0] == 2 && values[1] == 0 && values[2] == 0 && values[3] == 1);
+    h.n_kept = 3, h.kept = (int[]){0, 1, 2};
+    float same[6];
+    CHECK(merge_head(&h, MERGE_SIMILAR, same) == 0 && memcmp(same, v, sizeof same) == 0);
+}
+
 int main(int argc, char **argv) {
     if (kernels_init(argc > 1 ? argv[1] : getenv("ISA")) != 0) return 2;
     const Case cases[] = {
-        {64, 300, 192, 5, true, false, 0, false},       {64, 300, 192, 5, false, false, 0, false},
-        {64, 300, 100, 2, true, false, 0, false},       {64, 640, 64, 2, true, true, 0, false},
-        {80, 257, 200, 3, true, true, 30, false},       {256, 130, 150, 10, true, false, 0, false},
-        {16, 70, 9, 2, true, false, 0, false},          {64, 65, 64, 64, true, false, 0, false},
-        {64, 300, 192, 5, true, false, 0, true}, {32, 200, 90, 3, false, true, 20, true}};
+        {64, 300, 192, 5, true, false, 0, false}, {64, 300, 192, 5, false, false, 0, false},
+        {64, 300, 100, 2, true, false, 0, false}, {64, 640, 64, 2, true, true, 0, false},
+        {80, 257, 200, 3, true, true, 30, false}, {256, 130, 150, 10, true, false, 0, false},
+        {16, 70, 9, 2, true, false, 0, false},    {64, 65, 64, 64, true, false, 0, false},
+        {64, 300, 192, 5, true, false, 0, true},  {32, 200, 90, 3, false, true, 20, true}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) test_case(&cases[i]);
+    test_merge_example();
+    for (int way = MERGE_SIMILAR; way <= MERGE_NEAR; way++) {
+        test_merge(64, 300, 5, (MergeWay)way), test_merge(16, 65, 9, (MergeWay)way);
+        test_merge(80, 257, 200, (MergeWay)way);
+    }
     return test_end("test_fit");
 }

@@ -68,10 +68,10 @@ def test_streamed(m, d):
     long = ["-f", write(d + "/long", TEXT * 3), "--json"]
     for how in (["--ratio", "0.3", "--stream"], ["--budget", "150", "--kv", "q8"]):
         rows, bytes = [], set()
-        for fit in ("none", "values", "both"):
+        for fit in ("none", "values", "merge", "pool", "both"):
             rows += works("compress", m.path, *long, *how, "--fit", fit, "-o", d + "/streamed.kvc").rows()
-        check([r["fit"] for r in rows] == [None, "values", "both"], "%s: fitted %s" % (how, [r["fit"] for r in rows]))
-        check(rows[0]["n_kept"] == rows[2]["n_kept"] < rows[0]["n_pairs"], "%s: a fit changes how many stay" % how)
+        check([r["fit"] for r in rows] == [None, "values", "merge", "pool", "both"], "%s: fitted %s" % (how, [r["fit"] for r in rows]))
+        check(len({r["n_kept"] for r in rows}) == 1 and rows[0]["n_kept"] < rows[0]["n_pairs"], "%s: a fit changes how many stay" % how)
         check(any(b for b in Tensors(d + "/streamed.kvc")["bias"]), "%s: no biases are saved" % how)
         check("fit                both" in works("info", d + "/streamed.kvc").text(), "%s: info does not say it" % how)
         for threads in "123":
@@ -105,6 +105,9 @@ def test_eval_fits(m, d):
     check(kl["knorm", "both", 0.2] != kl["knorm", "values", 0.2] != kl["knorm", "none", 0.2], "eval: fits that make no difference")
     check(kl["knorm", "both", 1] == kl["full", "none", 1], "eval: ratio 1 is the full cache, however it is fitted")
     check({c["fit"] for c in cells(file)} == {"none", "values", "both"}, "eval: the column of the file")
+    kinds = works(*args, "--fit", "none,merge,pool", "--json").rows()
+    merged = [r["value"] for r in kinds if r["metric"] == "kl" and r["ratio"] == 0.2]
+    check(len(set(merged)) == 3 and merged[0] == kl["knorm", "none", 0.2], "eval: merging makes no difference: %s" % merged)
     drawn = open(chart, encoding="utf-8").read()
     check(len(re.findall(">knorm pair, f16[^<]*<", drawn)) == 3 and ">knorm pair, f16, fitted both<" in drawn, "eval: the chart's lines")
     table = works("eval", "--merge", file).text()

@@ -54,7 +54,7 @@ def check_bash(script, flags):
     check(complete_in_bash(script, "comp") == ["compress"], "bash completes a command's name")
     for command, names in flags.items():
         check(set(complete_in_bash(script, command, "-")) == names, "bash completes the flags of " + command)
-    for words, want in [(("compress", "m", "--fit", ""), ["none", "values", "both"]), (("compress", "--fit", "v"), ["values"]),
+    for words, want in [(("compress", "m", "--fit", ""), ["none", "values", "both", "merge", "pool"]), (("compress", "--fit", "v"), ["values"]),
                         (("compress", "--fit", "=", "b"), ["both"]), (("ask", "m", "c", "-n", "-"), []),
                         (("compress", "--policy", "snap"), ["snapkv"]), (("help", "zs"), ["zsh"])]:
         check(complete_in_bash(script, *words) == want, "bash: %s: %s" % (words, complete_in_bash(script, *words)))

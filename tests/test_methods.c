@@ -3,6 +3,7 @@
 #include "fixture.h"
 #include "kernels/matmul.h"
 #include "policies.h"
+#include "policies/fitting.h"
 #include "policies/methods.h"
 
 enum { CTX = 150, ROOM = 1024, SEEN = 256, ASKED = 5 };
@@ -779,6 +780,29 @@ static int fates_apart(const Scored *s, const TensorFile *t, const char *name, b
     return apart;
 }
 
+// How far values of the pairs that stay by knorm at 0.25, as many in every head, are from those of
+// kvpress' MergingPress, [head][40][head_dim].
+static double merged_apart(Scored *s, const TensorFile *t) {
+    int d = s->f->model.config.head_dim, n_kept = s->n / 4;
+    const float *want = tensors_find(t, "merging")->data;
+    uint8_t *keep = malloc(context_scores(&s->c));
+    double worst = 0;
+    Fitting fitting;
+    s->c.level = level_find("uniform");
+    CHECK(context_select(&s->c, s->score, 0.25, keep, err) == (long)s->heads * n_kept);
+    CHECK(fitting_open(&fitting, FIT_MERGE, &s->c, err) == 0);
+    s->c.fitting = &fitting;
+    CHECK(context_evict(&s->c, keep, false, err) == 0);
+    for (int i = 0; i < s->heads * n_kept; i++) {
+        float v[MAX_HEAD_DIM];
+        kvcache_pair(&s->f->kv, at_head(s, i / n_kept), i % n_kept, NULL, v);
+        for (int j = 0; j < d; j++) worst = fmax(worst, fabs(v[j] - want[(size_t)i * d + j]));
+    }
+    s->c.fitting = NULL, fitting_close(&fitting), free(keep);
+    if (getenv("VERBOSE")) printf("%s merging: %.1e from kvpress\n", s->f->name, worst);
+    return worst;
+}
+
 static void test_kvpress(const char *family) {
     enum { N = 160 };
     static const struct {
@@ -814,6 +838,8 @@ static void test_kvpress(const char *family) {
     const float *mass = tensors_find(&t, "simlayerkv")->data;
     for (int h = 0; h < s.heads; h++)
         CHECK_NEAR(1 - score_at(&s, h, 60), mass[h / f.kv.shape.n_kv_heads], 1e-5);
+    scored_close(&s), scored_open(&s, &f, "knorm", NULL, 0, N);
+    CHECK(merged_apart(&s, &t) < 1e-5);
     scored_close(&s), tensors_close(&t), fixture_close(&f);
 }
 
