@@ -470,7 +470,14 @@ static int run_eval(Session *s, Eval *e, const EvalTasks *tasks, EvalResults *re
                            .local = s->o->score_attn == 1,
                            .profile = s->has_profile ? &s->profile : NULL,
                            .postfix = repeat_postfix(s)};
-    for (int i = 0; i < e->n_policies; i++) give_question(s, &e->context, e->policy[i]);
+    bool asks = false;
+    for (int i = 0; i < e->n_policies; i++) {
+        give_question(s, &e->context, e->policy[i]);
+        asks = asks || e->policy[i]->asks != ASKS_NOTHING;
+    }
+    if (!asks && (s->o->question || s->o->each))
+        warn(s, "--question%s has no effect: no policy here looks at one",
+             s->o->each ? "-each" : "");
     int rc = eval_run(e, tasks, results, err);
     progress_end(&progress);
     ids_free(&prefix);

@@ -141,6 +141,8 @@ def test_each_question(d):
         check(abs(each[p] - mean) < 1e-6 + 1e-4 * mean, "%s: each question %g, alone %g" % (p, each[p], mean))
     check(each["knorm"] == same["knorm"] and each["finch"] != same["finch"], "who sees a question: %s, %s" % (each, same))
     refuses("choose one", "eval", SMOL, d + "/all", "--policy", "finch", "--question", "Who?", "--question-each")
+    p = run("eval", SMOL, d + "/one", "-n", 3, "--policy", "knorm", "--ratio", "0.3", "--question-each")
+    check(p.returncode == 0 and b"--question-each has no effect" in p.stderr, "each question that nobody asks is said: %s" % p.stderr)
 
 
 def test_decoding(d):
