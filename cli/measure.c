@@ -262,8 +262,7 @@ static void print_rows(const Options *o, const EvalResults *results) {
     }
     out_flush();
     if (o->chart && chart_curves(rows, n, o->chart, err) != 0) die_file(o->chart, err);
-    if (o->page && page_write(rows, n, results->settings, o->page, err) != 0)
-        die_file(o->page, err);
+    if (o->page && page_write(rows, n, results, o->page, err) != 0) die_file(o->page, err);
     free(rows);
 }
 

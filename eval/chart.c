@@ -58,11 +58,15 @@ static const double KL_LEAST = 1e-4, KL_MOST = 10;
 static const char *colour_of(int k) { return colours[k % 8]; }
 static const char *dash_of(int k) { return dashes[k / 8 % 4]; }
 
+static bool same_panel(const Chart *c, const EvalRow *a, const EvalRow *b) {
+    return eval_row_same_task(a, b) && (c->axis != CHART_DEPTH || a->ratio == b->ratio);
+}
+
 // Whether row i is the first one of a panel.
 static bool begins_panel(const Chart *c, int i) {
     if (strcmp(c->rows[i].metric, "nll") == 0) return false;
     for (int j = 0; j < i; j++)
-        if (eval_row_same_task(&c->rows[i], &c->rows[j])) return false;
+        if (same_panel(c, &c->rows[i], &c->rows[j])) return false;
     return true;
 }
 
@@ -75,17 +79,25 @@ static double height_of(const EvalRow *row, double v) {
 // ---- axes ----
 
 static const char *const axis_names[] = {"share of pairs kept", "MiB of the context in memory",
-                                         "tokens/s"};
+                                         "tokens/s", "depth in the context"};
 
 // Where a row stands on the axis, in its unit; 0 where that is not known.
 static double axis_value(ChartAxis axis, const EvalRow *row) {
     return axis == CHART_KEPT    ? row->kept
            : axis == CHART_BYTES ? row->bytes / (1 << 20)
-                                 : row->speed;
+           : axis == CHART_SPEED ? row->speed
+                                 : row->depth;
 }
 
+static bool is_share(ChartAxis axis) { return axis == CHART_KEPT || axis == CHART_DEPTH; }
+
 static bool is_known(ChartAxis axis, const EvalRow *row) {
-    return axis == CHART_KEPT || axis_value(axis, row) > 0;
+    return is_share(axis) || axis_value(axis, row) > 0;
+}
+
+// What orders the points of a line.
+static double order_of(ChartAxis axis, const EvalRow *row) {
+    return axis == CHART_DEPTH ? row->depth : row->ratio;
 }
 
 // The next larger one of 1, 2, 2.5, 5, 10 and so on.
@@ -104,6 +116,7 @@ static void chart_axes(const Chart *c, const EvalRow *row) {
     put_name(c->f, row->task);
     fputs(": ", c->f);
     put_name(c->f, row->metric);
+    if (c->axis == CHART_DEPTH) fprintf(c->f, ", %g kept", row->ratio);
     fprintf(c->f, "%s</text>\n", kl ? ", nat per token" : "");
     for (int i = 0; i <= 5; i++) {
         double at = i / 5.0, value = kl ? KL_LEAST * pow(KL_MOST / KL_LEAST, at) : at;
@@ -118,13 +131,15 @@ static void chart_axes(const Chart *c, const EvalRow *row) {
 
 // ---- lines ----
 
-// Of line k in a panel the row with the next larger ratio, or NULL.
-static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, double ratio) {
+// Of line k in a panel the row behind `last`, the next one in their order, or NULL.
+static const EvalRow *next_point(const Chart *c, const EvalRow *panel, int k, double last) {
     const EvalRow *next = NULL;
-    for (const EvalRow *row = c->rows; row < c->rows + c->n; row++)
-        if (row->ratio > ratio && (!next || row->ratio < next->ratio) && is_known(c->axis, row) &&
-            eval_row_same_task(row, panel) && eval_row_same_line(row, &c->rows[c->line[k]]))
+    for (const EvalRow *row = c->rows; row < c->rows + c->n; row++) {
+        double at = order_of(c->axis, row);
+        if (at > last && (!next || at < order_of(c->axis, next)) && is_known(c->axis, row) &&
+            same_panel(c, row, panel) && eval_row_same_line(row, &c->rows[c->line[k]]))
             next = row;
+    }
     return next;
 }
 
@@ -132,7 +147,7 @@ static void chart_line(const Chart *c, const EvalRow *panel, int k) {
     const EvalRow *row = next_point(c, panel, k, -1);
     fprintf(c->f, "<g stroke='%s' stroke-dasharray='%s'>", colour_of(k), dash_of(k));
     for (double px = 0, py = -1, x, y; row;
-         row = next_point(c, panel, k, row->ratio), px = x, py = y) {
+         row = next_point(c, panel, k, order_of(c->axis, row)), px = x, py = y) {
         x = axis_value(c->axis, row) / c->widest * PANEL_W;
         y = (1 - height_of(row, row->value)) * PANEL_H;
         if (py >= 0) fprintf(c->f, "<path d='M%.1f %.1f L%.1f %.1f' class='line'/>", px, py, x, y);
@@ -178,7 +193,7 @@ static void chart_draw(Chart *c) {
         n_panels += begins_panel(c, i);
         most = fmax(most, axis_value(c->axis, &c->rows[i]));
     }
-    c->widest = c->axis == CHART_KEPT || most <= 0 ? 1 : round_up(most);
+    c->widest = is_share(c->axis) || most <= 0 ? 1 : round_up(most);
     int bottom = PANEL_TOP + (n_panels + 2) / 3 * PANEL_Y;
     int width = PANEL_X * (n_panels < 1 ? 1 : min_int(n_panels, 3)), columns = width / 220;
     fprintf(c->f,

@@ -11,7 +11,8 @@ void chart_text(FILE *f, const char *s, size_t n);
 
 // ---- curves ----
 
-typedef enum { CHART_KEPT, CHART_BYTES, CHART_SPEED } ChartAxis;  // what is from left to right
+// What is from left to right. Along the depth a panel is of one ratio.
+typedef enum { CHART_KEPT, CHART_BYTES, CHART_SPEED, CHART_DEPTH } ChartAxis;
 
 // Writes an element <svg>: a panel per task and metric, a line per policy, level, fit and page type
 // of up to 128, in the order in which they come.

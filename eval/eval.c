@@ -299,7 +299,8 @@ static int cells_per_context(const Eval *e) {
 static int plan_cell(Run *r, Cell *plan, int *n, Cell cell, char *err) {
     const EvalTask *task = r->asking.task;
     EvalCell *c = &cell.c, like;
-    c->task = task->task, c->metric = eval_metric_name(task->metric), c->context = task->place;
+    c->task = task->task, c->metric = eval_metric_name(task->metric), c->context = task->place,
+    c->depth = task->depth;
     c->kv = r->e->kv[cell.kv].name, c->fit = fit_kind_name(cell.fit);
     if (eval_results_find(r->results, c)) {
         r->done += task->n_questions;

@@ -115,3 +115,34 @@ int eval_means(EvalRow **rows, int *n, char *err) {
         if (more[i].counts && !was_seen(more, i)) more[(*n)++] = mean_of(more, end, i);
     return 0;
 }
+
+// The next larger depth of a cell, or -1.
+static double next_depth(const EvalResults *r, double depth) {
+    double next = -1;
+    for (const EvalCell *c = r->cell; c < r->cell + r->n; c++)
+        if (c->depth > depth && (next < 0 || c->depth < next)) next = c->depth;
+    return next;
+}
+
+int eval_depths(const EvalResults *r, EvalRow **rows, int *n, char *err) {
+    EvalResults at = {.cell = malloc(((size_t)r->n + 1) * sizeof *at.cell)};
+    int status = at.cell ? 0 : fail(err, "out of memory");
+    *rows = malloc((EVAL_COLUMNS * (size_t)r->n + 1) * sizeof **rows), *n = 0;
+    if (status == 0 && !*rows) status = fail(err, "out of memory");
+    for (double d = next_depth(r, -1); status == 0 && d >= 0; d = next_depth(r, d)) {
+        EvalRow *some = NULL;
+        int n_some = 0;
+        at.n = 0;
+        for (int i = 0; i < r->n; i++)
+            if (r->cell[i].depth == d) at.cell[at.n++] = r->cell[i];
+        status = eval_rows(&at, &some, &n_some, err);
+        for (int i = 0; i < n_some && status == 0; i++) {
+            if (strcmp(some[i].metric, "mean") == 0) continue;
+            (*rows)[*n] = some[i];
+            (*rows)[(*n)++].depth = d;
+        }
+        free(some);
+    }
+    free(at.cell);
+    return status;
+}

@@ -15,9 +15,9 @@ enum { COLUMNS = 16 };
 
 typedef struct {
     FILE *f;
-    const EvalRow *rows;  // [n]
-    int n;
-    EvalRow *some;  // [n] room for those of a picture
+    const EvalRow *rows, *deep;  // [n], and by depth [n_deep]
+    int n, n_deep;
+    EvalRow *some;  // [n or n_deep] room for those of a picture
     double ratio[COLUMNS];
     int n_ratios;
 } Page;
@@ -152,6 +152,16 @@ static void put_tasks(const Page *p) {
     }
 }
 
+static void put_depths(const Page *p) {
+    int n = 0;
+    for (int i = 0; i < p->n_deep; i++)
+        if (eval_row_is_value(&p->deep[i])) p->some[n++] = p->deep[i];
+    if (n == 0) return;
+    fputs("<h2>By depth</h2>\n<p>Where in the context the answer stands: 0 is its beginning.</p>\n",
+          p->f);
+    chart_svg(p->f, p->some, n, CHART_DEPTH);
+}
+
 static void put_page(const Page *p, const char *settings) {
     fputs(head, p->f);
     fputs(
@@ -161,19 +171,29 @@ static void put_page(const Page *p, const char *settings) {
     if (settings) put_text(p->f, settings);
     fputs("</small></p>\n", p->f);
     put_means(p);
+    put_depths(p);
     put_tasks(p);
     fputs("</body></html>\n", p->f);
 }
 
-int page_write(const EvalRow *rows, int n, const char *settings, const char *path, char *err) {
+// Writes the file, with room for the rows of a picture.
+static int write_file(Page *p, const char *settings, const char *path, char *err) {
     NewFile out;
-    Page p = {.rows = rows, .n = n};
     if (newfile_begin(&out, path, err) != 0) return -1;
-    p.f = out.file;
-    p.some = malloc(((size_t)n + 1) * sizeof *p.some);
-    if (!p.some) return newfile_abort(&out), fail(err, "out of memory");
-    p.n_ratios = eval_row_ratios(rows, n, p.ratio, COLUMNS);
-    put_page(&p, settings);
-    free(p.some);
+    p->f = out.file;
+    p->some = malloc(((size_t)max_int(p->n, p->n_deep) + 1) * sizeof *p->some);
+    if (!p->some) return newfile_abort(&out), fail(err, "out of memory");
+    p->n_ratios = eval_row_ratios(p->rows, p->n, p->ratio, COLUMNS);
+    put_page(p, settings);
+    free(p->some);
     return newfile_commit(&out, err);
+}
+
+int page_write(const EvalRow *rows, int n, const EvalResults *r, const char *path, char *err) {
+    EvalRow *deep = NULL;
+    int n_deep = 0, status = eval_depths(r, &deep, &n_deep, err);
+    Page p = {.rows = rows, .deep = deep, .n = n, .n_deep = n_deep};
+    if (status == 0) status = write_file(&p, r->settings, path, err);
+    free(deep);
+    return status;
 }

@@ -40,7 +40,7 @@ def niah(rng, chars, n):
         paragraphs = filler(rng, max(1, chars - len(start) - len(pleasure) - 3))
         put_at(paragraphs, f"{start} {pleasure}.", depth / 100)
         out.append(task("niah", as_text(paragraphs), [ask(f"What is the best thing to do in {city}?", start, pleasure)],
-                        stop=".", max_tokens=32))
+                        stop=".", max_tokens=32, depth=depth / 100))
     return out
 
 

@@ -83,6 +83,7 @@ static void put_cell(FILE *f, const EvalCell *c) {
                c->ratio, c->kept);
     if (c->bytes > 0) json_print(f, ", 'bytes': %zu", c->bytes);
     if (c->speed > 0) json_print(f, ", 'tokens_per_s': %.17g", c->speed);
+    if (c->depth >= 0) json_print(f, ", 'depth': %.17g", c->depth);
     for (int m = 0; m < EVAL_COLUMNS; m++) {
         const float *v = c->value + (size_t)m * c->n;
         json_print(f, ", %s: [", columns[m]);
@@ -196,7 +197,11 @@ static int read_costs(EvalCell *c, JsonFields *f) {
     static const double MOST = 1e15;
     const JsonNode *bytes = json_may(f, "bytes", JSON_NUMBER);
     const JsonNode *speed = json_may(f, "tokens_per_s", JSON_NUMBER);
+    const JsonNode *depth = json_may(f, "depth", JSON_NUMBER);
     if (f->failed) return -1;
+    c->depth = depth ? json_number(depth) : -1;
+    if (depth && !(c->depth >= 0 && c->depth <= 1))
+        return fail(f->err, "\"depth\" %g is not from 0 to 1", c->depth);
     double n = bytes ? json_number(bytes) : 0;
     c->speed = speed ? json_number(speed) : 0;
     if (!(n >= 0 && n <= MOST && c->speed >= 0 && c->speed <= MOST))

@@ -16,6 +16,7 @@ typedef struct {
     double kept;      // achieved: share of the context's pairs, in the layers that evict
     size_t bytes;     // of the context's pairs in memory; 0: not known
     double speed;     // tokens/s of one answer after them; 0: not measured
+    double depth;     // where in the context the answers stand, 0 to 1; -1: not said
     int n;            // questions
     // One block of EVAL_COLUMNS x n numbers, which begins with value.
     float *value;     // [n] the task's metric
@@ -89,13 +90,17 @@ typedef struct {
     // Mean over questions and its 95% interval, of shares that are 0 or 1 each Wilson's, else
     // Student's; high is infinite where one question says nothing about the others.
     double value, low, high;
-    int n;        // questions
-    bool counts;  // of a task's metric, and in the mean of all tasks
+    int n;         // questions
+    double depth;  // of eval_depths alone
+    bool counts;   // of a task's metric, and in the mean of all tasks
 } EvalRow;
 
 // *rows [*n] is malloc'ed; its strings are the cells'. In the order in which tasks and cells were
 // done, four rows each, with its metric first; behind them the means. Returns 0, or -1 with err.
 int eval_rows(const EvalResults *r, EvalRow **rows, int *n, char *err);
+
+// The same of the contexts that say a depth, for each depth on its own, from 0 on; without means.
+int eval_depths(const EvalResults *r, EvalRow **rows, int *n, char *err);
 
 // Where there are several tasks of which the full cache gets 30% at least and that all methods have
 // done, adds for each method and ratio a row of task "all tasks" and metric "mean", their mean.

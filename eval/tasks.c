@@ -124,6 +124,7 @@ static int take_task(EvalTask *t, const JsonNode *top, char *err) {
     t->stop = json_may_text(&f, "stop");
     const JsonNode *all = json_may(&f, "all", JSON_BOOL);
     const JsonNode *most = json_may(&f, "max_tokens", JSON_NUMBER);
+    const JsonNode *depth = json_may(&f, "depth", JSON_NUMBER);
     const JsonNode *questions = json_need(&f, "questions", JSON_LIST);
     if (f.failed || take_metric(t, metric, err) != 0) return -1;
     if (!*t->context) return fail(err, "an empty context");
@@ -132,6 +133,9 @@ static int take_task(EvalTask *t, const JsonNode *top, char *err) {
     double limit = most ? json_number(most) : 1;
     if (!(limit >= 1 && limit <= 65536)) return fail(err, "\"max_tokens\" is not from 1 to 65536");
     t->max_tokens = most ? (int)limit : 0;
+    t->depth = depth ? json_number(depth) : -1;
+    if (depth && !(t->depth >= 0 && t->depth <= 1))
+        return fail(err, "\"depth\" is not from 0 to 1");
     return take_questions(t, questions, err);
 }
 

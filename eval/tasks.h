@@ -22,6 +22,7 @@ typedef struct {
     EvalMetric metric;
     bool all;        // contained: the share of the answers found, not whether one of them is
     int max_tokens;  // of an answer; 0: as Eval has it
+    double depth;    // where in the context the answer stands, 0 to 1; -1: not said
     EvalQuestion *questions;  // [n_questions]
     int n_questions;
 } EvalTask;
@@ -45,8 +46,8 @@ const char *eval_metric_name(EvalMetric metric);
 
 // Reads JSON Lines, one context a line: {"context": "..", "metric": "contained|exact|f1|choice|qa|
 // rouge|number|code|edit", "questions": [{"question": "..", "answer_prefix": "..", "answers":
-// [".."]}]} and, where wanted, "task", "stop", "max_tokens", "all". Unknown members are left alone.
-// The file "-" is stdin. Returns 0, or -1 with err, which names the line.
+// [".."]}]} and, where wanted, "task", "stop", "max_tokens", "all", "depth". Unknown members are
+// left alone. The file "-" is stdin. Returns 0, or -1 with err, which names the line.
 int eval_tasks_open(EvalTasks *t, const char *path, char *err);
 
 // Frees it, strings included. Safe on a zeroed struct, and twice.

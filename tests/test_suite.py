@@ -184,6 +184,30 @@ def test_means(d):
     check("mean" not in works("eval", "--merge", one).text(), "one task is its own mean")
 
 
+def test_depths(m, d):
+    """Where tasks say how deep the answer stands the page has a panel for each ratio, with a point for each depth."""
+    task = {"context": "The goats ate the hat. " * 20, "metric": "contained", "questions": [{"question": "Who?", "answers": ["goats"]}]}
+    tasks = [dict(task, task="deep", depth=at) for at in (0.5, 0, 1)] + [dict(task, task="flat")]
+    path = write(d + "/deep.jsonl", "".join(json.dumps(t) + "\n" for t in tasks))
+    works("eval", m.path, path, "--policy", "knorm", "--ratio", "1,0.5", "-n", "3", "-o", d + "/deep", "--page", d + "/deep.html")
+    cells = [json.loads(line) for line in open(d + "/deep")][1:]
+    check([c.get("depth") for c in cells if c["policy"] == "full"] == [0.5, 0, 1, None], "results keep the depth: %s" % cells)
+    lines = open(d + "/deep").read().split("\n")
+    for i, line in enumerate(lines[1:-1], 1):  # marks by hand: right at the beginning and the end
+        cell = json.loads(line)
+        cell["value"] = [float(cell.get("depth") != 0.5)]
+        lines[i] = json.dumps(cell)
+    shown = works("eval", "--merge", write(d + "/marked", "\n".join(lines)), "--page", d + "/deep.html").text()
+    check("0.5" in shown and "66.7" in shown, "the table has all depths together: %s" % shown)
+    page = xml.parse(d + "/deep.html").getroot()
+    panels = [g for g in page.iter(SVG + "g") if any("kept" in (t.text or "") and t.get("class") == "title" for t in g.iter(SVG + "text"))]
+    titles = [t.text for g in panels for t in g.iter(SVG + "text") if t.get("class") == "title"]
+    check(titles == ["deep: contained, 1 kept", "deep: contained, 0.5 kept"], "a panel for each ratio: %s" % titles)
+    points = [[(float(c.get("cx")), float(c.get("cy"))) for c in g.iter(SVG + "circle")] for g in panels]
+    check(points[1] == [(0, 0), (150, 200), (300, 0)] and points[0] == 2 * points[1], "a point for each depth: %s" % points)
+    fails(1, "depth", "eval", m.path, write(d + "/bad.jsonl", json.dumps(dict(task, depth=1.5)) + "\n"))
+
+
 def test_page(m, d, whole):
     """XML without anything from elsewhere: figures of every task, a panel each, names escaped."""
     text = open(whole + ".html", encoding="utf-8").read()
@@ -204,6 +228,7 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         whole = test_set(m, d)
         test_page(m, d, whole)
+        test_depths(m, d)
         test_refused(m, d)
         test_memory(m, d)
         test_paper(m, d)

@@ -229,6 +229,7 @@ def test_niah():
         q = t["questions"][0]
         sentence = f"{q['answer_prefix']} {q['answers'][0]}."
         at = t["context"].index(sentence) / (len(t["context"]) - len(sentence))
+        check(t["depth"] == i / 10, f"niah: depth {t['depth']}")
         check(t["context"].count(sentence) == 1 and abs(at - i / 10) < 0.02, f"niah: {at} instead of {i / 10}")
 
 
