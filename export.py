@@ -929,12 +929,12 @@ SHARED_EXPERT = [
 ]
 FUSED = FUSED_QKV + WO + FUSED_GATE_UP + W2
 # Gemma 4. A name that begins with ^ stands beside the layers, which take its rows in order.
-LAYER_SCALE = [("scale", "layer_scalar", None)]
+LAYER_SCALE = [("scale", "layer_scalar", "layer_output_scale.weight")]
 LAYER_EMBED = [
-    ("embed.gate", "per_layer_input_gate.weight", None),
-    ("embed.mix", "^per_layer_model_projection.weight", None),
-    ("embed.up", "per_layer_projection.weight", None),
-    ("rms_embed", "post_per_layer_input_norm.weight", None),
+    ("embed.gate", "per_layer_input_gate.weight", "inp_gate.weight"),
+    ("embed.mix", "^per_layer_model_projection.weight", "^per_layer_model_proj.weight"),
+    ("embed.up", "per_layer_projection.weight", "proj.weight"),
+    ("rms_embed", "post_per_layer_input_norm.weight", "post_norm.weight"),
 ]
 BESIDE = [
     ("router", "router.proj.weight", "ffn_gate_inp.weight"),
@@ -947,8 +947,9 @@ BESIDE = [
     ("rms_experts_post", "post_feedforward_layernorm_2.weight", "post_ffw_norm_2.weight"),
     ("experts.scale", "router.per_expert_scale", "ffn_down_exps.scale"),
 ]
-EMBED_TABLE = ("embed_table", "embed_tokens_per_layer.weight", None)
-EMBED_NORM = ("rms_embed_all", "per_layer_projection_norm.weight", None)
+EMBED_TABLE = ("embed_table", "embed_tokens_per_layer.weight", "per_layer_token_embd.weight")
+EMBED_NORM = ("rms_embed_all", "per_layer_projection_norm.weight", "per_layer_proj_norm.weight")
+V_NORM = ("v_norm", "self_attn.v_norm.weight", "attn_v_norm.weight")
 
 # Qwen 3.5: the rows of q_proj are each head's query, then its gate.
 GATED_QKV = [*QKV, ("wg", "self_attn.q_proj.weight", "attn_q.weight")]
@@ -1192,6 +1193,8 @@ def gemma4_rope(c, slides, where):
     rope = p.pop("rope_type", None) or "default"
     share = p.pop("partial_rotary_factor", None)
     share = 1.0 if share is None or rope == "default" else share
+    if rope == "factors" and where == "GGUF":
+        return dict(rope_type=rope, rope_theta=p["rope_theta"], factors=p["factors"])
     if rope not in ("default", "proportional") or not 0 < share <= 1:
         raise Refusal(f"{where}: {kind}: rope type {rope!r} with a share of {share} is not "
                       f"supported for {c['model_type']}")
@@ -1451,9 +1454,8 @@ FAMILIES = {
 
 REASONS = [  # why others are refused: a pattern of their name, and the reason
     ("gemma.?3n", "AltUp, LAuReL and activation sparsity are not supported"),
-    ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts other than Qwen's and Gemma 4's are not supported"),
+    ("moe|mixtral|dbrx|deepseek|jamba", "mixtures of experts of this kind are not supported"),
     ("mamba|rwkv|hyena|recurrent|zamba|lfm", "state-space and recurrent layers are not supported"),
-    ("^gemma4$", "GGUF files of Gemma 4 are not supported, Hugging Face folders are"),
     ("vl$|_vl|llava|mllama|idefics|paligemma|omni|vision",
      "multimodal models other than Gemma 3 and 4 are not supported"),
     ("bert|t5|bart|encoder", "encoders are not supported"),
@@ -1746,8 +1748,8 @@ GGUF_FAMILIES = {
     "llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "qwen3moe": "qwen3_moe",
     "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text", "mistral3": "ministral3",
-    "gpt-oss": "gpt_oss",
-    "qwen3next": "qwen3_next", "llama4": "llama4_text",
+    "gpt-oss": "gpt_oss", "qwen3next": "qwen3_next", "llama4": "llama4_text",
+    "gemma4": "gemma4_text",
 }
 GGUF_KEYS = {  # ARCH.key -> key of config.json whose value it has, "": changes nothing
     "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -1778,6 +1780,12 @@ GGUF_RENAMED = {  # where the same key stands for another one's value
     ("llama4", "expert_feed_forward_length"): "intermediate_size",
     ("llama4", "expert_count"): "num_local_experts",
     ("llama4", "interleave_moe_layer_step"): "interleave_moe_layer_step",
+    ("gemma4", "attention.key_length_swa"): "head_dim",
+    ("gemma4", "attention.value_length_swa"): "head_dim",
+    ("gemma4", "rope.dimension_count_swa"): "head_dim",
+    ("gemma4", "attention.shared_kv_layers"): "num_kv_shared_layers",
+    ("gemma4", "embedding_length_per_layer_input"): "hidden_size_per_layer_input",
+    ("gemma4", "expert_used_count"): "top_k_experts",
 }
 GGUF_ONLY = {  # those that other architectures do not read
     "attention.temperature_scale": ("mistral3",), "rope.scaling.yarn_log_multiplier": ("mistral3",),
@@ -1785,6 +1793,8 @@ GGUF_ONLY = {  # those that other architectures do not read
 }
 GGUF_LISTS = ("attention.sliding_window_pattern", "rope.dimension_sections",
               "attention.recurrent_layers")
+GEMMA4_LISTS = ("feed_forward_length", "attention.head_count_kv")
+GGUF_FROZEN = 1e30  # what the frequencies are divided by that do not turn
 GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
                "context_length", "attention.layer_norm_rms_epsilon")
 # Gemma models that scale attention by the width per head, not by head_dim: the 27B ones. A GGUF
@@ -1803,13 +1813,14 @@ def gguf_values(meta, arch):
     What is 0 is absent."""
     values = {k[len(arch) + 1 :]: v for k, v in meta.items() if k.startswith(arch + ".")}
     reads = FAMILIES[GGUF_FAMILIES[arch]].config
+    lists = GGUF_LISTS + (GEMMA4_LISTS if arch == "gemma4" else ())
     for key, value in values.items():
         named = gguf_key(arch, key)
         known = named is not None and (
             named in reads or not key.startswith(("expert_", "ssm.", "full_")))
         if not (known and arch in GGUF_ONLY.get(key, (arch,))) and value:
             raise Refusal(f"{arch}.{key} = {str(value)[:60]} is not supported")
-        if isinstance(value, list) and key not in GGUF_LISTS:
+        if isinstance(value, list) and key not in lists:
             if len(set(map(str, value))) != 1 or len(value) != values.get("block_count"):
                 raise Refusal(f"{arch}.{key}: layers that differ from each other are not supported")
             values[key] = value[0]
@@ -1876,7 +1887,64 @@ def gguf_config(meta, tensors):
     said = "phi3.attention.sliding_window" in meta  # 0 says that there is none
     if arch == "phi3" and not said and layers in PHI3_4K and own["context_length"] == 4096:
         c["sliding_window"] = 2047
-    return {**c, **gguf_layer_types(arch, own, layers)}
+    c.update(gguf_layer_types(arch, own, layers))
+    return gguf_gemma4(c, meta, own, tensors) if arch == "gemma4" else c
+
+
+def gguf_layers(own, key, default=None):
+    """[n_layers]: a value of a Gemma 4, which is one or a list."""
+    value = own.get(key, default)
+    values = value if isinstance(value, list) else [value] * own["block_count"]
+    if len(values) != own["block_count"]:
+        raise Refusal(f"gemma4.{key} has {len(values)} values for {own['block_count']} layers")
+    for x in values:
+        check_value("GGUF", f"gemma4.{key}", x, "a whole number")
+    return values
+
+
+def gguf_gemma4(c, meta, own, tensors):
+    """The same of a Gemma 4, whose layers differ from each other."""
+    for key in ("attention.key_length", "attention.key_length_swa",
+                "attention.sliding_window_pattern"):
+        if key not in own:
+            raise Refusal(f"gemma4.{key} is missing or 0")
+    dims = own["attention.key_length"], own["attention.key_length_swa"]
+    for key, dim in (("attention.value_length_swa", dims[1]), ("rope.dimension_count", dims[0]),
+                     ("rope.dimension_count_swa", dims[1])):
+        if own.get(key, dim) != dim:
+            raise Refusal(f"gemma4.{key} = {own[key]} is not supported, {dim} is")
+    freqs = tensors.get("rope_freqs.weight")
+    if freqs is None:
+        raise Refusal("tensor rope_freqs.weight is missing: which frequencies turn is not known")
+    n, shared = own["block_count"], own.get("attention.shared_kv_layers", 0)
+    slides = [kind == "sliding_attention" for kind in c["layer_types"]]
+    if len(slides) != n or slides[-1]:
+        raise Refusal(f"gemma4.attention.sliding_window_pattern {slides} for {n} layers, of which "
+                      "the last one has to see all")
+    kv_heads = gguf_layers(own, "attention.head_count_kv", own["attention.head_count"])
+    widths = gguf_layers(own, "feed_forward_length")
+    wide = widths[0] != widths[-1]
+    if widths != [widths[0] * (2 if wide and l >= n - shared else 1) for l in range(n)]:
+        raise Refusal(f"gemma4.feed_forward_length {str(widths)[:60]} is not supported")
+    table = tensors.get("per_layer_token_embd.weight")
+    c.update(
+        intermediate_size=widths[0], use_double_wide_mlp=wide, num_kv_shared_layers=shared,
+        num_key_value_heads=kv_heads[0], head_dim=dims[1], rope_scaling=None,
+        per_layer_config={str(l): {"head_dim": dims[s], "num_key_value_heads": kv_heads[l]}
+                          for l, s in enumerate(slides)},
+        attention_k_eq_v=any(f"blk.{l}.attn_v.weight" not in tensors
+                             for l in range(n - shared) if not slides[l]),
+        hidden_size_per_layer_input=own.get("embedding_length_per_layer_input", 0),
+        vocab_size_per_layer_input=c["vocab_size"] if table is None else table.shape[0],
+        final_logit_softcapping=meta.get("gemma4.final_logit_softcapping", 30.0) or None,
+        rope_parameters={
+            "sliding_attention": {"rope_theta": own.get("rope.freq_base_swa", 1e4)},
+            "full_attention": {
+                "rope_type": "factors", "rope_theta": own.get("rope.freq_base", 1e4),
+                "factors": [x if x < GGUF_FROZEN else math.inf for x in freqs.vector().tolist()]}})
+    if "expert_count" in own:
+        c.update(enable_moe_block=True, top_k_experts=own.get("expert_used_count"))
+    return {k: v for k, v in c.items() if k not in ("rope_local_base_freq", "num_experts_per_tok")}
 
 
 def gguf_layer_types(arch, own, layers):
@@ -1960,7 +2028,8 @@ class Weights:
     def source_name(self, part, layer=None):
         ours, hf, gguf = part
         if self.gguf:
-            return gguf if layer is None else f"blk.{layer}.{gguf}"
+            beside = layer is None or gguf[0] == "^"
+            return gguf.lstrip("^") if beside else f"blk.{layer}.{gguf}"
         if ours == "wcls":  # stands beside the model, not in it
             return self.head
         if hf[0] == "^":
@@ -2032,11 +2101,18 @@ class Weights:
         if "*" not in part[1] and not self.gguf:
             return self.columns(part, layer, shape, piece, pieces)
         whole = self.source_name((part[0], part[1].partition("*")[0] + whole, part[2]), layer)
-        if whole not in self.tensors:
+        if whole not in self.tensors and not self.gguf:
             names = [(part[0], part[1].replace("*", str(e)), part[2]) for e in range(n)]
             return [self.get(name, layer) for name in names]
-        piece, pieces = (0, 1) if self.gguf else (piece, pieces)
-        t, wanted = self.tensors[whole], (n, pieces * shape[0], shape[1])
+        if self.gguf:
+            fused = self.source_name((part[0], None, "ffn_gate_up_exps.weight"), layer)
+            if pieces == 2 and whole not in self.tensors and fused in self.tensors:
+                whole = fused
+            else:
+                piece, pieces = 0, 1
+        t, wanted = self.tensors.get(whole), (n, pieces * shape[0], shape[1])
+        if t is None:
+            raise Refusal(f"tensor {whole} is missing, expected {list(wanted)}")
         if t.kind in NO_WEIGHTS or (t.kind not in PLAIN and not self.gguf):
             raise Refusal(f"tensor {whole}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
         if t.shape != wanted:
@@ -2061,7 +2137,7 @@ class Weights:
         """Keys and values of layers that read those of others: files may have them all the same."""
         owners = self.model.owners or []
         return {self.source_name(part, l) for l, owner in enumerate(owners) if owner != l
-                for part in QKV[1:] + QK_NORMS[1:] + [("v_norm", "self_attn.v_norm.weight", None)]}
+                for part in QKV[1:] + QK_NORMS[1:] + [V_NORM]}
 
     def check_all_used(self):
         unread = self.unread()
@@ -2496,6 +2572,25 @@ def matrix_type(target, tensor, is_vocab):
     return target
 
 
+class CutRows(Tensor):
+    """A table whose rows are cut into 16, in blocks that do not end there."""
+
+    def __init__(self, t):
+        self.__dict__.update(t.__dict__, whole=t, kind=t.kind + " rows",
+                             n_rows=t.n_rows * PANEL, n_cols=t.n_cols // PANEL)
+
+    def f32(self, a=0, b=None):
+        b = self.n_rows if b is None else b
+        return self.whole.f32(a // PANEL, b // PANEL).reshape(b - a, self.n_cols)
+
+
+def cut_rows(t):
+    """A table of embeddings, each row of it in a panel."""
+    n, cols = t.n_rows * PANEL, t.n_cols // PANEL
+    blocks = t.kind in HELD["q8"] + HELD["q4"] and cols % GROUP == 0
+    return t.reshaped((n, cols)) if t.kind in PLAIN or blocks else CutRows(t)
+
+
 def of_rms(t, dim):
     """The router's factors, and the one of its input, 1 / sqrt(dim)."""
     return t.vector() * np.float32(dim**-0.5)
@@ -2556,7 +2651,7 @@ def model_outputs(model, weights, target):
             outs.append(Output(name, "F32", t.shape, lambda: [of_rms(t, f["dim"])]))
             return
         if part is EMBED_TABLE:
-            t = t.reshaped((t.n_rows * PANEL, t.n_cols // PANEL))
+            t = cut_rows(t)
         if len(SHAPES[part[0]]) == 2:
             kind = "f32" if part[0] in EXACT else kind_of(part, t)
             outs.extend(Matrix(name, t, kind).outputs())
@@ -2624,10 +2719,11 @@ GGUF_PRE = {  # tokenizer.ggml.pre -> split, nfc, ignore_merges
 GGUF_KINDS = {1: NORMAL, 2: UNUSED, 3: SPECIAL, 4: ADDED, 5: UNUSED, 6: BYTE}
 # Tokens that end a turn, for files that name only one of them.
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
-             "<end_of_turn>", "<|end|>")
+             "<end_of_turn>", "<|end|>", "<turn|>")
 HARMONY_ENDS = ("<|return|>", "<|call|>")  # gpt-oss, whose turn is several messages
 GGUF_ENDS = (*TURN_ENDS, "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
-             "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")  # llama.cpp takes them for ends as well
+             "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+             "<|tool_response>")  # llama.cpp takes them for ends as well
 
 
 def byte_alphabet():
@@ -3170,11 +3266,16 @@ def known_pre(meta, texts):
     return pre
 
 
+def gguf_ends(v):
+    """Texts that end an answer. In a Gemma 4, which has <|tool_response>, </s> is a word."""
+    return [t for t in GGUF_ENDS if t != "</s>" or "<|tool_response>" not in v.ids]
+
+
 def add_gguf_facts(v, name):
     """What llama.cpp (llama-vocab.cpp) knows beside the file: texts of tokens that end a turn are
     control tokens whatever their type, and all added tokens of a Phi-3 but three swallow the white
     space behind them."""
-    for text in GGUF_ENDS:
+    for text in gguf_ends(v):
         if text in v.ids and v.kinds[v.ids[text]] in (NORMAL, ADDED):
             v.kinds[v.ids[text]] = SPECIAL
     if re.search("phi-?3", name.lower()):
@@ -3190,8 +3291,9 @@ def vocab_from_gguf(meta):
         return meta.get("tokenizer.ggml." + key, default)
 
     model, texts = get("model"), get("tokens")
-    if model not in ("gpt2", "llama") or not texts:
-        raise Refusal(f"tokenizer {model!r} is not supported, gpt2 and llama (SentencePiece) are")
+    if model not in ("gpt2", "llama", "gemma4") or not texts:
+        raise Refusal(f"tokenizer {model!r} is not supported, gpt2, llama (SentencePiece) and "
+                      "gemma4 are")
     if not get("token_type"):
         raise Refusal("tokenizer.ggml.token_type is missing: which tokens are control tokens and "
                       "bytes is not known; convert the model anew")
@@ -3200,7 +3302,7 @@ def vocab_from_gguf(meta):
         warn("the file sets add_eos_token, which would close every text; no text is")
     if get("remove_extra_whitespaces"):
         raise Refusal("the tokenizer removes extra white space, which is not supported")
-    v = Vocab(texts, kinds, "spm" if model == "llama" else "bpe")
+    v = Vocab(texts, kinds, "bpe" if model == "gpt2" else "spm")
     add_gguf_facts(v, str(meta.get("general.name", "")))
     v.meta.update(bos_id=get("bos_token_id", 1 if model == "llama" and len(texts) > 1 else -1))
     if model == "llama":
@@ -3212,16 +3314,20 @@ def vocab_from_gguf(meta):
                       space_prefix=int(get("add_space_prefix", True)))
         return v
     if not get("merges"):
-        raise Refusal("tokenizer.ggml.merges is missing, and a gpt2 vocabulary needs it")
+        raise Refusal(f"tokenizer.ggml.merges is missing, and a {model} vocabulary needs it")
+    pairs = []
+    for m in get("merges"):
+        cut = m.find(" ", 1)
+        pairs.append((m[:cut], m[cut + 1 :]))
+    v.merges = merges_by_pair(pairs, v.ids)
+    if model == "gemma4":  # SentencePiece's texts, merged in the order of a list
+        v.meta.update(add_bos=int(v.meta["bos_id"] >= 0), byte_fallback=1,
+                      unk_id=get("unknown_token_id", -1))
+        return v
     pre = known_pre(meta, texts)
     if pre not in GGUF_PRE:
         raise Refusal(f"pre-tokenizer {pre!r} is not supported, {', '.join(GGUF_PRE)} are")
     split, nfc, ignore = GGUF_PRE[pre]
-    pairs = []
-    for m in get("merges") or []:
-        cut = m.find(" ", 1)
-        pairs.append((m[:cut], m[cut + 1 :]))
-    v.merges = merges_by_pair(pairs, v.ids)
     v.meta.update(split=split, nfc=nfc, ignore_merges=ignore,
                   add_bos=int(v.meta["bos_id"] >= 0 and
                               get("add_bos_token", split in ("llama3", "tekken"))))
@@ -4148,7 +4254,7 @@ def read_gguf(path):
     names = {"bos_token": v.meta["bos_id"], "eos_token": meta.get("tokenizer.ggml.eos_token_id")}
     tokens = {k: v.text_of(i) for k, i in names.items() if v.text_of(i)}
     ends = [meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
-    ends += [v.ids.get(text) for text in GGUF_ENDS]
+    ends += [v.ids.get(text) for text in gguf_ends(v)]
     with within("the chat template"):
         chat = chat_metadata(meta.get("tokenizer.chat_template"), v, tokens)
     return config, tensors, v, chat, stop_ids(v, *ends)

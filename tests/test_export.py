@@ -29,6 +29,7 @@ NAMES = ["smol", "llama", "qwen2", "qwen3", "gemma3", "mistral"]
 sys.path.insert(0, os.path.dirname(TESTS))
 sys.path.insert(0, os.path.join(os.path.dirname(TESTS), "bench"))
 import export  # noqa: E402
+import gemma4  # noqa: E402
 import shapes  # noqa: E402
 from test_serve import Server  # noqa: E402
 
@@ -2181,6 +2182,91 @@ class TestGGUF(Case):
         c = self.convert(path)
         self.same_model(c, "llama", but=("rope.inv_freq",))
         np.testing.assert_allclose(c.t["rope.inv_freq"], want.t["rope.inv_freq"], rtol=1e-6)
+
+    def gemma4(self, name, tensors=None, **how):
+        path = os.path.join(self.dir, name + ".gguf")
+        parts = []
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            with open(os.path.join(FIXTURES, name, file)) as f:
+                parts.append(json.load(f))
+        config, spec, tokens = parts
+
+        def tokenizer(w):
+            ids = spec["model"]["vocab"]
+            gemma4.add_tokenizer(w, spec, bos=ids["<bos>"], eos=ids["<eos>"], unknown=ids["<unk>"])
+            w.add_chat_template(tokens["chat_template"])
+
+        gemma4.write(path, config, tensors or read_source(os.path.join(FIXTURES, name)), tokenizer,
+                     **how)
+        return path
+
+    def test_gemma4(self):
+        """The same as the folder gives: heads, MLPs and caches of each layer, embeddings of layers,
+        frequencies that stand still, experts, the vocabulary."""
+        for name, split in (("gemma4", False), ("gemma4moe", False), ("gemma4moe", True)):
+            c = self.convert(self.gemma4(name, split=split))
+            self.same_model(c, name)
+            self.assertEqual(c.meta["tokenizer.stop_ids"], "1,6")
+
+    def test_gemma4_blocks(self):
+        """The bits of blocks stay; rows of the table of embeddings, which are cut within blocks, are
+        rounded anew."""
+        rng = np.random.default_rng(7)
+        source = read_source(os.path.join(FIXTURES, "gemma4"))
+        shapes = {name: x.shape for name, x in source.items()}
+        for name, shape in shapes.items():
+            if "per_layer" in name and not name.endswith("per_layer_input_norm.weight"):
+                double = [2 * n if n in (16, 112) else n for n in shape]
+                source[name] = np.float32(rng.standard_normal(double))
+        for kind in ("Q8_0", "F16"):
+            qtype = gguf.GGMLQuantizationType[kind]
+            wide = {"gemma4.embedding_length_per_layer_input": 32}
+            c = self.convert(self.gemma4("gemma4", source, kind=kind, change=wide))
+            for ours, theirs in (("tok_embed", "embed_tokens"), ("layers.3.w1", "layers.3.mlp.gate_proj"),
+                                 ("embed_table", "embed_tokens_per_layer")):
+                x = gguf.quants.quantize(source[f"model.{theirs}.weight"], qtype)
+                x = gguf.quants.dequantize(x, qtype)
+                got = c.matrix(ours)
+                if ours == "embed_table":
+                    got = got[:, : 224 // 16].reshape(768, 224)
+                cut = kind == "Q8_0" and ours == "embed_table"
+                self.assertLessEqual(np.abs(got - x).max(), 0.02 if cut else 0)
+
+    def test_gemma4_refusals(self):
+        for change, word in (
+            ({"attention.key_length_swa": None}, "attention.key_length_swa is missing"),
+            ({"attention.sliding_window_pattern": None}, "sliding_window_pattern is missing"),
+            ({"attention.sliding_window_pattern": [True] * 7}, "the last one has to see all"),
+            ({"attention.sliding_window_pattern": [True] * 5 + [False]}, "for 7 layers"),
+            ({"attention.value_length_swa": 8}, "value_length_swa = 8 is not supported, 16 is"),
+            ({"rope.dimension_count": 8}, "rope.dimension_count = 8"),
+            ({"rope.dimension_count_swa": 8}, "rope.dimension_count_swa = 8"),
+            ({"rope.scaling.factor": 2.0}, "together are not supported"),
+            ({"attention.head_count_kv": [2, 2, 1]}, "head_count_kv has 3 values for 7 layers"),
+            ({"attention.head_count_kv": [2, 2, 1, 2, 1, 1, 1]}, "different heads"),
+            ({"attention.head_count_kv": [2, 2, 1, 2, 1, -1, 1]}, "is -1, expected a whole number"),
+            ({"feed_forward_length": [48, 48, 48, 48, 96, 96, 96]}, "feed_forward_length"),
+            ({"attention.shared_kv_layers": 7, "feed_forward_length": 48}, "without keys of its own"),
+            ({"expert_count": 4}, "top_k_experts is missing"),
+            ({"embedding_length_per_layer_input": 32}, "per_layer_token_embd.weight: expected"),
+            ({"attention.causal": False}, "only causal models"),
+            ({"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
+        ):
+            change = {"gemma4." + key: value for key, value in change.items()}
+            self.refuse(self.gemma4("gemma4", change=change), word)
+        source = read_source(os.path.join(FIXTURES, "gemma4moe"))
+        del source["model.layers.2.experts.down_proj"]
+        self.refuse(self.gemma4("gemma4moe", source),
+                    "blk.2.ffn_down_exps.weight is missing, expected [6, 32, 20]")
+        with mock.patch.object(gemma4, "rope_freqs", lambda c: np.float32([1])):
+            self.refuse(self.gemma4("gemma4"), "expected [16], found [1]")
+
+    def test_gemma4_words(self):
+        """</s> is a word there, <turn|> an end."""
+        texts = ["<unk>", "</s>", "<turn|>", "<|tool_response>"]
+        v = export.Vocab(texts, [3, 0, 0, 0], "spm")
+        export.add_gguf_facts(v, "")
+        self.assertEqual(v.kinds, [3, 0, 1, 1])
 
     def test_sliding_llama_is_mistral(self):
         path = self.gguf("mistral", "llama", extra={"llama.attention.sliding_window": 24})
