@@ -2,7 +2,7 @@
 """oracle.py: random tiny models of every family, our logits against transformers'.
 
     python3 -m venv oracle
-    oracle/bin/pip install torch==2.15.0 transformers==5.2.0 numpy==2.4.6 gguf==0.19.0 jinja2==3.1.6
+    oracle/bin/pip install torch==2.15.0 transformers==5.24.0 numpy==2.4.6 gguf==0.19.0 jinja2==3.1.6
     make && oracle/bin/python tests/oracle.py
 
 Run by hand: torch is large. Every case is a family, a number and a seed: a config.json as an author
@@ -44,6 +44,8 @@ from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
+
+import gemma4 as gemma4_gguf
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -306,6 +308,8 @@ def gemma4(rng, i, c, marks):
             "sliding_attention": {"rope_type": "default", "rope_theta": any_of(rng, 1e4, 1e3)},
             "full_attention": {"rope_type": "proportional", "rope_theta": any_of(rng, 1e6, 1e4),
                                "partial_rotary_factor": any_of(rng, 0.25, 0.5, 1.0)}}
+    if i % 4 < 2:
+        marks.append("gguf")
     if i % 4 == 2:
         marks.append("multimodal")
 
@@ -618,6 +622,10 @@ PERMUTED = ("llama", "smollm3", "ministral3")  # llama.cpp rotates neighbours in
 
 def make_gguf(case, model, path):
     c, family = model.config, case.text["model_type"]
+    if family.startswith("gemma4"):
+        tensors = {n: p for n, p in [*model.named_parameters(), *model.named_buffers()]
+                   if "inv_freq" not in n and "embed_scale" not in n}
+        return gemma4_gguf.write(path, case.text, {n: p.numpy() for n, p in tensors.items()}, add_vocabulary)
     arch = ARCHS.get(family, family)
     w = gguf.GGUFWriter(path, arch)
     heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.hidden_size
