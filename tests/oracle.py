@@ -15,8 +15,8 @@ Weights are scaled so that attention is peaked (logits of standard deviation 2 t
 and the output logits are of size 10: a wrong window, angle, norm or cap shows up as 0.01 to 1.
 
 Difference: max |ours - theirs| / max |theirs|, over all positions and ids. Exit 1 above 1e-4, unless the random
-model is one that float32 is too short for: then we have to be as near to transformers in float64 as its own
-float32 is, and both distances are printed.
+model is one that float32 is too short for: then both distances to transformers in float64 are printed, and ours
+may be four times that of its own float32, whose sums come in another order.
 
 Chapters: 1 cases  2 families  3 models  4 GGUF  5 comparing
 """
@@ -855,7 +855,7 @@ def compare(case, folder, isa):
         return far, size, ""
     exact = model.double()(torch.tensor(ids)[None]).logits[0].numpy()
     mine, noise = (float(np.abs(x - exact).max() / size) for x in (ours, theirs))
-    return far, size, f"  to float64: {mine:.1e}, theirs {noise:.1e}{'' if mine <= noise else '  FAILED'}"
+    return far, size, f"  to float64: {mine:.1e}, theirs {noise:.1e}{'' if mine <= 4 * noise else '  FAILED'}"
 
 
 def describe(case):
