@@ -2465,7 +2465,10 @@ class TestGGUF(Case):
         program = os.path.join(os.path.dirname(TESTS), "run")
         delta = {"rope.dimension_count": 16, "rope.dimension_sections": [3, 3, 2, 0], "full_attention_interval": 2,
                  "ssm.conv_kernel": 4, "ssm.state_size": 32, "ssm.group_count": 2, "ssm.time_step_rank": 2, "ssm.inner_size": 64}
-        for arch, tied, more in (("llama", True, {}), ("qwen2", False, {}), ("qwen35", True, delta)):
+        both = {"rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 32, "attention.sliding_window": 16,
+                "attention.sliding_window_pattern": [True, False], "attention.shared_kv_layers": 0, "attention.key_length_swa": 32,
+                "attention.value_length_swa": 32, "final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 32}
+        for arch, tied, more in (("llama", True, {}), ("qwen2", False, {}), ("qwen35", True, delta), ("gemma4", True, both)):
             shape = shapes.Shape(arch, 64, 96, 2, 4, 2, 32, 512, tied, 1e4, 256, more)
             for kind in shapes.TYPES:
                 with mock.patch.dict(shapes.SHAPES, tiny=shape):
