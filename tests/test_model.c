@@ -398,9 +398,11 @@ static void test_refusals(Fixture *f) {
 }
 
 // Of an expert that no token goes to nothing is read: garbage there changes no bit.
-static void test_untouched_experts(void) {
+static void test_untouched_experts(const char *name) {
     Fixture f;
-    if (!fixture_open(&f, "qwen3moe", "qwen3moe.kvz", KV_F32, 2)) exit(1);
+    char weights[64];
+    snprintf(weights, sizeof weights, "%s.kvz", name);
+    if (!fixture_open(&f, name, weights, KV_F32, 2)) exit(1);
     const Config *c = &f.model.config;
     const int *ids = want(&f, "prefill.ids")->data;
     float *before = logits_of(&f, kvcache_new(&f.kv, err), ids, 1, 1);
@@ -469,7 +471,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) test_layer_kind(kinds[i]);
     if (!quick) {
         test_bits(), test_logits_input(), test_tiled(argc > 1 ? argv[1] : NULL);
-        test_untouched_experts();
+        test_untouched_experts("qwen3moe"), test_untouched_experts("gemma4moe");
     }
     return test_end("test_model");
 }
