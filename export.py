@@ -337,25 +337,25 @@ class Tensor:
 
 
 class Columns(Tensor):
-    """`n` columns of expert e in a tensor [experts][inputs][outputs], as rows. One expert's bytes
-    are kept, which all that is made of it reads."""
+    """Columns of expert e in a tensor [experts][inputs][outputs], as rows: n, every step-th, from
+    `first` on. One expert's bytes are kept, which all that is made of it reads."""
 
     held = (None, None)  # where they stand, and the bytes
 
-    def __init__(self, t, e, first, n):
-        inputs, width = t.shape[1:]
-        self.bytes = inputs * width * PLAIN[t.kind]
-        super().__init__(t.file, t.name, t.kind, (n, inputs), t.offset + e * self.bytes, self.bytes)
-        self.first, self.width = first, width
+    def __init__(self, t, e, first, step=1, n=None):
+        inputs, self.width = t.shape[1:]
+        self.bytes = inputs * self.width * PLAIN[t.kind]
+        super().__init__(t.file, t.name, t.kind, (n or self.width // step, inputs),
+                         t.offset + e * self.bytes, self.bytes)
+        self.first, self.step = first, step
 
     def raw(self, a, b):
         key = (self.file, self.offset)
         if Columns.held[0] != key:
             Columns.held = key, self.file.read(self.offset, self.bytes)
-        size = PLAIN[self.kind]
-        x = np.frombuffer(Columns.held[1], f"u{size}").reshape(self.n_cols, self.width)
-        part = np.ascontiguousarray(x[:, self.first + a : self.first + b].T)
-        return part.view(np.uint8).reshape(b - a, -1)
+        x = np.frombuffer(Columns.held[1], f"u{PLAIN[self.kind]}").reshape(self.n_cols, self.width)
+        part = np.ascontiguousarray(x[:, self.first + self.step * self.order[a:b]].T)
+        return part.view(np.uint8).reshape(len(part), -1)
 
 
 def check_finite(t, x):
@@ -542,23 +542,6 @@ def open_shards(path, listed):
 PAIRED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-class Turned(Tensor):
-    """A matrix whose rows are columns of one in the file: every step-th from `first` on."""
-
-    def __init__(self, t, e, first, step):
-        cols, self.width = t.shape[1:]
-        n_bytes = cols * self.width * PLAIN[t.kind]
-        super().__init__(t.file, t.name, t.kind, (self.width // step, cols), t.offset + e * n_bytes,
-                         n_bytes)
-        self.first, self.step, self.file_bytes = first, step, n_bytes
-
-    def f32(self, a=0, b=None):
-        b = self.n_rows if b is None else b
-        shape = (self.n_cols, self.width)
-        x = Tensor(self.file, self.name, self.kind, shape, self.offset, self.file_bytes).f32()
-        return np.ascontiguousarray(x[:, self.first + self.step * self.order[a:b]].T)
-
-
 class Blocks(Tensor):
     """A matrix in MXFP4 whose blocks and scales are tensors of their own; its rows are every step-th
     from `first` on. In the file byte i of a block holds columns 2i and 2i + 1; raw() has them as a
@@ -627,7 +610,7 @@ def one_by_one(tensors):
             if part.endswith("_bias"):
                 new = {f"{at}{new}.bias": Turns(*t, first, step)}
             else:
-                view = Blocks if part.endswith("_blocks") else Turned
+                view = Blocks if part.endswith("_blocks") else Columns
                 new = {f"{at}{e}.{new}.weight": view(*t, e, first, step)
                        for e in range(min(t[0].shape[0], MAX_EXPERTS + 1))}
             both = next((n for n in new if n in tensors), None)
@@ -2131,7 +2114,7 @@ class Weights:
         if t.kind not in PLAIN:
             raise Refusal(f"tensor {name}: dtype {t.kind} is not supported, {', '.join(PLAIN)} are")
         self.taken[name] = t.n_rows
-        return [Columns(t, e, piece * shape[0], shape[0]) for e in range(n)]
+        return [Columns(t, e, piece * shape[0], n=shape[0]) for e in range(n)]
 
     def unread(self):
         """Keys and values of layers that read those of others: files may have them all the same."""
