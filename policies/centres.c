@@ -32,11 +32,6 @@ typedef struct {
     bool failed;
 } Centres;
 
-static float *of_head(float *base, const Centres *e, int layer, int h) {
-    const KVShape *shape = &e->c->kv->shape;
-    return base + ((size_t)layer * shape->n_heads + h) * shape->head_dim;
-}
-
 // out [d] = |x_f| at both channels of each rotated pair, 0 elsewhere.
 static void lengths(float *out, const float *x, int d, int rotary) {
     int half = rotary / 2;
@@ -50,7 +45,8 @@ static void add_queries(void *ctx, int h) {
     const RunState *s = e->c->state;
     const Config *m = &s->model->config;
     float q[MAX_HEAD_DIM], length[MAX_HEAD_DIM];
-    float *sum = of_head(e->sum, e, e->layer, h), *all = of_head(e->length, e, e->layer, h);
+    float *sum = query_part(e->sum, e->c, e->layer, h, m->head_dim);
+    float *all = query_part(e->length, e->c, e->layer, h, m->head_dim);
     for (int i = max_int(e->from - s->pos[0], 0); i < e->n_rows; i++) {
         memcpy(q, s->q + ((size_t)i * m->n_heads + h) * m->head_dim,
                (size_t)m->head_dim * sizeof *q);
@@ -99,7 +95,8 @@ static void expect_pairs(const Head *h, int q, float *x) {
     const Config *m = &e->c->state->model->config;
     int d = m->head_dim;
     float mean[MAX_HEAD_DIM], spread[MAX_HEAD_DIM], k[MAX_HEAD_DIM], length[MAX_HEAD_DIM];
-    const float *sum = of_head(e->sum, e, h->layer, q), *all = of_head(e->length, e, h->layer, q);
+    const float *sum = query_part(e->sum, e->c, h->layer, q, d);
+    const float *all = query_part(e->length, e->c, h->layer, q, d);
     float count = (float)(e->count > 0 ? e->count : 1);
     for (int j = 0; j < d; j++) mean[j] = sum[j] / count;
     lengths(spread, mean, d, m->rotary_dim);
@@ -143,7 +140,7 @@ static void cap_weights(const Head *h, int q, float *w) {
     int d = m->head_dim, n = h->first + h->n;
     float mean[MAX_HEAD_DIM], k[MAX_HEAD_DIM], length = 0, best = -INFINITY;
     float sharp = (float)context_param(h->c, "sharp");
-    memcpy(mean, of_head(e->sum, e, h->layer, q), (size_t)d * sizeof *mean);
+    memcpy(mean, query_part(e->sum, e->c, h->layer, q, d), (size_t)d * sizeof *mean);
     if (m->rope[h->layer] >= 0)
         model_rotate(e->c->state->model, mean, e->rope + (size_t)h->layer * m->rotary_dim);
     for (int j = 0; j < d; j++) length += mean[j] * mean[j];

@@ -32,8 +32,24 @@ struct Expected {
 
 // ---- queries that pass ----
 
-static float *of_head(float *base, const Expected *e, int layer, int h, int size) {
-    return base + ((size_t)layer * e->c->kv->shape.n_heads + h) * size;
+float *query_part(float *base, const Context *c, int layer, int h, int size) {
+    return base + ((size_t)layer * c->kv->shape.n_heads + h) * size;
+}
+
+void add_products(float *products, float *sum, const float *rows, int n, int d) {
+    float columns[MAX_HEAD_DIM * PAGE];
+    for (int r = 0; r < n; r++)
+        for (int j = 0; j < d; j++)
+            columns[j * PAGE + r] = rows[r * d + j], sum[j] += rows[r * d + j];
+    kern.gemm_f32(&(Gemm){.c = products,
+                          .ldc = (size_t)d,
+                          .a = columns,
+                          .lda = PAGE,
+                          .b = rows,
+                          .n = d,
+                          .inner = n,
+                          .cols = d,
+                          .add = true});
 }
 
 // Adds the rows of one forward call to the sums of query head h.
@@ -41,10 +57,10 @@ static void add_queries(void *ctx, int h) {
     const Expected *e = ctx;
     const RunState *s = e->c->state;
     int d = s->model->config.head_dim, n;
-    float rows[PAGE * MAX_HEAD_DIM], columns[MAX_HEAD_DIM * PAGE];
-    float *shift = of_head(e->shift, e, e->layer, h, d);
-    float *sum = of_head(e->sum, e, e->layer, h, d),
-          *products = of_head(e->products, e, e->layer, h, d * d);
+    float rows[PAGE * MAX_HEAD_DIM];
+    float *shift = query_part(e->shift, e->c, e->layer, h, d);
+    float *sum = query_part(e->sum, e->c, e->layer, h, d),
+          *products = query_part(e->products, e->c, e->layer, h, d * d);
     for (int i = max_int(e->from - s->pos[0], 0); i < e->n_rows; i += n) {
         n = min_int(e->n_rows - i, PAGE);
         for (int r = 0; r < n; r++) {
@@ -53,17 +69,9 @@ static void add_queries(void *ctx, int h) {
                    (size_t)d * sizeof *q);
             model_unrotate(s, e->layer, i + r, q);
             if (s->pos[i + r] == e->from) memcpy(shift, q, (size_t)d * sizeof *q);
-            for (int j = 0; j < d; j++) columns[j * PAGE + r] = q[j] -= shift[j], sum[j] += q[j];
+            for (int j = 0; j < d; j++) q[j] -= shift[j];
         }
-        kern.gemm_f32(&(Gemm){.c = products,
-                              .ldc = (size_t)d,
-                              .a = columns,
-                              .lda = PAGE,
-                              .b = rows,
-                              .n = d,
-                              .inner = n,
-                              .cols = d,
-                              .add = true});
+        add_products(products, sum, rows, n, d);
     }
 }
 
@@ -94,9 +102,11 @@ static void finish_moments(void *ctx, int i) {
     int d = m->config.head_dim, layer = i / m->config.n_heads, h = i % m->config.n_heads;
     float count = (float)max_int(e->c->kv->seqs[e->c->seq].next_pos - e->from, 1);
     float s = 1.0f / sqrtf((float)d);
-    float *mean = of_head(e->mean, e, layer, h, d), *cov = of_head(e->cov, e, layer, h, d * d);
-    const float *shift = of_head(e->shift, e, layer, h, d), *sum = of_head(e->sum, e, layer, h, d);
-    const float *products = of_head(e->products, e, layer, h, d * d);
+    float *mean = query_part(e->mean, e->c, layer, h, d),
+          *cov = query_part(e->cov, e->c, layer, h, d * d);
+    const float *shift = query_part(e->shift, e->c, layer, h, d),
+                *sum = query_part(e->sum, e->c, layer, h, d);
+    const float *products = query_part(e->products, e->c, layer, h, d * d);
     const float *rope = e->rope + (size_t)layer * m->config.rotary_dim;
     for (int j = 0; j < d; j++) mean[j] = sum[j] / count;
     for (int j = 0; j < d * d; j++)
@@ -156,10 +166,10 @@ static void expect_block(const Head *h, int b, float *z, float *v_norm, int n) {
     int pairs = head_block(h, b, k, v);
     for (int i = 0; i < group; i++) {
         int q = h->g * group + i;
-        const float *mean = of_head(e->mean, e, h->layer, q, d);
+        const float *mean = query_part(e->mean, e->c, h->layer, q, d);
         kern.gemm_f32(&(Gemm){.c = ck,
                               .ldc = PAGE,
-                              .a = of_head(e->cov, e, h->layer, q, d * d),
+                              .a = query_part(e->cov, e->c, h->layer, q, d * d),
                               .lda = (size_t)d,
                               .b = k,
                               .n = d,

@@ -57,6 +57,13 @@ void factorize(double *g, int k, double ridge);
 // x^T (L L^T)^-1 x, x [k], k <= MAX_HEAD_DIM.
 float leverage_of(const double *l, const float *x, int k);
 
+// Of base [n_layers][n_heads][size] the part of query head h. (expected.c)
+float *query_part(float *base, const Context *c, int layer, int h, int size);
+
+// Adds rows [n][d], n <= PAGE, to their sum [d] and to the sum of their products [d][d].
+// (expected.c)
+void add_products(float *products, float *sum, const float *rows, int n, int d);
+
 // f [d] = the first right singular vector of rows whose products sum up to `products` [d][d] and
 // which sum up to `sum` [d], as a unit vector with the sign by which it points along that sum. 0
 // where the sum is 0. (qfilters.c)

@@ -24,33 +24,19 @@ typedef struct {
     int layer, n_rows;
 } Filters;
 
-static float *of_head(float *base, const Filters *e, int layer, int h, int size) {
-    return base + ((size_t)layer * e->c->kv->shape.n_heads + h) * size;
-}
-
 // Adds the rows of one forward call to the sums of query head h.
 static void add_queries(void *ctx, int h) {
     const Filters *e = ctx;
     const RunState *s = e->c->state;
     int d = s->model->config.head_dim, n;
-    float rows[PAGE * MAX_HEAD_DIM], columns[MAX_HEAD_DIM * PAGE];
-    float *sum = of_head(e->sum, e, e->layer, h, d);
+    float rows[PAGE * MAX_HEAD_DIM];
     for (int i = 0; i < e->n_rows; i += n) {
         n = min_int(e->n_rows - i, PAGE);
-        for (int r = 0; r < n; r++) {
-            const float *q = s->q + ((size_t)(i + r) * s->model->config.n_heads + h) * d;
-            memcpy(rows + r * d, q, (size_t)d * sizeof *q);
-            for (int j = 0; j < d; j++) columns[j * PAGE + r] = q[j], sum[j] += q[j];
-        }
-        kern.gemm_f32(&(Gemm){.c = of_head(e->products, e, e->layer, h, d * d),
-                              .ldc = (size_t)d,
-                              .a = columns,
-                              .lda = PAGE,
-                              .b = rows,
-                              .n = d,
-                              .inner = n,
-                              .cols = d,
-                              .add = true});
+        for (int r = 0; r < n; r++)
+            memcpy(rows + r * d, s->q + ((size_t)(i + r) * s->model->config.n_heads + h) * d,
+                   (size_t)d * sizeof *rows);
+        add_products(query_part(e->products, e->c, e->layer, h, d * d),
+                     query_part(e->sum, e->c, e->layer, h, d), rows, n, d);
     }
 }
 
@@ -97,8 +83,8 @@ static void filter_head(const Head *h) {
     int d = h->c->kv->shape.head_dim, group = context_group(h->c);
     float k[MAX_HEAD_DIM * PAGE], score[PAGE], f[MAX_HEAD_DIM], mean[MAX_HEAD_DIM] = {0};
     for (int q = h->g * group; q < (h->g + 1) * group; q++) {
-        first_direction(f, of_head(e->products, e, h->layer, q, d * d),
-                        of_head(e->sum, e, h->layer, q, d), d);
+        first_direction(f, query_part(e->products, e->c, h->layer, q, d * d),
+                        query_part(e->sum, e->c, h->layer, q, d), d);
         for (int j = 0; j < d; j++) mean[j] += f[j] / (float)group;
     }
     for (int b = 0; b < head_blocks(h); b++) {
