@@ -2,6 +2,8 @@
 import array
 import json
 import struct
+import sys
+import unittest
 
 KINDS = {"F32": "f", "I32": "i", "U8": "B", "F16": "H"}
 
@@ -21,6 +23,15 @@ def end(name):
     """The last line of a test; whether one failed."""
     print("%s: %d passed, %d failed" % (name, passed, failed))
     return failed != 0
+
+
+def run_cases(name):
+    """The unittest cases of the program, which is called so; whether one failed."""
+    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"])
+    result = unittest.TextTestRunner(verbosity=0, stream=sys.stdout).run(suite)
+    bad = len(result.failures) + len(result.errors)
+    print(f"{name}: {result.testsRun - bad} passed, {bad} failed")
+    return bad > 0
 
 
 class Tensors:

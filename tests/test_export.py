@@ -31,6 +31,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(TESTS), "bench"))
 import export  # noqa: E402
 import gemma4  # noqa: E402
 import shapes  # noqa: E402
+from checks import run_cases  # noqa: E402
 from test_serve import Server  # noqa: E402
 
 SUFFIX = {
@@ -2481,13 +2482,5 @@ class TestGGUF(Case):
                 self.assertTrue(x.shape == (4, 512) and np.isfinite(x).all() and 0.05 < x.std() < 20, x.std())
 
 
-def main():
-    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
-    result = unittest.TextTestRunner(verbosity=0, stream=sys.stdout).run(suite)
-    failed = len(result.failures) + len(result.errors)
-    print(f"test_export: {result.testsRun - failed} passed, {failed} failed")
-    return failed > 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cases("test_export"))

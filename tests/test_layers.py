@@ -17,7 +17,8 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [TESTS, os.path.dirname(TESTS)]
 import export
 import test_export
-from test_export import DROP, FIXTURES, Converted, read_source, write_source
+from checks import run_cases
+from test_export import DROP, FIXTURES, GGUF_SUFFIX, Converted, read_source, write_source
 
 COMMON_KEYS = {
     "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
@@ -25,10 +26,7 @@ COMMON_KEYS = {
     "max_position_embeddings": "context_length", "head_dim": "attention.key_length",
 }
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+    **GGUF_SUFFIX, "mlp.gate": "ffn_gate_inp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
@@ -350,13 +348,5 @@ class TestLlama4(Layers):
             self.refuse(self.copy("llama4", **change), word)
 
 
-def main():
-    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
-    result = unittest.TextTestRunner(verbosity=0, stream=sys.stdout).run(suite)
-    failed = len(result.failures) + len(result.errors)
-    print(f"test_layers: {result.testsRun - failed} passed, {failed} failed")
-    return failed > 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cases("test_layers"))
