@@ -72,17 +72,10 @@ int deltanet_open(Model *m, int l, char *err) {
     const Tensor *conv = tensors_get(&m->file, err, name, T_F32, 2, d->conv, delta_channels(d));
     if (!conv) return -1;
     w->conv = conv->data;
-    const struct {
-        const char *name;
-        const float **v;
-        int n;
-    } vectors[] = {
-        {"decay", &w->decay, heads}, {"dt", &w->dt, heads}, {"norm", &w->norm, d->v_dim}};
-    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
-        snprintf(name, sizeof name, "layers.%d.delta.%s", l, vectors[i].name);
-        if (open_vector(vectors[i].v, &m->file, name, vectors[i].n, false, err) != 0) return -1;
-    }
-    return 0;
+    const LayerVector vectors[] = {{"delta.decay", &w->decay, heads, false},
+                                   {"delta.dt", &w->dt, heads, false},
+                                   {"delta.norm", &w->norm, d->v_dim, false}};
+    return open_vectors(vectors, sizeof vectors / sizeof *vectors, &m->file, l, err);
 }
 
 void deltanet_take(RunState *s) {

@@ -49,22 +49,12 @@ int experts_config(Config *c, const TensorFile *f, char *err) {
 static int open_biases(Model *m, int l, char *err) {
     const Config *c = &m->config;
     Experts *e = &m->layers[l].experts;
-    const struct {
-        const char *name;
-        const float **v;
-        int n;
-    } biases[] = {{"router_bias", &e->router_bias, 1},
-                  {"experts.b1", &e->b1, c->expert_dim},
-                  {"experts.b2", &e->b2, c->dim},
-                  {"experts.b3", &e->b3, c->expert_dim}};
-    for (size_t i = 0; i < sizeof biases / sizeof *biases; i++) {
-        char name[64];
-        long n = (long)c->n_experts * biases[i].n;
-        snprintf(name, sizeof name, "layers.%d.%s", l, biases[i].name);
-        if (n > INT_MAX) return fail(err, "tensor %s: %ld numbers are too many", name, n);
-        if (open_vector(biases[i].v, &m->file, name, (int)n, true, err) != 0) return -1;
-    }
-    return 0;
+    long n = c->n_experts;
+    const LayerVector biases[] = {{"router_bias", &e->router_bias, n, true},
+                                  {"experts.b1", &e->b1, n * c->expert_dim, true},
+                                  {"experts.b2", &e->b2, n * c->dim, true},
+                                  {"experts.b3", &e->b3, n * c->expert_dim, true}};
+    return open_vectors(biases, sizeof biases / sizeof *biases, &m->file, l, err);
 }
 
 static int open_shared(Model *m, int l, char *err) {
@@ -78,28 +68,19 @@ static int open_shared(Model *m, int l, char *err) {
         if (open_matrix(&e->shared[i], &m->file, name, rows, cols, err) != 0) return -1;
         m->has[e->shared[i].type] = true;
     }
-    snprintf(name, sizeof name, "layers.%d.shared_scale", l);
-    return open_vector(&e->shared_scale, &m->file, name, c->dim, true, err);
+    const LayerVector scale = {"shared_scale", &e->shared_scale, c->dim, true};
+    return open_vectors(&scale, 1, &m->file, l, err);
 }
 
 static int open_norms(Model *m, int l, char *err) {
     const Config *c = &m->config;
     ExpertNorms *e = &m->layers[l].experts.norms;
-    const struct {
-        const char *name;
-        const float **v;
-        int n;
-    } vectors[] = {{"rms_router", &e->router, c->dim},
-                   {"rms_experts", &e->in, c->dim},
-                   {"rms_dense_post", &e->dense, c->dim},
-                   {"rms_experts_post", &e->out, c->dim},
-                   {"experts.scale", &e->scale, c->n_experts}};
-    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
-        char name[64];
-        snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
-        if (open_vector(vectors[i].v, &m->file, name, vectors[i].n, false, err) != 0) return -1;
-    }
-    return 0;
+    const LayerVector norms[] = {{"rms_router", &e->router, c->dim, false},
+                                 {"rms_experts", &e->in, c->dim, false},
+                                 {"rms_dense_post", &e->dense, c->dim, false},
+                                 {"rms_experts_post", &e->out, c->dim, false},
+                                 {"experts.scale", &e->scale, c->n_experts, false}};
+    return open_vectors(norms, sizeof norms / sizeof *norms, &m->file, l, err);
 }
 
 int experts_open(Model *m, int l, char *err) {

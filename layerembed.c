@@ -45,8 +45,8 @@ int layer_embed_open(Model *m, int l, char *err) {
             return -1;
         m->has[matrices[i].m->type] = true;
     }
-    snprintf(name, sizeof name, "layers.%d.rms_embed", l);
-    return open_vector(&e->rms, &m->file, name, c->dim, false, err);
+    const LayerVector norm = {"rms_embed", &e->rms, c->dim, false};
+    return open_vectors(&norm, 1, &m->file, l, err);
 }
 
 void layer_embed_take(RunState *s) {

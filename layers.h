@@ -21,6 +21,17 @@ int open_list(const int **list, const TensorFile *f, const char *name, int n, ch
 int open_vector(const float **v, const TensorFile *f, const char *name, int n, bool optional,
                 char *err);
 
+// layers.L.NAME of a layer, a vector [n].
+typedef struct {
+    const char *name;
+    const float **v;
+    long n;
+    bool optional;
+} LayerVector;
+
+// All of v [n] of layer l. 0, or -1 with err.
+int open_vectors(const LayerVector *v, size_t n, const TensorFile *f, int l, char *err);
+
 // ---- scratch ----
 
 // Hands out 64-byte aligned pieces of one block; with no block yet it only counts.

@@ -220,6 +220,16 @@ int open_vector(const float **v, const TensorFile *f, const char *name, int n, b
     return 0;
 }
 
+int open_vectors(const LayerVector *v, size_t n, const TensorFile *f, int l, char *err) {
+    for (size_t i = 0; i < n; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "layers.%d.%s", l, v[i].name);
+        if (v[i].n > INT_MAX) return fail(err, "tensor %s: %ld numbers are too many", name, v[i].n);
+        if (open_vector(v[i].v, f, name, (int)v[i].n, v[i].optional, err) != 0) return -1;
+    }
+    return 0;
+}
+
 // Sizes of a layer's matrices.
 static void size_layer(Layer *w, const Config *c, int l) {
     bool slides = c->window[l] > 0;
@@ -244,28 +254,19 @@ static int open_layer(Model *m, int l, char *err) {
     Layer *w = &m->layers[l];
     char name[64];
     size_layer(w, c, l);
-    const struct {
-        const char *name;
-        const float **v;
-        int n;
-        bool optional;
-    } vectors[] = {{"rms_att", &w->rms_att, c->dim, false},
-                   {"rms_ffn", &w->rms_ffn, c->dim, false},
-                   {"rms_att_post", &w->rms_att_post, c->dim, true},
-                   {"rms_ffn_post", &w->rms_ffn_post, c->dim, true},
-                   {"q_norm", &w->q_norm, w->head_dim, true},
-                   {"k_norm", &w->k_norm, w->head_dim, true},
-                   {"v_norm", &w->v_norm, w->head_dim, true},
-                   {"bq", &w->bq, w->q_dim, true},
-                   {"bk", &w->bk, w->kv_dim, true},
-                   {"bv", &w->bv, w->kv_dim, true},
-                   {"bo", &w->bo, c->dim, true},
-                   {"scale", &w->scale, 1, true}};
-    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
-        snprintf(name, sizeof name, "layers.%d.%s", l, vectors[i].name);
-        if (open_vector(vectors[i].v, f, name, vectors[i].n, vectors[i].optional, err) != 0)
-            return -1;
-    }
+    const LayerVector vectors[] = {{"rms_att", &w->rms_att, c->dim, false},
+                                   {"rms_ffn", &w->rms_ffn, c->dim, false},
+                                   {"rms_att_post", &w->rms_att_post, c->dim, true},
+                                   {"rms_ffn_post", &w->rms_ffn_post, c->dim, true},
+                                   {"q_norm", &w->q_norm, w->head_dim, true},
+                                   {"k_norm", &w->k_norm, w->head_dim, true},
+                                   {"v_norm", &w->v_norm, w->head_dim, true},
+                                   {"bq", &w->bq, w->q_dim, true},
+                                   {"bk", &w->bk, w->kv_dim, true},
+                                   {"bv", &w->bv, w->kv_dim, true},
+                                   {"bo", &w->bo, c->dim, true},
+                                   {"scale", &w->scale, 1, true}};
+    if (open_vectors(vectors, sizeof vectors / sizeof *vectors, f, l, err) != 0) return -1;
     snprintf(name, sizeof name, "layers.%d.router", l);
     bool mixture = c->n_experts > 0 && tensors_find(f, name), attends = c->window[l] != NO_PAIRS;
     const struct {
